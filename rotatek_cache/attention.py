@@ -1,0 +1,153 @@
+"""Attention over segment views: the reference in torch, which is the specification, and the way to the kernel."""
+
+import importlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rotatek_cache.basis import compute_dtype
+from rotatek_cache.segments import SegmentView
+
+Implementation = Literal["auto", "torch", "triton"]
+
+# Scores of one chunk of queries, in numbers: 256 MiB of float32.
+MAX_SCORES = 1 << 26
+
+
+def attend(
+    query: Tensor, segments: Sequence[SegmentView], scale: float, *, impl: Implementation = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of `query` over all tokens of `segments`, decoded from their coefficients.
+
+    Args:
+        query: ``[B, H_q, Q, D]`` after RoPE.
+        segments: views of what the cache stores; their KV heads divide ``H_q``.
+        scale: factor on ``q . k``.
+        impl: "torch" is the reference, "triton" the kernel (an error where it cannot run), "auto" the kernel
+            for single queries on CUDA where Triton is installed and the reference otherwise.
+
+    Returns:
+        Output ``[B, Q, H_q, D_v]`` in the query's dtype and natural log-sum-exp ``[B, H_q, Q]`` in float32 (float64
+        for float64 queries). A query that sees no token has output 0 and log-sum-exp -inf.
+    """
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
+    if impl == "triton" or (impl == "auto" and query.is_cuda and query.shape[2] == 1 and _kernel_available()):
+        # The one arrow up: the kernels are an optional room, imported by name where they are dispatched to.
+        kernel = importlib.import_module("rotatek_kernels.decode")
+        return kernel.decode_attention(query, segments, scale)
+    return reference_attention(query, segments, scale)
+
+
+def _kernel_available() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", "rotatek_kernels"))
+
+
+def reference_attention(query: Tensor, segments: Sequence[SegmentView], scale: float) -> tuple[Tensor, Tensor]:
+    """`attend` in plain torch. Half-precision operands are computed in float32."""
+    queries = query.shape[2]
+    total = max(1, sum(segment.max_length for segment in segments))
+    chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * total))
+    if queries <= chunk:
+        return _attend_chunk(query, segments, scale, slice(0, queries))
+    parts = [
+        _attend_chunk(query[:, :, i : i + chunk], segments, scale, slice(i, i + chunk))
+        for i in range(0, queries, chunk)
+    ]
+    return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
+
+
+def _attend_chunk(
+    query: Tensor, segments: Sequence[SegmentView], scale: float, mask_rows: slice
+) -> tuple[Tensor, Tensor]:
+    batch, q_heads, queries, width = query.shape
+    heads = segments[0].keys.shape[0]
+    dtype = compute_dtype(query.dtype)
+    # Heads first, rows second: then rows of equal length are one batched matmul on the storage as it lies.
+    q = (query.to(dtype) * scale).reshape(batch, heads, -1, width).transpose(0, 1)  # [H, B, G * Q, D]
+    if len(segments) == 1:
+        scores = _scores(q, segments[0], queries, mask_rows)
+    else:
+        scores = torch.cat([_scores(q, segment, queries, mask_rows) for segment in segments], -1)
+    lse = scores.logsumexp(-1)
+    # Subtracting a finite number in place of -inf leaves rows without any token at weight zero, not NaN.
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp_()
+    out = None
+    start = 0
+    for segment in segments:
+        part = _weighted_values(weights[..., start : start + segment.max_length], segment)
+        out = part if out is None else out.add_(part)
+        start += segment.max_length
+    assert out is not None
+    value_width = out.shape[-1]
+    out = out.view(heads, batch, q_heads // heads, queries, value_width).permute(1, 3, 0, 2, 4)
+    lse = lse.view(heads, batch, q_heads // heads, queries).permute(1, 0, 2, 3)
+    return (
+        out.reshape(batch, queries, q_heads, value_width).to(query.dtype),
+        lse.reshape(batch, q_heads, queries),
+    )
+
+
+def _scores(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice) -> Tensor:
+    """Scaled logits ``[H, B, G * Q, max_length]`` of queries ``[H, B, G * Q, D]``; -inf where nothing is to be seen."""
+    heads, batch, grouped, _ = q.shape
+    basis = segment.basis
+    shift = None
+    if basis is not None and not basis.is_identity:
+        if segment.basis_rows is not None:
+            basis = segment.basis_of_rows()
+        shift = basis.logit_shift(q)
+        q = basis.project_query(q)
+    if segment.batched:
+        keys = segment.batched_keys().to(q.dtype)
+        scores = torch.bmm(q.flatten(0, 1), keys.mT).view(heads, batch, grouped, segment.max_length)
+        if shift is not None:
+            scores += shift
+    else:
+        scores = q.new_full((heads, batch, grouped, segment.max_length), -torch.inf)
+        for row, (start, length) in enumerate(segment.row_ranges()):
+            if length:
+                keys = segment.keys[:, start : start + length].to(q.dtype)
+                torch.bmm(q[:, row], keys.mT, out=(row_scores := q.new_empty(heads, grouped, length)))
+                scores[:, row, :, :length] = row_scores if shift is None else row_scores + shift[:, row]
+    if segment.mask is not None:
+        mask = segment.mask[:, mask_rows]  # [B, Q, max_length]
+        per_query = scores.view(heads, batch, -1, queries, segment.max_length)
+        if mask.dtype == torch.bool:
+            per_query.masked_fill_(~mask[:, None], -torch.inf)
+        else:
+            per_query += mask[:, None].to(scores.dtype)
+    return scores
+
+
+def _weighted_values(weights: Tensor, segment: SegmentView) -> Tensor:
+    """``weights [H, B, G * Q, max_length]`` times the segment's Values: ``[H, B, G * Q, D_v]``."""
+    heads, batch, grouped, _ = weights.shape
+    value_width = segment.values.shape[-1]
+    if segment.batched:
+        values = segment.batched_values().to(weights.dtype)
+        return torch.bmm(weights.flatten(0, 1), values).view(heads, batch, grouped, value_width)
+    out = weights.new_zeros(heads, batch, grouped, value_width)
+    for row, (start, length) in enumerate(segment.row_ranges()):
+        if length:
+            out[:, row] = torch.bmm(weights[:, row, :, :length], segment.values[:, start : start + length].to(weights.dtype))
+    return out
+
+
+def merge_state(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over a union of disjoint token sets from the states over each.
+
+    Args:
+        states: pairs of output ``[B, Q, H_q, D_v]`` and natural log-sum-exp ``[B, H_q, Q]``.
+
+    Returns:
+        The merged pair.
+    """
+    lse = torch.stack([state_lse for _, state_lse in states])
+    merged = lse.logsumexp(0)
+    weights = (lse - merged.masked_fill(merged == -torch.inf, 0.0)).exp()  # [n, B, H_q, Q]
+    outputs = torch.stack([output for output, _ in states])
+    out = (outputs.to(weights.dtype) * weights.transpose(2, 3)[..., None]).sum(0)
+    return out.to(outputs.dtype), merged

@@ -1,0 +1,295 @@
+"""`RotateKCache`, a transformers `Cache`, and its layers: thin shells over `LayerKV`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from rotatek_cache.basis import FitOptions, Solver
+from rotatek_cache.ledger import VisualLedger
+from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
+from rotatek_cache.segments import LayerKV
+
+HOW_TO_SWITCH = (
+    "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
+    '`attn_implementation={"text_config": "rotatek"}` and pass `RotateKCache(..., visual_mask=mask)`, a bool tensor '
+    "[rows, prompt length] that is True on visual tokens"
+)
+
+
+class LayerHandle:
+    """What `RotateKCache.update` returns in place of Keys and Values: the layer, for the attention function.
+
+    It is no tensor. Any other attention function that touches it gets an error that says how to switch.
+    """
+
+    __slots__ = ("kv",)
+
+    def __init__(self, kv: LayerKV) -> None:
+        self.kv = kv
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(
+            f"an attention function without RotateK support asked for `{name}` of the Keys of a RotateKCache, which are "
+            f"compressed; {HOW_TO_SWITCH}"
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(
+            f"`{getattr(func, '__name__', func)}` was called on the Keys of a RotateKCache, which are compressed; "
+            f"{HOW_TO_SWITCH}"
+        )
+
+
+class RotateKLayer(CacheLayerMixin):
+    """A full-attention layer of a `RotateKCache`."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, options: FitOptions, ledger: VisualLedger, index: int) -> None:
+        super().__init__()
+        self.kv = LayerKV(options, ledger, index)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note dtype and device of the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Take Keys and Values ``[B, H, n, D]``; returns the layer's handle in place of both."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.kv.append(key_states, value_states)
+        handle = LayerHandle(self.kv)
+        return handle, handle
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(KV length, KV offset) that the mask of the next forward has."""
+        return self.kv.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Logical tokens cached, padding included."""
+        return self.kv.length
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.kv = LayerKV(self.kv.options, self.kv.ledger, self.kv.index)
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row b be what row ``beam_idx[b]`` was; sealed segments are not copied."""
+        self.kv.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (integers or bool); sealed segments are not copied."""
+        self.kv.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row; sealed segments are not copied."""
+        if self.kv.shape is not None:
+            self.kv.select_rows(torch.arange(self.kv.shape[0]).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens (a positive number is the length to keep, as before 5.2)."""
+        length = tokens_to_remove if tokens_to_remove > 0 else self.kv.length + tokens_to_remove
+        self.kv.truncate(max(0, length))
+
+    def offload(self) -> None:
+        """Refused: the attention function reads the segments where they are."""
+        raise NotImplementedError("RotateKCache cannot be offloaded to the CPU layer by layer; use DynamicCache for that")
+
+    prefetch = offload
+
+
+class RotateKCache(Cache):
+    """A KV cache that stores visual Keys rotated into a fitted basis and truncated (RotateK, arXiv 2605.19218).
+
+    Text Keys and all Values stay dense: at ``sparsity=0.75`` the visual Keys shrink to a quarter (plus basis), the
+    whole visual KV to 5/8. Use it with a model prepared by `attach`::
+
+        model = attach(model)
+        model.generate(**inputs, past_key_values=RotateKCache(sparsity=0.5))
+
+    Args:
+        sparsity: share of Key channels removed, in [0, 1); 0 keeps Keys as they are.
+        rank: coefficients per visual Key, from 1 to the head width. Exactly one of these three.
+        energy: share in (0, 1] of the query-weighted Key variance that each layer keeps; its rank follows.
+        query_window: number of last prompt queries that weigh the channels.
+        query_weight: weigh channels by those queries (the paper's method) or not (centred PCA).
+        solver: "subspace" (five subspace iterations, the paper's) or "eigh" (exact).
+        always_compress: compress also where the basis costs more bytes than it saves (for studies).
+        visual_mask: bool ``[rows, prompt length]``, True on visual tokens; needed without `attach` and for prompts
+            given as merged `inputs_embeds`. It wins over what the model's inputs say.
+        config: the model's config, so that sliding-window layers keep their own cache layer; `attach` supplies it.
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float | None = None,
+        rank: int | None = None,
+        energy: float | None = None,
+        query_window: int = 32,
+        query_weight: bool = True,
+        solver: Solver = "subspace",
+        always_compress: bool = False,
+        visual_mask: Tensor | None = None,
+        config: PreTrainedConfig | None = None,
+    ) -> None:
+        self.options = FitOptions(sparsity, rank, energy, query_window, query_weight, solver, always_compress)
+        self.ledger = VisualLedger(visual_mask)
+        self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
+        self._record_past = False
+        super().__init__(layers=[])
+        if config is not None:
+            self.learn_config(config)
+
+    def learn_config(self, config: PreTrainedConfig) -> None:
+        """Build the layers that `config` asks for, once: RotateK for full attention, the stock ones for the rest."""
+        if self.layers:
+            return
+        stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
+        self.layers = [
+            RotateKLayer(self.options, self.ledger, index) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(stock)
+        ]
+        if self._record_past:
+            super().activate_past_recording()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Append the states ``[B, H, n, D]`` of layer `layer_idx`; returns what its attention is to be handed."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(RotateKLayer(self.options, self.ledger, len(self.layers)))
+        layer = self.layers[layer_idx]
+        if isinstance(layer, RotateKLayer):
+            if not self.ledger.informed:
+                raise RuntimeError(f"this RotateKCache was not told which positions are visual: {HOW_TO_SWITCH}")
+            self.ledger.complete(layer.kv.length + key_states.shape[2], key_states.shape[0])
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
+        """Say which of the next `tokens` positions are visual: bool ``[rows, tokens]``, None for none of them.
+
+        `attach` calls this before each forward. A `visual_mask` given at construction wins where it reaches.
+        """
+        begin = self.get_seq_length()
+        if self.ledger.given is None or begin >= self.ledger.given.shape[1]:
+            self.ledger.announce(begin, begin + tokens, visual)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical tokens cached, padding included."""
+        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+
+    def reset(self) -> None:
+        """Forget all tokens, for a new prompt; the layers and the options stay."""
+        super().reset()
+        self.ledger.reset()
+        self.rope_deltas = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens."""
+        super().crop(tokens_to_remove)
+        self.ledger.truncate(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row b be what row ``beam_idx[b]`` was."""
+        super().reorder_cache(beam_idx)
+        self.ledger.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        super().batch_select_indices(indices)
+        self.ledger.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        rows = self.batch_size
+        super().batch_repeat_interleave(repeats)
+        if rows > 0:
+            self.ledger.select_rows(torch.arange(rows).repeat_interleave(repeats))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, -1 before the first update."""
+        shapes = (layer.kv.shape for layer in self._compressed_layers())
+        return next((shape[0] for shape in shapes if shape is not None), -1)
+
+    def activate_past_recording(self) -> None:
+        """Let sliding-window layers keep what a crop may ask for, also those not built yet."""
+        self._record_past = True
+        super().activate_past_recording()
+
+    def _compressed_layers(self) -> Iterable[RotateKLayer]:
+        return (layer for layer in self.layers if isinstance(layer, RotateKLayer))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held; layers share some."""
+        held: list[Tensor] = []
+        for layer in self.layers:
+            held += layer.kv.tensors() if isinstance(layer, RotateKLayer) else _stock_tensors(layer)
+        return held + self.ledger.tensors()
+
+    def nbytes(self) -> int:
+        """Bytes of the storage held, everything counted once: coefficients, Values, text and its free room, bases,
+        deltas, row tables, positions and flags."""
+        return storage_bytes(self.tensors())
+
+    def report(self) -> CacheReport:
+        """Tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
+        layers = [_layer_report(index, layer) for index, layer in enumerate(self.layers)]
+        return CacheReport(repr(self.options), layers, self.nbytes())
+
+    def __repr__(self) -> str:
+        options = self.options
+        chosen = next(
+            f"{name}={getattr(options, name)}" for name in ("sparsity", "rank", "energy") if getattr(options, name) is not None
+        )
+        return f"RotateKCache({chosen}, layers={len(self.layers)}, tokens={self.get_seq_length()}, bytes={self.nbytes():,})"
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _stock_tensors(layer: Any) -> list[Tensor]:
+    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+
+
+def _layer_report(index: int, layer: Any) -> LayerReport:
+    if not isinstance(layer, RotateKLayer):
+        stored = storage_bytes(_stock_tensors(layer))
+        tokens = layer.get_seq_length() if layer.is_initialized else 0
+        return LayerReport(index, type(layer).__name__, tokens, [], 0, stored, stored, [])
+    kv = layer.kv
+    stored = storage_bytes(kv.tensors())
+    if kv.shape is None or kv.dtype is None:
+        return LayerReport(index, "RotateKLayer", 0, [], 0, stored, 0, [])
+    batch, heads, width, value_width = kv.shape
+    dense = batch * heads * kv.length * (width + value_width) * kv.dtype.itemsize
+    segments = [
+        SegmentReport(
+            tokens=int(segment.lengths.sum()),
+            rank=segment.basis.fitted_rank or width,
+            stored_rank=segment.coefficients.shape[-1],
+            head_width=width,
+            key_bytes=storage_bytes([segment.coefficients]),
+            value_bytes=storage_bytes([segment.values]),
+            basis_bytes=storage_bytes(segment.basis.tensors()),
+        )
+        for segment in kv.segments
+    ]
+    return LayerReport(index, "RotateKLayer", kv.length, segments, kv.dense_tokens(), stored, dense, list(kv.kept_dense))

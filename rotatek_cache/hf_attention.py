@@ -1,0 +1,91 @@
+"""The attention function that reads a `RotateKCache`, registered with transformers as "rotatek"."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rotatek_cache.attention import attend
+from rotatek_cache.cache import LayerHandle
+
+NAME = "rotatek"
+
+# What other attention functions may be asked for and this one does not do, with the reason.
+REFUSED = {
+    "softcap": "a softcap bends the logits, which the compressed decode does not do",
+    "s_aux": "attention sinks take part in the softmax, which the compressed decode does not do",
+    "position_bias": "a position bias is added to the logits of dense Keys",
+}
+
+
+def rotatek_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a layer of a `RotateKCache`; plain tensors (another cache, a vision tower) go to sdpa.
+
+    Exact, by sdpa, while the layer holds nothing compressed; from the coefficients afterwards.
+
+    Args:
+        module: the attention module.
+        query: ``[B, H_q, Q, D]``.
+        key, value: handle of the layer, or tensors ``[B, H_kv, T, D]``.
+        attention_mask: bool or additive ``[B, 1, Q, T]``; None for a causal forward without padding.
+        dropout: must be 0 with a `RotateKCache`.
+        scaling: factor on the logits, ``D ** -0.5`` by default.
+
+    Returns:
+        Output ``[B, Q, H_q, D_v]`` and None.
+    """
+    if not isinstance(key, LayerHandle):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    for name, reason in REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"RotateKCache does not support `{name}` ({type(module).__name__}): {reason}")
+    if kwargs.get("output_attentions"):
+        raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")
+    if dropout:
+        raise ValueError("RotateKCache is for inference: call model.eval() (attention dropout is on)")
+    kv = key.kv
+    if attention_mask is not None and attention_mask.ndim != 4:
+        raise ValueError(
+            f"attention_mask must be [rows, 1, queries, tokens] here, got {list(attention_mask.shape)}: the mask of "
+            f'"{NAME}" is that of sdpa'
+        )
+    dense = kv.dense()
+    if dense is not None:
+        output, _ = sdpa_attention_forward(module, query, *dense, attention_mask, scaling=scaling, **kwargs)
+    else:
+        mask = attention_mask
+        if mask is None and query.shape[2] > 1:
+            mask = causal_mask(query.shape[2], kv.length, query.device)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output, _ = attend(query, kv.views(mask), scale)
+    kv.observe(query, attention_mask)
+    return output, None
+
+
+def causal_mask(queries: int, tokens: int, device: torch.device) -> Tensor:
+    """bool ``[1, 1, Q, T]`` in which the last query sees all tokens and each earlier one a token less."""
+    mask = torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+    return mask[None, None]
+
+
+def register() -> None:
+    """Make "rotatek" known to transformers; both registries, or padded batches would get no mask."""
+    AttentionInterface.register(NAME, rotatek_attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+register()

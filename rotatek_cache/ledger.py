@@ -1,0 +1,320 @@
+"""What the layers of one cache share: which logical positions are visual, and the index tensors that follow from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where the visual tokens of a seal go: packed row after row.
+
+    Attributes:
+        token_rows, token_columns: int64 ``[N]``, batch row and pending column of each token.
+        positions: int32 ``[N]``, logical positions.
+        starts, lengths, basis_rows: ``[B]``, the row table of the new segment.
+        storage_ranges: (first token, tokens) of each compressed row.
+        max_length: tokens of the longest row.
+        uniform: every batch row was compressed and all have `max_length` tokens.
+    """
+
+    token_rows: Tensor
+    token_columns: Tensor
+    positions: Tensor
+    starts: Tensor
+    lengths: Tensor
+    basis_rows: Tensor
+    storage_ranges: tuple[tuple[int, int], ...]
+    max_length: int
+    uniform: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """A right-aligned layout of text columns, shared by the layers that have it.
+
+    Attributes:
+        positions: int32 ``[B, width]``, logical position of each column.
+        first: int64 ``[B]``, first column that belongs to the row; None: 0 for all.
+        next_position: logical position of the first token after them.
+    """
+
+    positions: Tensor
+    first: Tensor | None
+    next_position: int
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.positions.shape[1]
+
+    def select_rows(self, index: Tensor) -> "Alignment":
+        """The layout with row b being what row ``index[b]`` was."""
+        first = None if self.first is None else self.first[index]
+        return Alignment(self.positions[index], first, self.next_position)
+
+
+def align_right(keep: Tensor, positions: Tensor, next_position: int) -> tuple[Tensor, Alignment]:
+    """Columns in the order in which the kept ones of bool ``[B, P]`` end up right-aligned.
+
+    Returns:
+        int64 ``[B, width]`` column indices, and the alignment they give with logical `positions` ``[B, P]``.
+    """
+    counts = keep.sum(1)
+    width = int(counts.max()) if keep.shape[1] else 0
+    # A stable sort of the flags moves the kept columns to the right end without changing their order.
+    order = keep.int().argsort(dim=1, stable=True)[:, keep.shape[1] - width :]
+    first = None if bool((counts == width).all()) else width - counts
+    return order, Alignment(positions.gather(1, order).int(), first, next_position)
+
+
+class SealPlan:
+    """How the pending positions ``begin : end`` divide into visual, text and padding; the same for all layers."""
+
+    def __init__(self, visual: Tensor, visible: Tensor, begin: int, end: int) -> None:
+        self.visual = visual  # bool [B, P], padding excluded
+        self.visible = visible  # bool [B, P]
+        self.begin = begin
+        self.end = end
+        self.counts: list[int] = visual.sum(1).tolist()
+        self.all_visible = bool(visible.all())
+        self._memo: dict[object, object] = {}
+
+    def visible_tail(self, window: int, device: torch.device) -> Tensor | None:
+        """bool ``[B, window]`` for the last positions; None if none of them is padding."""
+        return None if self.all_visible else self.visible[:, -window:].to(device)
+
+    def layout(self, rows: tuple[int, ...], device: torch.device) -> RowLayout:
+        """The layout of a segment that holds the visual tokens of batch rows `rows`."""
+        key = ("layout", rows, device)
+        if key not in self._memo:
+            self._memo[key] = self._layout(rows, device)
+        layout = self._memo[key]
+        assert isinstance(layout, RowLayout)
+        return layout
+
+    def _layout(self, rows: tuple[int, ...], device: torch.device) -> RowLayout:
+        batch = len(self.counts)
+        chosen = torch.zeros(batch, 1, dtype=torch.bool)
+        chosen[list(rows)] = True
+        token_rows, token_columns = (self.visual & chosen.to(self.visual.device)).nonzero(as_tuple=True)
+        starts, lengths, basis_rows = [0] * batch, [0] * batch, [0] * batch
+        ranges = []
+        offset = 0
+        for basis_row, row in enumerate(rows):
+            starts[row], lengths[row], basis_rows[row] = offset, self.counts[row], basis_row
+            ranges.append((offset, self.counts[row]))
+            offset += self.counts[row]
+        return RowLayout(
+            token_rows=token_rows.to(device),
+            token_columns=token_columns.to(device),
+            positions=(token_columns + self.begin).int().to(device),
+            starts=torch.tensor(starts, dtype=torch.int64, device=device),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+            basis_rows=torch.tensor(basis_rows, dtype=torch.int64, device=device),
+            storage_ranges=tuple(ranges),
+            max_length=max(lengths),
+            uniform=len(set(lengths)) == 1,
+        )
+
+    def text_alignment(
+        self, compressed_rows: tuple[int, ...], previous: Alignment | None, columns: int, device: torch.device
+    ) -> tuple[Tensor, Alignment]:
+        """Where the text goes: `columns` old columns laid out as `previous`, then the pending ones that stay dense.
+
+        Visual tokens of rows outside `compressed_rows` stay dense. Returns what `align_right` does, over the
+        concatenation of old and pending columns.
+        """
+        key = ("text", compressed_rows, previous, columns, device)
+        if key not in self._memo:
+            compressed = torch.zeros(len(self.counts), 1, dtype=torch.bool)
+            compressed[list(compressed_rows)] = True
+            keep = (self.visible & ~(self.visual & compressed.to(self.visual.device))).to(device)
+            batch = keep.shape[0]
+            positions = (torch.arange(keep.shape[1], device=device) + self.begin).expand(batch, -1)
+            if columns:
+                old_positions = column_positions(previous, columns, batch, device)
+                keep = torch.cat([own_columns(previous, columns, batch, device), keep], 1)
+                positions = torch.cat([old_positions, positions], 1)
+            self._memo[key] = align_right(keep, positions, self.end)
+        return self._memo[key]  # type: ignore[return-value]
+
+
+def column_positions(alignment: Alignment | None, columns: int, batch: int, device: torch.device) -> Tensor:
+    """Logical positions ``[B, columns]`` of text columns: those of the alignment, then one after the other."""
+    if alignment is None:
+        return torch.arange(columns, device=device).expand(batch, -1)
+    tail = torch.arange(columns - alignment.width, device=device) + alignment.next_position
+    return torch.cat([alignment.positions.long(), tail.expand(batch, -1)], 1)
+
+
+def own_columns(alignment: Alignment | None, columns: int, batch: int, device: torch.device) -> Tensor:
+    """bool ``[B, columns]``: which text columns belong to their row."""
+    index = torch.arange(columns, device=device).expand(batch, -1)
+    return index >= 0 if alignment is None or alignment.first is None else index >= alignment.first[:, None]
+
+
+class VisualLedger:
+    """The visual positions announced so far, and what has been derived from them in this forward."""
+
+    def __init__(self, visual_mask: Tensor | None = None) -> None:
+        if visual_mask is not None:
+            check_visual_mask(visual_mask)
+        self.given = visual_mask
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the mask given at construction."""
+        self.flags: list[tuple[int, int, Tensor | None]] = []  # (begin, end, bool [B, end - begin] or None: no visual)
+        self.visible: Tensor | None = None  # bool [B, T]; None while nothing is known to be padding
+        self._forget()
+
+    def _forget(self) -> None:
+        self._plan: tuple[tuple[int, int], SealPlan | None] | None = None
+        self._mask: Tensor | None = None
+        self._gathered: dict[object, tuple[object, Tensor]] = {}
+
+    @property
+    def end(self) -> int:
+        """First position that nothing is known of."""
+        return self.flags[-1][1] if self.flags else 0
+
+    @property
+    def informed(self) -> bool:
+        """Whether anybody said which positions are visual."""
+        return self.given is not None or bool(self.flags)
+
+    def announce(self, begin: int, end: int, visual: Tensor | None) -> None:
+        """Learn which of the positions ``begin : end`` are visual: bool ``[B, end - begin]``, None for none."""
+        if visual is not None:
+            if visual.dtype != torch.bool or visual.ndim != 2 or visual.shape[1] != end - begin:
+                raise ValueError(
+                    f"visual must be a bool tensor [rows, {end - begin}], got {visual.dtype} {list(visual.shape)}"
+                )
+            if not bool(visual.any()):
+                visual = None
+        self.truncate(begin)
+        self.flags.append((begin, end, visual))
+
+    def complete(self, end: int, batch: int) -> None:
+        """Fill in positions up to `end` that nobody announced, from the given mask (text beyond it)."""
+        begin = self.end
+        if begin >= end:
+            return
+        visual = None
+        if self.given is not None and begin < self.given.shape[1]:
+            rows = self.given.shape[0]
+            if batch % rows:
+                raise ValueError(
+                    f"visual_mask has {rows} rows, the batch has {batch}: expected as many, or a divisor where "
+                    "generate repeats each row (num_beams, num_return_sequences)"
+                )
+            visual = self.given[:, begin:end].repeat_interleave(batch // rows, 0)
+            visual = torch.nn.functional.pad(visual, (0, end - begin - visual.shape[1]))
+        self.announce(begin, end, visual)
+
+    def has_visual(self, begin: int, end: int) -> bool:
+        """Whether any of the positions is visual in any row."""
+        return any(visual is not None for first, last, visual in self.flags if first < end and last > begin)
+
+    def plan(self, begin: int, end: int, mask: Tensor | None) -> SealPlan | None:
+        """The seal of the positions ``begin : end``, or None while an image may go on.
+
+        Complete means that every row with visual tokens has text after its last one. A position that no query has
+        seen so far is padding, and is dropped.
+
+        Args:
+            begin, end: the pending positions.
+            mask: the mask of the current forward, bool ``[B or 1, 1, Q, end]`` or additive.
+        """
+        if self._plan is None or self._plan[0] != (begin, end):
+            self._plan = ((begin, end), self._make_plan(begin, end, mask))
+        return self._plan[1]
+
+    def _make_plan(self, begin: int, end: int, mask: Tensor | None) -> SealPlan | None:
+        visual = self._flags_of(begin, end)
+        if mask is not None:
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            seen = seen[:, 0].any(1).to(visual.device).expand(visual.shape[0], -1)
+            if self.visible is not None:
+                seen = torch.cat([seen[:, : self.visible.shape[1]] | self.visible, seen[:, self.visible.shape[1] :]], 1)
+            self.visible = seen
+        visible = torch.ones_like(visual) if self.visible is None else self.visible[:, begin:end]
+        if visible.shape[1] < visual.shape[1]:
+            # Later forwards without a mask see everything.
+            visible = torch.nn.functional.pad(visible, (0, visual.shape[1] - visible.shape[1]), value=True)
+        visual = visual & visible
+        positions = torch.arange(1, end - begin + 1, device=visual.device)
+        last_visual = (visual * positions).amax(1)
+        last_text = ((visible & ~visual) * positions).amax(1)
+        if not bool(((last_visual == 0) | (last_text > last_visual)).all()):
+            return None
+        return SealPlan(visual, visible, begin, end)
+
+    def _flags_of(self, begin: int, end: int) -> Tensor:
+        known = [visual for _, _, visual in self.flags if visual is not None]
+        if not known:
+            raise RuntimeError("no visual position has been announced")  # pending exists for visual positions only
+        batch, device = known[0].shape[0], known[0].device
+        flags = torch.zeros(batch, end - begin, dtype=torch.bool, device=device)
+        for first, last, visual in self.flags:
+            if visual is not None and first < end and last > begin:
+                low, high = max(first, begin), min(last, end)
+                flags[:, low - begin : high - begin] = visual[:, low - first : high - first].to(device)
+        return flags
+
+    def gather_mask(self, mask: Tensor, key: object, positions: Callable[[], Tensor]) -> Tensor:
+        """Columns of the model's mask for a segment: ``[B, Q, n]`` at logical `positions()` ``[B, n]``.
+
+        All layers of a forward share mask and, mostly, layout: what was gathered is kept for the mask at hand under
+        `key`, which is held as well, so that its identity stays its own.
+        """
+        if self._mask is not mask:
+            self._mask, self._gathered = mask, {}
+        if key not in self._gathered:
+            columns = positions().to(mask.device)
+            queries = mask.shape[2]
+            rows = mask[:, 0].expand(columns.shape[0], -1, -1)
+            self._gathered[key] = (key, rows.gather(2, columns[:, None].expand(-1, queries, -1)))
+        return self._gathered[key][1]
+
+    def truncate(self, length: int) -> None:
+        """Forget positions from `length` on."""
+        self._forget()
+        kept: list[tuple[int, int, Tensor | None]] = []
+        for begin, end, visual in self.flags:
+            if begin < length:
+                shortened = None if visual is None else visual[:, : length - begin]
+                kept.append((begin, min(end, length), shortened))
+        self.flags = kept
+        if self.visible is not None:
+            self.visible = self.visible[:, :length]
+
+    def select_rows(self, index: Tensor) -> None:
+        """Let batch row b be what row ``index[b]`` was."""
+        self._forget()
+        self.flags = [(b, e, None if v is None else v[index.to(v.device)]) for b, e, v in self.flags]
+        self.visible = None if self.visible is None else self.visible[index.to(self.visible.device)]
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held beyond the current forward."""
+        known = [visual for _, _, visual in self.flags] + [self.visible, self.given]
+        return [tensor for tensor in known if tensor is not None]
+
+    def __deepcopy__(self, memo: dict) -> "VisualLedger":
+        copy = VisualLedger(self.given)
+        copy.flags, copy.visible = list(self.flags), self.visible
+        return copy
+
+
+def check_visual_mask(mask: Tensor) -> None:
+    """Raise unless `mask` is a bool tensor ``[rows, positions]``."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"visual_mask must be a bool tensor [rows, positions], got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"visual_mask must have dtype torch.bool, got {mask.dtype}")
+    if mask.ndim != 2:
+        raise ValueError(f"visual_mask must have shape [rows, positions], got {list(mask.shape)}")
+

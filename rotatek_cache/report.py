@@ -1,0 +1,104 @@
+"""A readable account of what a cache holds."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SegmentReport:
+    """One sealed segment of a layer; `tokens` over all rows, bytes from storage."""
+
+    tokens: int
+    rank: int
+    stored_rank: int
+    head_width: int
+    key_bytes: int
+    value_bytes: int
+    basis_bytes: int
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: logical `tokens` per row, its segments, dense tokens over all rows, bytes stored and dense.
+
+    `kept_dense` lists (row at the seal, visual tokens) that were too few for a basis to save bytes.
+    """
+
+    index: int
+    kind: str
+    tokens: int
+    segments: list[SegmentReport]
+    dense_tokens: int
+    stored_bytes: int
+    dense_bytes: int
+    kept_dense: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """All layers; `print` it, or read its fields."""
+
+    options: str
+    layers: list[LayerReport]
+    stored_bytes: int
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that a dense cache takes for the same tokens."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Dense bytes over stored bytes, everything counted."""
+        return self.dense_bytes / self.stored_bytes if self.stored_bytes else 1.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"RotateK cache, {self.options}",
+            f"{'layer':>5}  {'tokens':>6}  {'visual':>6}  {'rank':>8}  {'keys':>10}  {'values':>10}  {'basis':>9}  "
+            f"{'text':>6}  {'stored':>10}  {'dense':>10}  {'ratio':>5}",
+        ]
+        for layer in self.layers:
+            lines += self._layer_lines(layer)
+        lines.append(
+            f"in all {readable_bytes(self.stored_bytes)} stored, {readable_bytes(self.dense_bytes)} dense: "
+            f"{self.compression_ratio:.2f}x smaller"
+        )
+        few = {entry for layer in self.layers for entry in layer.kept_dense}
+        for row, tokens in sorted(few):
+            lines.append(
+                f"row {row}: {tokens} visual tokens stayed dense, since a basis would cost more bytes than it saves"
+            )
+        return "\n".join(lines)
+
+    @staticmethod
+    def _layer_lines(layer: LayerReport) -> list[str]:
+        ratio = layer.dense_bytes / layer.stored_bytes if layer.stored_bytes else 1.0
+        tail = (
+            f"  {layer.dense_tokens:>6}  {readable_bytes(layer.stored_bytes):>10}  "
+            f"{readable_bytes(layer.dense_bytes):>10}  {ratio:>4.2f}x"
+        )
+        head = f"{layer.index:>5}  {layer.tokens:>6}"
+        if layer.kind != "RotateKLayer":
+            return [f"{head}  {'stock layer: ' + layer.kind:<57}{tail}"]
+        if not layer.segments:
+            return [f"{head}  {0:>6}  {'-':>8}  {'-':>10}  {'-':>10}  {'-':>9}{tail}"]
+        lines = []
+        for number, segment in enumerate(layer.segments):
+            padding = f"+{segment.stored_rank - segment.rank}" if segment.stored_rank > segment.rank else ""
+            rank = f"{segment.rank}{padding}/{segment.head_width}"
+            lines.append(
+                f"{head if number == 0 else ' ' * len(head)}  {segment.tokens:>6}  {rank:>8}  "
+                f"{readable_bytes(segment.key_bytes):>10}  {readable_bytes(segment.value_bytes):>10}  "
+                f"{readable_bytes(segment.basis_bytes):>9}{tail if number == 0 else ''}"
+            )
+        return lines
+
+
+def readable_bytes(count: int) -> str:
+    """`count` bytes in B, KiB, MiB or GiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

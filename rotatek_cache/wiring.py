@@ -1,0 +1,270 @@
+"""`attach(model)`: one call that wires a vision-language model. The only file that knows model families."""
+
+import functools
+import inspect
+import types
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rotatek_cache import hf_attention
+from rotatek_cache.cache import RotateKCache
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What has to be known of a model family.
+
+    Args:
+        placeholders: config fields with the ids that stand for visual tokens in `input_ids`.
+    """
+
+    placeholders: tuple[str, ...] = ("image_token_id",)
+
+
+_IMAGE = Family()
+_IMAGE_AND_VIDEO = Family(("image_token_id", "video_token_id"))
+
+# model_type -> facts; each family here is run through generate by the tests.
+FAMILIES: dict[str, Family] = {
+    "gemma3": _IMAGE,
+    "glm4v": _IMAGE_AND_VIDEO,
+    "idefics3": _IMAGE,
+    "internvl": _IMAGE,
+    "llava": _IMAGE,
+    "llava_next": _IMAGE,
+    "llava_onevision": _IMAGE_AND_VIDEO,
+    "mistral3": _IMAGE,
+    "paligemma": _IMAGE,
+    "qwen2_5_vl": _IMAGE_AND_VIDEO,
+    "qwen2_vl": _IMAGE_AND_VIDEO,
+    "qwen3_vl": _IMAGE_AND_VIDEO,
+    "smolvlm": _IMAGE,
+}
+
+REFUSED_FAMILIES = {
+    "mllama": "its images reach the text through cross-attention layers, whose Keys never stand in the prompt",
+}
+
+# Arguments of a forward that carry visual content: placeholder ids without any of them are ordinary text.
+CONTENT = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states", "image_embeds", "video_embeds")
+
+
+def families() -> list[str]:
+    """The model types that `attach` knows."""
+    return sorted(FAMILIES)
+
+
+@dataclass
+class Attachment:
+    """What `detach` undoes."""
+
+    text_key: str
+    previous: str
+    handles: list[Any]
+
+
+def attach(model: M) -> M:
+    """Make ``model.generate(..., past_key_values=RotateKCache(...))`` work for the rest of the model's life.
+
+    Selects the attention function "rotatek" for the text model (the vision tower keeps its own), and tells every
+    `RotateKCache` which positions are visual. Any other cache behaves as before. Calling it twice changes nothing.
+
+    Args:
+        model: a vision-language model of transformers, or a PEFT wrapper around one.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        ValueError: its family is not known, or has what a `RotateKCache` cannot do.
+    """
+    top = _host_model(model)
+    family, text_key = _check(top)
+    inner = _inner(top)
+    if getattr(inner, "_rotatek", None) is not None:
+        return model
+    text_config = top.config.get_text_config(decoder=True)
+    previous = text_config._attn_implementation
+    top.set_attn_implementation({text_key: hf_attention.NAME})
+    inner._rotatek_placeholders = [  # type: ignore[assignment]
+        token for name in family.placeholders if (token := getattr(top.config, name, None)) is not None
+    ]
+    handles = [inner.register_forward_pre_hook(_announce, with_kwargs=True)]
+    if hasattr(inner, "rope_deltas"):
+        handles.append(inner.register_forward_hook(_remember_rope_deltas, with_kwargs=True))
+    inner._rotatek = Attachment(text_key, previous, handles)  # type: ignore[assignment]
+    if hasattr(top, "prepare_inputs_for_generation"):
+        for name, replacement in _generation_methods(type(top)).items():
+            setattr(top, name, types.MethodType(replacement, top))
+    return model
+
+
+def detach(model: M) -> M:
+    """Undo `attach`; does nothing to a model that is not attached. Returns the same object."""
+    top = _host_model(model)
+    inner = _inner(top)
+    attachment = getattr(inner, "_rotatek", None)
+    if attachment is None:
+        return model
+    top.set_attn_implementation({attachment.text_key: attachment.previous})
+    for handle in attachment.handles:
+        handle.remove()
+    del inner._rotatek, inner._rotatek_placeholders
+    for name in _generation_methods(type(top)):
+        top.__dict__.pop(name, None)
+    return model
+
+
+def _host_model(model: torch.nn.Module) -> PreTrainedModel:
+    # PEFT wraps the model, and its own `forward` calls the wrapped one's without hooks; those of `_inner` still run.
+    host = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    if not isinstance(host, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel (or a PEFT wrapper of one), got {type(model).__name__}")
+    return host
+
+
+def _inner(top: PreTrainedModel) -> torch.nn.Module:
+    """The model below the language-modelling head, which every way of calling passes through."""
+    inner = getattr(top, top.base_model_prefix, None) if top.base_model_prefix else None
+    return inner if isinstance(inner, torch.nn.Module) else top
+
+
+def _check(top: PreTrainedModel) -> tuple[Family, str]:
+    config = top.config
+    model_type = config.model_type
+    if model_type in REFUSED_FAMILIES:
+        raise ValueError(f"model family '{model_type}' cannot use RotateKCache: {REFUSED_FAMILIES[model_type]}")
+    text_config = config.get_text_config(decoder=True)
+    text_key = next((key for key in config.sub_configs if getattr(config, key, None) is text_config), None)
+    if model_type not in FAMILIES:
+        if text_key is None or len(config.sub_configs) < 2:
+            raise ValueError(
+                f"model must be a vision-language model, got {type(top).__name__} ('{model_type}'), which has no "
+                "vision config: RotateKCache compresses visual Keys only"
+            )
+        raise ValueError(
+            f"model family '{model_type}' is not in the table of rotatek_cache/wiring.py: missing is which token ids "
+            f"stand for visual tokens in its input_ids. Known: {', '.join(families())}. Without attach, load it with "
+            'attn_implementation={"text_config": "rotatek"} and pass RotateKCache(..., visual_mask=mask)'
+        )
+    if text_key is None:
+        raise ValueError(f"'{model_type}' has no text sub-config of its own, so its attention cannot be selected")
+    for name in ("attn_logit_softcapping", "attention_sinks"):
+        if getattr(text_config, name, None):
+            raise ValueError(
+                f"{type(top).__name__} cannot use RotateKCache: its text model sets {name}="
+                f"{getattr(text_config, name)}, which the compressed decode does not do"
+            )
+    return FAMILIES[model_type], text_key
+
+
+@functools.cache
+def _parameters(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def _announce(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: tell the cache which of the coming positions are visual."""
+    given = _parameters(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    given = {**given, **given.pop("kwargs", {})}
+    cache = given.get("past_key_values")
+    if not isinstance(cache, RotateKCache):
+        return
+    config = module.config
+    if given.get("output_attentions") or config.get_text_config(decoder=True).output_attentions:
+        raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")
+    if module.training and torch.is_grad_enabled():
+        raise ValueError("RotateKCache is for inference: call model.eval() or use torch.no_grad()")
+    cache.learn_config(config)
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    tokens = (ids if ids is not None else embeds).shape[1]
+    begin = cache.get_seq_length()
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != begin + tokens:
+        raise ValueError(
+            f"attention_mask covers {mask.shape[1]} positions, but this RotateKCache already holds {begin} and {tokens} "
+            "are new: to go on, pass the mask of the whole conversation; for another prompt call cache.reset()"
+        )
+    if begin and cache.rope_deltas is not None:
+        module.rope_deltas = cache.rope_deltas
+    cache.announce_visual(_visual_positions(module, cache, given, begin), tokens)
+
+
+def _visual_positions(
+    module: torch.nn.Module, cache: RotateKCache, given: dict[str, Any], begin: int
+) -> Tensor | None:
+    """bool ``[rows, tokens]`` of the coming forward; None where it brings no visual content."""
+    # An empty dict is what generate passes for a turn without images; its tokens may still spell placeholder ids.
+    content = any(_is_content(given.get(name)) for name in CONTENT)
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if ids is not None:
+        if begin and not content:
+            return None
+        return torch.isin(ids, torch.tensor(module._rotatek_placeholders, device=ids.device))
+    types_given = given.get("mm_token_type_ids")
+    if types_given is not None:
+        return types_given[:, -embeds.shape[1] :] > 0
+    if content:
+        table = module.get_input_embeddings()
+        tokens = torch.tensor(module._rotatek_placeholders, device=embeds.device)
+        return (embeds[:, :, None] == table(tokens).to(embeds.dtype)).all(-1).any(-1)
+    covered = cache.ledger.given is not None and cache.ledger.given.shape[1] >= begin + embeds.shape[1]
+    if not covered and begin == 0:
+        raise ValueError(
+            "the prompt came as inputs_embeds, which do not tell visual from text positions: pass "
+            f"RotateKCache(..., visual_mask=mask) with a bool tensor [rows, {embeds.shape[1]}] (all False for text)"
+        )
+    return None
+
+
+def _is_content(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(part is not None for part in value.values())
+    return value is not None
+
+
+def _remember_rope_deltas(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of M-RoPE families: their position offset lives on the model; keep it with its conversation."""
+    given = _parameters(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    cache = given.get("past_key_values")
+    if isinstance(cache, RotateKCache):
+        cache.rope_deltas = module.rope_deltas
+
+
+@functools.cache
+def _generation_methods(cls: type) -> dict[str, Any]:
+    """Instance methods that stand in for those of `cls` on an attached model."""
+    prepare_inputs = cls.prepare_inputs_for_generation
+
+    @functools.wraps(prepare_inputs)
+    def prepare_inputs_for_generation(
+        self: Any, input_ids: Tensor, next_sequence_length: int | None = None, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, RotateKCache) and next_sequence_length is not None and next_sequence_length <= 0:
+            raise ValueError(
+                f"this RotateKCache already holds {cache.get_seq_length()} tokens, the prompt has {input_ids.shape[1]}: "
+                "to go on with a conversation pass all of it, for another prompt call cache.reset() or make a new cache"
+            )
+        return prepare_inputs(self, input_ids, next_sequence_length, *args, **kwargs)
+
+    methods = {"prepare_inputs_for_generation": prepare_inputs_for_generation}
+    prepare_positions = getattr(cls, "_prepare_position_ids_for_generation", None)
+    if prepare_positions is not None:
+
+        @functools.wraps(prepare_positions)
+        def _prepare_position_ids_for_generation(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+            cache = model_kwargs.get("past_key_values")
+            if isinstance(cache, RotateKCache) and cache.rope_deltas is not None and cache.get_seq_length():
+                _inner(self).rope_deltas = cache.rope_deltas
+            return prepare_positions(self, inputs_tensor, model_kwargs)
+
+        methods["_prepare_position_ids_for_generation"] = _prepare_position_ids_for_generation
+    return methods
