@@ -17,8 +17,13 @@ MAX_SCORES = 1 << 26
 
 
 def attend(
-    query: Tensor, segments: Sequence[SegmentView], scale: float, *, impl: Implementation = "auto"
-) -> tuple[Tensor, Tensor]:
+    query: Tensor,
+    segments: Sequence[SegmentView],
+    scale: float,
+    *,
+    impl: Implementation = "auto",
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of `query` over all tokens of `segments`, decoded from their coefficients.
 
     Args:
@@ -27,6 +32,7 @@ def attend(
         scale: factor on ``q . k``.
         impl: "torch" is the reference, "triton" the kernel (an error where it cannot run), "auto" the kernel
             for single queries on CUDA where Triton is installed and the reference otherwise.
+        return_lse: whether the caller needs the log-sum-exp; None may stand in its place otherwise.
 
     Returns:
         Output ``[B, Q, H_q, D_v]`` in the query's dtype and natural log-sum-exp ``[B, H_q, Q]`` in float32 (float64
@@ -38,30 +44,33 @@ def attend(
         # The one arrow up: the kernels are an optional room, imported by name where they are dispatched to.
         kernel = importlib.import_module("rotatek_kernels.decode")
         return kernel.decode_attention(query, segments, scale)
-    return reference_attention(query, segments, scale)
+    return reference_attention(query, segments, scale, return_lse=return_lse)
 
 
 def _kernel_available() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("triton", "rotatek_kernels"))
 
 
-def reference_attention(query: Tensor, segments: Sequence[SegmentView], scale: float) -> tuple[Tensor, Tensor]:
+def reference_attention(
+    query: Tensor, segments: Sequence[SegmentView], scale: float, *, return_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """`attend` in plain torch. Half-precision operands are computed in float32."""
     queries = query.shape[2]
     total = max(1, sum(segment.max_length for segment in segments))
     chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * total))
-    if queries <= chunk:
-        return _attend_chunk(query, segments, scale, slice(0, queries))
     parts = [
-        _attend_chunk(query[:, :, i : i + chunk], segments, scale, slice(i, i + chunk))
+        _attend_chunk(query[:, :, i : i + chunk], segments, scale, slice(i, i + chunk), return_lse)
         for i in range(0, queries, chunk)
     ]
-    return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
+    if len(parts) == 1:
+        return parts[0]
+    lse = [part for _, part in parts if part is not None]
+    return torch.cat([out for out, _ in parts], 1), torch.cat(lse, 2) if lse else None
 
 
 def _attend_chunk(
-    query: Tensor, segments: Sequence[SegmentView], scale: float, mask_rows: slice
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, segments: Sequence[SegmentView], scale: float, mask_rows: slice, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     batch, q_heads, queries, width = query.shape
     heads = segments[0].keys.shape[0]
     dtype = compute_dtype(query.dtype)
@@ -71,9 +80,13 @@ def _attend_chunk(
         scores = _scores(q, segments[0], queries, mask_rows)
     else:
         scores = torch.cat([_scores(q, segment, queries, mask_rows) for segment in segments], -1)
-    lse = scores.logsumexp(-1)
-    # Subtracting a finite number in place of -inf leaves rows without any token at weight zero, not NaN.
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp_()
+    lse = None
+    if return_lse or any(segment.mask is not None or not segment.batched for segment in segments):
+        lse = scores.logsumexp(-1)
+        # Subtracting a finite number in place of -inf leaves rows without any token at weight zero, not NaN.
+        weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp_()
+    else:
+        weights = scores.softmax(-1)
     out = None
     start = 0
     for segment in segments:
@@ -83,11 +96,9 @@ def _attend_chunk(
     assert out is not None
     value_width = out.shape[-1]
     out = out.view(heads, batch, q_heads // heads, queries, value_width).permute(1, 3, 0, 2, 4)
-    lse = lse.view(heads, batch, q_heads // heads, queries).permute(1, 0, 2, 3)
-    return (
-        out.reshape(batch, queries, q_heads, value_width).to(query.dtype),
-        lse.reshape(batch, q_heads, queries),
-    )
+    if lse is not None:
+        lse = lse.view(heads, batch, q_heads // heads, queries).permute(1, 0, 2, 3).reshape(batch, q_heads, queries)
+    return out.reshape(batch, queries, q_heads, value_width).to(query.dtype), lse
 
 
 def _scores(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice) -> Tensor:

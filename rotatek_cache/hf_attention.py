@@ -71,7 +71,7 @@ def rotatek_attention_forward(
         if mask is None and query.shape[2] > 1:
             mask = causal_mask(query.shape[2], kv.length, query.device)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output, _ = attend(query, kv.views(mask), scale)
+        output, _ = attend(query, kv.views(mask), scale, return_lse=False)
     kv.observe(query, attention_mask)
     return output, None
 

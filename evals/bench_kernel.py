@@ -1,0 +1,212 @@
+"""Time of one decoded token of one layer, update plus attention: RotateK against the best dense decodes at hand.
+
+    python evals/bench_kernel.py --device cpu
+
+Every method is run in turn, round after round, so that all of them meet the same machine and cold caches; ratios are
+of medians in that one run. No speed is printed before the methods agree: the Keys are drawn with rank r, so that the
+compressed answer must equal the dense one.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import trange
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rotatek_cache import FitOptions, LayerKV, attend
+from rotatek_cache.ledger import VisualLedger
+
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class DenseModule(torch.nn.Module):
+    """What transformers' sdpa function reads off an attention module."""
+
+    is_causal = True
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = groups
+
+
+def rotatek_step(keys: Tensor, values: Tensor, queries: Tensor, visual: int, rank: int) -> Step:
+    """One decode step of our cache, filled with a prompt of `visual` visual tokens and some text."""
+    batch, _, tokens, width = keys.shape
+    ledger = VisualLedger()
+    ledger.announce(0, tokens, (torch.arange(tokens, device=keys.device) < visual).expand(batch, -1))
+    # Without the query weight, or the basis would not span Keys of rank r (the paper applies the eigenvectors of the
+    # weighted covariance to unweighted Keys).
+    kv = LayerKV(FitOptions(rank=rank, query_weight=False), ledger, 0)
+    kv.append(keys, values)
+    kv.observe(queries, None)
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ledger.complete(kv.length + 1, batch)
+        kv.append(key, value)
+        return attend(query, kv.views(None), width**-0.5, return_lse=False)[0]
+
+    return step
+
+
+def dynamic_cache_step(keys: Tensor, values: Tensor, groups: int) -> Step:
+    """transformers' default: DynamicCache, then its sdpa attention function."""
+    cache = DynamicCache()
+    cache.update(keys, values, 0)
+    module = DenseModule(groups)
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        held_keys, held_values = cache.update(key, value, 0)
+        return sdpa_attention_forward(module, query, held_keys, held_values, None, scaling=query.shape[-1] ** -0.5)[0]
+
+    return step
+
+
+def _preallocated(keys: Tensor, values: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    buffers = [t.new_zeros(*t.shape[:2], t.shape[2] + room, t.shape[3]) for t in (keys, values)]
+    for buffer, source in zip(buffers, (keys, values), strict=True):
+        buffer[:, :, : source.shape[2]] = source
+    return buffers[0], buffers[1]
+
+
+def sdpa_step(keys: Tensor, values: Tensor, room: int) -> Step:
+    """torch's sdpa with enable_gqa on a preallocated dense cache."""
+    held_keys, held_values = _preallocated(keys, values, room)
+    length = keys.shape[2]
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        nonlocal length
+        held_keys[:, :, length : length + 1], held_values[:, :, length : length + 1] = key, value
+        length += 1
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, held_keys[:, :, :length], held_values[:, :, :length], enable_gqa=True
+        ).transpose(1, 2)
+
+    return step
+
+
+def matmul_step(keys: Tensor, values: Tensor, room: int) -> Step:
+    """Batched matmuls over KV heads on a preallocated dense cache: each Key is read once for its GQA group."""
+    held_keys, held_values = _preallocated(keys, values, room)
+    length = keys.shape[2]
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        nonlocal length
+        held_keys[:, :, length : length + 1], held_values[:, :, length : length + 1] = key, value
+        length += 1
+        batch, q_heads, _, width = query.shape
+        heads = held_keys.shape[1]
+        grouped = (query * width**-0.5).view(batch * heads, q_heads // heads, width)
+        scores = torch.bmm(grouped, held_keys.flatten(0, 1)[:, :length].mT)
+        out = torch.bmm(scores.softmax(-1), held_values.flatten(0, 1)[:, :length])
+        return out.view(batch, 1, q_heads, width)
+
+    return step
+
+
+def draw(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys of rank `args.rank` around a mean, Values and queries of a prompt."""
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = args.visual + args.text
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inner = normal(args.batch, args.kv_heads, tokens, args.rank)
+    keys = inner @ normal(args.batch, args.kv_heads, args.rank, args.width) / args.rank**0.5
+    keys = keys + normal(args.batch, args.kv_heads, 1, args.width)
+    values = normal(args.batch, args.kv_heads, tokens, args.width)
+    queries = normal(args.batch, args.q_heads, tokens, args.width)
+    return keys, values, queries
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Check the methods against one another, then time them in turn."""
+    keys, values, queries = draw(args)
+    room = args.rounds + 2
+    methods: dict[str, Step] = {
+        "rotatek": rotatek_step(keys, values, queries, args.visual, args.rank),
+        "DynamicCache + sdpa": dynamic_cache_step(keys, values, args.q_heads // args.kv_heads),
+        "dense, sdpa": sdpa_step(keys, values, room),
+        "dense, matmuls": matmul_step(keys, values, room),
+    }
+
+    def token() -> tuple[Tensor, Tensor, Tensor]:
+        query = torch.randn(args.batch, args.q_heads, 1, args.width)
+        return query, *(torch.randn(args.batch, args.kv_heads, 1, args.width) for _ in range(2))
+
+    torch.manual_seed(args.seed)
+    first = token()
+    outputs = {name: step(*first) for name, step in methods.items()}
+    expected = outputs["dense, matmuls"]
+    errors = {name: float((out - expected).norm() / expected.norm()) for name, out in outputs.items()}
+    wrong = {name: error for name, error in errors.items() if not error < 1e-4}
+    if wrong:
+        raise SystemExit(f"no speed is reported: relative errors against the dense decode are {wrong}")
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in trange(args.rounds, desc="rounds", leave=False):
+        drawn = token()
+        for name, step in methods.items():
+            begin = time.perf_counter()
+            step(*drawn)
+            times[name].append(time.perf_counter() - begin)
+    median = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    ours = median["rotatek"]
+    best = min((value, name) for name, value in median.items() if name != "rotatek")
+    return {
+        "milliseconds": median,
+        "relative_error": errors,
+        "over DynamicCache + sdpa": median["DynamicCache + sdpa"] / ours,
+        "best dense": best[1],
+        "over best dense": best[0] / ours,
+    }
+
+
+def cpu_name() -> str:
+    """Name of the processor, as Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    """Parse, measure, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--visual", type=int, default=4096, help="visual tokens")
+    parser.add_argument("--text", type=int, default=32, help="text tokens of the prompt")
+    parser.add_argument("--q-heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--width", type=int, default=128, help="head width")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    with torch.inference_mode():
+        result = measure(args)
+    result["setting"] = {name: value for name, value in vars(args).items() if name != "out"}
+    result["hardware"] = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    result["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    result["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    for name, value in result["milliseconds"].items():
+        print(f"{name:24} {value:8.3f} ms   {value / result['milliseconds']['rotatek']:5.2f}x ours")
+    print(f"over DynamicCache + sdpa {result['over DynamicCache + sdpa']:.2f}x, "
+          f"over the best dense ({result['best dense']}) {result['over best dense']:.2f}x")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
