@@ -31,7 +31,7 @@ def attend(
         segments: views of what the cache stores; their KV heads divide ``H_q``.
         scale: factor on ``q . k``.
         impl: "torch" is the reference, "triton" the kernel (an error where it cannot run), "auto" the kernel
-            for single queries on CUDA where Triton is installed and the reference otherwise.
+            for single queries over uncoded segments on CUDA where Triton is installed and the reference otherwise.
         return_lse: whether the caller needs the log-sum-exp; None may stand in its place otherwise.
 
     Returns:
@@ -40,7 +40,10 @@ def attend(
     """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
-    if impl == "triton" or (impl == "auto" and query.is_cuda and query.shape[2] == 1 and _kernel_available()):
+    readable = not any(segment.is_coded for segment in segments)
+    if impl == "triton" or (
+        impl == "auto" and readable and query.is_cuda and query.shape[2] == 1 and _kernel_available()
+    ):
         # The one arrow up: the kernels are an optional room, imported by name where they are dispatched to.
         kernel = importlib.import_module("rotatek_kernels.decode")
         return kernel.decode_attention(query, segments, scale)
@@ -107,12 +110,11 @@ def _scores(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice) -> 
     basis = segment.basis
     shift = None
     if basis is not None and not basis.is_identity:
-        if segment.basis_rows is not None:
-            basis = segment.basis_of_rows()
+        basis = segment.basis_of_rows(basis)
         shift = basis.logit_shift(q)
         q = basis.project_query(q)
     if segment.batched:
-        keys = segment.batched_keys().to(q.dtype)
+        keys = segment.batched_keys(q.dtype)
         scores = torch.bmm(q.flatten(0, 1), keys.mT).view(heads, batch, grouped, segment.max_length)
         if shift is not None:
             scores += shift
@@ -120,8 +122,7 @@ def _scores(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice) -> 
         scores = q.new_full((heads, batch, grouped, segment.max_length), -torch.inf)
         for row, (start, length) in enumerate(segment.row_ranges()):
             if length:
-                keys = segment.keys[:, start : start + length].to(q.dtype)
-                torch.bmm(q[:, row], keys.mT, out=(row_scores := q.new_empty(heads, grouped, length)))
+                row_scores = torch.bmm(q[:, row], segment.row_keys(start, length, q.dtype).mT)
                 scores[:, row, :, :length] = row_scores if shift is None else row_scores + shift[:, row]
     if segment.mask is not None:
         mask = segment.mask[:, mask_rows]  # [B, Q, max_length]
@@ -134,16 +135,27 @@ def _scores(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice) -> 
 
 
 def _weighted_values(weights: Tensor, segment: SegmentView) -> Tensor:
-    """``weights [H, B, G * Q, max_length]`` times the segment's Values: ``[H, B, G * Q, D_v]``."""
+    """``weights [H, B, G * Q, max_length]`` times the segment's Values: ``[H, B, G * Q, D_v]``.
+
+    Coded Values are summed as coefficients; the sum is rotated back once.
+    """
     heads, batch, grouped, _ = weights.shape
-    value_width = segment.values.shape[-1]
     if segment.batched:
-        values = segment.batched_values().to(weights.dtype)
-        return torch.bmm(weights.flatten(0, 1), values).view(heads, batch, grouped, value_width)
-    out = weights.new_zeros(heads, batch, grouped, value_width)
-    for row, (start, length) in enumerate(segment.row_ranges()):
-        if length:
-            out[:, row] = torch.bmm(weights[:, row, :, :length], segment.values[:, start : start + length].to(weights.dtype))
+        values = segment.batched_values(weights.dtype)
+        out = torch.bmm(weights.flatten(0, 1), values).view(heads, batch, grouped, -1)
+    else:
+        width = segment.values.shape[-1] if segment.value_code is None else segment.value_code.channels
+        out = weights.new_zeros(heads, batch, grouped, width)
+        for row, (start, length) in enumerate(segment.row_ranges()):
+            if length:
+                out[:, row] = torch.bmm(weights[:, row, :, :length], segment.row_values(start, length, weights.dtype))
+    if segment.value_basis is None:
+        return out
+    basis = segment.basis_of_rows(segment.value_basis)
+    assert basis.B is not None
+    out = out @ basis.B.to(out.dtype).mT
+    if basis.delta is not None:
+        out += weights.sum(-1, keepdim=True) * basis.delta.to(out.dtype)[..., None, :]
     return out
 
 

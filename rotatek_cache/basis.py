@@ -12,6 +12,7 @@ from torch import Tensor
 
 RANK_MULTIPLE = 8  # a coefficient row of 8 half-precision numbers is one 16-byte load
 Solver = Literal["subspace", "eigh"]
+Bits = Literal[8, 4, 2, "auto"] | None
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class FitOptions:
         query_weight: weigh Key channels by the norm of the window's queries (the paper: on).
         solver: "subspace" (the paper's five subspace iterations) or "eigh" (exact).
         always_compress: compress segments in which the basis costs more bytes than it saves too (for studies).
+        basis: how Keys are rotated: a name of `rotatek_cache.methods.BASES` ("rotatek" is the paper's).
+        key_bits: None keeps coefficients in the model's dtype; 8, 4 or 2 quantises them per channel; "auto" spends
+            ``(1 - sparsity) * 16`` bits per Key channel on all channels by reverse water-filling.
+        value_sparsity: share of Value channels removed after a rotation of their own (PCA); None keeps Values dense.
+        value_bits: as `key_bits`, for the Values' coefficients.
     """
 
     sparsity: float | None = None
@@ -35,18 +41,24 @@ class FitOptions:
     query_weight: bool = True
     solver: Solver = "subspace"
     always_compress: bool = False
+    basis: str = "rotatek"
+    key_bits: Bits = None
+    value_sparsity: float | None = None
+    value_bits: Bits = None
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("sparsity", "rank", "energy") if getattr(self, name) is not None}
         if len(given) != 1:
             got = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
             raise ValueError(f"exactly one of sparsity, rank and energy sets the rank; got {got}")
-        for name in ("sparsity", "energy"):
-            value = given.get(name)
+        for name in ("sparsity", "energy", "value_sparsity"):
+            value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.value_sparsity is not None and not 0 <= self.value_sparsity < 1:
+            raise ValueError(f"value_sparsity must be in [0, 1), got {self.value_sparsity}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"energy must be in (0, 1], got {self.energy}")
         for name in ("rank", "query_window"):
@@ -59,27 +71,46 @@ class FitOptions:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.solver not in ("subspace", "eigh"):
             raise ValueError(f"solver must be 'subspace' or 'eigh', got {self.solver!r}")
+        for name, share in (("key_bits", self.sparsity), ("value_bits", self.value_sparsity)):
+            bits = getattr(self, name)
+            if bits not in (None, 8, 4, 2, "auto") or isinstance(bits, bool):
+                raise ValueError(f"{name} must be None, 8, 4, 2 or 'auto', got {bits!r}")
+            if bits == "auto" and share is None:
+                budget = "sparsity" if name == "key_bits" else "value_sparsity"
+                raise ValueError(f"{name}='auto' needs {budget}, which sets the bits to spend")
 
     @property
     def is_identity(self) -> bool:
-        """Whether the basis is the identity, so that nothing is fitted and nothing is lost."""
-        return self.sparsity == 0
+        """Whether Keys stay what they are, so that nothing is fitted and nothing is lost."""
+        return self.sparsity == 0 and self.key_bits is None
+
+    @property
+    def codes_values(self) -> bool:
+        """Whether Values are stored as coefficients too."""
+        return self.value_sparsity is not None or self.value_bits is not None
 
     def rank_for(self, head_width: int) -> int | None:
         """Rank for a head of `head_width` channels before padding; None if it follows from the Keys (`energy`)."""
         if self.energy is not None:
             return None
         if self.sparsity is not None:
-            return head_width - int(head_width * self.sparsity)
+            return rank_of_share(self.sparsity, head_width)
         assert self.rank is not None
         if self.rank > head_width:
             raise ValueError(f"rank must be at most the head width {head_width}, got {self.rank}")
         return self.rank
 
 
+def rank_of_share(sparsity: float, head_width: int) -> int:
+    """Channels left when a share `sparsity` of `head_width` is removed."""
+    return head_width - int(head_width * sparsity)
+
+
 @dataclass(frozen=True)
 class KeyBasis:
     """A pair (A, B): Keys are stored as ``C = (K - offset) A`` and read as ``q . K ~= (q B) . C + q . delta``.
+
+    Values take the same form: ``V ~= C B^T + delta``, so that a head's output is ``(sum p C) B^T + (sum p) delta``.
 
     Attributes:
         A: encoder ``[H, R, D, r]``; None is the identity.
@@ -98,7 +129,7 @@ class KeyBasis:
     @property
     def is_identity(self) -> bool:
         """Whether coefficients are the Keys themselves."""
-        return self.A is None
+        return self.B is None
 
     def tensors(self) -> list[Tensor]:
         """Distinct tensors that this basis holds."""
@@ -106,17 +137,48 @@ class KeyBasis:
         return list({id(t): t for t in held}.values())
 
     def encode(self, keys: Tensor) -> Tensor:
-        """Coefficients ``[H, R, S, r]`` of Keys ``[H, R, S, D]``, in the Keys' dtype."""
-        if self.A is None:
+        """Coefficients ``[H, R, S, r]`` of Keys ``[H, R, S, D]``, in float32 for half precisions."""
+        if self.is_identity:
             return keys
+        if self.A is None:
+            raise ValueError("this basis has no encoder left: it belongs to a segment that is sealed")
         wide = compute_dtype(keys.dtype)
         centred = keys.to(wide) if self.offset is None else keys.to(wide) - self.offset.to(wide)[..., None, :]
-        return (centred @ self.A.to(wide)).to(keys.dtype)
+        return centred @ self.A.to(wide)
+
+    def sealed(self) -> "KeyBasis":
+        """What decoding needs: a separate encoder and its offset are dropped."""
+        return KeyBasis(A=self.A if self.A is self.B else None, B=self.B, delta=self.delta, fitted_rank=self.fitted_rank)
+
+    def for_codes(self, low: Tensor, step: Tensor) -> "KeyBasis":
+        """The sealed basis that reads integer codes in place of coefficients ``low + step * code``.
+
+        Args:
+            low, step: ``[H, R, r]``.
+        """
+        assert self.B is not None
+        wide = compute_dtype(self.B.dtype)
+        shift = (self.B.to(wide) @ low.to(wide)[..., None])[..., 0]
+        delta = shift if self.delta is None else self.delta.to(wide) + shift
+        scaled = self.B.to(wide) * step.to(wide)[..., None, :]
+        return KeyBasis(B=scaled.to(self.B.dtype), delta=delta.to(self.B.dtype), fitted_rank=self.fitted_rank)
+
+    def columns(self, index: Tensor) -> "KeyBasis":
+        """The basis with columns picked by int64 ``index [H, R, r']``."""
+
+        def pick(matrix: Tensor | None) -> Tensor | None:
+            if matrix is None:
+                return None
+            return matrix.gather(-1, index[..., None, :].expand(*index.shape[:-1], matrix.shape[-2], -1))
+
+        encoder = pick(self.A)
+        return KeyBasis(encoder, encoder if self.A is self.B else pick(self.B), self.offset, self.delta, index.shape[-1])
 
     def reconstruct(self, coefficients: Tensor) -> Tensor:
         """Keys ``[H, R, S, D]`` that the coefficients ``[H, R, S, r]`` stand for (an oracle: decoding never does it)."""
         if self.B is None:
             return coefficients
+        coefficients = coefficients.to(compute_dtype(self.B.dtype))
         keys = coefficients @ self.B.to(coefficients.dtype).mT
         return keys if self.delta is None else keys + self.delta.to(coefficients.dtype)[..., None, :]
 
@@ -137,12 +199,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def padded_rank(rank: int) -> int:
     """`rank` rounded up to the multiple that storage and kernels use."""
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
-
-
-def compressed_saves_bytes(tokens: int, head_width: int, rank: int) -> bool:
-    """Whether `tokens` Keys of one head take fewer numbers as coefficients, basis (A = B) and delta than as they are."""
-    stored_rank = padded_rank(rank)
-    return tokens * stored_rank + head_width * stored_rank + head_width < tokens * head_width
 
 
 def key_moments(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,17 +279,65 @@ def rank_for_energy(matrix: Tensor, energy: float) -> int:
     return int(needed.clamp(max=matrix.shape[-1]).max())
 
 
-def fit_basis(mean: Tensor, matrix: Tensor, rank: int, solver: Solver, dtype: torch.dtype) -> KeyBasis:
+@dataclass(frozen=True)
+class KeyStatistics:
+    """What bases are fitted from.
+
+    Attributes:
+        mean: ``[H, R, D]`` of the visual Keys.
+        scatter: centred ``(K - mean)^T (K - mean)``, ``[H, R, D, D]``.
+        tokens: number of visual tokens, ``[R]``.
+        queries: the window's queries ``[R, H_q, W, D]`` after RoPE, None if there are none.
+        valid: bool ``[R, W]``, False for padding; None if nothing is.
+    """
+
+    mean: Tensor
+    scatter: Tensor
+    tokens: Tensor
+    queries: Tensor | None = None
+    valid: Tensor | None = None
+
+    def channel_norm(self) -> Tensor | None:
+        """The paper's channel weights ``[H, R, D]``, None without queries."""
+        if self.queries is None:
+            return None
+        return query_channel_norm(self.queries, self.mean.shape[0], self.valid)
+
+    def query_moment(self) -> Tensor | None:
+        """Second moment ``[H, R, D, D]`` of the window's queries over all heads of a GQA group, None without queries."""
+        if self.queries is None:
+            return None
+        heads = self.mean.shape[0]
+        queries = self.queries.to(self.mean.dtype)
+        if self.valid is not None:
+            queries = torch.where(self.valid[:, None, :, None], queries, torch.zeros_like(queries))
+        grouped = queries.unflatten(1, (heads, -1)).flatten(2, 3).transpose(0, 1)  # [H, R, G * W, D]
+        return grouped.mT @ grouped / grouped.shape[2]
+
+
+def stored_basis(
+    encoder: Tensor, decoder: Tensor, mean: Tensor | None, delta: Tensor | None, dtype: torch.dtype
+) -> KeyBasis:
+    """A basis with columns padded to `RANK_MULTIPLE` and everything rounded to the storage `dtype`.
+
+    Rounded before anything is encoded with it, so that what is stored and what decodes it agree.
+    """
+    rank = encoder.shape[-1]
+
+    def store(matrix: Tensor) -> Tensor:
+        return torch.nn.functional.pad(matrix, (0, padded_rank(rank) - rank)).to(dtype).contiguous()
+
+    stored = store(encoder)
+    offset = None if mean is None else mean.to(dtype).contiguous()
+    shift = offset if delta is mean else None if delta is None else delta.to(dtype).contiguous()
+    return KeyBasis(stored, stored if decoder is encoder else store(decoder), offset, shift, rank)
+
+
+def orthogonal_basis(mean: Tensor, matrix: Tensor, rank: int, solver: Solver, dtype: torch.dtype) -> KeyBasis:
     """Orthogonal basis from the mean ``[H, R, D]`` and the (weighted) scatter ``[H, R, D, D]`` of Keys.
 
-    The columns are rounded to the storage `dtype` before anything is encoded with them, so that what is stored and
-    what decodes it agree. Coefficients are those of centred Keys: ``delta`` is then the mean itself, which says the
-    same as the paper's uncentred coefficients with ``delta = mu (I - R R^T)`` and wastes neither range nor precision.
+    Coefficients are those of centred Keys: ``delta`` is then the mean itself, which says the same as the paper's
+    uncentred coefficients with ``delta = mu (I - R R^T)`` and wastes neither range nor precision.
     """
-    directions = principal_directions(matrix, rank, solver).to(dtype)
-    padding = padded_rank(rank) - rank
-    if padding:
-        directions = torch.nn.functional.pad(directions, (0, padding))
-    directions = directions.contiguous()
-    mean = mean.to(dtype).contiguous()
-    return KeyBasis(A=directions, B=directions, offset=mean, delta=mean, fitted_rank=rank)
+    directions = principal_directions(matrix, rank, solver)
+    return stored_basis(directions, directions, mean, mean, dtype)

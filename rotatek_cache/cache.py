@@ -8,10 +8,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from rotatek_cache.basis import FitOptions, Solver
+from rotatek_cache.basis import Bits, FitOptions, Solver
 from rotatek_cache.ledger import VisualLedger
+from rotatek_cache.methods import key_method
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
-from rotatek_cache.segments import LayerKV
+from rotatek_cache.segments import LayerKV, Stored
 
 HOW_TO_SWITCH = (
     "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
@@ -128,6 +129,11 @@ class RotateKCache(Cache):
         query_weight: weigh channels by those queries (the paper's method) or not (centred PCA).
         solver: "subspace" (five subspace iterations, the paper's) or "eigh" (exact).
         always_compress: compress also where the basis costs more bytes than it saves (for studies).
+        basis: how Keys are rotated, a name of `rotatek_cache.methods.BASES`; "rotatek" is the paper's.
+        key_bits: quantise coefficients to 8, 4 or 2 bits per channel; "auto" spends ``(1 - sparsity) * 16`` bits per
+            Key channel by reverse water-filling over all of them. None keeps the model's dtype.
+        value_sparsity: rotate Values too (PCA) and drop this share of their channels; None keeps them dense.
+        value_bits: as `key_bits`, for Values.
         visual_mask: bool ``[rows, prompt length]``, True on visual tokens; needed without `attach` and for prompts
             given as merged `inputs_embeds`. It wins over what the model's inputs say.
         config: the model's config, so that sliding-window layers keep their own cache layer; `attach` supplies it.
@@ -143,10 +149,27 @@ class RotateKCache(Cache):
         query_weight: bool = True,
         solver: Solver = "subspace",
         always_compress: bool = False,
+        basis: str = "rotatek",
+        key_bits: Bits = None,
+        value_sparsity: float | None = None,
+        value_bits: Bits = None,
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
     ) -> None:
-        self.options = FitOptions(sparsity, rank, energy, query_window, query_weight, solver, always_compress)
+        key_method(basis)
+        self.options = FitOptions(
+            sparsity=sparsity,
+            rank=rank,
+            energy=energy,
+            query_window=query_window,
+            query_weight=query_weight,
+            solver=solver,
+            always_compress=always_compress,
+            basis=basis,
+            key_bits=key_bits,
+            value_sparsity=value_sparsity,
+            value_bits=value_bits,
+        )
         self.ledger = VisualLedger(visual_mask)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self._record_past = False
@@ -259,6 +282,11 @@ class RotateKCache(Cache):
         return f"RotateKCache({chosen}, layers={len(self.layers)}, tokens={self.get_seq_length()}, bytes={self.nbytes():,})"
 
 
+def _rank(stored: Stored, width: int) -> int:
+    fitted = None if stored.basis is None else stored.basis.fitted_rank
+    return width if fitted is None else fitted
+
+
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind `tensors`."""
     storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
@@ -283,12 +311,14 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
     segments = [
         SegmentReport(
             tokens=int(segment.lengths.sum()),
-            rank=segment.basis.fitted_rank or width,
-            stored_rank=segment.coefficients.shape[-1],
+            rank=_rank(segment.keys, width),
+            stored_rank=segment.keys.data.shape[-1] if segment.keys.code is None else segment.keys.code.channels,
             head_width=width,
-            key_bytes=storage_bytes([segment.coefficients]),
-            value_bytes=storage_bytes([segment.values]),
-            basis_bytes=storage_bytes(segment.basis.tensors()),
+            key_bytes=storage_bytes([segment.keys.data]),
+            value_bytes=storage_bytes([segment.values.data]),
+            basis_bytes=storage_bytes(
+                [t for stored in (segment.keys, segment.values) for t in stored.tensors() if t is not stored.data]
+            ),
         )
         for segment in kv.segments
     ]

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.basis import (
+    Bits,
     FitOptions,
     KeyBasis,
-    compressed_saves_bytes,
-    fit_basis,
+    KeyStatistics,
     key_moments,
-    query_channel_norm,
+    padded_rank,
     rank_for_energy,
-    weighted_scatter,
+    rank_of_share,
 )
+from rotatek_cache.coding import CHANNEL_BLOCK, CodeLayout, allocate_bits, quantise
 from rotatek_cache.ledger import (
     Alignment,
     SealPlan,
@@ -32,6 +33,7 @@ from rotatek_cache.ledger import (
     column_positions,
     own_columns,
 )
+from rotatek_cache.methods import BASES, KeyMethod, key_method
 
 TEXT_ROOM = 32  # least number of free text columns after the segment had to grow
 
@@ -41,17 +43,21 @@ class SegmentView:
     """One segment as attention reads it; it owns nothing.
 
     Attributes:
-        keys: coefficients or dense Keys ``[H, N, w]``; row b owns tokens ``starts[b] : starts[b] + lengths[b]``.
-        values: ``[H, N, D_v]``.
+        keys: dense Keys, coefficients or packed codes ``[H, N, w]``; row b owns tokens
+            ``starts[b] : starts[b] + lengths[b]``.
+        values: dense Values, coefficients or packed codes ``[H, N, w_v]``.
         starts: int64 ``[B]`` on the device of the Keys.
         lengths: int32 ``[B]``.
         max_length: host-known bound of `lengths`; it sizes grids and buffers.
         row_stride: tokens from one row's first to the next's if `batched`.
         batched: all rows hold exactly `max_length` tokens and begin `row_stride` tokens apart, in order.
-        basis: what the coefficients mean; None for dense Keys.
-        basis_rows: int64 ``[B]``, which of the basis' rows a batch row uses; None if row b uses row b.
+        basis: what the Keys' coefficients mean; None for dense Keys.
+        basis_rows: int64 ``[B]``, which of the bases' rows a batch row uses; None if row b uses row b.
         mask: ``[B, Q, max_length]``, True (bool) where a query sees a token, or a number to add (float); None if every
             query sees all.
+        key_code: how Keys are packed; None if `keys` are numbers.
+        value_basis: what the Values' coefficients mean; None for dense Values.
+        value_code: how Values are packed; None if `values` are numbers.
     """
 
     keys: Tensor
@@ -64,30 +70,54 @@ class SegmentView:
     basis: KeyBasis | None = None
     basis_rows: Tensor | None = None
     mask: Tensor | None = None
+    key_code: CodeLayout | None = None
+    value_basis: KeyBasis | None = None
+    value_code: CodeLayout | None = None
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether Keys or Values are anything but plain numbers with a Key basis."""
+        return self.key_code is not None or self.value_code is not None or self.value_basis is not None
+
+    @property
+    def value_width(self) -> int:
+        """D_v of what attention returns."""
+        if self.value_basis is None or self.value_basis.B is None:
+            return self.values.shape[-1]
+        return self.value_basis.B.shape[-2]
 
     def _batched(self, packed: Tensor) -> Tensor:
         heads, _, width = packed.shape
         rows = packed.unflatten(1, (-1, self.row_stride))[:, :, : self.max_length]
         return rows.flatten(0, 1) if rows.stride(0) == rows.shape[1] * rows.stride(1) else rows.reshape(-1, *rows.shape[2:])
 
-    def batched_keys(self) -> Tensor:
-        """Keys as ``[H * B, max_length, w]`` without a copy; only where `batched`."""
-        return self._batched(self.keys)
+    def batched_keys(self, dtype: torch.dtype) -> Tensor:
+        """Keys or coefficients ``[H * B, max_length, r]`` in `dtype`, without a copy where they are so; `batched` only."""
+        return _numbers(self._batched(self.keys), self.key_code, dtype)
 
-    def batched_values(self) -> Tensor:
-        """Values as ``[H * B, max_length, D_v]`` without a copy; only where `batched`."""
-        return self._batched(self.values)
+    def batched_values(self, dtype: torch.dtype) -> Tensor:
+        """Values or coefficients ``[H * B, max_length, r_v]`` in `dtype`; only where `batched`."""
+        return _numbers(self._batched(self.values), self.value_code, dtype)
+
+    def row_keys(self, start: int, length: int, dtype: torch.dtype) -> Tensor:
+        """Keys or coefficients ``[H, length, r]`` of one row in `dtype`."""
+        return _numbers(self.keys[:, start : start + length], self.key_code, dtype)
+
+    def row_values(self, start: int, length: int, dtype: torch.dtype) -> Tensor:
+        """Values or coefficients ``[H, length, r_v]`` of one row in `dtype`."""
+        return _numbers(self.values[:, start : start + length], self.value_code, dtype)
 
     def row_ranges(self) -> Iterator[tuple[int, int]]:
         """(first token, number of tokens) of each batch row, on the host."""
         return zip(self.starts.tolist(), self.lengths.tolist(), strict=True)
 
-    def basis_of_rows(self) -> KeyBasis:
-        """The basis with one row per batch row."""
-        assert self.basis is not None
-        if self.basis_rows is None:
-            return self.basis
-        return select_basis(self.basis, self.basis_rows)
+    def basis_of_rows(self, basis: KeyBasis) -> KeyBasis:
+        """`basis` with one row per batch row."""
+        return basis if self.basis_rows is None else select_basis(basis, self.basis_rows)
+
+
+def _numbers(stored: Tensor, code: CodeLayout | None, dtype: torch.dtype) -> Tensor:
+    return (stored if code is None else code.unpack(stored)).to(dtype)
 
 
 def select_basis(basis: KeyBasis, rows: Tensor) -> KeyBasis:
@@ -102,21 +132,31 @@ def select_basis(basis: KeyBasis, rows: Tensor) -> KeyBasis:
     return KeyBasis(pick(basis.A), pick(basis.B), pick(basis.offset), pick(basis.delta), basis.fitted_rank)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Keys or Values of a segment: numbers ``[H, N, w]`` or packed bytes, and what they mean (None: they are dense)."""
+
+    data: Tensor
+    basis: KeyBasis | None = None
+    code: CodeLayout | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        return [self.data, *(self.basis.tensors() if self.basis is not None else [])]
+
+
 @dataclass
 class VisualSegment:
     """Sealed visual tokens of a layer. The storage never changes; selecting rows permutes the three row vectors.
 
     Attributes:
-        coefficients: ``[H, N, r]``.
-        values: ``[H, N, D_v]``.
-        basis: rows are the sequences that were compressed at the seal.
+        keys, values: what is stored of them; rows of their bases are the sequences that were compressed at the seal.
         positions: int32 ``[N]``, logical position of each token (shared by the layers).
         starts, lengths, basis_rows: the row table, ``[B]`` each.
     """
 
-    coefficients: Tensor
-    values: Tensor
-    basis: KeyBasis
+    keys: "Stored"
+    values: "Stored"
     positions: Tensor
     starts: Tensor
     lengths: Tensor
@@ -127,15 +167,18 @@ class VisualSegment:
     def view(self, ledger: VisualLedger, mask: Tensor | None) -> SegmentView:
         """The segment as attention reads it, with its columns of the model's mask."""
         return SegmentView(
-            keys=self.coefficients,
-            values=self.values,
+            keys=self.keys.data,
+            values=self.values.data,
             starts=self.starts,
             lengths=self.lengths,
             max_length=self.max_length,
             row_stride=self.max_length,
             batched=self.uniform,
-            basis=self.basis,
+            basis=self.keys.basis,
             basis_rows=None if self.uniform else self.basis_rows,
+            key_code=self.keys.code,
+            value_basis=self.values.basis,
+            value_code=self.values.code,
             mask=None if mask is None else ledger.gather_mask(mask, (self.positions, self.starts), self.token_positions),
         )
 
@@ -162,7 +205,7 @@ class VisualSegment:
     def tensors(self) -> list[Tensor]:
         """Everything held."""
         rows = [self.positions, self.starts, self.lengths, self.basis_rows]
-        return [self.coefficients, self.values, *self.basis.tensors(), *rows]
+        return [*self.keys.tensors(), *self.values.tensors(), *rows]
 
     def __deepcopy__(self, memo: dict) -> "VisualSegment":
         # Sealed storage is immutable, so copies of a cache share it; what may change is only ever replaced.
@@ -389,28 +432,58 @@ class LayerKV:
         self._append_text(pending, plan, rows)
 
     def _rows_worth_compressing(self, pending: Pending, plan: SealPlan) -> tuple[int, ...]:
-        assert self.shape is not None
-        width = self.shape[2]
         candidates = tuple(row for row, count in enumerate(plan.counts) if count)
-        rank = self.options.rank_for(width)
-        if self.options.always_compress or self.options.is_identity or rank is None:
+        options = self.options
+        if options.always_compress or options.energy is not None or (options.is_identity and not options.codes_values):
             return candidates
-        return tuple(row for row in candidates if compressed_saves_bytes(plan.counts[row], width, rank))
+        itemsize = pending.keys.dtype.itemsize
+        width, value_width = pending.keys.shape[-1], pending.values.shape[-1]
+        sizes = [_stored_size(options.rank_for(width), options.sparsity, width, options.key_bits, itemsize)]
+        if options.is_identity:
+            sizes = [(width * itemsize, 0)]
+        if options.codes_values:
+            share = options.value_sparsity or 0.0
+            sizes.append(
+                _stored_size(rank_of_share(share, value_width), share, value_width, options.value_bits, itemsize)
+            )
+        else:
+            sizes.append((value_width * itemsize, 0))
+        token_bytes, basis_bytes = (sum(part) for part in zip(*sizes, strict=True))
+        dense = (width + value_width) * itemsize
+        return tuple(row for row in candidates if plan.counts[row] * token_bytes + basis_bytes < plan.counts[row] * dense)
 
     def _compress(self, pending: Pending, plan: SealPlan, rows: tuple[int, ...]) -> VisualSegment:
         layout = plan.layout(rows, pending.keys.device)
         keys = pending.keys.transpose(0, 1)[:, layout.token_rows, layout.token_columns]  # [H, N, D]
         values = pending.values.transpose(0, 1)[:, layout.token_rows, layout.token_columns]
-        pending_window, pending.window = pending.window, None
-        basis = KeyBasis()
-        coefficients = keys
-        if not self.options.is_identity:
-            basis = self._fit(keys, pending_window, plan, rows, layout.storage_ranges)
-            coefficients = _encode(keys, basis, layout.storage_ranges)
+        options = self.options
+        stored_keys, stored_values = Stored(keys, KeyBasis()), Stored(values)
+        if not options.is_identity:
+            index = torch.tensor(rows, device=keys.device)
+            window, valid = pending.window, None
+            if window is not None:
+                valid = plan.visible_tail(window.shape[2], window.device)
+                valid = None if valid is None else valid[index]
+                window = window[index]
+            stored_keys = self._store(
+                "Keys",
+                keys,
+                layout.storage_ranges,
+                key_method(options.basis if options.query_weight else "pca"),
+                (options.rank_for(keys.shape[-1]), options.sparsity, options.key_bits),
+                window,
+                valid,
+            )
+        if options.codes_values:
+            share = options.value_sparsity or 0.0
+            rank = rank_of_share(share, values.shape[-1])
+            stored_values = self._store(
+                "Values", values, layout.storage_ranges, BASES["pca"], (rank, share, options.value_bits)
+            )
+        pending.window = None
         return VisualSegment(
-            coefficients=coefficients,
-            values=values,
-            basis=basis,
+            keys=stored_keys,
+            values=stored_values,
             positions=layout.positions,
             starts=layout.starts,
             lengths=layout.lengths,
@@ -419,27 +492,36 @@ class LayerKV:
             uniform=layout.uniform,
         )
 
-    def _fit(
-        self, keys: Tensor, window: Tensor | None, plan: SealPlan, rows: Sequence[int], ranges: Sequence[tuple[int, int]]
-    ) -> KeyBasis:
-        moments = [key_moments(keys[:, start : start + length]) for start, length in ranges]
+    def _store(
+        self,
+        what: str,
+        states: Tensor,
+        ranges: Sequence[tuple[int, int]],
+        method: KeyMethod,
+        budget: tuple[int | None, float | None, Bits],
+        window: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Stored:
+        """Fit a basis to packed states ``[H, N, D]`` and store their coefficients, as numbers or as codes."""
+        rank, sparsity, bits = budget
+        moments = [key_moments(states[:, start : start + length]) for start, length in ranges]
         mean, scatter = (torch.stack(parts, 1) for parts in zip(*moments, strict=True))
         if not bool(torch.isfinite(scatter).all()):
             raise ValueError(
-                f"the visual Keys of layer {self.index} hold NaN or infinity, so no basis can be fitted to them: the model's "
-                "weights, inputs or dtype overflow before they reach the cache"
+                f"the visual {what} of layer {self.index} hold NaN or infinity, so no basis can be fitted to them: the "
+                "model's weights, inputs or dtype overflow before they reach the cache"
             )
-        weight = None
-        if self.options.query_weight and window is not None:
-            index = torch.tensor(rows, device=window.device)
-            valid = plan.visible_tail(window.shape[2], window.device)
-            weight = query_channel_norm(window[index], keys.shape[0], None if valid is None else valid[index])
-        matrix = weighted_scatter(scatter, weight)
-        rank = self.options.rank_for(keys.shape[-1])
+        tokens = torch.tensor([length for _, length in ranges], device=states.device)
+        stats = KeyStatistics(mean, scatter, tokens, window, valid)
         if rank is None:
             assert self.options.energy is not None
-            rank = rank_for_energy(matrix, self.options.energy)
-        return fit_basis(mean, matrix, rank, self.options.solver, keys.dtype)
+            rank = rank_for_energy(method.energy_matrix(stats), self.options.energy)
+        # Spending bits freely needs all directions, the best ones first.
+        basis = method.fit(stats, states.shape[-1] if bits == "auto" else rank, self.options.solver, states.dtype)
+        if bits is None:
+            coefficients = torch.cat([_encode_row(states, basis, row, span) for row, span in enumerate(ranges)], 1)
+            return Stored(coefficients.to(states.dtype), basis.sealed())
+        return _store_codes(states, basis, ranges, bits, sparsity)
 
     def _append_text(self, pending: Pending, plan: SealPlan, compressed_rows: tuple[int, ...]) -> None:
         """Move the pending tokens that stay dense behind the text."""
@@ -507,12 +589,44 @@ class LayerKV:
         return held
 
 
-def _encode(keys: Tensor, basis: KeyBasis, ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """Coefficients ``[H, N, r]`` of packed Keys ``[H, N, D]``, row by row of the basis."""
-    assert basis.A is not None
-    coefficients = keys.new_empty(*keys.shape[:2], basis.A.shape[-1])
-    for row, (start, length) in enumerate(ranges):
-        one = select_basis(basis, torch.tensor([row], device=keys.device))
-        coefficients[:, start : start + length] = one.encode(keys[:, None, start : start + length])[:, 0]
-    return coefficients
+def _encode_row(states: Tensor, basis: KeyBasis, row: int, span: tuple[int, int]) -> Tensor:
+    """Coefficients ``[H, S, r]`` of one row of packed states ``[H, N, D]``."""
+    start, length = span
+    one = select_basis(basis, torch.tensor([row], device=states.device))
+    return one.encode(states[:, None, start : start + length])[:, 0]
 
+
+def _store_codes(
+    states: Tensor, basis: KeyBasis, ranges: Sequence[tuple[int, int]], bits: Bits, sparsity: float | None
+) -> Stored:
+    coefficients = [_encode_row(states, basis, row, span) for row, span in enumerate(ranges)]
+    if bits == "auto":
+        assert sparsity is not None
+        variance = torch.stack([part.var(1, correction=0) for part in coefficients], 1)  # [H, R, D]
+        variance, order = variance.sort(-1, descending=True)
+        layout = CodeLayout.from_bits(allocate_bits(variance.mean((0, 1)), int((1 - sparsity) * 16 * variance.shape[-1])))
+        order = order[..., : layout.channels]
+        basis = basis.columns(order)
+        coefficients = [
+            part.gather(-1, order[:, row, None].expand(-1, part.shape[1], -1)) for row, part in enumerate(coefficients)
+        ]
+    else:
+        assert isinstance(bits, int)
+        layout = CodeLayout(((bits, coefficients[0].shape[-1]),))
+    coded = [quantise(part, layout) for part in coefficients]
+    packed = torch.cat([layout.pack(codes) for codes, _, _ in coded], 1)
+    low, step = (torch.stack([part[i] for part in coded], 1) for i in (1, 2))
+    return Stored(packed, basis.for_codes(low, step), layout)
+
+
+def _stored_size(rank: int | None, sparsity: float | None, width: int, bits: Bits, itemsize: int) -> tuple[int, int]:
+    """Bytes of one token and of the basis of one head, at most (a spectrum may need fewer)."""
+    assert rank is not None
+    if bits == "auto":
+        assert sparsity is not None
+        token_bytes = int((1 - sparsity) * 2 * width)
+        rank = min(width, max(CHANNEL_BLOCK, token_bytes * 4))  # at 2 bits each
+    else:
+        rank = padded_rank(rank)
+        token_bytes = rank * itemsize if bits is None else rank * bits // 8
+    return token_bytes, (width * rank + width) * itemsize

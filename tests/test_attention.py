@@ -7,7 +7,7 @@ import torch
 
 from rotatek_cache import attention
 from rotatek_cache.attention import attend, merge_state, reference_attention
-from rotatek_cache.basis import KeyBasis, fit_basis, key_moments
+from rotatek_cache.basis import KeyBasis, key_moments, orthogonal_basis
 from rotatek_cache.segments import SegmentView, select_basis
 
 SHAPES = [  # batch, KV heads, group, queries, D, D_v, r, lengths of the visual rows, text tokens
@@ -32,7 +32,7 @@ def draw(batch, heads, group, queries, width, value_width, rank, lengths, text, 
     rows = [slice(int(a), int(b)) for a, b in zip(starts, starts[1:], strict=False)]
     moments = [key_moments(keys[:, row]) if row.stop > row.start else (keys.new_zeros(heads, width), keys.new_zeros(heads, width, width)) for row in rows]
     mean, scatter = (torch.stack(part, 1) for part in zip(*moments, strict=True))
-    basis = fit_basis(mean, scatter, rank, "eigh", torch.float64)
+    basis = orthogonal_basis(mean, scatter, rank, "eigh", torch.float64)
     coefficients = torch.cat(
         [select_basis(basis, torch.tensor([b])).encode(keys[:, None, row])[:, 0] for b, row in enumerate(rows)], 1
     )
@@ -176,7 +176,7 @@ def test_the_error_of_the_output_falls_with_the_rank():
     expected, _ = plain_attention(query, [(keys, values)], 0.5)
     for rank in (8, 16, 32, 48, 64):
         mean, scatter = key_moments(keys[:, None])
-        basis = fit_basis(mean, scatter, rank, "eigh", torch.float64)
+        basis = orthogonal_basis(mean, scatter, rank, "eigh", torch.float64)
         view = SegmentView(
             basis.encode(keys[:, None])[:, 0], values, torch.tensor([0]), torch.tensor([tokens]), tokens, tokens, True, basis
         )
