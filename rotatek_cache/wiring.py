@@ -2,13 +2,15 @@
 
 import functools
 import inspect
+import threading
 import types
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rotatek_cache import hf_attention
 from rotatek_cache.cache import RotateKCache
@@ -44,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": _IMAGE_AND_VIDEO,
     "qwen2_vl": _IMAGE_AND_VIDEO,
     "qwen3_vl": _IMAGE_AND_VIDEO,
+    "qwen3_vl_moe": _IMAGE_AND_VIDEO,
     "smolvlm": _IMAGE,
 }
 
@@ -60,20 +63,53 @@ def families() -> list[str]:
     return sorted(FAMILIES)
 
 
+_SELECTING = threading.Lock()
+
+
 @dataclass
 class Attachment:
-    """What `detach` undoes."""
+    """What an attached model needs during a forward, and what `detach` undoes.
 
-    text_key: str
-    previous: str
-    handles: list[Any]
+    The attention function is selected for the duration of each forward that has a `RotateKCache`, so that any other
+    cache meets the implementation that the model had (and may still change).
+
+    Args:
+        configs: the text configs that the attention layers read their implementation from.
+        placeholders: ids that stand for visual tokens in `input_ids`.
+    """
+
+    configs: list[PreTrainedConfig]
+    placeholders: list[int]
+    handles: list[Any] = field(default_factory=list)
+    previous: list[str | None] = field(default_factory=list)
+    running: int = 0  # forwards with a RotateKCache; more than one where threads share the model
+
+    def select(self) -> None:
+        """Begin a forward with a `RotateKCache`."""
+        with _SELECTING:
+            if self.running == 0:
+                self.previous = [config._attn_implementation for config in self.configs]
+                self._set([hf_attention.NAME] * len(self.configs))
+            self.running += 1
+
+    def restore(self) -> None:
+        """End a forward that `select` began."""
+        with _SELECTING:
+            self.running -= 1
+            if self.running == 0:
+                self._set(self.previous)
+
+    def _set(self, implementations: Sequence[str | None]) -> None:
+        for config, implementation in zip(self.configs, implementations, strict=True):
+            config._attn_implementation = implementation
 
 
 def attach(model: M) -> M:
     """Make ``model.generate(..., past_key_values=RotateKCache(...))`` work for the rest of the model's life.
 
-    Selects the attention function "rotatek" for the text model (the vision tower keeps its own), and tells every
-    `RotateKCache` which positions are visual. Any other cache behaves as before. Calling it twice changes nothing.
+    Forwards with a `RotateKCache` use the attention function "rotatek" in the text model (the vision tower keeps its
+    own) and tell the cache which positions are visual. Any other cache behaves as before. Calling it twice changes
+    nothing.
 
     Args:
         model: a vision-language model of transformers, or a PEFT wrapper around one.
@@ -86,20 +122,17 @@ def attach(model: M) -> M:
         ValueError: its family is not known, or has what a `RotateKCache` cannot do.
     """
     top = _host_model(model)
-    family, text_key = _check(top)
+    family = _check(top)
     inner = _inner(top)
     if getattr(inner, "_rotatek", None) is not None:
         return model
-    text_config = top.config.get_text_config(decoder=True)
-    previous = text_config._attn_implementation
-    top.set_attn_implementation({text_key: hf_attention.NAME})
-    inner._rotatek_placeholders = [  # type: ignore[assignment]
-        token for name in family.placeholders if (token := getattr(top.config, name, None)) is not None
+    placeholders = [token for name in family.placeholders if (token := getattr(top.config, name, None)) is not None]
+    attachment = Attachment(_text_configs(top), placeholders)
+    attachment.handles = [
+        inner.register_forward_pre_hook(_before_forward, with_kwargs=True),
+        inner.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
     ]
-    handles = [inner.register_forward_pre_hook(_announce, with_kwargs=True)]
-    if hasattr(inner, "rope_deltas"):
-        handles.append(inner.register_forward_hook(_remember_rope_deltas, with_kwargs=True))
-    inner._rotatek = Attachment(text_key, previous, handles)  # type: ignore[assignment]
+    inner._rotatek = attachment  # type: ignore[assignment]
     if hasattr(top, "prepare_inputs_for_generation"):
         for name, replacement in _generation_methods(type(top)).items():
             setattr(top, name, types.MethodType(replacement, top))
@@ -113,10 +146,9 @@ def detach(model: M) -> M:
     attachment = getattr(inner, "_rotatek", None)
     if attachment is None:
         return model
-    top.set_attn_implementation({attachment.text_key: attachment.previous})
     for handle in attachment.handles:
         handle.remove()
-    del inner._rotatek, inner._rotatek_placeholders
+    del inner._rotatek
     for name in _generation_methods(type(top)):
         top.__dict__.pop(name, None)
     return model
@@ -136,7 +168,15 @@ def _inner(top: PreTrainedModel) -> torch.nn.Module:
     return inner if isinstance(inner, torch.nn.Module) else top
 
 
-def _check(top: PreTrainedModel) -> tuple[Family, str]:
+def _text_configs(top: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The config of the text model, and copies of it that modules may hold."""
+    text_config = top.config.get_text_config(decoder=True)
+    held = (getattr(module, "config", None) for module in top.modules())
+    same = [text_config, *(config for config in held if type(config) is type(text_config))]
+    return list({id(config): config for config in same}.values())
+
+
+def _check(top: PreTrainedModel) -> Family:
     config = top.config
     model_type = config.model_type
     if model_type in REFUSED_FAMILIES:
@@ -162,21 +202,35 @@ def _check(top: PreTrainedModel) -> tuple[Family, str]:
                 f"{type(top).__name__} cannot use RotateKCache: its text model sets {name}="
                 f"{getattr(text_config, name)}, which the compressed decode does not do"
             )
-    return FAMILIES[model_type], text_key
+    return FAMILIES[model_type]
 
 
 @functools.cache
-def _parameters(forward: Any) -> inspect.Signature:
-    return inspect.signature(forward)
+def _parameters(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
 
 
-def _announce(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: tell the cache which of the coming positions are visual."""
-    given = _parameters(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-    given = {**given, **given.pop("kwargs", {})}
-    cache = given.get("past_key_values")
-    if not isinstance(cache, RotateKCache):
+def _arguments(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    given = _parameters(function).bind_partial(*args, **kwargs).arguments
+    return {**given, **given.pop("kwargs", {})}
+
+
+def _cache_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotateKCache | None:
+    """The `RotateKCache` that a forward of `module` is called with."""
+    cache = kwargs.get("past_key_values")
+    if cache is None and args:
+        cache = _arguments(type(module).forward, module, *args).get("past_key_values")
+    return cache if isinstance(cache, RotateKCache) else None
+
+
+def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: select the attention function and tell the cache which of the coming positions are visual."""
+    cache = _cache_of(module, args, kwargs)
+    if cache is None:
         return
+    module._rotatek.select()  # first of all: `_after_forward` is called whatever happens
+    given = _arguments(type(module).forward, module, *args, **kwargs)
     config = module.config
     if given.get("output_attentions") or config.get_text_config(decoder=True).output_attentions:
         raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")
@@ -184,17 +238,33 @@ def _announce(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         raise ValueError("RotateKCache is for inference: call model.eval() or use torch.no_grad()")
     cache.learn_config(config)
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if ids is None and embeds is None:
+        return  # the forward itself says what is missing
     tokens = (ids if ids is not None else embeds).shape[1]
     begin = cache.get_seq_length()
     mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != begin + tokens:
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] < begin + tokens:
         raise ValueError(
             f"attention_mask covers {mask.shape[1]} positions, but this RotateKCache already holds {begin} and {tokens} "
             "are new: to go on, pass the mask of the whole conversation; for another prompt call cache.reset()"
         )
-    if begin and cache.rope_deltas is not None:
-        module.rope_deltas = cache.rope_deltas
+    if hasattr(module, "rope_deltas"):
+        if begin:
+            module.rope_deltas = cache.rope_deltas
+        elif given.get("position_ids") is None:
+            module.rope_deltas = None  # of another conversation
     cache.announce_visual(_visual_positions(module, cache, given, begin), tokens)
+
+
+def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook, called after errors too."""
+    cache = _cache_of(module, args, kwargs)
+    if cache is None:
+        return
+    module._rotatek.restore()
+    if output is not None:
+        # M-RoPE families keep the position offset of a conversation on the model.
+        cache.rope_deltas = getattr(module, "rope_deltas", None)
 
 
 def _visual_positions(
@@ -207,13 +277,13 @@ def _visual_positions(
     if ids is not None:
         if begin and not content:
             return None
-        return torch.isin(ids, torch.tensor(module._rotatek_placeholders, device=ids.device))
+        return torch.isin(ids, torch.tensor(module._rotatek.placeholders, device=ids.device))
     types_given = given.get("mm_token_type_ids")
     if types_given is not None:
         return types_given[:, -embeds.shape[1] :] > 0
     if content:
         table = module.get_input_embeddings()
-        tokens = torch.tensor(module._rotatek_placeholders, device=embeds.device)
+        tokens = torch.tensor(module._rotatek.placeholders, device=embeds.device)
         return (embeds[:, :, None] == table(tokens).to(embeds.dtype)).all(-1).any(-1)
     covered = cache.ledger.given is not None and cache.ledger.given.shape[1] >= begin + embeds.shape[1]
     if not covered and begin == 0:
@@ -230,14 +300,6 @@ def _is_content(value: Any) -> bool:
     return value is not None
 
 
-def _remember_rope_deltas(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook of M-RoPE families: their position offset lives on the model; keep it with its conversation."""
-    given = _parameters(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-    cache = given.get("past_key_values")
-    if isinstance(cache, RotateKCache):
-        cache.rope_deltas = module.rope_deltas
-
-
 @functools.cache
 def _generation_methods(cls: type) -> dict[str, Any]:
     """Instance methods that stand in for those of `cls` on an attached model."""
@@ -245,15 +307,16 @@ def _generation_methods(cls: type) -> dict[str, Any]:
 
     @functools.wraps(prepare_inputs)
     def prepare_inputs_for_generation(
-        self: Any, input_ids: Tensor, next_sequence_length: int | None = None, *args: Any, **kwargs: Any
+        self: Any, input_ids: Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, RotateKCache) and next_sequence_length is not None and next_sequence_length <= 0:
+        given = _arguments(prepare_inputs, self, input_ids, *args, **kwargs)
+        cache, uncached = given.get("past_key_values"), given.get("next_sequence_length")
+        if isinstance(cache, RotateKCache) and uncached is not None and uncached <= 0:
             raise ValueError(
                 f"this RotateKCache already holds {cache.get_seq_length()} tokens, the prompt has {input_ids.shape[1]}: "
                 "to go on with a conversation pass all of it, for another prompt call cache.reset() or make a new cache"
             )
-        return prepare_inputs(self, input_ids, next_sequence_length, *args, **kwargs)
+        return prepare_inputs(self, input_ids, *args, **kwargs)
 
     methods = {"prepare_inputs_for_generation": prepare_inputs_for_generation}
     prepare_positions = getattr(cls, "_prepare_position_ids_for_generation", None)

@@ -1,0 +1,421 @@
+"""Tiny random vision-language models built from configs, one per family, with prompts of real structure.
+
+Every model has 3 text layers, 4 query heads over 2 KV heads and head width 32. Weights are drawn so that attention is
+peaked (a random model of the usual tiny weights attends almost uniformly, and would hide a wrong Key), and images give
+enough visual tokens that a segment is worth compressing.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+VOCAB = 200
+PAD, BOS = 0, 1
+IMAGE, VIDEO, OPEN, CLOSE, BREAK, END = 190, 191, 192, 193, 194, 195  # never drawn as text
+SPECIAL = (PAD, IMAGE, VIDEO, OPEN, CLOSE, BREAK, END)
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_channels": 3,
+}
+
+
+@dataclass
+class Prompt:
+    """Ids of one sequence and the visual content behind its placeholders, in order."""
+
+    ids: list[int]
+    images: list[Any] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family: how to build its model, and how to write prompts for it.
+
+    Args:
+        config: the config, from nothing.
+        image: one image of a size class (0, 1, ...): its ids (placeholders and what surrounds them), and its content.
+        collate: model arguments from the images of all rows: list of rows, each a list of contents.
+        sizes: how many size classes differ in their number of visual tokens.
+        token_types: name of the argument with the modality of each token, if the family has one.
+    """
+
+    name: str
+    config: Callable[[], Any]
+    image: Callable[[int, torch.Generator], tuple[list[int], Any]]
+    collate: Callable[[list[list[Any]]], dict[str, Tensor]]
+    sizes: int = 1
+    token_types: str | None = None
+    image_first: bool = False
+    video: Callable[[int, torch.Generator], tuple[list[int], Any]] | None = None
+    collate_video: Callable[[list[list[Any]]], dict[str, Tensor]] | None = None
+
+    def build(self) -> PreTrainedModel:
+        """The model with seeded weights, in eval mode, on the stock attention of transformers."""
+        config = self.config()
+        for part in (config, config.get_text_config(decoder=True)):
+            part.eos_token_id = None
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        _draw_weights(model)
+        generation = model.generation_config
+        generation.eos_token_id, generation.pad_token_id, generation.bos_token_id = None, PAD, BOS
+        generation.suppress_tokens = list(SPECIAL)
+        return model.eval()
+
+    def prompt(self, seed: int = 0, images: Sequence[int] = (0,), text: int = 9, tail: int = 7, videos: int = 0) -> Prompt:
+        """A sequence: BOS, text, one image per entry of `images` (its size class) with text between, a question."""
+        generator = torch.Generator().manual_seed(seed)
+        prompt = Prompt([] if self.image_first else [BOS, *_words(text, generator)])
+        for number, size in enumerate(images):
+            if number and not self.image_first:
+                prompt.ids += _words(2, generator)
+            ids, content = self.image(size % self.sizes, generator)
+            prompt.ids += ids
+            prompt.images.append(content)
+        for number in range(videos):
+            assert self.video is not None
+            ids, content = self.video(number, generator)
+            prompt.ids += ids
+            prompt.videos.append(content)
+        if self.image_first:
+            prompt.ids += [BOS]
+        prompt.ids += _words(tail, generator)
+        return prompt
+
+    def inputs(self, *prompts: Prompt) -> dict[str, Tensor]:
+        """Arguments of `generate` for a batch of prompts, padded on the left."""
+        length = max(len(prompt.ids) for prompt in prompts)
+        ids = torch.tensor([[PAD] * (length - len(prompt.ids)) + prompt.ids for prompt in prompts])
+        mask = torch.tensor([[0] * (length - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts])
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.token_types == "mm_token_type_ids":
+            inputs[self.token_types] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        elif self.token_types == "token_type_ids":
+            inputs[self.token_types] = torch.zeros_like(ids) if self.image_first else (ids == IMAGE).long()
+        if any(prompt.images for prompt in prompts):
+            inputs |= self.collate([prompt.images for prompt in prompts])
+        if any(prompt.videos for prompt in prompts):
+            assert self.collate_video is not None
+            inputs |= self.collate_video([prompt.videos for prompt in prompts])
+        return inputs
+
+
+def visual_positions(input_ids: Tensor) -> Tensor:
+    """bool ``[B, n]``: which ids are placeholders."""
+    return (input_ids == IMAGE) | (input_ids == VIDEO)
+
+
+def words(count: int, seed: int) -> list[int]:
+    """`count` ids of ordinary text."""
+    return _words(count, torch.Generator().manual_seed(seed))
+
+
+def _words(count: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(10, IMAGE, (count,), generator=generator).tolist()
+
+
+def _draw_weights(model: PreTrainedModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                fan_in = parameter[0].numel() if "embed_tokens" not in name else 1
+                gain = 1.6 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0
+                parameter.normal_(0, gain / math.sqrt(fan_in), generator=generator)
+            elif "q_norm" in name or "k_norm" in name:
+                parameter += 1.0
+            elif "norm" not in name and "bias" in name:
+                parameter.normal_(0, 0.1, generator=generator)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _pixels(*shape: int, generator: torch.Generator) -> Tensor:
+    # A smooth image and noise: patches differ, and the mean is not zero.
+    return torch.rand(*shape, generator=generator) * 2 - 0.3
+
+
+def _square(tokens: int, side: int) -> Callable[[int, torch.Generator], tuple[list[int], Tensor]]:
+    """One image ``[3, side, side]`` per size class n, as n + 1 tiles of `tokens` placeholders each."""
+
+    def image(size: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
+        return [IMAGE] * tokens * (size + 1), _pixels(size + 1, 3, side, side, generator=generator)
+
+    return image
+
+
+def _stack(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    return {"pixel_values": torch.cat([image for row in rows for image in row])}
+
+
+def _by_row(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    """Idefics: ``[B, images, 3, H, W]``, absent images zero."""
+    side = next(image for row in rows for image in row).shape[-1]
+    stacked = [torch.cat([torch.zeros(0, 3, side, side), *row]) for row in rows]
+    most = max(len(images) for images in stacked)
+    pixels = torch.stack([torch.cat([x, torch.zeros(most - len(x), 3, side, side)]) for x in stacked])
+    return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(pixels.shape[0], most, side, side, dtype=torch.bool)}
+
+
+def _wrapped(image: Callable[[int, torch.Generator], tuple[list[int], Any]]) -> Callable[..., tuple[list[int], Any]]:
+    def wrapped(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
+        ids, content = image(size, generator)
+        return [OPEN, *ids, CLOSE], content
+
+    return wrapped
+
+
+_GRIDS = ((1, 16, 16), (1, 20, 16), (1, 8, 24))  # patches of the size classes: 64, 80 and 48 tokens after merging 2 x 2
+
+
+def _patch_grid(width: int, token: int = IMAGE, frames: int = 1) -> Callable[[int, torch.Generator], tuple[list[int], Any]]:
+    """The Qwen line: flattened patches ``[t h w, width]`` and their grid."""
+
+    def image(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
+        grid = (frames, *_GRIDS[size][1:])
+        tokens = math.prod(grid) // 4
+        return [OPEN, *[token] * tokens, CLOSE], (_pixels(math.prod(grid), width, generator=generator), grid)
+
+    return image
+
+
+def _grids(pixels: str, grid: str) -> Callable[[list[list[Any]]], dict[str, Tensor]]:
+    def collate(rows: list[list[Any]]) -> dict[str, Tensor]:
+        images = [image for row in rows for image in row]
+        return {pixels: torch.cat([p for p, _ in images]), grid: torch.tensor([g for _, g in images])}
+
+    return collate
+
+
+_QWEN = {
+    "token_types": "mm_token_type_ids",
+    "sizes": 3,
+    "collate": _grids("pixel_values", "image_grid_thw"),
+    "collate_video": _grids("pixel_values_videos", "video_grid_thw"),
+}
+_PATCH = 3 * 2 * 4 * 4  # channels, frames, height, width
+
+
+def _pixtral(size: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
+    """Rows of placeholders closed by a break token, as the Pixtral processor writes them (patches already merged)."""
+    height, width = ((8, 8), (10, 6), (6, 9))[size]
+    ids: list[int] = []
+    for row in range(height):
+        ids += [*[IMAGE] * width, BREAK if row < height - 1 else END]
+    return ids, (height, width, generator)
+
+
+def _pixtral_image(scale: int) -> Callable[[int, torch.Generator], tuple[list[int], Tensor]]:
+    def image(size: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
+        ids, (height, width, _) = _pixtral(size, generator)
+        return ids, _pixels(3, height * scale, width * scale, generator=generator)
+
+    return image
+
+
+def _padded_sizes(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    """``[images, 3, max H, max W]`` and the true sizes."""
+    images = [image for row in rows for image in row]
+    height, width = max(i.shape[1] for i in images), max(i.shape[2] for i in images)
+    pixels = torch.stack(
+        [torch.nn.functional.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in images]
+    )
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[i.shape[1], i.shape[2]] for i in images])}
+
+
+def _anyres(newline: bool, side: int = 32, patches: int = 8) -> Callable[[int, torch.Generator], tuple[list[int], Any]]:
+    """LLaVA-NeXT and OneVision: a base view and tiles; the visual tokens of a 32 x 64 or 64 x 32 original."""
+
+    def image(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
+        height, width = ((32, 64), (64, 32), (64, 64))[size]
+        tiles = 1 + (height // side) * (width // side)
+        rows, columns = height // side * patches, width // side * patches
+        tokens = patches * patches + rows * (columns + 1) + int(newline)
+        return [IMAGE] * tokens, (_pixels(tiles, 3, side, side, generator=generator), (height, width))
+
+    return image
+
+
+def _anyres_collate(rows: list[list[Any]]) -> dict[str, Tensor]:
+    images = [image for row in rows for image in row]
+    most = max(len(tiles) for tiles, _ in images)
+    pixels = torch.stack([torch.cat([t, torch.zeros(most - len(t), *t.shape[1:])]) for t, _ in images])
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([size for _, size in images])}
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+def _config(model_type: str, text_type: str | None = None, vision_type: str | None = None, **kwargs: Any) -> Any:
+    text = {**TEXT, **kwargs.pop("text", {})}
+    vision = {**VISION, **kwargs.pop("vision", {})}
+    if text_type:
+        text["model_type"] = text_type
+    if vision_type:
+        vision["model_type"] = vision_type
+    arguments = {"tie_word_embeddings": False, **kwargs}
+    return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **arguments)
+
+
+_CLIP = {"image_size": 32, "patch_size": 4, "projection_dim": 32}
+_PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+_ROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [4, 6, 6]}
+_QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": OPEN,
+    "vision_end_token_id": CLOSE,
+}
+
+
+def _llava(model_type: str, **kwargs: Any) -> Callable[[], Any]:
+    kwargs = {"text_type": "llama", "vision_type": "clip_vision_model", "vision": _CLIP, "image_token_index": IMAGE} | kwargs
+    return lambda: _config(model_type, **kwargs)
+
+
+def _qwen(model_type: str, **vision: Any) -> Callable[[], Any]:
+    base = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2}
+    return lambda: _config(model_type, text={"rope_parameters": _ROPE}, vision={**base, **vision}, **_QWEN_IDS)
+
+
+def _qwen3(model_type: str, **text: Any) -> Callable[[], Any]:
+    vision = {
+        "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2,
+        "out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
+    }  # fmt: skip
+    rope = {**_ROPE, "mrope_interleaved": True}
+    return lambda: _config(model_type, text={"rope_parameters": rope, **text}, vision=vision, **_QWEN_IDS)
+
+
+FAMILIES: dict[str, Tiny] = {
+    tiny.name: tiny
+    for tiny in (
+        Tiny("llava", _llava("llava"), _square(64, 32), _stack),
+        Tiny(
+            "llava_pixtral",
+            _llava(
+                "llava", text_type="mistral", text={"sliding_window": None}, vision_type="pixtral", vision_feature_layer=-1,
+                vision_feature_select_strategy="full", vision={"image_size": 64, "patch_size": 4, "head_dim": 16},
+            ),
+            _pixtral_image(4), _padded_sizes, sizes=3,
+        ),
+        Tiny("llava_next", _llava("llava_next", image_grid_pinpoints=_PINPOINTS), _anyres(False), _anyres_collate, sizes=3),
+        Tiny(
+            "llava_onevision",
+            lambda: _config(
+                "llava_onevision", "qwen2", "siglip_vision_model", image_token_index=IMAGE, video_token_index=VIDEO,
+                image_grid_pinpoints=_PINPOINTS, vision={"image_size": 32, "patch_size": 4, "vision_use_head": False},
+            ),
+            _anyres(False), _anyres_collate, sizes=3,
+        ),
+        Tiny(
+            "qwen2_vl",
+            _qwen("qwen2_vl", embed_dim=32, hidden_size=128, mlp_ratio=2),
+            _patch_grid(_PATCH), video=_patch_grid(_PATCH, VIDEO, 2), **_QWEN,
+        ),
+        Tiny(
+            "qwen2_5_vl",
+            _qwen("qwen2_5_vl", out_hidden_size=128, window_size=16, fullatt_block_indexes=[1]),
+            _patch_grid(_PATCH), video=_patch_grid(_PATCH, VIDEO, 2), **_QWEN,
+        ),
+        Tiny("qwen3_vl", _qwen3("qwen3_vl"), _patch_grid(_PATCH), **_QWEN),
+        Tiny(
+            "qwen3_vl_moe",
+            _qwen3("qwen3_vl_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1),
+            _patch_grid(_PATCH), **_QWEN,
+        ),
+        Tiny(
+            "glm4v",
+            lambda: _config(
+                "glm4v", text={"rope_parameters": _ROPE, "partial_rotary_factor": 1.0},
+                vision={
+                    "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2,
+                    "out_hidden_size": 128, "image_size": 64,
+                },
+                image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=OPEN, image_end_token_id=CLOSE,
+                video_start_token_id=BREAK, video_end_token_id=END,
+            ),
+            _patch_grid(_PATCH), **_QWEN,
+        ),
+        Tiny(
+            "internvl",
+            lambda: _config(
+                "internvl", "qwen2", image_token_id=IMAGE, image_seq_length=64,
+                vision={"image_size": [32, 32], "patch_size": [2, 2]},
+            ),
+            _wrapped(_square(64, 32)), _stack, sizes=3,
+        ),
+        Tiny(
+            "gemma3",
+            lambda: _config(
+                "gemma3", text={
+                    "layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 32,
+                    "query_pre_attn_scalar": 32,
+                },
+                vision={"image_size": 32, "patch_size": 2}, mm_tokens_per_image=64, image_token_index=IMAGE,
+                boi_token_index=OPEN, eoi_token_index=CLOSE,
+            ),
+            _wrapped(_square(64, 32)), _stack, token_types="token_type_ids",
+        ),
+        Tiny(
+            "mistral3",
+            lambda: _config(
+                "mistral3", "mistral", "pixtral", text={"sliding_window": None}, image_token_index=IMAGE, spatial_merge_size=2,
+                vision={"image_size": 80, "patch_size": 4, "head_dim": 16},
+            ),
+            _pixtral_image(8), _padded_sizes, sizes=3,
+        ),
+        Tiny(
+            "idefics3",
+            lambda: _config("idefics3", "llama", image_token_id=IMAGE, vision={"image_size": 64, "patch_size": 4}),
+            _wrapped(_square(64, 64)), _by_row, sizes=2,
+        ),
+        Tiny(
+            "smolvlm",
+            lambda: _config("smolvlm", "llama", image_token_id=IMAGE, vision={"image_size": 64, "patch_size": 4}),
+            _wrapped(_square(64, 64)), _by_row, sizes=2,
+        ),
+        Tiny(
+            "paligemma",
+            lambda: _config(
+                "paligemma", "gemma", "siglip_vision_model", image_token_index=IMAGE, projection_dim=128, hidden_size=128,
+                vision={"image_size": 32, "patch_size": 4, "projection_dim": 128, "vision_use_head": False},
+            ),
+            _square(64, 32), _stack, token_types="token_type_ids", image_first=True,
+        ),
+    )
+}
+
+
+@functools.cache
+def family(name: str) -> Tiny:
+    """The family `name`."""
+    return FAMILIES[name]
+
+
+TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
