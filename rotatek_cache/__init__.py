@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "FitOptions": "basis",
     "KeyBasis": "basis",
-    "LayerKV": "segments",
+    "LayerKV": "layer",
     "RotateKCache": "cache",
     "SegmentView": "segments",
     "attach": "wiring",

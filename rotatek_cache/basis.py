@@ -27,7 +27,8 @@ class FitOptions:
         query_weight: weigh Key channels by the norm of the window's queries (the paper: on).
         solver: "subspace" (the paper's five subspace iterations) or "eigh" (exact).
         always_compress: compress segments in which the basis costs more bytes than it saves too (for studies).
-        basis: how Keys are rotated: a name of `rotatek_cache.methods.BASES` ("rotatek" is the paper's).
+        basis: how Keys are rotated: a name of `rotatek_cache.methods.BASES` ("rotatek" is the paper's), or the path of
+            a basis file (``.safetensors``) made by `rotatek calibrate`.
         key_bits: None keeps coefficients in the model's dtype; 8, 4 or 2 quantises them per channel; "auto" spends
             ``(1 - sparsity) * 16`` bits per Key channel on all channels by reverse water-filling.
         value_sparsity: share of Value channels removed after a rotation of their own (PCA); None keeps Values dense.
@@ -85,6 +86,11 @@ class FitOptions:
         return self.sparsity == 0 and self.key_bits is None
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether `basis` names a basis file."""
+        return self.basis.endswith(".safetensors")
+
+    @property
     def codes_values(self) -> bool:
         """Whether Values are stored as coefficients too."""
         return self.value_sparsity is not None or self.value_bits is not None
@@ -118,6 +124,7 @@ class KeyBasis:
         offset: ``[H, R, D]`` subtracted from Keys before they are encoded; None is zero.
         delta: ``[H, R, D]`` added back through the query; None is zero.
         fitted_rank: columns that carry something; the rest of ``r`` is zero padding.
+        shared: A and B belong to the model (a calibrated basis), not to the request; `tensors` leaves them out.
     """
 
     A: Tensor | None = None
@@ -125,6 +132,7 @@ class KeyBasis:
     offset: Tensor | None = None
     delta: Tensor | None = None
     fitted_rank: int | None = field(default=None, compare=False)
+    shared: bool = False
 
     @property
     def is_identity(self) -> bool:
@@ -132,8 +140,9 @@ class KeyBasis:
         return self.B is None
 
     def tensors(self) -> list[Tensor]:
-        """Distinct tensors that this basis holds."""
-        held = [t for t in (self.A, self.B, self.offset, self.delta) if t is not None]
+        """Distinct tensors that this basis holds for its request."""
+        matrices = () if self.shared else (self.A, self.B)
+        held = [t for t in (*matrices, self.offset, self.delta) if t is not None]
         return list({id(t): t for t in held}.values())
 
     def encode(self, keys: Tensor) -> Tensor:
@@ -148,7 +157,8 @@ class KeyBasis:
 
     def sealed(self) -> "KeyBasis":
         """What decoding needs: a separate encoder and its offset are dropped."""
-        return KeyBasis(A=self.A if self.A is self.B else None, B=self.B, delta=self.delta, fitted_rank=self.fitted_rank)
+        encoder = self.A if self.A is self.B else None
+        return KeyBasis(A=encoder, B=self.B, delta=self.delta, fitted_rank=self.fitted_rank, shared=self.shared)
 
     def for_codes(self, low: Tensor, step: Tensor) -> "KeyBasis":
         """The sealed basis that reads integer codes in place of coefficients ``low + step * code``.

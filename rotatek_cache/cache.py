@@ -9,10 +9,12 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rotatek_cache.basis import Bits, FitOptions, Solver
+from rotatek_cache.layer import LayerKV
 from rotatek_cache.ledger import VisualLedger
 from rotatek_cache.methods import key_method
+from rotatek_cache.methods.calibrated import load_basis
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
-from rotatek_cache.segments import LayerKV, Stored
+from rotatek_cache.segments import Stored
 
 HOW_TO_SWITCH = (
     "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
@@ -156,7 +158,6 @@ class RotateKCache(Cache):
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
     ) -> None:
-        key_method(basis)
         self.options = FitOptions(
             sparsity=sparsity,
             rank=rank,
@@ -170,6 +171,10 @@ class RotateKCache(Cache):
             value_sparsity=value_sparsity,
             value_bits=value_bits,
         )
+        if self.options.is_calibrated:
+            load_basis(basis)
+        else:
+            key_method(basis)
         self.ledger = VisualLedger(visual_mask)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self._record_past = False

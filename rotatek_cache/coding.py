@@ -129,6 +129,12 @@ def quantise(coefficients: Tensor, layout: CodeLayout) -> tuple[Tensor, Tensor, 
     return _codes(coefficients, low, step, levels).to(torch.uint8), low, step
 
 
+def encode_codes(coefficients: Tensor, low: Tensor, step: Tensor, layout: CodeLayout) -> Tensor:
+    """uint8 codes ``[H, S, channels]`` with given ``low`` and ``step`` ``[H, channels]``; what lies outside is clipped."""
+    levels = layout.levels(coefficients.device).to(coefficients.dtype)
+    return _codes(coefficients, low.to(coefficients), step.to(coefficients), levels).to(torch.uint8)
+
+
 def _codes(coefficients: Tensor, low: Tensor, step: Tensor, levels: Tensor) -> Tensor:
     divisor = torch.where(step > 0, step, torch.ones_like(step))[:, None]
     return ((coefficients - low[:, None]) / divisor).round_().clamp_(min=torch.zeros_like(levels), max=levels)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from rotatek_cache.attention import attend
 from rotatek_cache.basis import FitOptions, KeyBasis
 from rotatek_cache.coding import CodeLayout, allocate_bits, quantise
+from rotatek_cache.layer import LayerKV
 from rotatek_cache.ledger import VisualLedger
-from rotatek_cache.segments import LayerKV
 
 blocks = st.lists(st.sampled_from([8, 4, 2]), min_size=1, max_size=3, unique=True).flatmap(
     lambda widths: st.tuples(*(st.tuples(st.just(w), st.integers(1, 4).map(lambda n: 8 * n)) for w in sorted(widths)[::-1]))

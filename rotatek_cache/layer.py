@@ -1,0 +1,222 @@
+"""`LayerKV`, the Keys and Values of one layer: append, seal, select, crop.
+
+A layer holds them in up to three places. New tokens whose image is not finished yet are *pending*: dense, as the model
+gave them. A *seal* moves the visual ones among them into a compressed segment that is never copied again, and the
+others into the *text* segment, which stays dense and grows in place.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rotatek_cache.basis import FitOptions
+from rotatek_cache.ledger import SealPlan, VisualLedger
+from rotatek_cache.sealing import Sealer
+from rotatek_cache.segments import SegmentView, TextSegment, VisualSegment
+
+
+@dataclass
+class Pending:
+    """Dense tokens that wait for their seal, as the model gave them: ``[B, H, P, D]``."""
+
+    keys: Tensor
+    values: Tensor
+    begin: int  # logical position of the first
+    window: Tensor | None = None  # the last queries, [B, H_q, <= W, D]
+
+
+class LayerKV:
+    """Keys and Values of one layer: dense until an image is complete, compressed from its seal on."""
+
+    def __init__(self, options: FitOptions, ledger: VisualLedger, index: int) -> None:
+        self.options = options
+        self.ledger = ledger
+        self.index = index
+        self.sealer = Sealer(options, index)
+        self.segments: list[VisualSegment] = []
+        self.text = TextSegment()
+        self.pending: Pending | None = None
+        self.length = 0  # logical tokens, padding included
+        self.kept_dense: list[tuple[int, int]] = []  # (row at its seal, visual tokens) below break-even
+        self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
+        self.dtype: torch.dtype | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Take the Keys ``[B, H, n, D]`` and Values ``[B, H, n, D_v]`` of the next n positions."""
+        self._check(keys, values)
+        tokens = keys.shape[2]
+        begin, self.length = self.length, self.length + tokens
+        if self.pending is not None:
+            self.pending.keys = torch.cat([self.pending.keys, keys], 2)
+            self.pending.values = torch.cat([self.pending.values, values], 2)
+        elif self.ledger.has_visual(begin, self.length):
+            self.pending = Pending(keys, values, begin)
+        else:
+            self.text.append(keys, values)
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        batch, heads, _, width = keys.shape
+        shape = (batch, heads, width, values.shape[-1])
+        if self.shape is None:
+            self.shape, self.dtype = shape, keys.dtype
+        elif shape != self.shape:
+            raise ValueError(
+                f"this cache holds (rows, KV heads, key width, value width) = {self.shape}, the new states have {shape}; "
+                "call cache.reset() or make a new cache for another batch"
+            )
+
+    def dense(self) -> tuple[Tensor, Tensor] | None:
+        """All Keys and Values in logical order, ``[B, H, T, D]``, while nothing has been sealed; else None."""
+        if self.segments or self.text.alignment is not None:
+            return None
+        if self.pending is None:
+            return self.text.logical()
+        if self.text.length == 0:
+            return self.pending.keys, self.pending.values
+        keys, values = self.text.logical()
+        return torch.cat([keys, self.pending.keys], 2), torch.cat([values, self.pending.values], 2)
+
+    def views(self, mask: Tensor | None) -> list[SegmentView]:
+        """What attention reads; `mask` is the model's ``[B or 1, 1, Q, T]``, bool or additive, None for all visible."""
+        views = [segment.view(self.ledger, mask) for segment in self.segments]
+        text = self.text.view(self.ledger, mask)
+        if text is not None:
+            views.append(text)
+        if self.pending is not None:
+            views.append(self._pending_view(self.pending, mask))
+        return views
+
+    def _pending_view(self, pending: Pending, mask: Tensor | None) -> SegmentView:
+        batch, _, tokens, _ = pending.keys.shape
+        device = pending.keys.device
+        if mask is not None:
+            mask = mask[:, 0, :, pending.begin :].expand(batch, -1, -1)
+        return SegmentView(
+            keys=pending.keys.transpose(0, 1).flatten(1, 2),
+            values=pending.values.transpose(0, 1).flatten(1, 2),
+            starts=torch.arange(batch, device=device) * tokens,
+            lengths=torch.full((batch,), tokens, dtype=torch.int32, device=device),
+            max_length=tokens,
+            row_stride=tokens,
+            batched=True,
+            mask=mask,
+        )
+
+    def observe(self, query: Tensor, mask: Tensor | None) -> None:
+        """See the queries ``[B, H_q, Q, D]`` of a forward whose attention is done; seal if the images are complete."""
+        pending = self.pending
+        if pending is None:
+            return
+        window = query if pending.window is None else torch.cat([pending.window, query], 2)
+        # Cloned, or a view would keep the whole prompt's queries alive until the seal.
+        pending.window = window[:, :, -self.options.query_window :].clone()
+        plan = self.ledger.plan(pending.begin, self.length, mask)
+        if plan is not None:
+            self._seal(pending, plan)
+
+    def _seal(self, pending: Pending, plan: SealPlan) -> None:
+        key_width, value_width = pending.keys.shape[-1], pending.values.shape[-1]
+        candidates = [row for row, count in enumerate(plan.counts) if count]
+        rows = tuple(
+            row
+            for row in candidates
+            if self.sealer.is_worth(plan.counts[row], key_width, value_width, pending.keys.dtype)
+        )
+        self.pending = None
+        self.kept_dense += [(row, plan.counts[row]) for row in candidates if row not in rows]
+        if not rows and not self.segments and self.text.alignment is None and plan.all_visible:
+            # Nothing is compressed and nothing is padding: the tokens keep their logical order.
+            self.text.append(pending.keys, pending.values)
+            return
+        if rows:
+            self.segments.append(self._compress(pending, plan, rows))
+        self._append_text(pending, plan, rows)
+
+    def _compress(self, pending: Pending, plan: SealPlan, rows: tuple[int, ...]) -> VisualSegment:
+        layout = plan.layout(rows, pending.keys.device)
+        keys = pending.keys.transpose(0, 1)[:, layout.token_rows, layout.token_columns]  # [H, N, D]
+        values = pending.values.transpose(0, 1)[:, layout.token_rows, layout.token_columns]
+        index = torch.tensor(rows, device=keys.device)
+        window, valid = pending.window, None
+        if window is not None:
+            valid = plan.visible_tail(window.shape[2], window.device)
+            valid = None if valid is None else valid[index]
+            window = window[index]
+        stored_keys = self.sealer.store_keys(keys, layout.storage_ranges, window, valid)
+        stored_values = self.sealer.store_values(values, layout.storage_ranges)
+        return VisualSegment(
+            keys=stored_keys,
+            values=stored_values,
+            positions=layout.positions,
+            starts=layout.starts,
+            lengths=layout.lengths,
+            basis_rows=layout.basis_rows,
+            max_length=layout.max_length,
+            uniform=layout.uniform,
+        )
+
+    def _append_text(self, pending: Pending, plan: SealPlan, compressed_rows: tuple[int, ...]) -> None:
+        """Move the pending tokens that stay dense behind the text."""
+        keys, values = pending.keys, pending.values
+        order, alignment = plan.text_alignment(compressed_rows, self.text.alignment, self.text.length, keys.device)
+        if self.text.length:
+            text_keys, text_values = self.text.logical()
+            keys, values = torch.cat([text_keys, keys], 2), torch.cat([text_values, values], 2)
+        self.text.realign(keys, values, order, alignment)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Let batch row b be what row ``index[b]`` was, for beams and batch selection."""
+        if self.shape is None:
+            return
+        device = self._device()
+        index = index.to(device)
+        unchanged = device.type == "cpu" and torch.equal(index, torch.arange(self.shape[0]))
+        if unchanged:
+            return
+        for segment in self.segments:
+            segment.select_rows(index, unchanged)
+        self.text.select_rows(index)
+        if self.pending is not None:
+            pending = self.pending
+            window = None if pending.window is None else pending.window[index]
+            self.pending = Pending(pending.keys[index], pending.values[index], pending.begin, window)
+        self.shape = (len(index), *self.shape[1:])
+
+    def _device(self) -> torch.device:
+        return next(iter(self.tensors())).device
+
+    def truncate(self, length: int) -> None:
+        """Forget the logical positions from `length` on."""
+        if length >= self.length:
+            return
+        if self.pending is not None and length > self.pending.begin:
+            keep = length - self.pending.begin
+            removed = self.length - length
+            window = self.pending.window
+            window = None if window is None else window[:, :, : max(0, window.shape[2] - removed)]
+            keys, values = self.pending.keys[:, :, :keep], self.pending.values[:, :, :keep]
+            self.pending = Pending(keys, values, self.pending.begin, window)
+        else:
+            self.pending = None
+            for segment in self.segments:
+                segment.truncate(length)
+            self.text.truncate(length)
+        self.length = length
+
+    def dense_tokens(self) -> int:
+        """Tokens held dense, over all rows: text, what waits for its seal, and images below break-even."""
+        if self.shape is None:
+            return 0
+        text = self.text.length * self.shape[0]
+        if self.text.alignment is not None and self.text.alignment.first is not None:
+            text -= int(self.text.alignment.first.sum())
+        return text + (0 if self.pending is None else self.pending.keys.shape[2] * self.shape[0])
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, shared tensors included."""
+        held = [t for segment in self.segments for t in segment.tensors()] + self.text.tensors()
+        if self.pending is not None:
+            window = [] if self.pending.window is None else [self.pending.window]
+            held += [self.pending.keys, self.pending.values, *window]
+        return held

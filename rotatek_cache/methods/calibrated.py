@@ -1,0 +1,131 @@
+"""Bases fitted once per model from many images (`rotatek calibrate`): no eigenproblem and no basis per request."""
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver, padded_rank
+from rotatek_cache.coding import BITS, CodeLayout, allocate_bits
+
+FORMAT = "rotatek-basis-1"
+STATES = ("key", "value")
+
+
+@dataclass(frozen=True, eq=False)
+class StateBasis:
+    """The basis of the Keys or Values of one layer, all directions, best first.
+
+    Attributes:
+        directions: orthonormal ``[H, D, D]``.
+        spectrum: mean variance of each coefficient within an image, ``[H, D]``, falling.
+        low, step: of the codes of each width in `BITS`, ``[H, D]``, for coefficients of Keys less their image's mean.
+    """
+
+    directions: Tensor
+    spectrum: Tensor
+    low: dict[int, Tensor]
+    step: dict[int, Tensor]
+    _memo: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def energy_matrix(self, stats: KeyStatistics) -> Tensor:
+        """The calibrated spectrum on a diagonal, the same for every row."""
+        rows = stats.mean.shape[1]
+        return torch.diag_embed(self.spectrum.to(stats.mean))[:, None].expand(-1, rows, -1, -1)
+
+    def fit(self, stats: KeyStatistics, rank: int, solver: Solver, dtype: torch.dtype) -> KeyBasis:
+        """The first `rank` directions, shared by all requests, around the image's own mean."""
+        rows, device = stats.mean.shape[1], stats.mean.device
+        key = ("basis", rank, dtype, device)
+        if key not in self._memo:
+            columns = torch.nn.functional.pad(self.directions[..., :rank], (0, padded_rank(rank) - rank))
+            columns = columns.to(device, dtype).contiguous()
+            self._memo[key] = (columns, columns)
+        columns = self._memo[key][0][:, None].expand(-1, rows, -1, -1)
+        mean = stats.mean.to(dtype).contiguous()
+        return KeyBasis(columns, columns, mean, mean, rank, shared=True)
+
+    def layout(self, budget: int) -> CodeLayout:
+        """Widths for a budget of bits per token, from the spectrum averaged over heads."""
+        return CodeLayout.from_bits(allocate_bits(self.spectrum.mean(0), budget))
+
+    def ranges(self, layout: CodeLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``low`` and ``step`` ``[H, channels]`` for the widths of `layout`."""
+        parts, start = [], 0
+        for bits, channels in layout.blocks:
+            parts.append((self.low[bits][:, start : start + channels], self.step[bits][:, start : start + channels]))
+            start += channels
+        low, step = (torch.cat(part, 1).to(device) for part in zip(*parts, strict=True))
+        return low, step
+
+    def decoder(self, layout: CodeLayout, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For codes, shared by all requests: the decoder ``[H, D, channels]`` and what `low` adds to delta, ``[H, D]``."""
+        key = ("decoder", layout, dtype, device)
+        if key not in self._memo:
+            low, step = self.ranges(layout, device)
+            columns = self.directions[..., : layout.channels].to(device)
+            self._memo[key] = ((columns * step[:, None]).to(dtype).contiguous(), (columns @ low[..., None])[..., 0])
+        return self._memo[key]
+
+
+@dataclass(frozen=True, eq=False)
+class CalibratedBasis:
+    """A basis file: per layer the bases of Keys and Values, and the model that they belong to."""
+
+    path: str
+    fingerprint: str
+    model_type: str
+    images: int
+    layers: dict[int, dict[str, StateBasis]]
+
+    def state(self, layer: int, which: str) -> StateBasis:
+        """The basis of ``which`` ("key" or "value") of a layer; a ValueError if the file has none."""
+        if layer not in self.layers:
+            raise ValueError(f"basis file {self.path} has no layer {layer}; it holds {sorted(self.layers)}")
+        return self.layers[layer][which]
+
+    def check_model(self, fingerprint: str) -> None:
+        """Raise unless the file was calibrated on the model with this fingerprint."""
+        if fingerprint != self.fingerprint:
+            raise ValueError(
+                f"basis file {self.path} was calibrated on another model ({self.model_type}, fingerprint "
+                f"{self.fingerprint[:12]}; this one has {fingerprint[:12]}): run `rotatek calibrate` for this model"
+            )
+
+
+def load_basis(path: str | Path) -> CalibratedBasis:
+    """Read a basis file; caches that name the same unchanged file share its tensors."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"basis file {path} does not exist")
+    return _load(str(file.resolve()), file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: str, modified: int) -> CalibratedBasis:
+    del modified  # part of the memo's key only
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"basis file {path} cannot be read (truncated, or no safetensors file): {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no basis file of this version: expected format {FORMAT!r}, got {metadata.get('format')!r}")
+    provenance = json.loads(metadata["provenance"])
+    layers: dict[int, dict[str, StateBasis]] = {}
+    for index in sorted({int(name.split(".")[1]) for name in tensors}):
+        layers[index] = {}
+        for which in STATES:
+            part = f"layers.{index}.{which}."
+            layers[index][which] = StateBasis(
+                tensors[part + "directions"],
+                tensors[part + "spectrum"],
+                {bits: tensors[f"{part}low{bits}"] for bits in BITS},
+                {bits: tensors[f"{part}step{bits}"] for bits in BITS},
+            )
+    return CalibratedBasis(path, provenance["fingerprint"], provenance["model_type"], provenance["images"], layers)
