@@ -236,7 +236,7 @@ def _check_basis(name: str, segment: SegmentView, query: Tensor) -> None:
         )
     if key_width == 0 or key_width % RANK_MULTIPLE:
         raise ValueError(
-            f"{name}.keys must have a rank that is a multiple of {RANK_MULTIPLE} (pad with zero columns), got {key_width}"
+            f"{name}.keys must have a rank that is a multiple of {RANK_MULTIPLE}, got {key_width}; pad it with zeros"
         )
     _check_contiguous_rows(f"{name}.basis.B", decoder)
     if basis.delta is not None:
