@@ -4,9 +4,29 @@ Public names are imported when they are first used, so that the maths never pull
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rotatek_cache.attention import attend, merge_state
+    from rotatek_cache.basis import FitOptions, KeyBasis
+    from rotatek_cache.cache import RotateKCache
+    from rotatek_cache.segments import LayerKV, SegmentView
+    from rotatek_cache.wiring import attach, detach, families
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FitOptions",
+    "KeyBasis",
+    "LayerKV",
+    "RotateKCache",
+    "SegmentView",
+    "attach",
+    "attend",
+    "detach",
+    "families",
+    "merge_state",
+]
 
 _HOMES = {
     "FitOptions": "basis",
@@ -20,13 +40,16 @@ _HOMES = {
     "families": "wiring",
     "merge_state": "attention",
 }
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    if name == "RotateKCache":
+        # Makes `attn_implementation={"text_config": "rotatek"}` known to transformers, for use without attach.
+        importlib.import_module(f"{__name__}.hf_attention")
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

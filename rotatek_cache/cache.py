@@ -53,7 +53,6 @@ class RotateKLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
-    supports_early_init = False
 
     def __init__(self, options: FitOptions, ledger: VisualLedger, index: int) -> None:
         super().__init__()
@@ -68,7 +67,8 @@ class RotateKLayer(CacheLayerMixin):
         """Take Keys and Values ``[B, H, n, D]``; returns the layer's handle in place of both."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.kv.append(key_states, value_states)
+        # No gradient flows through the cache (the attention function says so to a backward).
+        self.kv.append(key_states.detach(), value_states.detach())
         handle = LayerHandle(self.kv)
         return handle, handle
 
@@ -213,12 +213,12 @@ class RotateKCache(Cache):
         `attach` calls this before each forward. A `visual_mask` given at construction wins where it reaches.
         """
         begin = self.get_seq_length()
-        if self.ledger.given is None or begin >= self.ledger.given.shape[1]:
-            self.ledger.announce(begin, begin + tokens, visual)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Logical tokens cached, padding included."""
-        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+        end, reach = begin + tokens, self.ledger.reach
+        if begin >= reach:
+            self.ledger.announce(begin, end, visual)
+        elif visual is not None and end > reach:
+            given = self.ledger.given_flags(begin, reach, visual.shape[0])
+            self.ledger.announce(begin, end, torch.cat([given.to(visual.device), visual[:, reach - begin :]], 1))
 
     def reset(self) -> None:
         """Forget all tokens, for a new prompt; the layers and the options stay."""
@@ -233,20 +233,27 @@ class RotateKCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b be what row ``beam_idx[b]`` was."""
+        self._select_rows(beam_idx)
         super().reorder_cache(beam_idx)
-        self.ledger.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
+        self._select_rows(indices)
         super().batch_select_indices(indices)
-        self.ledger.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
-        rows = self.batch_size
+        if self.batch_size > 0:
+            self._select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
         super().batch_repeat_interleave(repeats)
-        if rows > 0:
-            self.ledger.select_rows(torch.arange(rows).repeat_interleave(repeats))
+
+    def _select_rows(self, index: Tensor) -> None:
+        """Select in what the layers share, before the layers do."""
+        self.ledger.select_rows(index)
+        if self.rope_deltas is not None:
+            # Their rows are those of the prompt, which generate may have repeated.
+            deltas = self.rope_deltas.repeat_interleave(self.batch_size // self.rope_deltas.shape[0], 0)
+            self.rope_deltas = deltas[index.to(deltas.device)]
 
     @property
     def batch_size(self) -> int:

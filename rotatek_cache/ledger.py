@@ -169,6 +169,7 @@ class VisualLedger:
         """Forget everything but the mask given at construction."""
         self.flags: list[tuple[int, int, Tensor | None]] = []  # (begin, end, bool [B, end - begin] or None: no visual)
         self.visible: Tensor | None = None  # bool [B, T]; None while nothing is known to be padding
+        self.prompt: Tensor | None = None  # ids [B, n] of the first forward, where they are known
         self._forget()
 
     def _forget(self) -> None:
@@ -185,6 +186,23 @@ class VisualLedger:
     def informed(self) -> bool:
         """Whether anybody said which positions are visual."""
         return self.given is not None or bool(self.flags)
+
+    @property
+    def reach(self) -> int:
+        """Positions that the given mask covers."""
+        return 0 if self.given is None else self.given.shape[1]
+
+    def given_flags(self, begin: int, end: int, batch: int) -> Tensor:
+        """What the given mask says of ``begin : end`` for `batch` rows: bool ``[batch, end - begin]``."""
+        assert self.given is not None
+        rows = self.given.shape[0]
+        if batch % rows:
+            raise ValueError(
+                f"visual_mask has {rows} rows, the batch has {batch}: expected as many, or a divisor where "
+                "generate repeats each row (num_beams, num_return_sequences)"
+            )
+        flags = self.given[:, begin:end].repeat_interleave(batch // rows, 0)
+        return torch.nn.functional.pad(flags, (0, end - begin - flags.shape[1]))
 
     def announce(self, begin: int, end: int, visual: Tensor | None) -> None:
         """Learn which of the positions ``begin : end`` are visual: bool ``[B, end - begin]``, None for none."""
@@ -203,17 +221,7 @@ class VisualLedger:
         begin = self.end
         if begin >= end:
             return
-        visual = None
-        if self.given is not None and begin < self.given.shape[1]:
-            rows = self.given.shape[0]
-            if batch % rows:
-                raise ValueError(
-                    f"visual_mask has {rows} rows, the batch has {batch}: expected as many, or a divisor where "
-                    "generate repeats each row (num_beams, num_return_sequences)"
-                )
-            visual = self.given[:, begin:end].repeat_interleave(batch // rows, 0)
-            visual = torch.nn.functional.pad(visual, (0, end - begin - visual.shape[1]))
-        self.announce(begin, end, visual)
+        self.announce(begin, end, self.given_flags(begin, end, batch) if begin < self.reach else None)
 
     def has_visual(self, begin: int, end: int) -> bool:
         """Whether any of the positions is visual in any row."""
@@ -291,21 +299,24 @@ class VisualLedger:
         self.flags = kept
         if self.visible is not None:
             self.visible = self.visible[:, :length]
+        if self.prompt is not None:
+            self.prompt = self.prompt[:, :length]
 
     def select_rows(self, index: Tensor) -> None:
         """Let batch row b be what row ``index[b]`` was."""
         self._forget()
         self.flags = [(b, e, None if v is None else v[index.to(v.device)]) for b, e, v in self.flags]
         self.visible = None if self.visible is None else self.visible[index.to(self.visible.device)]
+        self.prompt = None if self.prompt is None else self.prompt[index.to(self.prompt.device)]
 
     def tensors(self) -> list[Tensor]:
         """Everything held beyond the current forward."""
-        known = [visual for _, _, visual in self.flags] + [self.visible, self.given]
+        known = [visual for _, _, visual in self.flags] + [self.visible, self.given, self.prompt]
         return [tensor for tensor in known if tensor is not None]
 
     def __deepcopy__(self, memo: dict) -> "VisualLedger":
         copy = VisualLedger(self.given)
-        copy.flags, copy.visible = list(self.flags), self.visible
+        copy.flags, copy.visible, copy.prompt = list(self.flags), self.visible, self.prompt
         return copy
 
 

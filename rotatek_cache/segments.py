@@ -215,11 +215,15 @@ class TextSegment:
         end = self.length + keys.shape[2]
         if self.keys is None or self.values is None:
             self.keys, self.values = _room(keys, end), _room(values, end)
-        elif end > self.capacity:
+        elif end > self.capacity or self._frozen():
             self.keys, self.values = _room(self.keys, end, self.length), _room(self.values, end, self.length)
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
+
+    def _frozen(self) -> bool:
+        """Whether the buffers come from an inference mode that has ended, and so cannot be written to any more."""
+        return self.keys is not None and self.keys.is_inference() and not torch.is_inference_mode_enabled()
 
     def view(self, ledger: VisualLedger, mask: Tensor | None) -> SegmentView | None:
         """The segment as attention reads it; None while it is empty."""

@@ -242,6 +242,8 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
         return  # the forward itself says what is missing
     tokens = (ids if ids is not None else embeds).shape[1]
     begin = cache.get_seq_length()
+    if begin == 0:
+        cache.ledger.prompt = ids
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] < begin + tokens:
         raise ValueError(
@@ -276,6 +278,12 @@ def _visual_positions(
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if ids is not None:
         if begin and not content:
+            given = cache.ledger.given
+            if given is not None and bool(given[:, begin : begin + ids.shape[1]].any()):
+                raise ValueError(
+                    f"visual_mask {list(given.shape)} marks positions from {begin} on as visual, which come as ids "
+                    "without an image: the mask must have the length of the prompt"
+                )
             return None
         return torch.isin(ids, torch.tensor(module._rotatek.placeholders, device=ids.device))
     types_given = given.get("mm_token_type_ids")
@@ -311,11 +319,18 @@ def _generation_methods(cls: type) -> dict[str, Any]:
     ) -> dict[str, Any]:
         given = _arguments(prepare_inputs, self, input_ids, *args, **kwargs)
         cache, uncached = given.get("past_key_values"), given.get("next_sequence_length")
-        if isinstance(cache, RotateKCache) and uncached is not None and uncached <= 0:
-            raise ValueError(
-                f"this RotateKCache already holds {cache.get_seq_length()} tokens, the prompt has {input_ids.shape[1]}: "
-                "to go on with a conversation pass all of it, for another prompt call cache.reset() or make a new cache"
+        if isinstance(cache, RotateKCache) and uncached is not None:
+            # Of a cached prompt only the ids behind it are used, so nothing else would notice that it is another one.
+            prompt = cache.ledger.prompt if given.get("is_first_iteration") else None
+            other = prompt is not None and (
+                prompt.shape[0] == input_ids.shape[0] and not torch.equal(prompt, input_ids[:, : prompt.shape[1]])
             )
+            if uncached <= 0 or other:
+                raise ValueError(
+                    f"this RotateKCache already holds {cache.get_seq_length()} tokens{' of another prompt' if other else ''}, "
+                    f"the prompt has {input_ids.shape[1]}: to go on with a conversation pass all of it, for another prompt "
+                    "call cache.reset() or make a new cache"
+                )
         return prepare_inputs(self, input_ids, *args, **kwargs)
 
     methods = {"prepare_inputs_for_generation": prepare_inputs_for_generation}

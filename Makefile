@@ -1,0 +1,62 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make .venv and install into it what they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The index of PyTorch's CPU builds, for Linux machines without an NVIDIA driver. Set it to nothing to leave it out.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+# Arguments for pytest, such as ARGS="tests/test_cli.py -x".
+ARGS ?= -n auto --maxprocesses=8
+# The demo's own: IMAGE=page.png QUESTION="row 3?" MODEL=name-or-path SPARSITY=0.75 OUT=folder
+export IMAGE QUESTION MODEL SPARSITY OUT
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:  ## List the commands
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo 'The demo takes IMAGE=page.png QUESTION="row 3?" MODEL=name-or-path SPARSITY=0.75 OUT=folder; test takes ARGS=...'
+
+demo: $(VENV)/.demo  ## Read a page with the dense cache and with RotateKCache; print and draw what that gives
+	$(BIN)/rotatek demo $(if $(IMAGE),--image "$$IMAGE") $(if $(QUESTION),--question "$$QUESTION") \
+		$(if $(MODEL),--model "$$MODEL") $(if $(SPARSITY),--sparsity "$$SPARSITY") $(if $(OUT),--out "$$OUT")
+
+test: $(VENV)/.dev  ## Run the tests
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## Format the code
+	$(BIN)/ruff format
+
+clean:  ## Remove what these commands made
+	rm -rf $(VENV) build dist demo_output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# The CPU build of torch saves gigabytes where no NVIDIA driver could use the CUDA build. In order: a wheel at hand in a
+# folder that pip is configured to look into, PyTorch's CPU index if it answers, the default index.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo 'Python lacks venv (on Debian: apt install python3-venv)' >&2; exit 1; }
+	@if nvidia-smi >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then \
+		set -x; $(PIP) install torch==$(TORCH_VERSION) -c constraints.txt; \
+	elif $(PIP) install --quiet --no-index --no-deps torch==$(TORCH_VERSION) 2>/dev/null; then \
+		echo 'torch $(TORCH_VERSION) installed from a local wheel'; \
+	elif [ -n "$(TORCH_INDEX)" ] && $(BIN)/python -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=10)' \
+			"$(TORCH_INDEX)/torch/" 2>/dev/null; then \
+		set -x; $(PIP) install torch==$(TORCH_VERSION)+cpu -c constraints.txt --extra-index-url "$(TORCH_INDEX)"; \
+	else \
+		set -x; $(PIP) install torch==$(TORCH_VERSION) -c constraints.txt; \
+	fi
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	@echo 'Installing into $(VENV), some minutes the first time'
+	$(PIP) install --quiet --quiet -c constraints.txt -e ".[$*]"
+	@touch $@

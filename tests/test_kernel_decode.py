@@ -1,0 +1,491 @@
+"""The fused decode kernel against the reference: on a GPU where there is one, else in Triton's interpreter."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # read while triton is imported
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if not CUDA:
+    import triton.language  # its own helpers tell whether it was imported for the interpreter
+
+# transformers' models import Triton; where their tests were collected first, these run in a process of their own.
+TOO_LATE = not CUDA and isinstance(triton.language.sum, triton.runtime.JITFunction)
+
+from rotatek_cache.attention import attend, reference_attention  # noqa: E402
+from rotatek_cache.basis import KeyBasis  # noqa: E402
+from rotatek_cache.segments import SegmentView  # noqa: E402
+from rotatek_kernels import decode  # noqa: E402
+from rotatek_kernels.decode import decode_attention  # noqa: E402
+
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# The interpreter's tl.dot is wrong on bfloat16.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes of one decode step; `visual` holds the rows' lengths for each compressed segment."""
+
+    visual: tuple[tuple[int, ...], ...]
+    text: tuple[int, ...] | None
+    heads: int = 2
+    group: int = 4
+    width: int = 64
+    value_width: int = 64
+    rank: int = 16
+    mask: str | None = None
+    delta: bool = True
+    sharpness: float = 1.0  # factor on the scale: how far the logits lie apart
+
+    @property
+    def batch(self) -> int:
+        return len(self.visual[0]) if self.visual else len(self.text)
+
+    @property
+    def scale(self) -> float:
+        return self.sharpness * self.width**-0.5
+
+
+CASES = {
+    "1-token-rank8-group1": Case(((1,),), None, group=1, rank=8),
+    "1-image-token-1-text-token": Case(((1,),), (1,)),
+    "63-tokens-rank24": Case(((63,),), (2,), rank=24),
+    "130-tokens-group7-width80": Case(((130,),), (63,), heads=1, group=7, width=80, value_width=80, rank=24),
+    "width96-narrow-values-rank96": Case(((65,),), (5,), width=96, value_width=48, rank=96, group=1),
+    "width128-rank32-ragged": Case(((130, 63),), (1, 9), width=128, value_width=128, rank=32),
+    "width48-wide-values-group16": Case(((40,),), (7,), heads=1, group=16, width=48, value_width=96, rank=8),
+    "no-text": Case(((64, 130),), None),
+    "no-image": Case((), (130, 1, 63), width=80, value_width=80),
+    "row-without-image": Case(((70, 0),), (3, 66)),
+    "row-without-text": Case(((7, 9),), (0, 4)),
+    "row-with-nothing": Case(((0, 63),), (0, 5)),
+    "no-delta": Case(((63,),), (5,), delta=False),
+    "two-images": Case(((40, 66), (130, 0)), (9, 20), rank=24),
+    "two-images-no-text": Case(((40, 66), (1, 63)), None),
+    "bool-mask": Case(((130, 63),), (9, 20), mask="bool"),
+    "additive-mask": Case(((70, 63),), (9, 20), mask="additive"),
+    "logits-far-apart": Case(((130, 63),), (9, 70), sharpness=30.0),
+}
+
+
+def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, list[SegmentView]]:
+    """A query and the segments of `case`; storage that belongs to no row is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def segment(lengths, width, basis=None):
+        gap = 3
+        starts = torch.tensor([gap, *(length + gap for length in lengths)]).cumsum(0)
+        # Heads lie further apart than their tokens reach, as in a part of a larger buffer.
+        keys = torch.full((case.heads, int(starts[-1]) + 5, width), torch.nan, dtype=torch.float64)
+        values = torch.full((case.heads, int(starts[-1]) + 5, case.value_width), torch.nan, dtype=torch.float64)
+        for start, length in zip(starts.tolist(), lengths, strict=False):
+            keys[:, start : start + length] = normal(case.heads, length, width)
+            values[:, start : start + length] = normal(case.heads, length, case.value_width)
+        mask = None
+        if case.mask:
+            mask = torch.rand(case.batch, 1, max(lengths), generator=generator) > 0.3
+            mask[-1] = False
+            if case.mask == "additive":
+                mask = torch.where(mask, normal(*mask.shape), -torch.inf).to(dtype)
+            mask = mask.to(DEVICE)
+        return SegmentView(
+            keys=keys.to(DEVICE, dtype)[:, :-5],
+            values=values.to(DEVICE, dtype)[:, :-5],
+            starts=starts[:-1].to(DEVICE),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+            max_length=max(lengths),
+            basis=basis,
+            mask=mask,
+        )
+
+    segments = []
+    for lengths in case.visual:
+        decoder = torch.linalg.qr(normal(case.heads, case.batch, case.width, case.rank)).Q.contiguous()
+        decoder = decoder.to(DEVICE, dtype)
+        delta = normal(case.heads, case.batch, case.width).to(DEVICE, dtype) if case.delta else None
+        segments.append(segment(lengths, case.rank, KeyBasis(decoder, decoder, delta, delta)))
+    if case.text is not None:
+        segments.append(segment(case.text, case.width))
+    return normal(case.batch, case.heads * case.group, 1, case.width).to(DEVICE, dtype), segments
+
+
+def in_float64(segment: SegmentView) -> SegmentView:
+    basis = segment.basis
+    if basis is not None and not basis.is_identity:
+        basis = KeyBasis(
+            basis.A.double(), basis.B.double(), None, None if basis.delta is None else basis.delta.double()
+        )
+    return dataclasses.replace(segment, keys=segment.keys.double(), values=segment.values.double(), basis=basis)
+
+
+def assert_within_budget(state, query, segments, scale):
+    """The kernel's error against float64 is at most twice that of the reference in the same precision.
+
+    The floor, since the reference may hit a float64 result by luck: one rounding of the output's size, and float32
+    roundings of the logits, which weigh the Values.
+    """
+    exact_out, exact_lse = reference_attention(query.double(), [in_float64(s) for s in segments], scale)
+    plain_out, plain_lse = reference_attention(query, segments, scale)
+    out, lse = state
+    assert out.dtype == query.dtype
+    assert lse.dtype == torch.float32
+    assert out.shape == exact_out.shape
+    assert lse.shape == exact_lse.shape
+    nothing = exact_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, nothing)
+    assert bool((out.transpose(1, 2)[nothing] == 0).all())
+
+    def error(value, exact):
+        return float((value.double() - exact)[exact.isfinite()].abs().max()) if exact.isfinite().any() else 0.0
+
+    eps = torch.finfo(torch.float32).eps
+    size = float(exact_lse[~nothing].abs().max()) if not nothing.all() else 0.0
+    floor = max(torch.finfo(query.dtype).eps * float(exact_out.abs().max()), 4 * eps * (size + 1))
+    assert error(out, exact_out) <= max(2 * error(plain_out, exact_out), floor)
+    assert error(lse, exact_lse) <= max(2 * error(plain_lse, exact_lse), 4 * eps * (size + 1))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """What the kernels are to write holds NaN before they run."""
+    monkeypatch.setattr(
+        decode, "_empty", lambda shape, dtype, device: torch.full(shape, torch.nan, dtype=dtype, device=device)
+    )
+
+
+@pytest.fixture
+def many_splits(monkeypatch):
+    """Blocks of 16 tokens, each of them a split."""
+    monkeypatch.setattr(decode, "TILE_BYTES", 1)
+    monkeypatch.setattr(decode, "TOKENS_PER_SPLIT", 16)
+    monkeypatch.setattr(decode, "_processors", lambda device: 4096)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_agrees_with_the_reference(case, dtype):
+    query, segments = draw(case, dtype)
+    assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 130])
+def test_splits_meet_at_any_boundary(tokens, many_splits):
+    case = Case(((tokens, max(tokens - 16, 0)),), (130, tokens), heads=1)
+    query, segments = draw(case, torch.float16)
+    launches, _, _ = decode.plan(query, segments, case.scale, 4096)
+    assert launches[0].arguments["coded_splits"] == math.ceil(tokens / 16)
+    assert launches[0].arguments["dense_splits"] == 9
+    assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
+
+
+def test_more_splits_than_one_block_of_the_merge(many_splits):
+    case = Case(((300,), (33,)), (70,), heads=1, mask="bool")
+    query, segments = draw(case, torch.float32)
+    launches, _, _ = decode.plan(query, segments, case.scale, 4096)
+    assert launches[-1].arguments["total_splits"] == 19 + 3 + 5
+    assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
+
+
+def test_beams_share_storage_and_basis():
+    query, segments = draw(Case(((66, 20, 0),), (5, 6, 7)), torch.float32)
+    visual, text = segments
+    order = torch.tensor([1, 0, 1], device=DEVICE)
+    shared = dataclasses.replace(visual, starts=visual.starts[order], lengths=visual.lengths[order], basis_rows=order)
+    assert_within_budget(decode_attention(query, [shared, text], 0.125), query, [shared, text], 0.125)
+    # The rows of one image, asked the same, see the same.
+    query[2] = query[0]
+    out, lse = decode_attention(query, [shared], 0.125)
+    assert torch.equal(out[0], out[2])
+    assert torch.equal(lse[0], lse[2])
+
+
+def test_order_of_segments_does_not_matter():
+    query, segments = draw(CASES["two-images"], torch.float32)
+    out, lse = decode_attention(query, segments, 0.125)
+    other_out, other_lse = decode_attention(query, segments[::-1], 0.125)
+    torch.testing.assert_close(other_out, out)
+    torch.testing.assert_close(other_lse, lse)
+
+
+def test_identity_basis_is_dense():
+    query, segments = draw(CASES["no-image"], torch.float16)
+    identity = [dataclasses.replace(segment, basis=KeyBasis()) for segment in segments]
+    for state, dense in zip(
+        decode_attention(query, identity, 0.1), decode_attention(query, segments, 0.1), strict=True
+    ):
+        assert torch.equal(state, dense)
+
+
+def test_full_rank_is_dense():
+    case = Case((), (130, 63), width=64)
+    query, (dense,) = draw(case, torch.float32)
+    rotation = torch.linalg.qr(torch.randn(2, 1, 64, 64, dtype=torch.float64)).Q.contiguous()
+    offset = torch.randn(2, 1, 64, dtype=torch.float64)
+    coefficients = KeyBasis(rotation, rotation, offset).encode(dense.keys.cpu().double()[:, None])[:, 0]
+    rotation, offset = rotation.float().to(DEVICE), offset.float().to(DEVICE)
+    rows = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    basis = KeyBasis(rotation, rotation, offset, offset)
+    coded = dataclasses.replace(dense, keys=coefficients.float().to(DEVICE), basis=basis, basis_rows=rows)
+    for state, expected in zip(
+        decode_attention(query, [coded], 0.125), decode_attention(query, [dense], 0.125), strict=True
+    ):
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_basis_may_be_wider_than_the_keys():
+    query, (visual, text) = draw(CASES["63-tokens-rank24"], torch.float16)
+    basis = KeyBasis(visual.basis.A, visual.basis.B.float(), None, visual.basis.delta.float())
+    segments = [dataclasses.replace(visual, basis=basis), text]
+    assert_within_budget(decode_attention(query, segments, 0.125), query, segments, 0.125)
+
+
+@pytest.mark.parametrize("odd", ["keys", "values", "query", "mask", "row-table"])
+def test_any_strides(odd):
+    query, (visual, text) = draw(CASES["bool-mask"], torch.float16)
+    segments = [visual, text]
+    if odd in ("keys", "values"):  # tokens 3 numbers further apart than they are wide
+        wide = torch.nn.functional.pad(getattr(visual, odd), (0, 3))
+        segments[0] = dataclasses.replace(visual, **{odd: wide[..., :-3]})
+    elif odd == "query":
+        query = query.transpose(1, 3).contiguous().transpose(1, 3)
+    elif odd == "mask":
+        segments[1] = dataclasses.replace(text, mask=text.mask.repeat_interleave(2, 2)[..., ::2])
+    else:
+        lengths = visual.lengths.long().repeat_interleave(2)[::2]
+        segments[0] = dataclasses.replace(visual, lengths=lengths, starts=visual.starts.int())
+    assert_within_budget(decode_attention(query, segments, 0.125), query, segments, 0.125)
+
+
+def test_addresses_beyond_32_bits():
+    tokens = 2**28 + 64  # times 8 coefficients: more than 2**31 numbers, of which only the last are ever touched
+    query, (visual,) = draw(Case(((40,),), None, heads=1, rank=8), torch.float16)
+    far = torch.empty(1, tokens, 8, dtype=torch.float16, device=DEVICE)
+    far[:, -40:] = visual.keys[:, 3:43]
+    starts = torch.tensor([tokens - 40], device=DEVICE)
+    values = visual.values[:, 3:4].expand(1, tokens, 64)
+    segments = [dataclasses.replace(visual, keys=far, values=values, starts=starts)]
+    near = dataclasses.replace(visual, values=visual.values[:, 3:4].expand(1, visual.keys.shape[1], 64))
+    out, lse = decode_attention(query, segments, 0.125)
+    expected_out, expected_lse = decode_attention(query, [near], 0.125)
+    assert torch.equal(out, expected_out)
+    assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("lengths", [(-3, -(2**31)), (0, 0)], ids=["negative", "zero"])
+def test_rows_without_tokens_see_nothing(lengths):
+    query, (visual,) = draw(CASES["no-text"], torch.float16)
+    empty = dataclasses.replace(visual, lengths=torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
+    out, lse = decode_attention(query, [empty], 0.125)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+
+
+def test_segments_without_room_see_nothing():
+    query, (visual, text) = draw(CASES["bool-mask"], torch.float16)
+    empty = dataclasses.replace(text, max_length=0, lengths=torch.zeros_like(text.lengths), mask=None)
+    expected = decode_attention(query, [visual], 0.125)
+    for state, alone in zip(decode_attention(query, [visual, empty], 0.125), expected, strict=True):
+        assert torch.equal(state, alone)
+    out, lse = decode_attention(query, [empty], 0.125)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+
+
+def test_attend_dispatches():
+    query, segments = draw(CASES["bool-mask"], torch.float16)
+    expected = decode_attention(query, segments, 0.125)
+    for state, direct in zip(attend(query, segments, 0.125, impl="triton"), expected, strict=True):
+        assert torch.equal(state, direct)
+
+
+def change(segment: SegmentView, **fields) -> SegmentView:
+    return dataclasses.replace(segment, **fields)
+
+
+def change_basis(segment: SegmentView, **fields) -> SegmentView:
+    return dataclasses.replace(segment, basis=dataclasses.replace(segment.basis, **fields))
+
+
+# name: how (query, visual, text, scale) is spoilt, the error, what its message says
+BAD = {
+    "query-no-tensor": (lambda q, v, t, s: ([1.0], [v, t], s), TypeError, "query must be a tensor, got list"),
+    "query-3d": (lambda q, v, t, s: (q[0], [v, t], s), ValueError, r"query must be \[B, H_q, 1, D\]"),
+    "query-no-rows": (lambda q, v, t, s: (q[:0], [v, t], s), ValueError, "query must be"),
+    "query-2-positions": (
+        lambda q, v, t, s: (q.repeat(1, 1, 2, 1), [v, t], s),
+        ValueError,
+        "one position a row, got 2",
+    ),
+    "query-float64": (
+        lambda q, v, t, s: (q.double(), [v, t], s),
+        TypeError,
+        "query must be float16.*got torch.float64",
+    ),
+    "query-other-dtype": (lambda q, v, t, s: (q.float(), [v, t], s), TypeError, r"\[0\].keys must have .*float32, got"),
+    "query-heads": (lambda q, v, t, s: (q[:, :7], [v, t], s), ValueError, "keys must have KV heads .* 7"),
+    "query-gradient": (lambda q, v, t, s: (q.clone().requires_grad_(), [v, t], s), ValueError, "query.* no backward"),
+    "scale-tensor": (
+        lambda q, v, t, s: (q, [v, t], torch.tensor(1.0)),
+        TypeError,
+        "scale must be a number, got Tensor",
+    ),
+    "scale-nan": (lambda q, v, t, s: (q, [v, t], math.nan), ValueError, "scale must be finite, got nan"),
+    "scale-inf": (lambda q, v, t, s: (q, [v, t], math.inf), ValueError, "scale must be finite, got inf"),
+    "no-segments": (lambda q, v, t, s: (q, [], s), ValueError, "segments must hold at least one"),
+    "one-segment-bare": (lambda q, v, t, s: (q, v, s), TypeError, "segments must be a sequence"),
+    "segment-tuple": (
+        lambda q, v, t, s: (q, [v, (t,)], s),
+        TypeError,
+        r"segments\[1\] must be a SegmentView, got tuple",
+    ),
+    "keys-device": (
+        lambda q, v, t, s: (q, [change(v, keys=v.keys.to("meta")), t], s),
+        ValueError,
+        r"\[0\].keys must be on .* got meta",
+    ),
+    "keys-4d": (
+        lambda q, v, t, s: (q, [v, change(t, keys=t.keys[None])], s),
+        ValueError,
+        r"\[1\].keys must be \[H, N,",
+    ),
+    "keys-strided": (
+        lambda q, v, t, s: (q, [change(v, keys=v.keys.mT.contiguous().mT), t], s),
+        ValueError,
+        "keys must be contiguous",
+    ),
+    "keys-width": (
+        lambda q, v, t, s: (q, [v, change(t, keys=t.keys[..., :32])], s),
+        ValueError,
+        "as wide as .* got 32",
+    ),
+    "keys-heads": (
+        lambda q, v, t, s: (q, [v, change(t, keys=t.keys[:1], values=t.values[:1])], s),
+        ValueError,
+        r"\[1\].keys .* got 1",
+    ),
+    "values-dtype": (lambda q, v, t, s: (q, [change(v, values=v.values.float()), t], s), TypeError, "values must have"),
+    "values-tokens": (
+        lambda q, v, t, s: (q, [change(v, values=v.values[:, 1:]), t], s),
+        ValueError,
+        "values must have the",
+    ),
+    "values-width": (
+        lambda q, v, t, s: (q, [v, change(t, values=t.values[..., :8])], s),
+        ValueError,
+        r"\[1\].values .* 8",
+    ),
+    "starts-dtype": (
+        lambda q, v, t, s: (q, [change(v, starts=v.starts.float()), t], s),
+        TypeError,
+        "starts must be int32",
+    ),
+    "lengths-shape": (
+        lambda q, v, t, s: (q, [change(v, lengths=v.lengths[:1]), t], s),
+        ValueError,
+        r"lengths .* \(2,\)",
+    ),
+    "max-length-tensor": (
+        lambda q, v, t, s: (q, [change(v, max_length=v.lengths.max()), t], s),
+        TypeError,
+        "max_length must be an int",
+    ),
+    "max-length-negative": (
+        lambda q, v, t, s: (q, [change(v, max_length=-1), t], s),
+        ValueError,
+        "max_length .* got -1",
+    ),
+    "mask-shape": (lambda q, v, t, s: (q, [change(v, mask=v.mask[..., 1:]), t], s), ValueError, "mask must have shape"),
+    "mask-dtype": (lambda q, v, t, s: (q, [change(v, mask=v.mask.int()), t], s), TypeError, "mask must be bool or"),
+    "rank-12": (
+        lambda q, v, t, s: (
+            q,
+            [change_basis(change(v, keys=v.keys[..., :12].clone()), B=v.basis.B[..., :12].clone()), t],
+            s,
+        ),
+        ValueError,
+        "rank that is a multiple of 8, got 12",
+    ),
+    "basis-shape": (
+        lambda q, v, t, s: (q, [change_basis(v, B=v.basis.B[..., :8]), t], s),
+        ValueError,
+        r"basis.B must be \[",
+    ),
+    "basis-missing": (lambda q, v, t, s: (q, [change_basis(v, B=None), t], s), ValueError, "basis.B must be a tensor"),
+    "basis-dtype": (
+        lambda q, v, t, s: (q, [change_basis(v, B=v.basis.B.double()), t], s),
+        TypeError,
+        "basis.B must be float16",
+    ),
+    "basis-strided": (
+        lambda q, v, t, s: (q, [change_basis(v, B=v.basis.B.mT.contiguous().mT), t], s),
+        ValueError,
+        "basis.B must be contig",
+    ),
+    "basis-too-few-rows": (
+        lambda q, v, t, s: (q, [change_basis(v, B=v.basis.B[:, :1], delta=None), t], s),
+        ValueError,
+        "basis_rows must say",
+    ),
+    "basis-rows-bool": (
+        lambda q, v, t, s: (q, [change(v, basis_rows=v.starts > 0), t], s),
+        TypeError,
+        "basis_rows must be",
+    ),
+    "delta-shape": (
+        lambda q, v, t, s: (q, [change_basis(v, delta=v.basis.delta[:, :1]), t], s),
+        ValueError,
+        "delta must have shape",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_named(spoil, error, message, monkeypatch):
+    query, (visual, text) = draw(CASES["bool-mask"], torch.float16)
+    arguments = spoil(query, visual, text, 0.125)
+    monkeypatch.setattr(decode, "plan", None)  # nothing is planned, let alone launched
+    with torch.enable_grad(), pytest.raises(error, match=message):
+        decode_attention(*arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_host_and_can_be_captured():
+    query, segments = draw(CASES["bool-mask"], torch.bfloat16)
+    expected_out, expected_lse = decode_attention(query, segments, 0.125)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode_attention(query, segments, 0.125)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = decode_attention(query, segments, 0.125)
+    graph.replay()
+    assert torch.equal(out, expected_out)
+    assert torch.equal(lse, expected_lse)
+
+
+if TOO_LATE:
+    for name in [name for name in globals() if name.startswith("test_")]:
+        del globals()[name]
+
+    def test_in_a_process_of_its_own():
+        arguments = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment["TRITON_INTERPRET"] = "1"
+        run = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
