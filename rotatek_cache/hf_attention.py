@@ -63,17 +63,32 @@ def rotatek_attention_forward(
             f"attention_mask must be [rows, 1, queries, tokens] here, got {list(attention_mask.shape)}: the mask of "
             f'"{NAME}" is that of sdpa'
         )
-    dense = kv.dense()
-    if dense is not None:
-        output, _ = sdpa_attention_forward(module, query, *dense, attention_mask, scaling=scaling, **kwargs)
-    else:
-        mask = attention_mask
-        if mask is None and query.shape[2] > 1:
-            mask = causal_mask(query.shape[2], kv.length, query.device)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output, _ = attend(query, kv.views(mask), scale, return_lse=False)
-    kv.observe(query, attention_mask)
+    with torch.no_grad():
+        dense = kv.dense()
+        if dense is not None:
+            output, _ = sdpa_attention_forward(module, query, *dense, attention_mask, scaling=scaling, **kwargs)
+        else:
+            mask = attention_mask
+            if mask is None and query.shape[2] > 1:
+                mask = causal_mask(query.shape[2], kv.length, query.device)
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            output, _ = attend(query, kv.views(mask), scale, return_lse=False)
+        kv.observe(query, attention_mask)
+    if torch.is_grad_enabled() and query.requires_grad:
+        output = _NoBackward.apply(output, query)
     return output, None
+
+
+class _NoBackward(torch.autograd.Function):
+    """Stands between the cache and a backward, which would be given a wrong gradient in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, query: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        raise RuntimeError("RotateKCache is for inference: no gradient flows through it; use another cache for that")
 
 
 def causal_mask(queries: int, tokens: int, device: torch.device) -> Tensor:
