@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from rotatek_cache.attention import attend, merge_state
     from rotatek_cache.basis import FitOptions, KeyBasis
     from rotatek_cache.cache import RotateKCache
-    from rotatek_cache.segments import LayerKV, SegmentView
+    from rotatek_cache.layer import LayerKV
+    from rotatek_cache.segments import SegmentView
     from rotatek_cache.wiring import attach, detach, families
 
 __version__ = "0.1.0"

@@ -423,7 +423,7 @@ BAD = {
         ValueError,
         r"basis.B must be \[",
     ),
-    "basis-missing": (lambda q, v, t, s: (q, [change_basis(v, B=None), t], s), ValueError, "basis.B must be a tensor"),
+    "basis-missing": (lambda q, v, t, s: (q, [change_basis(v, B=None), t], s), ValueError, "must be as wide as the query"),
     "basis-dtype": (
         lambda q, v, t, s: (q, [change_basis(v, B=v.basis.B.double()), t], s),
         TypeError,

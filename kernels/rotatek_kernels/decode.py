@@ -214,6 +214,8 @@ def _check_segment(name: str, segment: SegmentView, query: Tensor, first: Segmen
         expected = (batch, 1, segment.max_length)
         if segment.mask.shape != expected:
             raise ValueError(f"{name}.mask must have shape {expected}, got {tuple(segment.mask.shape)}")
+    if segment.is_coded:
+        raise ValueError(f"{name} holds integer codes or coded Values, which this kernel does not read: use impl='torch'")
     _check_basis(name, segment, query)
 
 
@@ -226,8 +228,7 @@ def _check_basis(name: str, segment: SegmentView, query: Tensor) -> None:
             raise ValueError(f"{name}.keys must be as wide as the query ({width}) without a basis, got {key_width}")
         return
     decoder = basis.B
-    if decoder is None:
-        raise ValueError(f"{name}.basis.B must be a tensor where A is one, got None")
+    assert decoder is not None  # or it would be the identity
     _check_tensor(f"{name}.basis.B", decoder, query)
     if decoder.dim() != 4 or (decoder.shape[0], *decoder.shape[2:]) != (heads, width, key_width):
         raise ValueError(
