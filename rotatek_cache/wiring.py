@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rotatek_cache import hf_attention
 from rotatek_cache.cache import RotateKCache
+from rotatek_cache.calibration import fingerprint
+from rotatek_cache.methods.calibrated import load_basis
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -83,6 +85,12 @@ class Attachment:
     handles: list[Any] = field(default_factory=list)
     previous: list[str | None] = field(default_factory=list)
     running: int = 0  # forwards with a RotateKCache; more than one where threads share the model
+    fingerprint: str = ""  # of the model, once a calibrated basis asks
+
+    def fingerprint_of(self, module: torch.nn.Module) -> str:
+        """The fingerprint of the attached model, taken once."""
+        self.fingerprint = self.fingerprint or fingerprint(module)
+        return self.fingerprint
 
     def select(self) -> None:
         """Begin a forward with a `RotateKCache`."""
@@ -237,6 +245,8 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     if module.training and torch.is_grad_enabled():
         raise ValueError("RotateKCache is for inference: call model.eval() or use torch.no_grad()")
     cache.learn_config(config)
+    if cache.options.is_calibrated:
+        load_basis(cache.options.basis).check_model(module._rotatek.fingerprint_of(module))
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if ids is None and embeds is None:
         return  # the forward itself says what is missing
