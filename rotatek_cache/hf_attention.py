@@ -65,12 +65,13 @@ def rotatek_attention_forward(
         )
     with torch.no_grad():
         dense = kv.dense()
+        mask = attention_mask
+        if mask is None and query.shape[2] > 1 and (dense is None or kv.length > query.shape[2]):
+            # sdpa's own causal mask is that of a prompt without a past.
+            mask = causal_mask(query.shape[2], kv.length, query.device)
         if dense is not None:
-            output, _ = sdpa_attention_forward(module, query, *dense, attention_mask, scaling=scaling, **kwargs)
+            output, _ = sdpa_attention_forward(module, query, *dense, mask, scaling=scaling, **kwargs)
         else:
-            mask = attention_mask
-            if mask is None and query.shape[2] > 1:
-                mask = causal_mask(query.shape[2], kv.length, query.device)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             output, _ = attend(query, kv.views(mask), scale, return_lse=False)
         kv.observe(query, attention_mask)

@@ -282,7 +282,8 @@ class VisualLedger:
         if self._mask is not mask:
             self._mask, self._gathered = mask, {}
         if key not in self._gathered:
-            columns = positions().to(mask.device)
+            # Entries past a row's tokens may point at positions that a crop has removed.
+            columns = positions().to(mask.device).clamp(max=mask.shape[-1] - 1)
             queries = mask.shape[2]
             rows = mask[:, 0].expand(columns.shape[0], -1, -1)
             self._gathered[key] = (key, rows.gather(2, columns[:, None].expand(-1, queries, -1)))
