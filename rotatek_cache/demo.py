@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -27,9 +28,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from rotatek_cache.basis import FitOptions, compressed_saves_bytes
+from rotatek_cache.basis import FitOptions
 from rotatek_cache.cache import RotateKCache, storage_bytes
 from rotatek_cache.report import CacheReport
+from rotatek_cache.sealing import Sealer
 from rotatek_cache.wiring import attach
 
 READER = Path(__file__).parent / "reader"
@@ -169,10 +171,10 @@ class DemoResult:
 
 def fewest_tokens(head_width: int, sparsity: float) -> int | None:
     """Fewest tokens that take fewer bytes compressed than dense; None if none do."""
-    rank = FitOptions(sparsity=sparsity).rank_for(head_width)
-    assert rank is not None
-    # Bytes saved grow by (D - r) per token and the basis costs less than 2 D D, so D D tokens decide.
-    return next((n for n in range(1, 2 * head_width**2) if compressed_saves_bytes(n, head_width, rank)), None)
+    sealer = Sealer(FitOptions(sparsity=sparsity), 0)
+    # A token saves at least one number and a basis holds fewer than 2 D D of them.
+    lengths = range(1, 2 * head_width**2)
+    return next((n for n in lengths if sealer.is_worth(n, head_width, head_width, torch.float32)), None)
 
 
 def open_page(path: Path) -> Page:
@@ -232,11 +234,15 @@ class Reader:
                 raise DemoError(f"dtype must be 'auto' or the name of a floating torch dtype, got '{dtype}'")
         elif name is None:
             wanted = torch.float32
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise DemoError(f"torch cannot use the device '{device}': {_first_line(error)}") from error
         _check_is_vlm(source)
         processor = _load_processor(source)
         try:
             model = AutoModelForImageTextToText.from_pretrained(source, dtype=wanted).to(device).eval()
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise DemoError(f"model '{source}' cannot be loaded: {_first_line(error)}") from error
         try:
             attach(model)
@@ -468,6 +474,8 @@ def _user(text: str, image: Image.Image | bool = True) -> dict[str, Any]:
 
 
 def _check_is_vlm(source: str) -> None:
+    if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
+        raise DemoError(f"there is no folder '{source}' with a model")
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
