@@ -45,20 +45,21 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 TOKENS, BATCH, HEADS = 16384, 8, 8
 
 
-def plan(width, rank, group, dtype, masked):
+def plan(width, rank, group, dtype, masked, text_length=TOKENS):
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    def segment(key_width, basis=None):
+    def segment(key_width, max_length, basis=None):
         return SegmentView(
             keys=empty(HEADS, BATCH * TOKENS, key_width), values=empty(HEADS, BATCH * TOKENS, width),
-            starts=empty(BATCH, dtype=torch.int64), lengths=empty(BATCH, dtype=torch.int32), max_length=TOKENS,
+            starts=empty(BATCH, dtype=torch.int64), lengths=empty(BATCH, dtype=torch.int32), max_length=max_length,
             basis=basis, basis_rows=None if basis is None else empty(BATCH, dtype=torch.int64),
-            mask=empty(BATCH, 1, TOKENS, dtype=torch.bool) if masked else None,
+            mask=empty(BATCH, 1, max_length, dtype=torch.bool) if masked else None,
         )
 
     directions, mean = empty(HEADS, BATCH, width, rank), empty(HEADS, BATCH, width)
-    segments = [segment(rank, KeyBasis(directions, directions, mean, mean)), segment(width)]
+    basis = KeyBasis(directions, directions, mean, mean)
+    segments = [segment(rank, TOKENS, basis), segment(width, text_length)]
     return decode.plan(empty(BATCH, HEADS * group, 1, width), segments, 0.1, 132)[0]
 
 
@@ -91,25 +92,52 @@ def resources(launch, capability):
     found["copies"] = len(re.findall(r"LDGSTS", code))
     found["copies of 16 bytes"] = len(re.findall(r"LDGSTS\\S*\\.128", code))
     return found
-
-
-width, rank, group, dtype, masked = json.loads(sys.argv[1])
-launches = plan(width, rank, group, getattr(torch, dtype), masked)
-print(json.dumps([[launch.kernel.__name__, sm, resources(launch, sm)] for sm in (80, 90, 100) for launch in launches]))
 """
 
-SHAPES = {  # D, r, G, dtype, masked
-    "width128-rank32-group4": (128, 32, 4, "bfloat16", False),
-    "width64-rank16-group4": (64, 16, 4, "bfloat16", True),
+REPORT = """
+width, rank, group, dtype, masked, capabilities = json.loads(sys.argv[1])
+launches = plan(width, rank, group, getattr(torch, dtype), masked)
+print(json.dumps([[launch.kernel.__name__, sm, resources(launch, sm)] for sm in capabilities for launch in launches]))
+"""
+
+# Takes the way of a real launch up to the launch itself, with a driver that claims a GPU.
+GROW = """
+from triton.runtime import driver
+
+
+class Driver:
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+driver.set_active(Driver())
+kernels = [set(), set()]
+for length in (1, 2, 15, 16, 17, 64, 257, 16384):
+    for made, launch in zip(kernels, plan(64, 16, 4, torch.bfloat16, True, length), strict=True):
+        made.add(id(launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options)))
+print([len(made) for made in kernels])
+"""
+
+SHAPES = {  # D, r, G, dtype, masked, compute capabilities
+    "width128-rank32-group4": (128, 32, 4, "bfloat16", False, (80, 90, 100)),
+    "width64-rank16-group4-masked": (64, 16, 4, "bfloat16", True, (80, 90, 100)),
+    "width80-rank24-group7": (80, 24, 7, "float16", False, (90,)),
+    "width128-rank32-float32": (128, 32, 4, "float32", True, (90,)),
 }
 
 
 @needs_triton
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_compiles_without_spills(shape):
-    compiled = json.loads(run(COMPILE, json.dumps(shape)))
+    compiled = json.loads(run(COMPILE + REPORT, json.dumps(shape)))
     assert [(kernel, sm) for kernel, sm, _ in compiled] == [
-        (kernel, sm) for sm in (80, 90, 100) for kernel in ("decode_splits", "merge_splits")
+        (kernel, sm) for sm in shape[-1] for kernel in ("decode_splits", "merge_splits")
     ]
     for kernel, sm, found in compiled:
         print(f"{kernel} sm_{sm}: {found}")  # noqa: T201 - `pytest -s` reports what a kernel takes
@@ -118,6 +146,11 @@ def test_compiles_without_spills(shape):
         assert found["reg"] <= 168, (kernel, sm, found)
         if kernel == "decode_splits":
             assert found["copies"] == found["copies of 16 bytes"] > 0, (kernel, sm, found)
+
+
+@needs_triton
+def test_text_that_grows_makes_no_new_kernel():
+    assert json.loads(run(COMPILE + GROW)) == [1, 1]
 
 
 @needs_triton

@@ -423,7 +423,11 @@ BAD = {
         ValueError,
         r"basis.B must be \[",
     ),
-    "basis-missing": (lambda q, v, t, s: (q, [change_basis(v, B=None), t], s), ValueError, "must be as wide as the query"),
+    "basis-missing": (
+        lambda q, v, t, s: (q, [change_basis(v, B=None), t], s),
+        ValueError,
+        "must be as wide as the query",
+    ),
     "basis-dtype": (
         lambda q, v, t, s: (q, [change_basis(v, B=v.basis.B.double()), t], s),
         TypeError,

@@ -105,12 +105,12 @@ def plan(
             "G": group,
             "D": width,
             "D_V": value_width,
-            "BLOCK_G": max(16, triton.next_power_of_2(group)),
-            "BLOCK_D": max(16, triton.next_power_of_2(width)),
-            "BLOCK_DV": max(16, triton.next_power_of_2(value_width)),
+            "BLOCK_G": _block(group),
+            "BLOCK_D": _block(width),
+            "BLOCK_DV": _block(value_width),
             "BLOCK_N": block_n,
         }
-        arguments["BLOCK_R"] = max(16, triton.next_power_of_2(arguments["RANK"]))
+        arguments["BLOCK_R"] = _block(arguments["RANK"])
         _count_head_strides_in_vectors(arguments)
         grid = (coded_splits + dense_splits, heads, batch)
         launches.append(Launch(decode_splits, grid, arguments, options))
@@ -123,7 +123,7 @@ def plan(
         "total_splits": total_splits,
         "G": group,
         "D_V": value_width,
-        "BLOCK_DV": triton.next_power_of_2(value_width),
+        "BLOCK_DV": _block(value_width),
         "BLOCK_S": 16,
     }
     launches.append(Launch(merge_splits, (q_heads, batch), merge, {**options, "num_warps": 2}))
@@ -215,7 +215,9 @@ def _check_segment(name: str, segment: SegmentView, query: Tensor, first: Segmen
         if segment.mask.shape != expected:
             raise ValueError(f"{name}.mask must have shape {expected}, got {tuple(segment.mask.shape)}")
     if segment.is_coded:
-        raise ValueError(f"{name} holds integer codes or coded Values, which this kernel does not read: use impl='torch'")
+        raise ValueError(
+            f"{name} holds integer codes or coded Values, which this kernel does not read: use impl='torch'"
+        )
     _check_basis(name, segment, query)
 
 
@@ -346,9 +348,14 @@ def _count_head_strides_in_vectors(arguments: dict[str, Any]) -> None:
         arguments[name] //= align
 
 
+def _block(size: int) -> int:
+    """The power of two, at least the 16 of a matrix product, that holds `size`."""
+    return max(16, 1 << (size - 1).bit_length()) if size else 16
+
+
 def _block_tokens(dtype: torch.dtype, width: int) -> int:
-    """Tokens of one block: what of Keys and Values, each `width` channels, fits into TILE_BYTES, from 16 to 64."""
-    fitting = TILE_BYTES // (2 * triton.next_power_of_2(width) * dtype.itemsize)
+    """Tokens of a block, 16 to 64: their dense Keys and Values, each `width` channels, fit into TILE_BYTES."""
+    fitting = TILE_BYTES // (2 * _block(width) * dtype.itemsize)
     return min(64, max(16, fitting))
 
 
