@@ -1,0 +1,162 @@
+"""Calibrated bases: one pass or two, stopping and resuming, what a file gives, and which files are refused."""
+
+import copy
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rotatek_cache import RotateKCache, attach
+from rotatek_cache.calibration import Calibration, Moments, calibrate, fingerprint
+from rotatek_cache.methods.calibrated import load_basis
+
+IMAGES = 6
+
+
+@pytest.fixture(scope="module")
+def prompts(request):
+    from conftest import build_host
+
+    tiny = build_host("llava").tiny
+    return [tiny.inputs(tiny.prompt(seed)) for seed in range(IMAGES)]
+
+
+@pytest.fixture
+def state(llava):
+    return Calibration(fingerprint(llava.attached), "llava")
+
+
+@pytest.fixture
+def basis_file(llava, prompts, state, tmp_path):
+    path = tmp_path / "basis.safetensors"
+    calibrate(llava.attached, prompts, state).write_basis(path, source="six drawn images")
+    return path
+
+
+def contents(path) -> dict[str, torch.Tensor]:
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def test_moments_are_those_within_images_and_add_up():
+    states = [torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)]
+    states[0][0, :, :2] = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    states[1][0, :, :2] = torch.tensor([[5.0, 0.0], [5.0, 4.0]])
+    total = Moments.of(states[0], 0) + Moments.of(states[1], 1)
+    assert total.scatter[0, :2, :2].tolist() == [[2, 0], [0, 8]] and total.tokens == 4 and total.sample.shape == (1, 4, 8)
+    basis = total.basis()
+    assert basis["spectrum"][0, :3].tolist() == [2, 0.5, 0]
+    assert basis["directions"][0, :2, :2].abs().tolist() == [[0, 1], [1, 0]]
+
+
+def test_stopping_and_resuming_gives_the_same_file(llava, prompts, basis_file, tmp_path):
+    first = Calibration(fingerprint(llava.attached), "llava")
+    calibrate(llava.attached, prompts[:2], first).save(tmp_path / "state.safetensors")
+    resumed = Calibration.load(tmp_path / "state.safetensors", fingerprint(llava.attached))
+    assert resumed.images == 2
+    calibrate(llava.attached, prompts[2:], resumed).write_basis(tmp_path / "again.safetensors")
+    once, again = contents(basis_file), contents(tmp_path / "again.safetensors")
+    assert once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_full_rank_gives_the_dense_tokens(llava, prompts, basis_file):
+    inputs = llava.tiny.inputs(llava.tiny.prompt(20), llava.tiny.prompt(21, text=3))
+    expected = llava.plain.generate(**inputs, max_new_tokens=5, do_sample=False)
+    cache = RotateKCache(rank=32, basis=str(basis_file), always_compress=True)
+    assert torch.equal(llava.attached.generate(**inputs, max_new_tokens=5, do_sample=False, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.5},
+        {"rank": 12},
+        {"energy": 0.9},
+        {"sparsity": 0.5, "key_bits": 4, "value_sparsity": 0.5, "value_bits": 8},
+        {"sparsity": 0.8, "key_bits": "auto", "value_sparsity": 0.8, "value_bits": "auto"},
+    ],
+    ids=str,
+)
+def test_beams_padding_and_second_turns_run_on_it(llava, basis_file, options):
+    inputs = llava.tiny.inputs(llava.tiny.prompt(20), llava.tiny.prompt(21, text=3))
+    cache = RotateKCache(basis=str(basis_file), **options)
+    tokens = llava.attached.generate(**inputs, max_new_tokens=4, num_beams=2, do_sample=False, past_key_values=cache)
+    assert tokens.shape[1] == inputs["input_ids"].shape[1] + 4
+    cache = RotateKCache(basis=str(basis_file), **options)
+    first = llava.attached.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+    second = llava.attached.generate(
+        input_ids=first, attention_mask=mask, max_new_tokens=3, do_sample=False, past_key_values=copy.deepcopy(cache)
+    )
+    assert second.shape[1] == first.shape[1] + 3
+    assert "rank" in str(cache.report())
+
+
+def test_the_request_owns_codes_and_means_only(llava, prompts, basis_file):
+    options = {"sparsity": 0.75, "key_bits": "auto", "value_sparsity": 0.75, "value_bits": "auto"}
+    cache = RotateKCache(basis=str(basis_file), **options)
+    llava.attached(**prompts[0], past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        segment = layer.kv.segments[0]
+        heads, tokens, row_bytes = segment.keys.data.shape
+        assert segment.keys.data.nbytes == heads * tokens * row_bytes and row_bytes <= 32 * 2 / 4
+        assert [t.shape for t in segment.keys.basis.tensors()] == [(heads, 1, 32)]  # delta alone
+    online = RotateKCache(basis="pca", **options)
+    llava.attached(**prompts[0], past_key_values=online, use_cache=True)
+    assert cache.nbytes() < online.nbytes()
+
+
+def test_caches_of_one_model_share_the_file(basis_file):
+    assert load_basis(basis_file) is load_basis(str(basis_file))
+
+
+def test_codes_of_the_file_are_nearly_as_good_as_codes_of_the_image(llava, prompts, basis_file):
+    def logits(**options):
+        cache = RotateKCache(**options)
+        out = llava.attached(**prompts[0], past_key_values=cache, use_cache=True).logits[:, -1:]
+        return llava.attached(input_ids=out.argmax(-1), past_key_values=cache, use_cache=True).logits
+
+    exact = logits(sparsity=0)
+    options = {"sparsity": 0.5, "key_bits": 8, "value_sparsity": 0.0, "value_bits": 8}
+    own = (logits(basis="pca", **options) - exact).norm()
+    calibrated = (logits(basis=str(basis_file), **options) - exact).norm()
+    assert calibrated < 4 * own
+
+
+def test_another_models_basis_is_refused(llava, prompts, basis_file):
+    other = attach(llava.tiny.build())
+    with torch.no_grad():
+        other.get_parameter("model.language_model.layers.0.self_attn.k_proj.weight").mul_(2)
+    cache = RotateKCache(sparsity=0.5, basis=str(basis_file))
+    with pytest.raises(ValueError, match="was calibrated on another model"):
+        other(**prompts[0], past_key_values=cache)
+
+
+def test_a_model_keeps_its_fingerprint_in_another_dtype(llava):
+    assert fingerprint(copy.deepcopy(llava.plain).to(torch.bfloat16)) == fingerprint(llava.attached)
+
+
+def test_missing_truncated_and_foreign_files_are_named(basis_file, tmp_path, state):
+    with pytest.raises(ValueError, match=r"nowhere.safetensors does not exist"):
+        RotateKCache(sparsity=0.5, basis="nowhere.safetensors")
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(basis_file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"truncated.safetensors cannot be read"):
+        RotateKCache(sparsity=0.5, basis=str(truncated))
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(2)}, foreign)
+    with pytest.raises(ValueError, match="no basis file of this version"):
+        RotateKCache(sparsity=0.5, basis=str(foreign))
+    with pytest.raises(ValueError, match="cannot be read"):
+        Calibration.load(truncated, state.fingerprint)
+    with pytest.raises(ValueError, match="is no calibration state"):
+        Calibration.load(basis_file, state.fingerprint)
+    with pytest.raises(ValueError, match="no visual token was seen"):
+        Calibration("", "llava").write_basis(tmp_path / "empty.safetensors")
+
+
+def test_a_state_of_another_model_is_refused(llava, prompts, state, tmp_path):
+    calibrate(llava.attached, prompts[:1], state).save(tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match="belongs to another model"):
+        Calibration.load(tmp_path / "state.safetensors", "0" * 64)
