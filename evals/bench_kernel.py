@@ -201,8 +201,10 @@ def main() -> None:
     result["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     for name, value in result["milliseconds"].items():
         print(f"{name:24} {value:8.3f} ms   {value / result['milliseconds']['rotatek']:5.2f}x ours")
-    print(f"over DynamicCache + sdpa {result['over DynamicCache + sdpa']:.2f}x, "
-          f"over the best dense ({result['best dense']}) {result['over best dense']:.2f}x")
+    print(
+        f"over DynamicCache + sdpa {result['over DynamicCache + sdpa']:.2f}x, "
+        f"over the best dense ({result['best dense']}) {result['over best dense']:.2f}x"
+    )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Does the compressed cache still read the page? Exact match and KL per method and byte budget, first and second question.
+"""Does the compressed cache still read the page? Exact match and KL per method and budget, first and second question.
 
     python evals/fidelity.py --pages 512 --out evals/results/fidelity.json
 
@@ -53,7 +53,7 @@ class RecordingCache(RotateKCache):
         if self.layers:
             return
         super().learn_config(config)
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             layer.kv.__class__ = _RecordingKV
             layer.kv.record = self.seen
 
@@ -134,7 +134,9 @@ def visual_bytes(cache: RotateKCache) -> tuple[int, int]:
     return keys, values
 
 
-def fill(cache: RotateKCache, config: Any, batch: Batch, seen: dict[int, tuple[Tensor, Tensor, Tensor]], image: int) -> None:
+def fill(
+    cache: RotateKCache, config: Any, batch: Batch, seen: dict[int, tuple[Tensor, Tensor, Tensor]], image: int
+) -> None:
     """Give a cache the prompt's recorded states, as its prefill would have."""
     cache.learn_config(config)
     ids, mask = batch.prompt["input_ids"], batch.prompt["attention_mask"].bool()
@@ -236,7 +238,8 @@ def summary(name: str, results: dict[str, Scores], options: dict[str, Any]) -> d
 
 def print_table(result: dict[str, Any]) -> None:
     """A line a method."""
-    print(f"{'method':34} {'K':>6} {'V':>6} {'KV':>6}   {'first EM':>8} {'KL':>8}   {'second EM':>9} {'KL':>8}  loss, 95 %")
+    heads = f"{'first EM':>8} {'KL':>8}   {'second EM':>9} {'KL':>8}"
+    print(f"{'method':34} {'K':>6} {'V':>6} {'KV':>6}   {heads}  loss, 95 %")
     for name, row in result["methods"].items():
         first, second = row["first"], row["second"]
         low, high = (100 * bound for bound in second["loss_95"])

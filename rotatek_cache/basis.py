@@ -48,7 +48,9 @@ class FitOptions:
     value_bits: Bits = None
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in ("sparsity", "rank", "energy") if getattr(self, name) is not None}
+        given = {
+            name: getattr(self, name) for name in ("sparsity", "rank", "energy") if getattr(self, name) is not None
+        }
         if len(given) != 1:
             got = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
             raise ValueError(f"exactly one of sparsity, rank and energy sets the rank; got {got}")
@@ -182,10 +184,12 @@ class KeyBasis:
             return matrix.gather(-1, index[..., None, :].expand(*index.shape[:-1], matrix.shape[-2], -1))
 
         encoder = pick(self.A)
-        return KeyBasis(encoder, encoder if self.A is self.B else pick(self.B), self.offset, self.delta, index.shape[-1])
+        return KeyBasis(
+            encoder, encoder if self.A is self.B else pick(self.B), self.offset, self.delta, index.shape[-1]
+        )
 
     def reconstruct(self, coefficients: Tensor) -> Tensor:
-        """Keys ``[H, R, S, D]`` that the coefficients ``[H, R, S, r]`` stand for (an oracle: decoding never does it)."""
+        """Keys ``[H, R, S, D]`` that coefficients ``[H, R, S, r]`` stand for (an oracle: decoding never does it)."""
         if self.B is None:
             return coefficients
         coefficients = coefficients.to(compute_dtype(self.B.dtype))
@@ -236,13 +240,17 @@ def query_channel_norm(queries: Tensor, kv_heads: int, valid: Tensor | None = No
     batch, q_heads, window, width = queries.shape
     queries = queries.to(compute_dtype(queries.dtype))
     if valid is not None:
-        queries = torch.where(valid[:, None, :, None], queries, torch.zeros((), dtype=queries.dtype, device=queries.device))
+        queries = torch.where(
+            valid[:, None, :, None], queries, torch.zeros((), dtype=queries.dtype, device=queries.device)
+        )
     grouped = queries.view(batch, kv_heads, q_heads // kv_heads, window, width).mean(2)
     norm = grouped.norm(dim=2).transpose(0, 1)
     # A row without a valid query has norm zero everywhere; uniform weights are plain PCA then.
     floor = norm.median(-1, keepdim=True).values * 1e-3
     norm = norm.maximum(floor)
-    return torch.where(norm.amax(-1, keepdim=True) > 0, norm.clamp_min(torch.finfo(norm.dtype).tiny), torch.ones_like(norm))
+    return torch.where(
+        norm.amax(-1, keepdim=True) > 0, norm.clamp_min(torch.finfo(norm.dtype).tiny), torch.ones_like(norm)
+    )
 
 
 def weighted_scatter(scatter: Tensor, weight: Tensor | None) -> Tensor:
@@ -314,7 +322,7 @@ class KeyStatistics:
         return query_channel_norm(self.queries, self.mean.shape[0], self.valid)
 
     def query_moment(self) -> Tensor | None:
-        """Second moment ``[H, R, D, D]`` of the window's queries over all heads of a GQA group, None without queries."""
+        """Second moment ``[H, R, D, D]`` of the window's queries over all heads of a group, None without queries."""
         if self.queries is None:
             return None
         heads = self.mean.shape[0]

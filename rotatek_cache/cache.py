@@ -36,8 +36,8 @@ class LayerHandle:
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(
-            f"an attention function without RotateK support asked for `{name}` of the Keys of a RotateKCache, which are "
-            f"compressed; {HOW_TO_SWITCH}"
+            f"an attention function without RotateK support asked for `{name}` of the Keys of a RotateKCache, which "
+            f"are compressed; {HOW_TO_SWITCH}"
         )
 
     @classmethod
@@ -109,7 +109,9 @@ class RotateKLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Refused: the attention function reads the segments where they are."""
-        raise NotImplementedError("RotateKCache cannot be offloaded to the CPU layer by layer; use DynamicCache for that")
+        raise NotImplementedError(
+            "RotateKCache cannot be offloaded to the CPU layer by layer; use DynamicCache for that"
+        )
 
     prefetch = offload
 
@@ -187,7 +189,7 @@ class RotateKCache(Cache):
         if self.layers:
             return
         stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
-        self.layers = [
+        self.layers: list[Any] = [
             RotateKLayer(self.options, self.ledger, index) if type(layer) is DynamicLayer else layer
             for index, layer in enumerate(stock)
         ]
@@ -277,8 +279,10 @@ class RotateKCache(Cache):
         return held + self.ledger.tensors()
 
     def nbytes(self) -> int:
-        """Bytes of the storage held, everything counted once: coefficients, Values, text and its free room, bases,
-        deltas, row tables, positions and flags."""
+        """Bytes of the storage held, everything counted once.
+
+        Coefficients, Values, text and its free room, bases, deltas, row tables, positions and flags.
+        """
         return storage_bytes(self.tensors())
 
     def report(self) -> CacheReport:
@@ -289,9 +293,12 @@ class RotateKCache(Cache):
     def __repr__(self) -> str:
         options = self.options
         chosen = next(
-            f"{name}={getattr(options, name)}" for name in ("sparsity", "rank", "energy") if getattr(options, name) is not None
+            f"{name}={getattr(options, name)}"
+            for name in ("sparsity", "rank", "energy")
+            if getattr(options, name) is not None
         )
-        return f"RotateKCache({chosen}, layers={len(self.layers)}, tokens={self.get_seq_length()}, bytes={self.nbytes():,})"
+        tokens, held = self.get_seq_length(), self.nbytes()
+        return f"RotateKCache({chosen}, layers={len(self.layers)}, tokens={tokens}, bytes={held:,})"
 
 
 def _rank(stored: Stored, width: int) -> int:
@@ -334,4 +341,6 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         )
         for segment in kv.segments
     ]
-    return LayerReport(index, "RotateKLayer", kv.length, segments, kv.dense_tokens(), stored, dense, list(kv.kept_dense))
+    return LayerReport(
+        index, "RotateKLayer", kv.length, segments, kv.dense_tokens(), stored, dense, list(kv.kept_dense)
+    )

@@ -93,22 +93,24 @@ class Calibration:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"calibration state {path} cannot be read: {error}") from None
         if metadata.get("format") != STATE_FORMAT:
-            raise ValueError(f"{path} is no calibration state: expected {STATE_FORMAT!r}, got {metadata.get('format')!r}")
+            raise ValueError(
+                f"{path} is no calibration state: expected {STATE_FORMAT!r}, got {metadata.get('format')!r}"
+            )
         provenance = json.loads(metadata["provenance"])
         if provenance["fingerprint"] != fingerprint:
             raise ValueError(f"calibration state {path} belongs to another model ({provenance['model_type']})")
         state = cls(fingerprint, provenance["model_type"])
         state.images = provenance["images"]
-        for name in tensors:
+        for name, tensor in tensors.items():
             _, layer, which, part = name.split(".")
             if part == "scatter":
                 prefix = f"layers.{layer}.{which}."
                 state.moments[int(layer), which] = Moments(
-                    tensors[name], int(tensors[prefix + "tokens"]), tensors[prefix + "sample"]
+                    tensor, int(tensors[prefix + "tokens"]), tensors[prefix + "sample"]
                 )
         return state
 
@@ -170,7 +172,7 @@ def calibrate(model: torch.nn.Module, prompts: Iterable[dict[str, Any]], state: 
     Returns:
         `state`.
     """
-    from rotatek_cache.cache import RotateKCache, RotateKLayer  # the maths of this module needs no transformers
+    from rotatek_cache.cache import RotateKCache, RotateKLayer  # noqa: PLC0415 (the maths needs no transformers)
 
     for prompt in prompts:
         cache = RotateKCache(sparsity=0)
@@ -181,4 +183,3 @@ def calibrate(model: torch.nn.Module, prompts: Iterable[dict[str, Any]], state: 
                 state.add(index, STATES[1], segment.values.data)
         state.images += 1
     return state
-

@@ -130,7 +130,7 @@ def quantise(coefficients: Tensor, layout: CodeLayout) -> tuple[Tensor, Tensor, 
 
 
 def encode_codes(coefficients: Tensor, low: Tensor, step: Tensor, layout: CodeLayout) -> Tensor:
-    """uint8 codes ``[H, S, channels]`` with given ``low`` and ``step`` ``[H, channels]``; what lies outside is clipped."""
+    """uint8 codes ``[H, S, channels]`` with given ``low`` and ``step [H, channels]``; the rest is clipped."""
     levels = layout.levels(coefficients.device).to(coefficients.dtype)
     return _codes(coefficients, low.to(coefficients), step.to(coefficients), levels).to(torch.uint8)
 

@@ -237,13 +237,13 @@ class Reader:
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise DemoError(f"torch cannot use the device '{device}': {_first_line(error)}") from error
+            raise DemoError(f"torch cannot use the device '{device}': {_first_sentence(error)}") from error
         _check_is_vlm(source)
         processor = _load_processor(source)
         try:
             model = AutoModelForImageTextToText.from_pretrained(source, dtype=wanted).to(device).eval()
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise DemoError(f"model '{source}' cannot be loaded: {_first_line(error)}") from error
+            raise DemoError(f"model '{source}' cannot be loaded: {_first_sentence(error)}") from error
         try:
             attach(model)
         except (TypeError, ValueError) as error:
@@ -479,7 +479,7 @@ def _check_is_vlm(source: str) -> None:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise DemoError(f"there is no model '{source}' that transformers can load: {_first_line(error)}") from error
+        raise DemoError(f"there is no model '{source}' that transformers can load: {_first_sentence(error)}") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise DemoError(
             f"model '{source}' ({config.model_type}) is no vision-language model: transformers has no "
@@ -492,12 +492,12 @@ def _load_processor(source: str) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError, ImportError, TypeError, AttributeError, KeyError) as error:
-        raise DemoError(message + _first_line(error)) from error
+        raise DemoError(message + _first_sentence(error)) from error
     missing = [name for name in ("image_processor", "tokenizer") if getattr(processor, name, None) is None]
     if missing:
         raise DemoError(f"{message}what is saved with it lacks {' and '.join(missing).replace('_', ' ')}")
     return processor
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).partition(". ")[0] or type(error).__name__

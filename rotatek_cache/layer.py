@@ -62,8 +62,8 @@ class LayerKV:
             self.shape, self.dtype = shape, keys.dtype
         elif shape != self.shape:
             raise ValueError(
-                f"this cache holds (rows, KV heads, key width, value width) = {self.shape}, the new states have {shape}; "
-                "call cache.reset() or make a new cache for another batch"
+                f"this cache holds (rows, KV heads, key width, value width) = {self.shape}, the new states have "
+                f"{shape}; call cache.reset() or make a new cache for another batch"
             )
 
     def dense(self) -> tuple[Tensor, Tensor] | None:

@@ -329,4 +329,3 @@ def check_visual_mask(mask: Tensor) -> None:
         raise TypeError(f"visual_mask must have dtype torch.bool, got {mask.dtype}")
     if mask.ndim != 2:
         raise ValueError(f"visual_mask must have shape [rows, positions], got {list(mask.shape)}")
-

@@ -52,11 +52,11 @@ class CacheReport:
         return self.dense_bytes / self.stored_bytes if self.stored_bytes else 1.0
 
     def __str__(self) -> str:
-        lines = [
-            f"RotateK cache, {self.options}",
+        header = (
             f"{'layer':>5}  {'tokens':>6}  {'visual':>6}  {'rank':>8}  {'keys':>10}  {'values':>10}  {'basis':>9}  "
-            f"{'text':>6}  {'stored':>10}  {'dense':>10}  {'ratio':>5}",
-        ]
+            f"{'text':>6}  {'stored':>10}  {'dense':>10}  {'ratio':>5}"
+        )
+        lines = [f"RotateK cache, {self.options}", header]
         for layer in self.layers:
             lines += self._layer_lines(layer)
         lines.append(

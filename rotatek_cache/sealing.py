@@ -50,7 +50,9 @@ class Sealer:
         if options.is_identity:
             stored += tokens * key_width * dtype.itemsize
         else:
-            stored += self._bytes(tokens, options.rank_for(key_width), options.sparsity, key_width, options.key_bits, dtype)
+            stored += self._bytes(
+                tokens, options.rank_for(key_width), options.sparsity, key_width, options.key_bits, dtype
+            )
         if options.codes_values:
             rank = rank_of_share(share, value_width)
             stored += self._bytes(tokens, rank, share, value_width, options.value_bits, dtype)
@@ -86,7 +88,9 @@ class Sealer:
         if options.is_identity:
             return Stored(keys, KeyBasis())
         rank = options.rank_for(keys.shape[-1])
-        return self._store("Keys", keys, ranges, self.key_method, rank, options.sparsity, options.key_bits, queries, valid)
+        return self._store(
+            "Keys", keys, ranges, self.key_method, rank, options.sparsity, options.key_bits, queries, valid
+        )
 
     def store_values(self, values: Tensor, ranges: Ranges) -> Stored:
         """Store packed Values ``[H, N, D_v]``."""

@@ -67,12 +67,15 @@ class SegmentView:
         return self.value_basis.B.shape[-2]
 
     def _batched(self, packed: Tensor) -> Tensor:
-        heads, _, width = packed.shape
         rows = packed.unflatten(1, (-1, self.row_stride))[:, :, : self.max_length]
-        return rows.flatten(0, 1) if rows.stride(0) == rows.shape[1] * rows.stride(1) else rows.reshape(-1, *rows.shape[2:])
+        return (
+            rows.flatten(0, 1)
+            if rows.stride(0) == rows.shape[1] * rows.stride(1)
+            else rows.reshape(-1, *rows.shape[2:])
+        )
 
     def batched_keys(self, dtype: torch.dtype) -> Tensor:
-        """Keys or coefficients ``[H * B, max_length, r]`` in `dtype`, without a copy where they are so; `batched` only."""
+        """Keys or coefficients ``[H * B, max_length, r]`` in `dtype`, copied only if not so; `batched` only."""
         return _numbers(self._batched(self.keys), self.key_code, dtype)
 
     def batched_values(self, dtype: torch.dtype) -> Tensor:
@@ -109,7 +112,9 @@ def select_basis(basis: KeyBasis, rows: Tensor) -> KeyBasis:
             return None
         return picked.setdefault(id(tensor), tensor[:, rows])
 
-    return KeyBasis(pick(basis.A), pick(basis.B), pick(basis.offset), pick(basis.delta), basis.fitted_rank, basis.shared)
+    return KeyBasis(
+        pick(basis.A), pick(basis.B), pick(basis.offset), pick(basis.delta), basis.fitted_rank, basis.shared
+    )
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,9 @@ class VisualSegment:
             key_code=self.keys.code,
             value_basis=self.values.basis,
             value_code=self.values.code,
-            mask=None if mask is None else ledger.gather_mask(mask, (self.positions, self.starts), self.token_positions),
+            mask=None
+            if mask is None
+            else ledger.gather_mask(mask, (self.positions, self.starts), self.token_positions),
         )
 
     def token_positions(self) -> Tensor:
@@ -260,7 +267,8 @@ class TextSegment:
 
     def logical(self) -> tuple[Tensor, Tensor]:
         """The columns' Keys ``[B, H, length, D]`` and Values, as views; logical order while nothing was sealed."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys.transpose(0, 1)[:, :, : self.length], self.values.transpose(0, 1)[:, :, : self.length]
 
     def realign(self, keys: Tensor, values: Tensor, order: Tensor, alignment: Alignment) -> None:
@@ -281,7 +289,9 @@ class TextSegment:
         """Forget tokens at logical positions from `length` on."""
         if self.keys is None or self.values is None:
             return
-        aligned, linear_from = (0, 0) if self.alignment is None else (self.alignment.width, self.alignment.next_position)
+        aligned, linear_from = (
+            (0, 0) if self.alignment is None else (self.alignment.width, self.alignment.next_position)
+        )
         if length >= linear_from:
             self.length = min(self.length, aligned + length - linear_from)
             return

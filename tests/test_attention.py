@@ -1,6 +1,7 @@
 """The reference attention over segment views, against plain softmax attention in float64."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -29,8 +30,13 @@ def draw(batch, heads, group, queries, width, value_width, rank, lengths, text, 
     query = normal(batch, heads * group, queries, width)
     starts = torch.tensor([0, *lengths]).cumsum(0)
     keys, values = normal(heads, sum(lengths), width), normal(heads, sum(lengths), value_width)
-    rows = [slice(int(a), int(b)) for a, b in zip(starts, starts[1:], strict=False)]
-    moments = [key_moments(keys[:, row]) if row.stop > row.start else (keys.new_zeros(heads, width), keys.new_zeros(heads, width, width)) for row in rows]
+    rows = [slice(int(a), int(b)) for a, b in itertools.pairwise(starts)]
+    moments = [
+        key_moments(keys[:, row])
+        if row.stop > row.start
+        else (keys.new_zeros(heads, width), keys.new_zeros(heads, width, width))
+        for row in rows
+    ]
     mean, scatter = (torch.stack(part, 1) for part in zip(*moments, strict=True))
     basis = orthogonal_basis(mean, scatter, rank, "eigh", torch.float64)
     coefficients = torch.cat(
@@ -68,10 +74,9 @@ def draw(batch, heads, group, queries, width, value_width, rank, lengths, text, 
 
 def plain_attention(query, dense, scale, masks=None):
     """Softmax attention row by row over dense ``[H, T, D]``; a query without tokens gives 0 and -inf."""
-    batch, q_heads, queries, _ = query.shape
     outs, lses = [], []
     for b, (keys, values) in enumerate(dense):
-        group = q_heads // keys.shape[0]
+        group = query.shape[1] // keys.shape[0]
         scores = query[b] @ keys.repeat_interleave(group, 0).mT * scale
         if masks is not None:
             scores = scores.masked_fill(~masks[b], -torch.inf)
@@ -90,7 +95,7 @@ def test_equals_softmax_attention_over_what_the_coefficients_stand_for(case, chu
     expected, expected_lse = plain_attention(query, dense, 0.3)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
-    without, none = reference_attention(query, segments, 0.3, return_lse=False)
+    without, _ = reference_attention(query, segments, 0.3, return_lse=False)
     torch.testing.assert_close(without, expected)
 
 
@@ -169,7 +174,9 @@ def test_the_error_of_the_output_falls_with_the_rank():
     generator = torch.Generator().manual_seed(0)
     errors = []
     width, tokens = 64, 300
-    keys = (torch.randn(8, tokens, width, generator=generator, dtype=torch.float64) * torch.logspace(0.5, -1, width)).double()
+    keys = (
+        torch.randn(8, tokens, width, generator=generator, dtype=torch.float64) * torch.logspace(0.5, -1, width)
+    ).double()
     keys = keys @ torch.linalg.qr(torch.randn(8, width, width, generator=generator, dtype=torch.float64)).Q
     values = torch.randn(8, tokens, width, generator=generator, dtype=torch.float64)
     query = torch.randn(1, 16, 20, width, generator=generator, dtype=torch.float64)
@@ -178,10 +185,17 @@ def test_the_error_of_the_output_falls_with_the_rank():
         mean, scatter = key_moments(keys[:, None])
         basis = orthogonal_basis(mean, scatter, rank, "eigh", torch.float64)
         view = SegmentView(
-            basis.encode(keys[:, None])[:, 0], values, torch.tensor([0]), torch.tensor([tokens]), tokens, tokens, True, basis
+            basis.encode(keys[:, None])[:, 0],
+            values,
+            torch.tensor([0]),
+            torch.tensor([tokens]),
+            tokens,
+            tokens,
+            True,
+            basis,
         )
         errors.append(float((attend(query, [view], 0.5)[0] - expected).norm()))
-    assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
     assert errors[-1] < 1e-10 * float(expected.norm())
 
 

@@ -44,7 +44,9 @@ def test_moments_are_those_within_images_and_add_up():
     states[0][0, :, :2] = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
     states[1][0, :, :2] = torch.tensor([[5.0, 0.0], [5.0, 4.0]])
     total = Moments.of(states[0], 0) + Moments.of(states[1], 1)
-    assert total.scatter[0, :2, :2].tolist() == [[2, 0], [0, 8]] and total.tokens == 4 and total.sample.shape == (1, 4, 8)
+    assert (
+        total.scatter[0, :2, :2].tolist() == [[2, 0], [0, 8]] and total.tokens == 4 and total.sample.shape == (1, 4, 8)
+    )
     basis = total.basis()
     assert basis["spectrum"][0, :3].tolist() == [2, 0.5, 0]
     assert basis["directions"][0, :2, :2].abs().tolist() == [[0, 1], [1, 0]]
@@ -64,7 +66,9 @@ def test_full_rank_gives_the_dense_tokens(llava, prompts, basis_file):
     inputs = llava.tiny.inputs(llava.tiny.prompt(20), llava.tiny.prompt(21, text=3))
     expected = llava.plain.generate(**inputs, max_new_tokens=5, do_sample=False)
     cache = RotateKCache(rank=32, basis=str(basis_file), always_compress=True)
-    assert torch.equal(llava.attached.generate(**inputs, max_new_tokens=5, do_sample=False, past_key_values=cache), expected)
+    assert torch.equal(
+        llava.attached.generate(**inputs, max_new_tokens=5, do_sample=False, past_key_values=cache), expected
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from rotatek_cache.layer import LayerKV
 from rotatek_cache.ledger import VisualLedger
 
 blocks = st.lists(st.sampled_from([8, 4, 2]), min_size=1, max_size=3, unique=True).flatmap(
-    lambda widths: st.tuples(*(st.tuples(st.just(w), st.integers(1, 4).map(lambda n: 8 * n)) for w in sorted(widths)[::-1]))
+    lambda widths: st.tuples(
+        *(st.tuples(st.just(w), st.integers(1, 4).map(lambda n: 8 * n)) for w in sorted(widths)[::-1])
+    )
 )
 
 
@@ -170,21 +172,22 @@ def test_more_bits_and_channels_lower_the_error():
         return float((attend(query, kv.views(None), 0.2)[0] - expected).norm())
 
     assert error(sparsity=0.0, key_bits=8) < error(sparsity=0.0, key_bits=4) < error(sparsity=0.0, key_bits=2)
-    automatic = [error(sparsity=s, key_bits="auto", value_sparsity=s, value_bits="auto") for s in (0.5, 0.75, 0.875, 0.95)]
+    automatic = [
+        error(sparsity=s, key_bits="auto", value_sparsity=s, value_bits="auto") for s in (0.5, 0.75, 0.875, 0.95)
+    ]
     assert automatic == sorted(automatic)
     # At equal bytes, codes of many channels beat half-precision numbers of few.
     assert error(sparsity=0.875, key_bits="auto") < error(sparsity=0.875)
 
 
 def test_codes_need_finite_values():
-    options = FitOptions(sparsity=0.5, value_bits=4)
+    ledger = VisualLedger()
+    ledger.announce(0, 201, (torch.arange(201) < 200)[None])
+    kv = LayerKV(FitOptions(sparsity=0.5, value_bits=4), ledger, 0)
+    values = torch.randn(1, 1, 201, 64)
+    values[0, 0, 3, 3] = torch.inf
+    kv.append(torch.randn(1, 1, 201, 64), values)
     with pytest.raises(ValueError, match="visual Values of layer 0 hold NaN or infinity"):
-        ledger = VisualLedger()
-        ledger.announce(0, 201, (torch.arange(201) < 200)[None])
-        kv = LayerKV(options, ledger, 0)
-        values = torch.randn(1, 1, 201, 64)
-        values[0, 0, 3, 3] = torch.inf
-        kv.append(torch.randn(1, 1, 201, 64), values)
         kv.observe(torch.randn(1, 1, 201, 64), None)
 
 

@@ -98,5 +98,5 @@ def test_the_query_moment_of_a_group_does_not_cancel_signs():
 
 
 def test_unknown_basis_lists_the_known():
-    with pytest.raises(ValueError, match="basis must be one of oblique, pca, .*got 'svd'"):
+    with pytest.raises(ValueError, match=r"basis must be one of oblique, pca, .*got 'svd'"):
         key_method("svd")

@@ -63,7 +63,7 @@ class StateBasis:
         return low, step
 
     def decoder(self, layout: CodeLayout, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For codes, shared by all requests: the decoder ``[H, D, channels]`` and what `low` adds to delta, ``[H, D]``."""
+        """For codes, of all requests: the decoder ``[H, D, channels]`` and what `low` adds to delta, ``[H, D]``."""
         key = ("decoder", layout, dtype, device)
         if key not in self._memo:
             low, step = self.ranges(layout, device)
@@ -111,11 +111,13 @@ def _load(path: str, modified: int) -> CalibratedBasis:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"basis file {path} cannot be read (truncated, or no safetensors file): {error}") from None
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is no basis file of this version: expected format {FORMAT!r}, got {metadata.get('format')!r}")
+        raise ValueError(
+            f"{path} is no basis file of this version: expected format {FORMAT!r}, got {metadata.get('format')!r}"
+        )
     provenance = json.loads(metadata["provenance"])
     layers: dict[int, dict[str, StateBasis]] = {}
     for index in sorted({int(name.split(".")[1]) for name in tensors}):
