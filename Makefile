@@ -21,8 +21,8 @@ help:  ## List the commands
 	@echo 'The demo takes IMAGE=page.png QUESTION="row 3?" MODEL=name-or-path SPARSITY=0.75 OUT=folder; test takes ARGS=...'
 
 demo: $(VENV)/.demo  ## Read a page with the dense cache and with RotateKCache; print and draw what that gives
-	$(BIN)/rotatek demo $(if $(IMAGE),--image "$$IMAGE") $(if $(QUESTION),--question "$$QUESTION") \
-		$(if $(MODEL),--model "$$MODEL") $(if $(SPARSITY),--sparsity "$$SPARSITY") $(if $(OUT),--out "$$OUT")
+	$(strip $(BIN)/rotatek demo $(if $(IMAGE),--image "$$IMAGE") $(if $(QUESTION),--question "$$QUESTION") \
+		$(if $(MODEL),--model "$$MODEL") $(if $(SPARSITY),--sparsity "$$SPARSITY") $(if $(OUT),--out "$$OUT"))
 
 test: $(VENV)/.dev  ## Run the tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)

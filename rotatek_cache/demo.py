@@ -158,6 +158,11 @@ class DemoResult:
         """Bytes of the dense cache over those of `measurement`, which holds as many tokens."""
         return self.dense.nbytes / measurement.nbytes
 
+    def comparison(self, measurement: Measurement) -> str:
+        """`ratio` in words."""
+        ratio = self.ratio(measurement)
+        return f"{ratio:.2f}x smaller" if round(ratio, 2) >= 1 else f"{1 / ratio:.2f}x larger"
+
     def break_even(self) -> list[BreakEven]:
         """For each sparsity, the segment length from which compression saves bytes."""
         if self.head_width is None:

@@ -133,7 +133,7 @@ def _draw_bars(axes: Any, result: DemoResult) -> None:
     largest = max(m.nbytes for m in measured)
     for index, m in enumerate(measured):
         axes.barh(index, m.nbytes, height=0.62, color=DENSE if m.setting.sparsity is None else ROTATED)
-        text = f"{readable_bytes(m.nbytes)}   {result.ratio(m):.2f}x smaller   {m.ms_per_token:.2f} ms per token"
+        text = f"{readable_bytes(m.nbytes)}   {result.comparison(m)}   {m.ms_per_token:.2f} ms per token"
         if m.setting.sparsity is None:
             text = f"{readable_bytes(m.nbytes)}   {m.ms_per_token:.2f} ms per token"
         axes.text(m.nbytes + 0.01 * largest, index, text, va="center", size=9.5, color=INK)
