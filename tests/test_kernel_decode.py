@@ -186,7 +186,7 @@ def test_splits_meet_at_any_boundary(tokens, many_splits):
     case = Case(((tokens, max(tokens - 16, 0)),), (130, tokens), heads=1)
     query, segments = draw(case, torch.float16)
     launches, _, _ = decode.plan(query, segments, case.scale, 4096)
-    assert launches[0].arguments["coded_splits"] == math.ceil(tokens / 16)
+    assert launches[0].arguments["compressed_splits"] == math.ceil(tokens / 16)
     assert launches[0].arguments["dense_splits"] == 9
     assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
 
@@ -238,9 +238,9 @@ def test_full_rank_is_dense():
     rotation, offset = rotation.float().to(DEVICE), offset.float().to(DEVICE)
     rows = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     basis = KeyBasis(rotation, rotation, offset, offset)
-    coded = dataclasses.replace(dense, keys=coefficients.float().to(DEVICE), basis=basis, basis_rows=rows)
+    compressed = dataclasses.replace(dense, keys=coefficients.float().to(DEVICE), basis=basis, basis_rows=rows)
     for state, expected in zip(
-        decode_attention(query, [coded], 0.125), decode_attention(query, [dense], 0.125), strict=True
+        decode_attention(query, [compressed], 0.125), decode_attention(query, [dense], 0.125), strict=True
     ):
         torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
 
@@ -344,6 +344,11 @@ BAD = {
     ),
     "scale-nan": (lambda q, v, t, s: (q, [v, t], math.nan), ValueError, "scale must be finite, got nan"),
     "scale-inf": (lambda q, v, t, s: (q, [v, t], math.inf), ValueError, "scale must be finite, got inf"),
+    "packed-codes": (
+        lambda q, v, t, s: (q, [change(v, keys=v.keys.int(), value_basis=v.basis), t], s),
+        ValueError,
+        r"segments\[0\] holds integer codes or coded Values",
+    ),
     "no-segments": (lambda q, v, t, s: (q, [], s), ValueError, "segments must hold at least one"),
     "one-segment-bare": (lambda q, v, t, s: (q, v, s), TypeError, "segments must be a sequence"),
     "segment-tuple": (

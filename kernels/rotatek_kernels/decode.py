@@ -82,21 +82,22 @@ def plan(
     # float32 tiles are multiplied without tensor cores, by code that needs twice the registers.
     options = {"num_warps": 8 if query.dtype == torch.float32 else 4, "num_stages": 3, "enable_fp_fusion": True}
     counted = list(zip(segments, splits, strict=True))
-    coded = [(segment, count) for segment, count in counted if _is_coded(segment)]
-    dense = [(segment, count) for segment, count in counted if not _is_coded(segment)]
+    compressed = [(segment, count) for segment, count in counted if _is_compressed(segment)]
+    dense = [(segment, count) for segment, count in counted if not _is_compressed(segment)]
     launches = []
     first_split = 0
-    for (coded_segment, coded_splits), (dense_segment, dense_splits) in zip_longest(coded, dense, fillvalue=(None, 0)):
+    pairs = zip_longest(compressed, dense, fillvalue=(None, 0))
+    for (compressed_segment, compressed_splits), (dense_segment, dense_splits) in pairs:
         block_n = _block_tokens(query.dtype, max(width, value_width))
         arguments: dict[str, Any] = {
             "query": query,
             "split_out": split_out,
             "split_lse": split_lse,
-            **_segment_arguments("coded", coded_segment),
-            **_basis_arguments(coded_segment),
+            **_segment_arguments("compressed", compressed_segment),
+            **_basis_arguments(compressed_segment),
             **_segment_arguments("dense", dense_segment),
             "scale": float(scale),
-            "coded_splits": coded_splits,
+            "compressed_splits": compressed_splits,
             "dense_splits": dense_splits,
             "first_split": first_split,
             "total_splits": total_splits,
@@ -112,9 +113,9 @@ def plan(
         }
         arguments["BLOCK_R"] = _block(arguments["RANK"])
         _count_head_strides_in_vectors(arguments)
-        grid = (coded_splits + dense_splits, heads, batch)
+        grid = (compressed_splits + dense_splits, heads, batch)
         launches.append(Launch(decode_splits, grid, arguments, options))
-        first_split += coded_splits + dense_splits
+        first_split += compressed_splits + dense_splits
     merge = {
         "split_out": split_out,
         "split_lse": split_lse,
@@ -176,6 +177,10 @@ def check_arguments(query: Tensor, segments: Sequence[SegmentView], scale: float
 
 
 def _check_segment(name: str, segment: SegmentView, query: Tensor, first: SegmentView) -> None:
+    if segment.is_coded:
+        raise ValueError(
+            f"{name} holds integer codes or coded Values, which this kernel does not read: use impl='torch'"
+        )
     batch, q_heads = query.shape[:2]
     for field in ("keys", "values"):
         tensor = getattr(segment, field)
@@ -214,10 +219,6 @@ def _check_segment(name: str, segment: SegmentView, query: Tensor, first: Segmen
         expected = (batch, 1, segment.max_length)
         if segment.mask.shape != expected:
             raise ValueError(f"{name}.mask must have shape {expected}, got {tuple(segment.mask.shape)}")
-    if segment.is_coded:
-        raise ValueError(
-            f"{name} holds integer codes or coded Values, which this kernel does not read: use impl='torch'"
-        )
     _check_basis(name, segment, query)
 
 
@@ -282,7 +283,7 @@ def _check_index(name: str, tensor: Any, query: Tensor) -> None:
         raise ValueError(f"{name} must have shape ({query.shape[0]},), got {tuple(tensor.shape)}")
 
 
-def _is_coded(segment: SegmentView) -> bool:
+def _is_compressed(segment: SegmentView) -> bool:
     return segment.basis is not None and not segment.basis.is_identity
 
 
@@ -340,8 +341,8 @@ def _token_stride(tensor: Tensor | None) -> int:
 
 def _count_head_strides_in_vectors(arguments: dict[str, Any]) -> None:
     """Divide the head strides of stored tokens by ALIGN, the largest power of two up to 8 that divides all strides."""
-    head_strides = [f"{kind}_{what}_head_stride" for kind in ("coded", "dense") for what in ("key", "value")]
-    token_strides = [f"{kind}_{what}_STRIDE" for kind in ("CODED", "DENSE") for what in ("KEY", "VALUE")]
+    head_strides = [f"{kind}_{what}_head_stride" for kind in ("compressed", "dense") for what in ("key", "value")]
+    token_strides = [f"{kind}_{what}_STRIDE" for kind in ("COMPRESSED", "DENSE") for what in ("KEY", "VALUE")]
     align = math.gcd(RANK_MULTIPLE, *(arguments[name] for name in head_strides + token_strides))
     arguments["ALIGN"] = align
     for name in head_strides:

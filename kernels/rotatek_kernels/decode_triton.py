@@ -2,7 +2,7 @@
 
 A layer is decoded by `decode_splits`, in which each program reads a share of the tokens of one (row, KV head) and
 leaves a partial state, and `merge_splits`, which adds the states up. Logarithms are base 2 until the merge ends.
-Blocks: G query heads of one KV head, N tokens, D head width, R rank, W key width (R coded, D dense), DV value width.
+Blocks: G query heads of a KV head, N tokens, D head width, R rank, W key width (R compressed, D dense), DV value width.
 """
 
 import triton
@@ -99,18 +99,18 @@ def _attend_tokens(
 @triton.jit(
     # Numbers that change from step to step, or between caches: they must not make new kernels.
     do_not_specialize=[
-        "coded_max_length",
+        "compressed_max_length",
         "dense_max_length",
-        "coded_splits",
+        "compressed_splits",
         "dense_splits",
         "first_split",
         "total_splits",
         "query_row_stride",
         "query_head_stride",
-        "coded_key_head_stride",
-        "coded_value_head_stride",
-        "coded_mask_row_stride",
-        "coded_mask_stride",
+        "compressed_key_head_stride",
+        "compressed_value_head_stride",
+        "compressed_mask_row_stride",
+        "compressed_mask_stride",
         "decoder_head_stride",
         "decoder_row_stride",
         "decoder_stride",
@@ -127,11 +127,11 @@ def decode_splits(
     split_out,  # [B, H, total_splits, G, D_V] float32, written
     split_lse,  # [B, H, total_splits, G] float32, base 2, written
     # A compressed segment, or None for every pointer.
-    coded_keys,  # [H, N, RANK]
-    coded_values,  # [H, N, D_V]
-    coded_starts,  # [B]
-    coded_lengths,  # [B]
-    coded_mask,  # [B, coded_max_length] or None
+    compressed_keys,  # [H, N, RANK]
+    compressed_values,  # [H, N, D_V]
+    compressed_starts,  # [B]
+    compressed_lengths,  # [B]
+    compressed_mask,  # [B, compressed_max_length] or None
     decoder,  # [H, R, D, RANK]
     delta,  # [H, R, D] or None
     basis_rows,  # [B], or None: row b uses row b of the basis
@@ -142,19 +142,19 @@ def decode_splits(
     dense_lengths,  # [B]
     dense_mask,  # [B, dense_max_length] or None
     scale,
-    coded_max_length,
+    compressed_max_length,
     dense_max_length,
-    coded_splits,
+    compressed_splits,
     dense_splits,
     first_split,
     total_splits,
     query_row_stride,
     query_head_stride,
     # Head strides of stored tokens count vectors of ALIGN elements: so the compiler knows that rows are aligned.
-    coded_key_head_stride,
-    coded_value_head_stride,
-    coded_mask_row_stride,
-    coded_mask_stride,
+    compressed_key_head_stride,
+    compressed_value_head_stride,
+    compressed_mask_row_stride,
+    compressed_mask_stride,
     decoder_head_stride,
     decoder_row_stride,
     decoder_stride,
@@ -164,12 +164,12 @@ def decode_splits(
     dense_value_head_stride,
     dense_mask_row_stride,
     dense_mask_stride,
-    CODED_KEY_STRIDE: tl.constexpr,
-    CODED_VALUE_STRIDE: tl.constexpr,
+    COMPRESSED_KEY_STRIDE: tl.constexpr,
+    COMPRESSED_VALUE_STRIDE: tl.constexpr,
     DENSE_KEY_STRIDE: tl.constexpr,
     DENSE_VALUE_STRIDE: tl.constexpr,
     ALIGN: tl.constexpr,
-    CODED_BOOL_MASK: tl.constexpr,
+    COMPRESSED_BOOL_MASK: tl.constexpr,
     DENSE_BOOL_MASK: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -181,9 +181,9 @@ def decode_splits(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Partial states of up to two segments; grid (coded_splits + dense_splits, H, B).
+    """Partial states of up to two segments; grid (compressed_splits + dense_splits, H, B).
 
-    The first `coded_splits` programs of a (row, head) read the compressed segment, the others the dense one.
+    The first `compressed_splits` programs of a (row, head) read the compressed segment, the others the dense one.
     """
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -199,10 +199,10 @@ def decode_splits(
     out = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)  # [BLOCK_G, BLOCK_DV]
     lse = tl.full([BLOCK_G], float("-inf"), tl.float32)  # [BLOCK_G]
 
-    if coded_keys is not None:  # noqa: SIM102 - decided while it is compiled, the inner one while it runs
-        if split < coded_splits:
+    if compressed_keys is not None:  # noqa: SIM102 - decided while it is compiled, the inner one while it runs
+        if split < compressed_splits:
             start, begin, end = _share_of_row(
-                coded_starts, coded_lengths, row, coded_max_length, split, coded_splits, BLOCK_N
+                compressed_starts, compressed_lengths, row, compressed_max_length, split, compressed_splits, BLOCK_N
             )
             basis_row = row
             if basis_rows is not None:
@@ -223,9 +223,9 @@ def decode_splits(
                 projected = tl.dot(q.to(tl.float32), decoder_tile.to(tl.float32), input_precision="ieee")
             # The projected query is no number of the Keys' dtype. Rounding it would cost more precision than all else
             # here; a second product with what the rounding lost costs little.
-            rounded = projected.to(coded_keys.dtype.element_ty)  # [BLOCK_G, BLOCK_R]
+            rounded = projected.to(compressed_keys.dtype.element_ty)  # [BLOCK_G, BLOCK_R]
             rest = None
-            if coded_keys.dtype.element_ty != tl.float32:
+            if compressed_keys.dtype.element_ty != tl.float32:
                 rest = (projected - rounded.to(tl.float32)).to(rounded.dtype)  # [BLOCK_G, BLOCK_R]
             shift = None
             if delta is not None:
@@ -236,33 +236,35 @@ def decode_splits(
                 )
                 shift = tl.sum(q.to(tl.float32) * delta_row.to(tl.float32)[None, :], 1)  # [BLOCK_G]
             mask = None
-            if coded_mask is not None:
-                mask = coded_mask + row * coded_mask_row_stride + begin.to(tl.int64) * coded_mask_stride
+            if compressed_mask is not None:
+                mask = compressed_mask + row * compressed_mask_row_stride + begin.to(tl.int64) * compressed_mask_stride
             out, lse = _attend_tokens(
                 rounded,
                 rest,
                 shift,
-                coded_keys + head * coded_key_head_stride * ALIGN + (start + begin) * CODED_KEY_STRIDE,
-                coded_values + head * coded_value_head_stride * ALIGN + (start + begin) * CODED_VALUE_STRIDE,
+                compressed_keys + head * compressed_key_head_stride * ALIGN + (start + begin) * COMPRESSED_KEY_STRIDE,
+                compressed_values
+                + head * compressed_value_head_stride * ALIGN
+                + (start + begin) * COMPRESSED_VALUE_STRIDE,
                 mask,
                 begin,
                 end,
                 scale_log2,
-                coded_mask_stride,
+                compressed_mask_stride,
                 RANK,
                 D_V,
-                CODED_KEY_STRIDE,
-                CODED_VALUE_STRIDE,
-                CODED_BOOL_MASK,
+                COMPRESSED_KEY_STRIDE,
+                COMPRESSED_VALUE_STRIDE,
+                COMPRESSED_BOOL_MASK,
                 BLOCK_G,
                 BLOCK_R,
                 BLOCK_DV,
                 BLOCK_N,
             )
     if dense_keys is not None:  # noqa: SIM102 - as above
-        if split >= coded_splits:
+        if split >= compressed_splits:
             start, begin, end = _share_of_row(
-                dense_starts, dense_lengths, row, dense_max_length, split - coded_splits, dense_splits, BLOCK_N
+                dense_starts, dense_lengths, row, dense_max_length, split - compressed_splits, dense_splits, BLOCK_N
             )
             mask = None
             if dense_mask is not None:
