@@ -29,7 +29,6 @@ from rotatek_cache.demo import (
     steps,
 )
 from rotatek_cache.demo_figure import draw
-from rotatek_cache.report import readable_bytes
 
 app = typer.Typer(
     help="RotateK: a KV cache for vision-language models that keeps visual Keys as a few coefficients.",
@@ -161,9 +160,9 @@ def _show(result: DemoResult, console: Console) -> None:
     tokens = result.dense.tokens
     console.print(
         Text(
-            f"Bytes: storage of all tensors that the cache holds at {tokens} tokens, room for coming text included. Time: "
-            f"median decode step of the whole model over {TIMED_ROUNDS} rounds. Only visual Keys are compressed; Values and "
-            "text Keys stay dense, so at most half of the cache can be saved.",
+            f"Bytes: storage of all tensors that the cache holds at {tokens} tokens, room for coming text included. "
+            f"Time: median decode step of the whole model over {TIMED_ROUNDS} rounds. Only visual Keys are compressed; "
+            "Values and text Keys stay dense, so at most half of the cache can be saved.",
             style="dim",
         )
     )
@@ -198,17 +197,19 @@ def _answers_table(result: DemoResult) -> Table:
         first = Text(prefix, style="dim") + Text(question.text, style="bold")
         for text, members in groups.items():
             labels = "all" if len(groups) == 1 else ", ".join(label for label, _ in members)
-            table.add_row(first, Text(text or "(nothing)"), _verdict(members[0][1], members[0][0]), labels)
+            table.add_row(first, Text(text or "(nothing)"), _verdict(members), labels)
             first = Text()
         if question.truth is not None and question.truth not in groups:
             table.add_row(first, Text(question.truth, style="dim"), Text("true answer", style="dim"), "")
     return table
 
 
-def _verdict(answer: Answer, label: str) -> Text:
+def _verdict(members: list[tuple[str, Answer]]) -> Text:
+    """What to say of an answer that these settings gave."""
+    answer = members[0][1]
     if answer.right is not None:
         return Text("right", style="green") if answer.right else Text("wrong", style="red")
-    if label == "dense":
+    if [label for label, _ in members] == ["dense"]:
         return Text("")
     return Text("as dense", style="green") if answer.same else Text("differs", style="red")
 
@@ -216,7 +217,7 @@ def _verdict(answer: Answer, label: str) -> Text:
 def _cache_table(result: DemoResult) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("cache", no_wrap=True)
-    for column in ("bytes", "", "against dense", "ms/token", "right", "as dense"):
+    for column in ("bytes", "against dense", "ms/token", "right", "as dense"):
         table.add_column(column, justify="right", no_wrap=True)
     for m in result.measurements:
         answers = [*m.answers, *([m.follow_up] if m.follow_up is not None else [])]
@@ -225,7 +226,6 @@ def _cache_table(result: DemoResult) -> Table:
         table.add_row(
             "dense (DynamicCache)" if is_dense else f"RotateKCache, {m.setting.label}",
             f"{m.nbytes:,}",
-            readable_bytes(m.nbytes),
             "-" if is_dense else result.comparison(m),
             f"{m.ms_per_token:.2f}",
             f"{sum(bool(a.right) for a in known)} of {len(known)}" if known else "unknown",

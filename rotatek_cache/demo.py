@@ -161,7 +161,9 @@ class DemoResult:
     def comparison(self, measurement: Measurement) -> str:
         """`ratio` in words."""
         ratio = self.ratio(measurement)
-        return f"{ratio:.2f}x smaller" if round(ratio, 2) >= 1 else f"{1 / ratio:.2f}x larger"
+        if round(ratio, 2) == 1:
+            return "as large"
+        return f"{ratio:.2f}x smaller" if ratio > 1 else f"{1 / ratio:.2f}x larger"
 
     def break_even(self) -> list[BreakEven]:
         """For each sparsity, the segment length from which compression saves bytes."""

@@ -121,7 +121,7 @@ def _draw_answers(axes: Any, result: DemoResult, rows: list[Row], inches: float)
             axes.text(0.012, y, line, size=9.5, color=colour)
             y += LINE
         for place, answer in zip(places, answers, strict=True):
-            if answer is not None:
+            if answer is not None and (answer.right is not None or place != places[0]):
                 good = answer.same if answer.right is None else answer.right
                 mark = ("✓" if good else "✗") if answer.right is not None else ("=" if good else "≠")
                 axes.text(place, first, mark, size=13, ha="center", color=GOOD if good else BAD)
