@@ -1,6 +1,7 @@
 """Attention over segment views: the reference in torch, which is the specification, and the way to the kernel."""
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from typing import Literal
 
@@ -40,18 +41,25 @@ def attend(
     """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
-    readable = not any(segment.is_coded for segment in segments)
-    if impl == "triton" or (
-        impl == "auto" and readable and query.is_cuda and query.shape[2] == 1 and _kernel_available()
-    ):
+    if impl == "triton" or (impl == "auto" and _kernel_reads(query, segments)):
         # The one arrow up: the kernels are an optional room, imported by name where they are dispatched to.
         kernel = importlib.import_module("rotatek_kernels.decode")
         return kernel.decode_attention(query, segments, scale)
     return reference_attention(query, segments, scale, return_lse=return_lse)
 
 
-def _kernel_available() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("triton", "rotatek_kernels"))
+def _kernel_reads(query: Tensor, segments: Sequence[SegmentView]) -> bool:
+    """Whether the kernel is at hand and meant for these arguments: one query a row, numbers of one dtype, on CUDA."""
+    dtypes = {query.dtype, *(tensor.dtype for segment in segments for tensor in (segment.keys, segment.values))}
+    return (
+        query.is_cuda
+        and query.shape[2] == 1
+        and len(dtypes) == 1
+        and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and not query.requires_grad
+        and not any(segment.is_coded for segment in segments)
+        and all(importlib.util.find_spec(name) is not None for name in ("triton", "rotatek_kernels"))
+    )
 
 
 def reference_attention(
@@ -130,7 +138,9 @@ def _scores(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice) -> 
         if mask.dtype == torch.bool:
             per_query.masked_fill_(~mask[:, None], -torch.inf)
         else:
-            per_query += mask[:, None].to(scores.dtype)
+            # The lowest finite number stands for "not seen" in such masks; a row of it must give nothing, not a sum.
+            hidden = mask <= torch.finfo(mask.dtype).min / 2
+            per_query += mask.masked_fill(hidden, -torch.inf)[:, None].to(scores.dtype)
     return scores
 
 

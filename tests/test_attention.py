@@ -119,6 +119,9 @@ def test_masks_hide_tokens_and_a_query_that_sees_none_gives_zero():
         for s in segments
     ]
     torch.testing.assert_close(attend(query, additive, 0.3)[0], expected)
+    lowest = torch.finfo(torch.float64).min
+    finite = [dataclasses.replace(s, mask=s.mask.clamp_min(lowest)) for s in additive]
+    torch.testing.assert_close(attend(query, finite, 0.3)[0], expected)
 
 
 def test_rows_may_share_storage_through_the_row_table():
