@@ -58,6 +58,20 @@ class RotateKLayer(CacheLayerMixin):
         super().__init__()
         self.kv = LayerKV(options, ledger, index)
 
+    @property
+    def keys(self) -> Tensor:
+        """Not to be had: what is stored are coefficients."""
+        raise AttributeError(
+            "a RotateKCache has no dense Keys or Values of a layer to read (models with cross-attention layers do that, "
+            "and cannot use it)"
+        )
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """Base classes set it to None."""
+
+    values = keys
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device of the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device

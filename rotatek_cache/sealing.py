@@ -41,7 +41,7 @@ class Sealer:
     def is_worth(self, tokens: int, key_width: int, value_width: int, dtype: torch.dtype) -> bool:
         """Whether `tokens` tokens of a head take fewer bytes compressed, basis included, than dense."""
         options = self.options
-        if options.always_compress or options.energy is not None:
+        if options.always_compress:
             return True
         if options.is_identity and not options.codes_values:
             return True  # nothing is gained and nothing lost
@@ -50,12 +50,11 @@ class Sealer:
         if options.is_identity:
             stored += tokens * key_width * dtype.itemsize
         else:
-            stored += self._bytes(
-                tokens, options.rank_for(key_width), options.sparsity, key_width, options.key_bits, dtype
-            )
+            rank = options.rank_for(key_width) or 1  # with `energy` the Keys decide later: at least this
+            stored += self._bytes(tokens, rank, options.sparsity, key_width, options.key_bits, dtype)
         if options.codes_values:
-            rank = rank_of_share(share, value_width)
-            stored += self._bytes(tokens, rank, share, value_width, options.value_bits, dtype)
+            value_rank = rank_of_share(share, value_width)
+            stored += self._bytes(tokens, value_rank, share, value_width, options.value_bits, dtype)
         else:
             stored += tokens * value_width * dtype.itemsize
         return stored < tokens * (key_width + value_width) * dtype.itemsize

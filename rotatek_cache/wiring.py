@@ -252,8 +252,6 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
         return  # the forward itself says what is missing
     tokens = (ids if ids is not None else embeds).shape[1]
     begin = cache.get_seq_length()
-    if begin == 0:
-        cache.ledger.prompt = ids
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] < begin + tokens:
         raise ValueError(
@@ -266,6 +264,8 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
         elif given.get("position_ids") is None:
             module.rope_deltas = None  # of another conversation
     cache.announce_visual(_visual_positions(module, cache, given, begin), tokens)
+    if begin == 0:
+        cache.ledger.prompt = ids
 
 
 def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -344,6 +344,18 @@ def _generation_methods(cls: type) -> dict[str, Any]:
         return prepare_inputs(self, input_ids, *args, **kwargs)
 
     methods = {"prepare_inputs_for_generation": prepare_inputs_for_generation}
+    generate_batch = getattr(cls, "generate_batch", None)
+    if generate_batch is not None:
+
+        @functools.wraps(generate_batch)
+        def refuse_generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(kwargs.get("past_key_values"), RotateKCache):
+                raise ValueError(
+                    "continuous batching keeps its own paged cache and would ignore this RotateKCache: use generate"
+                )
+            return generate_batch(self, *args, **kwargs)
+
+        methods["generate_batch"] = refuse_generate_batch
     prepare_positions = getattr(cls, "_prepare_position_ids_for_generation", None)
     if prepare_positions is not None:
 

@@ -1,0 +1,295 @@
+"""The life of an attached model: what attach changes, what it leaves alone, and what wraps around it."""
+
+import copy
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import ways
+from conftest import Host
+from tiny_models import visual_positions
+from transformers import AutoModelForImageTextToText, DynamicCache, StaticCache
+
+from rotatek_cache import RotateKCache, attach, detach
+
+FULL = {"rank": 32, "always_compress": True}
+
+
+def _dynamic(model):
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def _same(got, expected, exactly=False):
+    tolerance = {"atol": 0, "rtol": 0} if exactly else {"atol": 5e-5, "rtol": 1e-5}
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), **tolerance)
+    assert torch.equal(got.sequences, expected.sequences)
+
+
+def _trace(model):
+    """Everything that attach could leave behind: instance attributes, hooks, attention implementations."""
+    trace = {}
+    for name, module in model.named_modules():
+        trace[name] = (
+            sorted(module.__dict__),
+            list(module._forward_pre_hooks.values()),
+            list(module._forward_hooks.values()),
+            list(module._forward_hooks_always_called.values()),
+            module.__dict__.get("forward"),
+        )
+    configs = [model.config, *(getattr(model.config, key) for key in model.config.sub_configs)]
+    return trace, [config._attn_implementation for config in configs], model.config.to_dict()
+
+
+def _our_hooks(model):
+    hooks = [hook for m in model.modules() for hook in [*m._forward_pre_hooks.values(), *m._forward_hooks.values()]]
+    return [hook for hook in hooks if hook.__module__.startswith("rotatek_cache")]
+
+
+def test_attach_and_detach_leave_nothing(llava: Host):
+    model = copy.deepcopy(llava.plain)
+    ways.generate(model, ways.padded(llava.tiny), _dynamic(model))  # transformers itself leaves a few things on a model
+    before = _trace(model)
+    assert attach(model) is model
+    assert attach(model) is model
+    assert len(_our_hooks(model)) == 2
+    _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+    assert detach(model) is model
+    assert _trace(model) == before
+    assert detach(model) is model
+    with pytest.raises(RuntimeError, match="attach.*rotatek.*visual_mask"):
+        ways.generate(model, ways.padded(llava.tiny), RotateKCache(sparsity=0.5))
+
+
+def _reference(host: Host):
+    return ways.generate(host.plain, ways.padded(host.tiny), _dynamic(host.plain))
+
+
+@pytest.mark.parametrize("host", ["llava", "gemma3", "qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_caches_behave_as_before(host: Host, implementation):
+    plain = copy.deepcopy(host.plain)
+    plain.set_attn_implementation(implementation)
+    attached = attach(copy.deepcopy(plain))
+    # A forward with a RotateKCache between must not change that either.
+    ours = ways.generate(attached, ways.padded(host.tiny), RotateKCache(**FULL))
+    for make in (_dynamic, lambda m: StaticCache(config=m.config.get_text_config(decoder=True), max_cache_len=400)):
+        expected = ways.generate(plain, ways.padded(host.tiny), make(plain))
+        _same(ways.generate(attached, ways.padded(host.tiny), make(attached)), expected, exactly=True)
+        _same(ours, expected)
+    if implementation == "eager":
+        options = {"output_attentions": True, "output_logits": False}
+        expected = ways.generate(plain, ways.one(host.tiny), _dynamic(plain), **options)
+        got = ways.generate(attached, ways.one(host.tiny), _dynamic(attached), **options)
+        for step, theirs in zip(got.attentions, expected.attentions, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(step, theirs, strict=True))
+
+
+def test_the_vision_tower_keeps_its_attention(llava: Host):
+    model = copy.deepcopy(llava.attached)
+    seen = {}
+
+    def note(module, args):
+        seen["vision"] = model.config.vision_config._attn_implementation
+        seen["text"] = model.config.text_config._attn_implementation
+
+    model.model.vision_tower.register_forward_pre_hook(note)
+    model(**ways.one(llava.tiny), past_key_values=RotateKCache(sparsity=0.5))
+    assert seen == {"vision": "sdpa", "text": "rotatek"}
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_an_error_in_a_forward_leaves_the_model_usable(llava: Host):
+    model = copy.deepcopy(llava.attached)
+    inputs = ways.one(llava.tiny)
+    with pytest.raises(Exception, match="do not match"):
+        model(**inputs | {"pixel_values": inputs["pixel_values"][:1]}, past_key_values=RotateKCache(sparsity=0.5))
+    assert model.config.text_config._attn_implementation == "sdpa"
+    _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+
+
+def test_save_and_load_show_no_trace(llava: Host, tmp_path):
+    llava.plain.save_pretrained(tmp_path / "plain")
+    llava.attached.save_pretrained(tmp_path / "attached")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "plain" / name).read_text()) == json.loads((tmp_path / "attached" / name).read_text())
+    assert not any(b"rotatek" in file.read_bytes() for file in (tmp_path / "attached").iterdir())
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "attached")
+    assert not _our_hooks(loaded)
+    _same(ways.generate(loaded, ways.padded(llava.tiny), _dynamic(loaded)), _reference(llava), exactly=True)
+    _same(ways.generate(attach(loaded), ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+
+
+def test_loaded_with_the_attention_and_a_mask_in_a_fresh_process(llava: Host, tmp_path):
+    """Nothing but the two public names is imported; that must register the attention function."""
+    llava.plain.save_pretrained(tmp_path)
+    inputs = ways.padded(llava.tiny)
+    expected = _reference(llava).sequences
+    torch.save({"inputs": inputs, "visual": visual_positions(inputs["input_ids"])}, tmp_path / "inputs.pt")
+    script = f"""
+import torch
+from transformers import AutoModelForImageTextToText
+from rotatek_cache import RotateKCache
+model = AutoModelForImageTextToText.from_pretrained({str(tmp_path)!r}, attn_implementation={{"text_config": "rotatek"}})
+given = torch.load({str(tmp_path / "inputs.pt")!r})
+cache = RotateKCache(rank=32, always_compress=True, visual_mask=given["visual"])
+out = model.generate(**given["inputs"], past_key_values=cache, max_new_tokens={ways.NEW}, do_sample=False)
+assert cache.report().layers[0].segments
+print(out.tolist())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == expected.tolist()
+
+
+def test_a_copy_of_an_attached_model_is_attached_for_itself(llava: Host):
+    first = copy.deepcopy(llava.attached)
+    second = copy.deepcopy(first)
+    detach(first)
+    _same(ways.generate(second, ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+    detach(second)
+    assert not _our_hooks(first)
+    assert not _our_hooks(second)
+    assert len(_our_hooks(llava.attached)) == 2
+
+
+def test_threads_share_a_model(llava: Host):
+    model, inputs = copy.deepcopy(llava.attached), ways.padded(llava.tiny)
+    expected = _reference(llava)
+    failures = []
+
+    def run(make):
+        try:
+            for _ in range(4):
+                _same(ways.generate(model, inputs, make()), expected)
+        except Exception as error:  # noqa: BLE001 - handed to the main thread
+            failures.append(error)
+
+    makers = [lambda: RotateKCache(**FULL), lambda: RotateKCache(sparsity=0), lambda: _dynamic(model)]
+    threads = [threading.Thread(target=run, args=(make,)) for make in makers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+# --- PEFT -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["llava", "qwen2_5_vl", "idefics3"], indirect=True)
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_peft(host: Host, attach_first):
+    peft = pytest.importorskip("peft")
+
+    def wrap(model):
+        torch.manual_seed(3)
+        config = peft.LoraConfig(
+            r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        return peft.get_peft_model(model, config).eval()
+
+    reference = wrap(copy.deepcopy(host.plain))
+    model = copy.deepcopy(host.plain)
+    model = wrap(attach(model)) if attach_first else attach(wrap(model))
+    inputs = ways.padded(host.tiny)
+    expected = ways.generate(reference, inputs, _dynamic(host.plain))
+    assert not torch.equal(expected.sequences, _reference(host).sequences)  # the adapter does something
+    _same(ways.generate(model, inputs, RotateKCache(**FULL)), expected)
+    ours = model(**inputs, past_key_values=RotateKCache(**FULL)).logits[:, -1]
+    theirs = reference(**inputs, past_key_values=_dynamic(host.plain)).logits[:, -1]
+    torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-5)
+    merged = model.merge_and_unload()
+    _same(ways.generate(merged, inputs, RotateKCache(**FULL)), expected)
+    detach(merged)
+    assert "prepare_inputs_for_generation" not in merged.__dict__
+
+
+# --- accelerate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["llava", "qwen2_5_vl", "smolvlm"], indirect=True)
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights(host: Host, attach_first, where, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = copy.deepcopy(host.plain)
+    if attach_first:
+        attach(model)
+    if where == "cpu":
+        accelerate.cpu_offload(model, torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, tmp_path, torch.device("cpu"))
+    attach(model)
+    _same(ways.generate(model, ways.padded(host.tiny), RotateKCache(**FULL)), _reference(host))
+    _same(ways.generate(model, ways.padded(host.tiny), _dynamic(host.plain)), _reference(host))
+
+
+def test_loaded_with_a_device_map(llava: Host, tmp_path):
+    pytest.importorskip("accelerate")
+    llava.plain.save_pretrained(tmp_path / "model")
+    text = {f"model.language_model.layers.{n}": "disk" if n == 1 else "cpu" for n in range(3)}
+    rest = ["model.vision_tower", "model.multi_modal_projector", "model.language_model.embed_tokens", "lm_head"]
+    rest += ["model.language_model.norm", "model.language_model.rotary_emb"]
+    model = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "model", device_map=text | dict.fromkeys(rest, "cpu"), offload_folder=tmp_path / "disk"
+    )
+    assert any(parameter.is_meta for parameter in model.parameters())
+    _same(ways.generate(attach(model), ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+
+
+# --- generate's odds and ends -----------------------------------------------------------------------------------------
+
+
+def test_classifier_free_guidance(llava: Host):
+    options = {"guidance_scale": 1.7}
+    expected = ways.generate(llava.plain, ways.one(llava.tiny), _dynamic(llava.plain), **options)
+    _same(ways.generate(llava.attached, ways.one(llava.tiny), RotateKCache(**FULL), **options), expected)
+    assert not torch.equal(expected.sequences, ways.generate(llava.plain, ways.one(llava.tiny), None).sequences)
+
+
+def test_hidden_states_and_scores_are_returned(llava: Host):
+    options = {"output_hidden_states": True, "output_scores": True}
+    expected = ways.generate(llava.plain, ways.one(llava.tiny), _dynamic(llava.plain), **options)
+    got = ways.generate(llava.attached, ways.one(llava.tiny), RotateKCache(**FULL), **options)
+    for ours, theirs in zip(got.hidden_states, expected.hidden_states, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-5)
+
+
+def test_a_prompt_read_in_inference_mode_is_continued_outside(llava: Host):
+    inputs = ways.one(llava.tiny)
+    cache, dense = RotateKCache(**FULL), _dynamic(llava.plain)
+    with torch.inference_mode():
+        llava.attached(**inputs, past_key_values=cache)
+        llava.plain(**inputs, past_key_values=dense)
+    second = ways.follow_up(llava.tiny, inputs, inputs["input_ids"], [20, 21, 22])
+    expected = ways.generate(llava.plain, second, copy.deepcopy(dense))
+    _same(ways.generate(llava.attached, second, copy.deepcopy(cache)), expected)
+    _same(ways.generate(llava.attached, second, cache), expected)
+
+
+def test_forwards_outside_no_grad(llava: Host):
+    with torch.enable_grad():
+        got = ways.forward_loop(llava.tiny, llava.attached, lambda: RotateKCache(**FULL))
+        expected = ways.forward_loop(llava.tiny, llava.plain, lambda: _dynamic(llava.plain))
+        torch.testing.assert_close(got[0], expected[0], atol=5e-5, rtol=1e-5)
+        with pytest.raises(RuntimeError, match="for inference"):
+            got[0].sum().backward()
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_compiled_forwards_with_other_caches(llava: Host, static):
+    model = copy.deepcopy(llava.attached)
+    inputs = {"input_ids": torch.tensor([[1, 20, 30, 40]])}
+
+    def make():
+        text = model.config.get_text_config(decoder=True)
+        return StaticCache(config=text, max_cache_len=16) if static else DynamicCache(config=text)
+
+    expected = llava.plain(**inputs, past_key_values=make()).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs, past_key_values=make()).logits, expected)
