@@ -33,6 +33,9 @@ class FitOptions:
             ``(1 - sparsity) * 16`` bits per Key channel on all channels by reverse water-filling.
         value_sparsity: share of Value channels removed after a rotation of their own (PCA); None keeps Values dense.
         value_bits: as `key_bits`, for the Values' coefficients.
+        streaming: seal visual tokens after every forward in place of waiting for the end of their image, so that a
+            chunked prefill never holds an image densely; later chunks then attend to compressed Keys. Calibrated
+            bases only, since a basis of its own for each chunk would cost more than it saves.
     """
 
     sparsity: float | None = None
@@ -46,6 +49,7 @@ class FitOptions:
     key_bits: Bits = None
     value_sparsity: float | None = None
     value_bits: Bits = None
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         given = {
@@ -74,6 +78,8 @@ class FitOptions:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.solver not in ("subspace", "eigh"):
             raise ValueError(f"solver must be 'subspace' or 'eigh', got {self.solver!r}")
+        if self.streaming and not self.is_calibrated:
+            raise ValueError(f"streaming needs a calibrated basis (a .safetensors file), got basis={self.basis!r}")
         for name, share in (("key_bits", self.sparsity), ("value_bits", self.value_sparsity)):
             bits = getattr(self, name)
             if bits not in (None, 8, 4, 2, "auto") or isinstance(bits, bool):
@@ -286,6 +292,13 @@ def principal_directions(matrix: Tensor, rank: int, solver: Solver = "subspace",
         factor = torch.linalg.cholesky_ex(gram + (1e-4 * mean_diagonal + torch.finfo(gram.dtype).tiny) * eye).L
         basis = torch.linalg.solve_triangular(factor, basis.mT, upper=False).mT
     return torch.linalg.qr(basis).Q
+
+
+def matrix_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root and inverse square root of symmetric positive `matrix` ``[*, D, D]``."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root = values.clamp_min(1e-6).sqrt()[..., None, :]
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
 def rank_for_energy(matrix: Tensor, energy: float) -> int:

@@ -152,6 +152,8 @@ class RotateKCache(Cache):
             Key channel by reverse water-filling over all of them. None keeps the model's dtype.
         value_sparsity: rotate Values too (PCA) and drop this share of their channels; None keeps them dense.
         value_bits: as `key_bits`, for Values.
+        streaming: seal visual tokens after every forward of a chunked prefill, not at the end of their image, so that
+            no image is ever held densely; calibrated bases only.
         visual_mask: bool ``[rows, prompt length]``, True on visual tokens; needed without `attach` and for prompts
             given as merged `inputs_embeds`. It wins over what the model's inputs say.
         config: the model's config, so that sliding-window layers keep their own cache layer; `attach` supplies it.
@@ -171,6 +173,7 @@ class RotateKCache(Cache):
         key_bits: Bits = None,
         value_sparsity: float | None = None,
         value_bits: Bits = None,
+        streaming: bool = False,
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
     ) -> None:
@@ -186,6 +189,7 @@ class RotateKCache(Cache):
             key_bits=key_bits,
             value_sparsity=value_sparsity,
             value_bits=value_bits,
+            streaming=streaming,
         )
         if self.options.is_calibrated:
             load_basis(basis)

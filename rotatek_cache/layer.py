@@ -111,7 +111,7 @@ class LayerKV:
         window = query if pending.window is None else torch.cat([pending.window, query], 2)
         # Cloned, or a view would keep the whole prompt's queries alive until the seal.
         pending.window = window[:, :, -self.options.query_window :].clone()
-        plan = self.ledger.plan(pending.begin, self.length, mask)
+        plan = self.ledger.plan(pending.begin, self.length, mask, wait=not self.options.streaming)
         if plan is not None:
             self._seal(pending, plan)
 

@@ -227,8 +227,8 @@ class VisualLedger:
         """Whether any of the positions is visual in any row."""
         return any(visual is not None for first, last, visual in self.flags if first < end and last > begin)
 
-    def plan(self, begin: int, end: int, mask: Tensor | None) -> SealPlan | None:
-        """The seal of the positions ``begin : end``, or None while an image may go on.
+    def plan(self, begin: int, end: int, mask: Tensor | None, *, wait: bool = True) -> SealPlan | None:
+        """The seal of the positions ``begin : end``, or None while an image may go on (never if not to `wait`).
 
         Complete means that every row with visual tokens has text after its last one. A position that no query has
         seen so far is padding, and is dropped.
@@ -238,10 +238,10 @@ class VisualLedger:
             mask: the mask of the current forward, bool ``[B or 1, 1, Q, end]`` or additive.
         """
         if self._plan is None or self._plan[0] != (begin, end):
-            self._plan = ((begin, end), self._make_plan(begin, end, mask))
+            self._plan = ((begin, end), self._make_plan(begin, end, mask, wait))
         return self._plan[1]
 
-    def _make_plan(self, begin: int, end: int, mask: Tensor | None) -> SealPlan | None:
+    def _make_plan(self, begin: int, end: int, mask: Tensor | None, wait: bool) -> SealPlan | None:
         visual = self._flags_of(begin, end)
         if mask is not None:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -257,7 +257,7 @@ class VisualLedger:
         positions = torch.arange(1, end - begin + 1, device=visual.device)
         last_visual = (visual * positions).amax(1)
         last_text = ((visible & ~visual) * positions).amax(1)
-        if not bool(((last_visual == 0) | (last_text > last_visual)).all()):
+        if wait and not bool(((last_visual == 0) | (last_text > last_visual)).all()):
             return None
         return SealPlan(visual, visible, begin, end)
 

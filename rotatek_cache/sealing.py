@@ -173,7 +173,7 @@ def _store_calibrated_codes(
     packed = torch.cat(
         [layout.pack(encode_codes(part[..., : layout.channels], low, step, layout)) for part in coefficients], 1
     )
-    decoder, shift = method.decoder(layout, dtype, device)
+    decoder, shift = method.code_decoder(layout, dtype, device)
     delta = (basis.delta.float() + shift[:, None]).to(dtype)
     rows = basis.delta.shape[1]
     shared = KeyBasis(

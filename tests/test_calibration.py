@@ -49,7 +49,58 @@ def test_moments_are_those_within_images_and_add_up():
     )
     basis = total.basis()
     assert basis["spectrum"][0, :3].tolist() == [2, 0.5, 0]
-    assert basis["directions"][0, :2, :2].abs().tolist() == [[0, 1], [1, 0]]
+    assert basis["encoder"][0, :2, :2].abs().tolist() == [[0, 1], [1, 0]]
+
+
+def test_static_selection_ranks_channels_by_query_times_key_power():
+    moments = Moments(
+        torch.diag(torch.tensor([4.0, 9.0, *[0.0] * 6], dtype=torch.float64))[None], 1, torch.zeros(1, 2, 8)
+    )
+    moments.query_moment = torch.diag(torch.tensor([3.0, 1.0, *[1.0] * 6], dtype=torch.float64))[None]
+    basis = moments.basis("leank")
+    assert basis["encoder"][0, :, 0].tolist() == [1, *[0] * 7]
+    assert basis["spectrum"][0, :2].tolist() == [12, 9]
+
+
+def test_a_calibrated_oblique_basis_has_unit_decoder_power_and_inverts_its_encoder():
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = (torch.randn(1, 50, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    moments = Moments.of(keys, 0, queries.mT @ queries)
+    basis = moments.basis("oblique")
+    torch.testing.assert_close(basis["decoder"].mT @ basis["encoder"], torch.eye(8)[None], atol=1e-5, rtol=0)
+    covariance = moments.scatter.float() / 50
+    torch.testing.assert_close(
+        (basis["encoder"].mT @ covariance @ basis["encoder"])[0].diagonal(), basis["spectrum"][0]
+    )
+
+
+@pytest.mark.parametrize("method", ["pca", "oblique", "leank"])
+def test_every_method_is_exact_at_full_rank(llava, prompts, method, tmp_path):
+    state = calibrate(llava.attached, prompts[:2], Calibration(fingerprint(llava.attached), "llava"))
+    state.write_basis(tmp_path / "basis.safetensors", method=method)
+    inputs = llava.tiny.inputs(llava.tiny.prompt(20))
+    expected = llava.plain.generate(**inputs, max_new_tokens=5, do_sample=False)
+    cache = RotateKCache(rank=32, basis=str(tmp_path / "basis.safetensors"), always_compress=True)
+    assert torch.equal(
+        llava.attached.generate(**inputs, max_new_tokens=5, do_sample=False, past_key_values=cache), expected
+    )
+
+
+def test_streaming_never_holds_an_image_densely(llava, basis_file):
+    inputs = llava.tiny.inputs(llava.tiny.prompt(20), llava.tiny.prompt(21, text=3))
+    expected = llava.plain.generate(**inputs, max_new_tokens=5, do_sample=False)
+    options = {"basis": str(basis_file), "rank": 32, "always_compress": True}
+    streaming = RotateKCache(streaming=True, **options)
+    tokens = llava.attached.generate(
+        **inputs, max_new_tokens=5, do_sample=False, past_key_values=streaming, prefill_chunk_size=9
+    )
+    assert torch.equal(tokens, expected)
+    assert all(len(layer.kv.segments) > 2 and layer.kv.pending is None for layer in streaming.layers)
+
+
+def test_streaming_needs_a_calibrated_basis():
+    with pytest.raises(ValueError, match="streaming needs a calibrated basis"):
+        RotateKCache(sparsity=0.5, streaming=True)
 
 
 def test_stopping_and_resuming_gives_the_same_file(llava, prompts, basis_file, tmp_path):

@@ -21,12 +21,13 @@ class StateBasis:
     """The basis of the Keys or Values of one layer, all directions, best first.
 
     Attributes:
-        directions: orthonormal ``[H, D, D]``.
-        spectrum: mean variance of each coefficient within an image, ``[H, D]``, falling.
+        encoder, decoder: A and B, ``[H, D, D]``; the same tensor for an orthogonal basis.
+        spectrum: what each coefficient is worth (its mean variance within an image), ``[H, D]``, falling.
         low, step: of the codes of each width in `BITS`, ``[H, D]``, for coefficients of Keys less their image's mean.
     """
 
-    directions: Tensor
+    encoder: Tensor
+    decoder: Tensor
     spectrum: Tensor
     low: dict[int, Tensor]
     step: dict[int, Tensor]
@@ -42,12 +43,20 @@ class StateBasis:
         rows, device = stats.mean.shape[1], stats.mean.device
         key = ("basis", rank, dtype, device)
         if key not in self._memo:
-            columns = torch.nn.functional.pad(self.directions[..., :rank], (0, padded_rank(rank) - rank))
-            columns = columns.to(device, dtype).contiguous()
-            self._memo[key] = (columns, columns)
-        columns = self._memo[key][0][:, None].expand(-1, rows, -1, -1)
+            first = [self._columns(self.encoder, rank, dtype, device)]
+            same = self.decoder is self.encoder
+            first.append(first[0] if same else self._columns(self.decoder, rank, dtype, device))
+            self._memo[key] = (first[0], first[1])
+        encoder, decoder = self._memo[key]
+        wide_encoder = encoder[:, None].expand(-1, rows, -1, -1)
+        wide_decoder = wide_encoder if decoder is encoder else decoder[:, None].expand(-1, rows, -1, -1)
         mean = stats.mean.to(dtype).contiguous()
-        return KeyBasis(columns, columns, mean, mean, rank, shared=True)
+        return KeyBasis(wide_encoder, wide_decoder, mean, mean, rank, shared=True)
+
+    @staticmethod
+    def _columns(matrix: Tensor, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        columns = torch.nn.functional.pad(matrix[..., :rank], (0, padded_rank(rank) - rank))
+        return columns.to(device, dtype).contiguous()
 
     def layout(self, budget: int) -> CodeLayout:
         """Widths for a budget of bits per token, from the spectrum averaged over heads."""
@@ -62,12 +71,12 @@ class StateBasis:
         low, step = (torch.cat(part, 1).to(device) for part in zip(*parts, strict=True))
         return low, step
 
-    def decoder(self, layout: CodeLayout, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def code_decoder(self, layout: CodeLayout, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """For codes, of all requests: the decoder ``[H, D, channels]`` and what `low` adds to delta, ``[H, D]``."""
         key = ("decoder", layout, dtype, device)
         if key not in self._memo:
             low, step = self.ranges(layout, device)
-            columns = self.directions[..., : layout.channels].to(device)
+            columns = self.decoder[..., : layout.channels].to(device)
             self._memo[key] = ((columns * step[:, None]).to(dtype).contiguous(), (columns @ low[..., None])[..., 0])
         return self._memo[key]
 
@@ -124,8 +133,10 @@ def _load(path: str, modified: int) -> CalibratedBasis:
         layers[index] = {}
         for which in STATES:
             part = f"layers.{index}.{which}."
+            encoder = tensors[part + "encoder"]
             layers[index][which] = StateBasis(
-                tensors[part + "directions"],
+                encoder,
+                tensors.get(part + "decoder", encoder),
                 tensors[part + "spectrum"],
                 {bits: tensors[f"{part}low{bits}"] for bits in BITS},
                 {bits: tensors[f"{part}step{bits}"] for bits in BITS},

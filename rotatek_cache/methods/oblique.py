@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver, principal_directions, stored_basis
+from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver, matrix_roots, principal_directions, stored_basis
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,7 @@ class Oblique:
         mean_power = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         mean_power = torch.where(mean_power > 0, mean_power, torch.ones_like(mean_power))
         shrunk = (1 - self.shrinkage) * moment / mean_power + self.shrinkage * eye
-        values, vectors = torch.linalg.eigh(shrunk)
-        root = values.clamp_min(1e-6).sqrt()[..., None, :]
-        return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+        return matrix_roots(shrunk)
 
     def energy_matrix(self, stats: KeyStatistics) -> Tensor:
         """``Cq^1/2 Ck Cq^1/2``: its eigenvalues are logit energy."""
