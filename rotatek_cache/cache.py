@@ -294,7 +294,8 @@ class RotateKCache(Cache):
         held: list[Tensor] = []
         for layer in self.layers:
             held += layer.kv.tensors() if isinstance(layer, RotateKLayer) else _stock_tensors(layer)
-        return held + self.ledger.tensors()
+        held += self.ledger.tensors()
+        return held if self.rope_deltas is None else [*held, self.rope_deltas]
 
     def nbytes(self) -> int:
         """Bytes of the storage held, everything counted once.
@@ -331,7 +332,8 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _stock_tensors(layer: Any) -> list[Tensor]:
-    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+    held = [part for value in vars(layer).values() for part in (value.values() if isinstance(value, dict) else [value])]
+    return [tensor for tensor in held if isinstance(tensor, Tensor)]
 
 
 def _layer_report(index: int, layer: Any) -> LayerReport:

@@ -170,9 +170,10 @@ class VisualLedger:
         self.flags: list[tuple[int, int, Tensor | None]] = []  # (begin, end, bool [B, end - begin] or None: no visual)
         self.visible: Tensor | None = None  # bool [B, T]; None while nothing is known to be padding
         self.prompt: Tensor | None = None  # ids [B, n] of the first forward, where they are known
-        self._forget()
+        self.end_forward()
 
-    def _forget(self) -> None:
+    def end_forward(self) -> None:
+        """Drop what was derived for the layers of one forward."""
         self._plan: tuple[tuple[int, int], SealPlan | None] | None = None
         self._mask: Tensor | None = None
         self._gathered: dict[object, tuple[object, Tensor]] = {}
@@ -291,7 +292,7 @@ class VisualLedger:
 
     def truncate(self, length: int) -> None:
         """Forget positions from `length` on."""
-        self._forget()
+        self.end_forward()
         kept: list[tuple[int, int, Tensor | None]] = []
         for begin, end, visual in self.flags:
             if begin < length:
@@ -305,7 +306,7 @@ class VisualLedger:
 
     def select_rows(self, index: Tensor) -> None:
         """Let batch row b be what row ``index[b]`` was."""
-        self._forget()
+        self.end_forward()
         self.flags = [(b, e, None if v is None else v[index.to(v.device)]) for b, e, v in self.flags]
         self.visible = None if self.visible is None else self.visible[index.to(self.visible.device)]
         self.prompt = None if self.prompt is None else self.prompt[index.to(self.prompt.device)]

@@ -274,6 +274,7 @@ def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
     if cache is None:
         return
     module._rotatek.restore()
+    cache.ledger.end_forward()
     if output is not None:
         # M-RoPE families keep the position offset of a conversation on the model.
         cache.rope_deltas = getattr(module, "rope_deltas", None)
