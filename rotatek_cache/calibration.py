@@ -101,6 +101,7 @@ class Calibration:
         self.fingerprint = fingerprint
         self.model_type = model_type
         self.images = 0
+        self.skipped = 0  # images that could not be read
         self.moments: dict[tuple[int, str], Moments] = {}
 
     def add(self, layer: int, which: str, states: Tensor, query_moment: Tensor | None = None) -> None:
@@ -118,7 +119,12 @@ class Calibration:
             tensors[f"layers.{layer}.{which}.tokens"] = torch.tensor(moments.tokens)
             if moments.query_moment is not None:
                 tensors[f"layers.{layer}.{which}.query_moment"] = moments.query_moment
-        provenance = {"fingerprint": self.fingerprint, "model_type": self.model_type, "images": self.images}
+        provenance = {
+            "fingerprint": self.fingerprint,
+            "model_type": self.model_type,
+            "images": self.images,
+            "skipped": self.skipped,
+        }
         _write(tensors, {"format": STATE_FORMAT, "provenance": json.dumps(provenance)}, path)
 
     @classmethod
@@ -138,7 +144,7 @@ class Calibration:
         if provenance["fingerprint"] != fingerprint:
             raise ValueError(f"calibration state {path} belongs to another model ({provenance['model_type']})")
         state = cls(fingerprint, provenance["model_type"])
-        state.images = provenance["images"]
+        state.images, state.skipped = provenance["images"], provenance["skipped"]
         for name, tensor in tensors.items():
             _, layer, which, part = name.split(".")
             if part == "scatter":

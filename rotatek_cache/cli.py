@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rotatek_cache import FitOptions, __version__
+from rotatek_cache.calibrate_images import calibrate_reader, find_images
+from rotatek_cache.calibration import METHODS
 from rotatek_cache.demo import (
     ANY_QUESTION,
     READER_PAGE,
@@ -116,6 +118,60 @@ def demo(
         console.print(f"\npicture: {picture}", soft_wrap=True, highlight=False)
     except DemoError as error:
         _fail(str(error))
+
+
+@app.command()
+def calibrate(
+    *,
+    images: Annotated[
+        Path, typer.Option(help="Folder of images, read with its subfolders in the order of their names.")
+    ],
+    out: Annotated[Path, typer.Option(help="Basis file to write (.safetensors).")],
+    model: Annotated[
+        str | None, typer.Option(help="Vision-language model, by name or path; by default the package's reader.")
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Questions to ask in turn; may be given several times.")
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = METHODS[0],
+    most: Annotated[int | None, typer.Option(min=1, help="Use the first so many images only.")] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Images between two saves of the state.")] = 64,
+    device: Annotated[str, typer.Option(help="Device of torch; auto takes CUDA where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Dtype of torch for the weights; auto takes the checkpoint's.")] = "auto",
+) -> None:
+    """Fit bases for Keys and Values to many images, once per model, for RotateKCache(basis="...").
+
+    A run that is stopped goes on where it was last saved when it is started again with the same --out.
+    """
+    try:
+        _check_calibration(out, method)
+        paths = find_images(images)[:most]
+        with err.status("loading the model"):
+            reader = Reader.load(model, device=device, dtype=dtype)
+        with _progress() as progress:
+            task = progress.add_task("calibrating", total=len(paths))
+            calibrated = calibrate_reader(
+                reader,
+                paths,
+                question or list(READER_QUESTIONS if model is None else (ANY_QUESTION,)),
+                out,
+                method=method,
+                save_every=save_every,
+                advance=lambda done: progress.update(task, completed=done),
+            )
+        Console().print(
+            Text(f"{out}: {out.stat().st_size:,} bytes from {calibrated.images} images ({calibrated.skipped} skipped)"),
+            soft_wrap=True,
+        )
+    except DemoError as error:
+        _fail(str(error))
+
+
+def _check_calibration(out: Path, method: str) -> None:
+    if out.suffix != ".safetensors":
+        raise DemoError(f"--out must end in .safetensors, got '{out}'")
+    if method not in METHODS:
+        raise DemoError(f"--method must be one of {', '.join(METHODS)}, got '{method}'")
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,14 +1,21 @@
 """Calibrated bases: one pass or two, stopping and resuming, what a file gives, and which files are refused."""
 
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from safetensors import safe_open
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
-from rotatek_cache import RotateKCache, attach
+import rotatek_cache
+from rotatek_cache import RotateKCache, attach, calibrate_images
 from rotatek_cache.calibration import Calibration, Moments, calibrate, fingerprint
+from rotatek_cache.cli import app
+from rotatek_cache.demo import open_page
 from rotatek_cache.methods.calibrated import load_basis
 
 IMAGES = 6
@@ -215,3 +222,62 @@ def test_a_state_of_another_model_is_refused(llava, prompts, state, tmp_path):
     calibrate(llava.attached, prompts[:1], state).save(tmp_path / "state.safetensors")
     with pytest.raises(ValueError, match="belongs to another model"):
         Calibration.load(tmp_path / "state.safetensors", "0" * 64)
+
+
+@pytest.fixture
+def pages(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    source = Path(rotatek_cache.__file__).parent / "reader" / "pages"
+    for page in sorted(source.glob("*.png"))[:3]:
+        shutil.copy(page, folder)
+    (folder / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["calibrate", *map(str, arguments)])
+
+
+def test_the_command_calibrates_the_reader_and_skips_what_it_cannot_read(pages, tmp_path):
+    out = tmp_path / "basis.safetensors"
+    result = run("--images", pages, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "from 3 images (1 skipped)" in result.output
+    assert load_basis(out).images == 3
+    assert not out.with_name("basis.safetensors.state").exists()
+
+
+def test_a_stopped_command_goes_on_where_it_was_saved(pages, tmp_path, monkeypatch):
+    whole, again = tmp_path / "whole.safetensors", tmp_path / "again.safetensors"
+    assert run("--images", pages, "--out", whole).exit_code == 0
+    opened = []
+
+    def stop(path):
+        opened.append(path.name)
+        if len(opened) == 3:
+            raise KeyboardInterrupt
+        return open_page(path)
+
+    monkeypatch.setattr(calibrate_images, "open_page", stop)
+    assert run("--images", pages, "--out", again, "--save-every", 1).exit_code != 0
+    opened.clear()
+    monkeypatch.setattr(calibrate_images, "open_page", lambda path: opened.append(path.name) or open_page(path))
+    assert run("--images", pages, "--out", again).exit_code == 0
+    assert len(opened) == 2
+    first, second = contents(whole), contents(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--images", "nowhere", "--out", "x.safetensors"], "--images must be a folder, got 'nowhere'"),
+        (["--images", ".", "--out", "basis.pt"], "--out must end in .safetensors"),
+        (["--images", ".", "--out", "x.safetensors", "--method", "svd"], "--method must be one of pca, oblique, leank"),
+    ],
+)
+def test_the_command_names_bad_arguments(arguments, words):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert words in result.output.replace("\n", " ")

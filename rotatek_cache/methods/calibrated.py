@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver, padded_rank
@@ -116,6 +115,8 @@ def load_basis(path: str | Path) -> CalibratedBasis:
 
 @functools.lru_cache(maxsize=4)
 def _load(path: str, modified: int) -> CalibratedBasis:
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (bases fitted online need torch alone)
+
     del modified  # part of the memo's key only
     try:
         with safe_open(path, framework="pt") as file:
