@@ -14,12 +14,15 @@ counted once per model and reported beside.
 """
 
 import argparse
-import copy
+import concurrent.futures
 import datetime
+import functools
 import importlib.metadata
+import itertools
 import json
+import multiprocessing
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +128,14 @@ class Scores:
     key_bytes: list[float] = field(default_factory=list)
     value_bytes: list[float] = field(default_factory=list)
 
+    def extend(self, other: "Scores") -> None:
+        """Add the pages of `other`."""
+        for index in range(2):
+            self.exact[index] += other.exact[index]
+            self.divergence[index] += other.divergence[index]
+        self.key_bytes += other.key_bytes
+        self.value_bytes += other.value_bytes
+
 
 def visual_bytes(cache: RotateKCache) -> tuple[int, int]:
     """Bytes that the requests of a cache own for visual Keys and Values."""
@@ -175,45 +186,62 @@ def bootstrap(losses: np.ndarray, seed: int = 0, rounds: int = 4000) -> tuple[fl
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def batches(processor: Any, args: argparse.Namespace) -> Iterator[Batch]:
-    """The pages asked for, batch by batch."""
-    seeds = SEEDS[args.seeds][args.skip : args.skip + args.pages]
-    for start in range(0, len(seeds), args.batch):
-        yield make_batch(processor, seeds[start : start + args.batch], args.level, ADDRESS_KINDS)
+@functools.cache
+def load(path: Path) -> tuple[Any, Any]:
+    """The attached model and its processor, once per process."""
+    model = attach(AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval())
+    return model, AutoProcessor.from_pretrained(path)
+
+
+def score_pages(
+    args: argparse.Namespace, methods: dict[str, dict[str, Any]], seeds: Sequence[int]
+) -> dict[str, Scores]:
+    """Score every method on the pages of `seeds`, as one batch."""
+    torch.set_num_threads(args.threads)
+    model, processor = load(args.model)
+    scores = {name: Scores() for name in methods}
+    with torch.inference_mode():
+        batch = make_batch(processor, seeds, args.level, ADDRESS_KINDS)
+        recorder = RecordingCache()
+        positions = (batch.prompt["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        prefill = model(**batch.prompt, position_ids=positions, past_key_values=recorder, use_cache=True)
+        first_logits = prefill.logits[:, -1]
+        dense: Tensor | None = None
+        for name, options in methods.items():
+            cache = RotateKCache(**options)
+            fill(cache, model.config, batch, recorder.seen, model.config.image_token_id)
+            keys, values = visual_bytes(cache)
+            found = replay(model, cache, batch, first_logits)
+            dense = found if dense is None else dense
+            score(scores[name], batch, found, dense)
+            scores[name].key_bytes += [keys / len(batch.kinds)] * len(batch.kinds)
+            scores[name].value_bytes += [values / len(batch.kinds)] * len(batch.kinds)
+    return scores
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Score every method on every page."""
-    processor = AutoProcessor.from_pretrained(args.model)
-    model = attach(AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval())
+    """Score every method on every page, batches dealt out to processes."""
     methods: dict[str, dict[str, Any]] = yaml.safe_load(args.methods.read_text())
     if args.only:
         methods = {name: options for name, options in methods.items() if any(word in name for word in args.only)}
-    results = {name: Scores() for name in ("dense", *methods)}
-    image = model.config.image_token_id
-    progress = tqdm(total=args.pages, desc="pages", mininterval=5)
-    with torch.inference_mode():
-        for batch in batches(processor, args):
-            recorder = RecordingCache()
-            first_logits = model(**batch.prompt, past_key_values=recorder, use_cache=True).logits[:, -1]
-            dense: Tensor | None = None
-            for name, options in ("dense", {"sparsity": 0}), *methods.items():
-                cache = RotateKCache(**copy.deepcopy(options))
-                fill(cache, model.config, batch, recorder.seen, image)
-                keys, values = visual_bytes(cache)
-                found = replay(model, cache, batch, first_logits)
-                dense = found if dense is None else dense
-                score(results[name], batch, found, dense)
-                results[name].key_bytes.append(keys / len(batch.kinds))
-                results[name].value_bytes.append(values / len(batch.kinds))
-            progress.update(len(batch.kinds))
-    progress.close()
-    return {"methods": {name: summary(name, results, methods.get(name, {})) for name in results}}
+    methods = {"dense": {"sparsity": 0}, **methods}
+    seeds = SEEDS[args.seeds][args.skip : args.skip + args.pages]
+    parts = [seeds[start : start + args.batch] for start in range(0, len(seeds), args.batch)]
+    results = {name: Scores() for name in methods}
+    context = multiprocessing.get_context("spawn")
+    with (
+        concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool,
+        tqdm(total=len(seeds), desc="pages", mininterval=5) as progress,
+    ):
+        for part in pool.map(score_pages, itertools.repeat(args), itertools.repeat(methods), parts):
+            for name, scores in part.items():
+                results[name].extend(scores)
+            progress.update(len(part["dense"].key_bytes))
+    return {"methods": {name: summary(results[name], results["dense"], options) for name, options in methods.items()}}
 
 
-def summary(name: str, results: dict[str, Scores], options: dict[str, Any]) -> dict[str, Any]:
+def summary(found: Scores, dense: Scores, options: dict[str, Any]) -> dict[str, Any]:
     """Means, paired losses against dense with their bounds, and byte ratios of one method."""
-    found, dense = results[name], results["dense"]
     key_bytes, value_bytes = float(np.mean(found.key_bytes)), float(np.mean(found.value_bytes))
     dense_keys, dense_values = float(np.mean(dense.key_bytes)), float(np.mean(dense.value_bytes))
     row: dict[str, Any] = {
@@ -260,14 +288,16 @@ def main() -> None:
     parser.add_argument("--seeds", choices=sorted(SEEDS), default="choose", help="report: for reported figures only")
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--pages", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32, help="pages that are scored at once")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     result = run(args)
     result |= {
         "setting": {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": args.pages},
         "model": args.model.name,
-        "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": f"{platform.machine()}, {args.workers} processes of {args.threads} threads",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
