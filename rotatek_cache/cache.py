@@ -248,7 +248,7 @@ class RotateKCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens."""
-        super().crop(tokens_to_remove)
+        super().crop(int(tokens_to_remove))  # transformers 5.17 passes a tensor
         self.ledger.truncate(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
