@@ -62,8 +62,8 @@ class RotateKLayer(CacheLayerMixin):
     def keys(self) -> Tensor:
         """Not to be had: what is stored are coefficients."""
         raise AttributeError(
-            "a RotateKCache has no dense Keys or Values of a layer to read (models with cross-attention layers do that, "
-            "and cannot use it)"
+            "a RotateKCache has no dense Keys or Values of a layer to read (models with cross-attention layers do "
+            "that, and cannot use it)"
         )
 
     @keys.setter

@@ -57,7 +57,14 @@ REFUSED_FAMILIES = {
 }
 
 # Arguments of a forward that carry visual content: placeholder ids without any of them are ordinary text.
-CONTENT = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states", "image_embeds", "video_embeds")
+CONTENT = (
+    "pixel_values",
+    "pixel_values_videos",
+    "mm_encoder_outputs",
+    "image_hidden_states",
+    "image_embeds",
+    "video_embeds",
+)
 
 
 def families() -> list[str]:
@@ -166,7 +173,9 @@ def _host_model(model: torch.nn.Module) -> PreTrainedModel:
     # PEFT wraps the model, and its own `forward` calls the wrapped one's without hooks; those of `_inner` still run.
     host = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
     if not isinstance(host, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel (or a PEFT wrapper of one), got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a transformers PreTrainedModel (or a PEFT wrapper of one), got {type(model).__name__}"
+        )
     return host
 
 
@@ -255,8 +264,8 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] < begin + tokens:
         raise ValueError(
-            f"attention_mask covers {mask.shape[1]} positions, but this RotateKCache already holds {begin} and {tokens} "
-            "are new: to go on, pass the mask of the whole conversation; for another prompt call cache.reset()"
+            f"attention_mask covers {mask.shape[1]} positions, but this RotateKCache already holds {begin} and "
+            f"{tokens} are new: to go on, pass the mask of the whole conversation; for another prompt call cache.reset()"
         )
     if hasattr(module, "rope_deltas"):
         if begin:
@@ -280,9 +289,7 @@ def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
         cache.rope_deltas = getattr(module, "rope_deltas", None)
 
 
-def _visual_positions(
-    module: torch.nn.Module, cache: RotateKCache, given: dict[str, Any], begin: int
-) -> Tensor | None:
+def _visual_positions(module: torch.nn.Module, cache: RotateKCache, given: dict[str, Any], begin: int) -> Tensor | None:
     """bool ``[rows, tokens]`` of the coming forward; None where it brings no visual content."""
     # An empty dict is what generate passes for a turn without images; its tokens may still spell placeholder ids.
     content = any(_is_content(given.get(name)) for name in CONTENT)
@@ -325,9 +332,7 @@ def _generation_methods(cls: type) -> dict[str, Any]:
     prepare_inputs = cls.prepare_inputs_for_generation
 
     @functools.wraps(prepare_inputs)
-    def prepare_inputs_for_generation(
-        self: Any, input_ids: Tensor, *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         given = _arguments(prepare_inputs, self, input_ids, *args, **kwargs)
         cache, uncached = given.get("past_key_values"), given.get("next_sequence_length")
         if isinstance(cache, RotateKCache) and uncached is not None:
@@ -337,10 +342,10 @@ def _generation_methods(cls: type) -> dict[str, Any]:
                 prompt.shape[0] == input_ids.shape[0] and not torch.equal(prompt, input_ids[:, : prompt.shape[1]])
             )
             if uncached <= 0 or other:
+                held = f"{cache.get_seq_length()} tokens{' of another prompt' if other else ''}"
                 raise ValueError(
-                    f"this RotateKCache already holds {cache.get_seq_length()} tokens{' of another prompt' if other else ''}, "
-                    f"the prompt has {input_ids.shape[1]}: to go on with a conversation pass all of it, for another prompt "
-                    "call cache.reset() or make a new cache"
+                    f"this RotateKCache already holds {held}, the prompt has {input_ids.shape[1]}: to go on with a "
+                    "conversation pass all of it, for another prompt call cache.reset() or make a new cache"
                 )
         return prepare_inputs(self, input_ids, *args, **kwargs)
 
@@ -351,7 +356,7 @@ def _generation_methods(cls: type) -> dict[str, Any]:
         @functools.wraps(generate_batch)
         def refuse_generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(kwargs.get("past_key_values"), RotateKCache):
-                raise ValueError(
+                raise ValueError(  # noqa: TRY004 - the type is right, the call is not
                     "continuous batching keeps its own paged cache and would ignore this RotateKCache: use generate"
                 )
             return generate_batch(self, *args, **kwargs)

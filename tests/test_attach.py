@@ -59,7 +59,7 @@ def test_attach_and_detach_leave_nothing(llava: Host):
     assert detach(model) is model
     assert _trace(model) == before
     assert detach(model) is model
-    with pytest.raises(RuntimeError, match="attach.*rotatek.*visual_mask"):
+    with pytest.raises(RuntimeError, match=r"attach.*rotatek.*visual_mask"):
         ways.generate(model, ways.padded(llava.tiny), RotateKCache(sparsity=0.5))
 
 
@@ -114,7 +114,9 @@ def test_save_and_load_show_no_trace(llava: Host, tmp_path):
     llava.plain.save_pretrained(tmp_path / "plain")
     llava.attached.save_pretrained(tmp_path / "attached")
     for name in ("config.json", "generation_config.json"):
-        assert json.loads((tmp_path / "plain" / name).read_text()) == json.loads((tmp_path / "attached" / name).read_text())
+        assert json.loads((tmp_path / "plain" / name).read_text()) == json.loads(
+            (tmp_path / "attached" / name).read_text()
+        )
     assert not any(b"rotatek" in file.read_bytes() for file in (tmp_path / "attached").iterdir())
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "attached")
     assert not _our_hooks(loaded)

@@ -62,7 +62,9 @@ _OPERATIONS = st.lists(
 def test_any_sequence_of_operations(operations, rows, padding, additive, options, seed):
     generator = torch.Generator().manual_seed(seed)
     cache = RotateKCache(**options)
-    dense = _Dense(*(torch.zeros(rows, HEADS, 0, WIDTH, dtype=torch.float64) for _ in range(2)), torch.zeros(rows, 0) > 0)
+    dense = _Dense(
+        *(torch.zeros(rows, HEADS, 0, WIDTH, dtype=torch.float64) for _ in range(2)), torch.zeros(rows, 0) > 0
+    )
     kept: list[tuple[RotateKCache, _Dense]] = []
     for operation in [("forward", 9, "some"), *operations]:
         if operation[0] == "forward":
@@ -90,7 +92,13 @@ def test_any_sequence_of_operations(operations, rows, padding, additive, options
 
 
 def _forward(
-    cache: RotateKCache, dense: _Dense, tokens: int, visual: str, padding: list[int], additive: bool, generator: torch.Generator
+    cache: RotateKCache,
+    dense: _Dense,
+    tokens: int,
+    visual: str,
+    padding: list[int],
+    additive: bool,
+    generator: torch.Generator,
 ) -> None:
     batch, _, begin, _ = dense.keys.shape
     new = torch.ones(batch, tokens, dtype=torch.bool)

@@ -79,7 +79,9 @@ def test_switched_with_a_mask_is_dynamic_cache(host: Host):
             cache = RotateKCache(**options, visual_mask=visual_positions(inputs["input_ids"]), config=config)
             output = ways.generate(model, inputs, cache)
             _same([output.sequences, torch.stack(output.logits)], expected)
-    beams = ways.WAYS["beams"](host.tiny, model, lambda: RotateKCache(rank=32, visual_mask=visual_positions(inputs["input_ids"])))
+    beams = ways.WAYS["beams"](
+        host.tiny, model, lambda: RotateKCache(rank=32, visual_mask=visual_positions(inputs["input_ids"]))
+    )
     _same(beams, _expected(host.tiny.name, "beams"))
 
 
@@ -105,6 +107,8 @@ def test_these_models_would_show_a_wrong_key(family):
     """Rank 8 of 32 is visible in the logits, so that equality at full rank says something."""
     host = build_host(family)
     lossy = ways.forward_loop_of_one(host.tiny, host.attached, _maker({"rank": 8, "always_compress": True}))[0]
-    exact = ways.forward_loop_of_one(host.tiny, host.plain, lambda: DynamicCache(config=host.plain.config.get_text_config(decoder=True)))[0]
+    exact = ways.forward_loop_of_one(
+        host.tiny, host.plain, lambda: DynamicCache(config=host.plain.config.get_text_config(decoder=True))
+    )[0]
     assert torch.equal(lossy[0], exact[0])  # the prompt itself is read densely
     assert (lossy[1:] - exact[1:]).abs().max() > 0.01

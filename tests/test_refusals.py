@@ -85,13 +85,26 @@ def test_an_unknown_family():
 
 
 def _mllama():
-    text = {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    text = {
+        **TEXT,
+        "num_hidden_layers": 3,
+        "cross_attention_layers": [1],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }
     del text["head_dim"]
     vision = {
-        "hidden_size": 32, "attention_heads": 2, "num_hidden_layers": 2, "num_global_layers": 1, "intermediate_size": 48,
-        "image_size": 16, "patch_size": 8, "vision_output_dim": 64, "intermediate_layers_indices": [1],
-        "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]],
-    }  # fmt: skip
+        "hidden_size": 32,
+        "attention_heads": 2,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "intermediate_size": 48,
+        "image_size": 16,
+        "patch_size": 8,
+        "vision_output_dim": 64,
+        "intermediate_layers_indices": [1],
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    }
     config = AutoConfig.for_model("mllama", text_config=text, vision_config=vision, image_token_index=IMAGE)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
@@ -109,7 +122,7 @@ def _mllama():
 def test_cross_attention():
     model, inputs = _mllama()
     model.generate(**inputs, max_new_tokens=3, do_sample=False)  # it runs with its own cache
-    with pytest.raises(ValueError, match="mllama.*cross-attention"):
+    with pytest.raises(ValueError, match=r"mllama.*cross-attention"):
         attach(model)
     model.set_attn_implementation({"text_config": "rotatek"})
     cache = _cache(visual_mask=inputs["input_ids"] == IMAGE)
@@ -118,17 +131,28 @@ def test_cross_attention():
 
 
 def _paligemma2():
-    text = {**TEXT, "model_type": "gemma2", "query_pre_attn_scalar": 32, "attn_logit_softcapping": 50.0, "sliding_window": 64}
+    text = {
+        **TEXT,
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": 32,
+        "attn_logit_softcapping": 50.0,
+        "sliding_window": 64,
+    }
     vision = {**VISION, "model_type": "siglip_vision_model", "image_size": 32, "patch_size": 4, "projection_dim": 128}
     config = AutoConfig.for_model(
-        "paligemma", text_config=text, vision_config=vision, image_token_index=IMAGE, projection_dim=128, hidden_size=128
+        "paligemma",
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE,
+        projection_dim=128,
+        hidden_size=128,
     )
     return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
 
 
 def test_softcap():
     model = _paligemma2()
-    with pytest.raises(ValueError, match="attn_logit_softcapping=50.0"):
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping=50.0"):
         attach(model)
     model.set_attn_implementation({"text_config": "rotatek"})
     cache = _cache(visual_mask=torch.zeros(1, 4, dtype=torch.bool))

@@ -158,7 +158,9 @@ def test_a_copy_shares_what_is_sealed_and_is_independent(llava: Host):
     llava.attached(**inputs, past_key_values=cache)
     twin = copy.deepcopy(cache)
     assert _pointers(twin) == _pointers(cache)
-    assert all(a.kv.text.keys.data_ptr() != b.kv.text.keys.data_ptr() for a, b in zip(cache.layers, twin.layers, strict=True))
+    assert all(
+        a.kv.text.keys.data_ptr() != b.kv.text.keys.data_ptr() for a, b in zip(cache.layers, twin.layers, strict=True)
+    )
     ways._decode(llava.attached, twin, torch.tensor([[30]]), 3)
     twin.batch_repeat_interleave(2)
     twin.crop(-60)
@@ -185,7 +187,11 @@ def test_sliding_layers_keep_the_stock_layer():
     dense = DynamicCache(config=host.plain.config.get_text_config(decoder=True))
     ways.generate(host.attached, inputs, cache)
     ways.generate(host.plain, inputs, dense)
-    assert [type(layer) is type(stock) for layer, stock in zip(cache.layers, dense.layers, strict=True)] == [True, False, False]
+    assert [type(layer) is type(stock) for layer, stock in zip(cache.layers, dense.layers, strict=True)] == [
+        True,
+        False,
+        False,
+    ]
     assert torch.equal(cache.layers[0].keys.isfinite(), dense.layers[0].keys.isfinite())
     assert cache.nbytes() < sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers)
     assert "stock layer: DynamicSlidingWindowLayer" in str(cache.report())

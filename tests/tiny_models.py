@@ -86,7 +86,9 @@ class Tiny:
         generation.suppress_tokens = list(SPECIAL)
         return model.eval()
 
-    def prompt(self, seed: int = 0, images: Sequence[int] = (0,), text: int = 9, tail: int = 7, videos: int = 0) -> Prompt:
+    def prompt(
+        self, seed: int = 0, images: Sequence[int] = (0,), text: int = 9, tail: int = 7, videos: int = 0
+    ) -> Prompt:
         """A sequence: BOS, text, one image per entry of `images` (its size class) with text between, a question."""
         generator = torch.Generator().manual_seed(seed)
         prompt = Prompt([] if self.image_first else [BOS, *_words(text, generator)])
@@ -147,7 +149,7 @@ def _draw_weights(model: PreTrainedModel) -> None:
                 gain = 1.6 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0
                 parameter.normal_(0, gain / math.sqrt(fan_in), generator=generator)
             elif "q_norm" in name or "k_norm" in name:
-                parameter += 1.0
+                parameter.add_(1.0)
             elif "norm" not in name and "bias" in name:
                 parameter.normal_(0, 0.1, generator=generator)
 
@@ -179,7 +181,10 @@ def _by_row(rows: list[list[Tensor]]) -> dict[str, Tensor]:
     stacked = [torch.cat([torch.zeros(0, 3, side, side), *row]) for row in rows]
     most = max(len(images) for images in stacked)
     pixels = torch.stack([torch.cat([x, torch.zeros(most - len(x), 3, side, side)]) for x in stacked])
-    return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(pixels.shape[0], most, side, side, dtype=torch.bool)}
+    return {
+        "pixel_values": pixels,
+        "pixel_attention_mask": torch.ones(pixels.shape[0], most, side, side, dtype=torch.bool),
+    }
 
 
 def _wrapped(image: Callable[[int, torch.Generator], tuple[list[int], Any]]) -> Callable[..., tuple[list[int], Any]]:
@@ -193,7 +198,9 @@ def _wrapped(image: Callable[[int, torch.Generator], tuple[list[int], Any]]) -> 
 _GRIDS = ((1, 16, 16), (1, 20, 16), (1, 8, 24))  # patches of the size classes: 64, 80 and 48 tokens after merging 2 x 2
 
 
-def _patch_grid(width: int, token: int = IMAGE, frames: int = 1) -> Callable[[int, torch.Generator], tuple[list[int], Any]]:
+def _patch_grid(
+    width: int, token: int = IMAGE, frames: int = 1
+) -> Callable[[int, torch.Generator], tuple[list[int], Any]]:
     """The Qwen line: flattened patches ``[t h w, width]`` and their grid."""
 
     def image(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
@@ -242,9 +249,7 @@ def _padded_sizes(rows: list[list[Tensor]]) -> dict[str, Tensor]:
     """``[images, 3, max H, max W]`` and the true sizes."""
     images = [image for row in rows for image in row]
     height, width = max(i.shape[1] for i in images), max(i.shape[2] for i in images)
-    pixels = torch.stack(
-        [torch.nn.functional.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in images]
-    )
+    pixels = torch.stack([torch.nn.functional.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in images])
     return {"pixel_values": pixels, "image_sizes": torch.tensor([[i.shape[1], i.shape[2]] for i in images])}
 
 
@@ -294,7 +299,12 @@ _QWEN_IDS = {
 
 
 def _llava(model_type: str, **kwargs: Any) -> Callable[[], Any]:
-    kwargs = {"text_type": "llama", "vision_type": "clip_vision_model", "vision": _CLIP, "image_token_index": IMAGE} | kwargs
+    kwargs = {
+        "text_type": "llama",
+        "vision_type": "clip_vision_model",
+        "vision": _CLIP,
+        "image_token_index": IMAGE,
+    } | kwargs
     return lambda: _config(model_type, **kwargs)
 
 
@@ -319,94 +329,163 @@ FAMILIES: dict[str, Tiny] = {
         Tiny(
             "llava_pixtral",
             _llava(
-                "llava", text_type="mistral", text={"sliding_window": None}, vision_type="pixtral", vision_feature_layer=-1,
-                vision_feature_select_strategy="full", vision={"image_size": 64, "patch_size": 4, "head_dim": 16},
+                "llava",
+                text_type="mistral",
+                text={"sliding_window": None},
+                vision_type="pixtral",
+                vision_feature_layer=-1,
+                vision_feature_select_strategy="full",
+                vision={"image_size": 64, "patch_size": 4, "head_dim": 16},
             ),
-            _pixtral_image(4), _padded_sizes, sizes=3,
+            _pixtral_image(4),
+            _padded_sizes,
+            sizes=3,
         ),
-        Tiny("llava_next", _llava("llava_next", image_grid_pinpoints=_PINPOINTS), _anyres(False), _anyres_collate, sizes=3),
+        Tiny(
+            "llava_next",
+            _llava("llava_next", image_grid_pinpoints=_PINPOINTS),
+            _anyres(False),
+            _anyres_collate,
+            sizes=3,
+        ),
         Tiny(
             "llava_onevision",
             lambda: _config(
-                "llava_onevision", "qwen2", "siglip_vision_model", image_token_index=IMAGE, video_token_index=VIDEO,
-                image_grid_pinpoints=_PINPOINTS, vision={"image_size": 32, "patch_size": 4, "vision_use_head": False},
+                "llava_onevision",
+                "qwen2",
+                "siglip_vision_model",
+                image_token_index=IMAGE,
+                video_token_index=VIDEO,
+                image_grid_pinpoints=_PINPOINTS,
+                vision={"image_size": 32, "patch_size": 4, "vision_use_head": False},
             ),
-            _anyres(False), _anyres_collate, sizes=3,
+            _anyres(False),
+            _anyres_collate,
+            sizes=3,
         ),
         Tiny(
             "qwen2_vl",
             _qwen("qwen2_vl", embed_dim=32, hidden_size=128, mlp_ratio=2),
-            _patch_grid(_PATCH), video=_patch_grid(_PATCH, VIDEO, 2), **_QWEN,
+            _patch_grid(_PATCH),
+            video=_patch_grid(_PATCH, VIDEO, 2),
+            **_QWEN,
         ),
         Tiny(
             "qwen2_5_vl",
             _qwen("qwen2_5_vl", out_hidden_size=128, window_size=16, fullatt_block_indexes=[1]),
-            _patch_grid(_PATCH), video=_patch_grid(_PATCH, VIDEO, 2), **_QWEN,
+            _patch_grid(_PATCH),
+            video=_patch_grid(_PATCH, VIDEO, 2),
+            **_QWEN,
         ),
         Tiny("qwen3_vl", _qwen3("qwen3_vl"), _patch_grid(_PATCH), **_QWEN),
         Tiny(
             "qwen3_vl_moe",
-            _qwen3("qwen3_vl_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1),
-            _patch_grid(_PATCH), **_QWEN,
+            _qwen3(
+                "qwen3_vl_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
+            ),
+            _patch_grid(_PATCH),
+            **_QWEN,
         ),
         Tiny(
             "glm4v",
             lambda: _config(
-                "glm4v", text={"rope_parameters": _ROPE, "partial_rotary_factor": 1.0},
+                "glm4v",
+                text={"rope_parameters": _ROPE, "partial_rotary_factor": 1.0},
                 vision={
-                    "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2,
-                    "out_hidden_size": 128, "image_size": 64,
+                    "patch_size": 4,
+                    "spatial_merge_size": 2,
+                    "temporal_patch_size": 2,
+                    "depth": 2,
+                    "num_heads": 2,
+                    "out_hidden_size": 128,
+                    "image_size": 64,
                 },
-                image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=OPEN, image_end_token_id=CLOSE,
-                video_start_token_id=BREAK, video_end_token_id=END,
+                image_token_id=IMAGE,
+                video_token_id=VIDEO,
+                image_start_token_id=OPEN,
+                image_end_token_id=CLOSE,
+                video_start_token_id=BREAK,
+                video_end_token_id=END,
             ),
-            _patch_grid(_PATCH), **_QWEN,
+            _patch_grid(_PATCH),
+            **_QWEN,
         ),
         Tiny(
             "internvl",
             lambda: _config(
-                "internvl", "qwen2", image_token_id=IMAGE, image_seq_length=64,
+                "internvl",
+                "qwen2",
+                image_token_id=IMAGE,
+                image_seq_length=64,
                 vision={"image_size": [32, 32], "patch_size": [2, 2]},
             ),
-            _wrapped(_square(64, 32)), _stack, sizes=3,
+            _wrapped(_square(64, 32)),
+            _stack,
+            sizes=3,
         ),
         Tiny(
             "gemma3",
             lambda: _config(
-                "gemma3", text={
-                    "layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 32,
+                "gemma3",
+                text={
+                    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+                    "sliding_window": 32,
                     "query_pre_attn_scalar": 32,
                 },
-                vision={"image_size": 32, "patch_size": 2}, mm_tokens_per_image=64, image_token_index=IMAGE,
-                boi_token_index=OPEN, eoi_token_index=CLOSE,
+                vision={"image_size": 32, "patch_size": 2},
+                mm_tokens_per_image=64,
+                image_token_index=IMAGE,
+                boi_token_index=OPEN,
+                eoi_token_index=CLOSE,
             ),
-            _wrapped(_square(64, 32)), _stack, token_types="token_type_ids",
+            _wrapped(_square(64, 32)),
+            _stack,
+            token_types="token_type_ids",
         ),
         Tiny(
             "mistral3",
             lambda: _config(
-                "mistral3", "mistral", "pixtral", text={"sliding_window": None}, image_token_index=IMAGE, spatial_merge_size=2,
+                "mistral3",
+                "mistral",
+                "pixtral",
+                text={"sliding_window": None},
+                image_token_index=IMAGE,
+                spatial_merge_size=2,
                 vision={"image_size": 80, "patch_size": 4, "head_dim": 16},
             ),
-            _pixtral_image(8), _padded_sizes, sizes=3,
+            _pixtral_image(8),
+            _padded_sizes,
+            sizes=3,
         ),
         Tiny(
             "idefics3",
             lambda: _config("idefics3", "llama", image_token_id=IMAGE, vision={"image_size": 64, "patch_size": 4}),
-            _wrapped(_square(64, 64)), _by_row, sizes=2,
+            _wrapped(_square(64, 64)),
+            _by_row,
+            sizes=2,
         ),
         Tiny(
             "smolvlm",
             lambda: _config("smolvlm", "llama", image_token_id=IMAGE, vision={"image_size": 64, "patch_size": 4}),
-            _wrapped(_square(64, 64)), _by_row, sizes=2,
+            _wrapped(_square(64, 64)),
+            _by_row,
+            sizes=2,
         ),
         Tiny(
             "paligemma",
             lambda: _config(
-                "paligemma", "gemma", "siglip_vision_model", image_token_index=IMAGE, projection_dim=128, hidden_size=128,
+                "paligemma",
+                "gemma",
+                "siglip_vision_model",
+                image_token_index=IMAGE,
+                projection_dim=128,
+                hidden_size=128,
                 vision={"image_size": 32, "patch_size": 4, "projection_dim": 128, "vision_use_head": False},
             ),
-            _square(64, 32), _stack, token_types="token_type_ids", image_first=True,
+            _square(64, 32),
+            _stack,
+            token_types="token_type_ids",
+            image_first=True,
         ),
     )
 }

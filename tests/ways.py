@@ -74,7 +74,9 @@ def batch_with_a_text_row(tiny: Tiny, model: PreTrainedModel, make: Make) -> lis
 
 @way
 def beams(tiny: Tiny, model: PreTrainedModel, make: Make) -> list[Tensor]:
-    output = generate(model, padded(tiny), make(), num_beams=3, num_return_sequences=2, output_logits=False, output_scores=True)
+    output = generate(
+        model, padded(tiny), make(), num_beams=3, num_return_sequences=2, output_logits=False, output_scores=True
+    )
     return [output.sequences, output.sequences_scores]
 
 
@@ -107,7 +109,7 @@ def assistant_model(tiny: Tiny, model: PreTrainedModel, make: Make) -> list[Tens
     assistant = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(9)
     for parameter in assistant.parameters():  # near enough that some candidates are taken, and some are not
-        parameter += 0.02 * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator)
+        parameter.data += 0.02 * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator)
     output = generate(model, one(tiny), make(), assistant_model=assistant, max_new_tokens=12)
     return _result(output)
 
@@ -315,7 +317,9 @@ def interleaved_forwards(tiny: Tiny, model: PreTrainedModel, make: Make) -> list
     caches = [make(), make()]
     token = torch.tensor([[20]])
     logits: list[list[Tensor]] = [[], []]
-    steps = [lambda n: model(**prompts[n], past_key_values=caches[n])] + [lambda n: model(token, past_key_values=caches[n])] * 3
+    steps = [lambda n: model(**prompts[n], past_key_values=caches[n])] + [
+        lambda n: model(token, past_key_values=caches[n])
+    ] * 3
     order = [(n, s) for n in (1, 0) for s in steps] if alone else [(n, s) for s in steps for n in (0, 1)]
     for number, step in order:
         logits[number].append(step(number).logits[:, -1])
