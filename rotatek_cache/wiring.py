@@ -3,7 +3,6 @@
 import functools
 import inspect
 import threading
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -148,9 +147,13 @@ def attach(model: M) -> M:
         inner.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
     ]
     inner._rotatek = attachment  # type: ignore[assignment]
-    if hasattr(top, "prepare_inputs_for_generation"):
-        for name, replacement in _generation_methods(type(top)).items():
-            setattr(top, name, types.MethodType(replacement, top))
+    for name, stand_in in STAND_INS.items():
+        original = getattr(type(top), name, None)
+        if original is not None:
+            # A partial, and no method, since that can be copied and pickled with the model.
+            replacement: Any = functools.partial(stand_in, top)
+            replacement.__wrapped__ = original  # generate looks at the signature
+            setattr(top, name, replacement)
     return model
 
 
@@ -164,12 +167,12 @@ def detach(model: M) -> M:
     for handle in attachment.handles:
         handle.remove()
     del inner._rotatek
-    for name in _generation_methods(type(top)):
+    for name in STAND_INS:
         top.__dict__.pop(name, None)
     return model
 
 
-def _host_model(model: torch.nn.Module) -> PreTrainedModel:
+def _host_model(model: Any) -> PreTrainedModel:
     # PEFT wraps the model, and its own `forward` calls the wrapped one's without hooks; those of `_inner` still run.
     host = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
     if not isinstance(host, PreTrainedModel):
@@ -179,7 +182,7 @@ def _host_model(model: torch.nn.Module) -> PreTrainedModel:
     return host
 
 
-def _inner(top: PreTrainedModel) -> torch.nn.Module:
+def _inner(top: PreTrainedModel) -> Any:
     """The model below the language-modelling head, which every way of calling passes through."""
     inner = getattr(top, top.base_model_prefix, None) if top.base_model_prefix else None
     return inner if isinstance(inner, torch.nn.Module) else top
@@ -241,7 +244,7 @@ def _cache_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return cache if isinstance(cache, RotateKCache) else None
 
 
-def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: select the attention function and tell the cache which of the coming positions are visual."""
     cache = _cache_of(module, args, kwargs)
     if cache is None:
@@ -256,16 +259,18 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     cache.learn_config(config)
     if cache.options.is_calibrated:
         load_basis(cache.options.basis).check_model(module._rotatek.fingerprint_of(module))
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    if ids is None and embeds is None:
+    ids = given.get("input_ids")
+    content = given.get("inputs_embeds") if ids is None else ids
+    if content is None:
         return  # the forward itself says what is missing
-    tokens = (ids if ids is not None else embeds).shape[1]
+    tokens = content.shape[1]
     begin = cache.get_seq_length()
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] < begin + tokens:
         raise ValueError(
             f"attention_mask covers {mask.shape[1]} positions, but this RotateKCache already holds {begin} and "
-            f"{tokens} are new: to go on, pass the mask of the whole conversation; for another prompt call cache.reset()"
+            f"{tokens} are new: to go on, pass the mask of the whole conversation; for another prompt call "
+            "cache.reset()"
         )
     if hasattr(module, "rope_deltas"):
         if begin:
@@ -277,7 +282,7 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
         cache.ledger.prompt = ids
 
 
-def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook, called after errors too."""
     cache = _cache_of(module, args, kwargs)
     if cache is None:
@@ -289,17 +294,18 @@ def _after_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
         cache.rope_deltas = getattr(module, "rope_deltas", None)
 
 
-def _visual_positions(module: torch.nn.Module, cache: RotateKCache, given: dict[str, Any], begin: int) -> Tensor | None:
+def _visual_positions(module: Any, cache: RotateKCache, given: dict[str, Any], begin: int) -> Tensor | None:
     """bool ``[rows, tokens]`` of the coming forward; None where it brings no visual content."""
     # An empty dict is what generate passes for a turn without images; its tokens may still spell placeholder ids.
     content = any(_is_content(given.get(name)) for name in CONTENT)
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    ids: Any = given.get("input_ids")
+    embeds: Any = given.get("inputs_embeds")
     if ids is not None:
         if begin and not content:
-            given = cache.ledger.given
-            if given is not None and bool(given[:, begin : begin + ids.shape[1]].any()):
+            mask = cache.ledger.given
+            if mask is not None and bool(mask[:, begin : begin + ids.shape[1]].any()):
                 raise ValueError(
-                    f"visual_mask {list(given.shape)} marks positions from {begin} on as visual, which come as ids "
+                    f"visual_mask {list(mask.shape)} marks positions from {begin} on as visual, which come as ids "
                     "without an image: the mask must have the length of the prompt"
                 )
             return None
@@ -326,51 +332,45 @@ def _is_content(value: Any) -> bool:
     return value is not None
 
 
-@functools.cache
-def _generation_methods(cls: type) -> dict[str, Any]:
-    """Instance methods that stand in for those of `cls` on an attached model."""
-    prepare_inputs = cls.prepare_inputs_for_generation
-
-    @functools.wraps(prepare_inputs)
-    def prepare_inputs_for_generation(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        given = _arguments(prepare_inputs, self, input_ids, *args, **kwargs)
-        cache, uncached = given.get("past_key_values"), given.get("next_sequence_length")
-        if isinstance(cache, RotateKCache) and uncached is not None:
-            # Of a cached prompt only the ids behind it are used, so nothing else would notice that it is another one.
-            prompt = cache.ledger.prompt if given.get("is_first_iteration") else None
-            other = prompt is not None and (
-                prompt.shape[0] == input_ids.shape[0] and not torch.equal(prompt, input_ids[:, : prompt.shape[1]])
+def _prepare_inputs_for_generation(top: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Stands in for the model's method: notices a cache that holds another prompt."""
+    prepare_inputs = type(top).prepare_inputs_for_generation
+    given = _arguments(prepare_inputs, top, input_ids, *args, **kwargs)
+    cache, uncached = given.get("past_key_values"), given.get("next_sequence_length")
+    if isinstance(cache, RotateKCache) and uncached is not None:
+        # Of a cached prompt only the ids behind it are used, so nothing else would notice that it is another one.
+        prompt = cache.ledger.prompt if given.get("is_first_iteration") else None
+        other = prompt is not None and (
+            prompt.shape[0] == input_ids.shape[0] and not torch.equal(prompt, input_ids[:, : prompt.shape[1]])
+        )
+        if uncached <= 0 or other:
+            held = f"{cache.get_seq_length()} tokens{' of another prompt' if other else ''}"
+            raise ValueError(
+                f"this RotateKCache already holds {held}, the prompt has {input_ids.shape[1]}: to go on with a "
+                "conversation pass all of it, for another prompt call cache.reset() or make a new cache"
             )
-            if uncached <= 0 or other:
-                held = f"{cache.get_seq_length()} tokens{' of another prompt' if other else ''}"
-                raise ValueError(
-                    f"this RotateKCache already holds {held}, the prompt has {input_ids.shape[1]}: to go on with a "
-                    "conversation pass all of it, for another prompt call cache.reset() or make a new cache"
-                )
-        return prepare_inputs(self, input_ids, *args, **kwargs)
+    return prepare_inputs(top, input_ids, *args, **kwargs)
 
-    methods = {"prepare_inputs_for_generation": prepare_inputs_for_generation}
-    generate_batch = getattr(cls, "generate_batch", None)
-    if generate_batch is not None:
 
-        @functools.wraps(generate_batch)
-        def refuse_generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(kwargs.get("past_key_values"), RotateKCache):
-                raise ValueError(  # noqa: TRY004 - the type is right, the call is not
-                    "continuous batching keeps its own paged cache and would ignore this RotateKCache: use generate"
-                )
-            return generate_batch(self, *args, **kwargs)
+def _prepare_position_ids_for_generation(top: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+    """Stands in for the model's method: M-RoPE positions go on from this conversation's offset."""
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, RotateKCache) and cache.rope_deltas is not None and cache.get_seq_length():
+        _inner(top).rope_deltas = cache.rope_deltas
+    return type(top)._prepare_position_ids_for_generation(top, inputs_tensor, model_kwargs)
 
-        methods["generate_batch"] = refuse_generate_batch
-    prepare_positions = getattr(cls, "_prepare_position_ids_for_generation", None)
-    if prepare_positions is not None:
 
-        @functools.wraps(prepare_positions)
-        def _prepare_position_ids_for_generation(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
-            cache = model_kwargs.get("past_key_values")
-            if isinstance(cache, RotateKCache) and cache.rope_deltas is not None and cache.get_seq_length():
-                _inner(self).rope_deltas = cache.rope_deltas
-            return prepare_positions(self, inputs_tensor, model_kwargs)
+def _generate_batch(top: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's method: refuses a cache that it would ignore."""
+    if isinstance(kwargs.get("past_key_values"), RotateKCache):
+        raise ValueError(  # noqa: TRY004 - the type is right, the call is not
+            "continuous batching keeps its own paged cache and would ignore this RotateKCache: use generate"
+        )
+    return type(top).generate_batch(top, *args, **kwargs)
 
-        methods["_prepare_position_ids_for_generation"] = _prepare_position_ids_for_generation
-    return methods
+
+STAND_INS: dict[str, Any] = {
+    "prepare_inputs_for_generation": _prepare_inputs_for_generation,
+    "_prepare_position_ids_for_generation": _prepare_position_ids_for_generation,
+    "generate_batch": _generate_batch,
+}

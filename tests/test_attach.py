@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -155,6 +156,13 @@ def test_a_copy_of_an_attached_model_is_attached_for_itself(llava: Host):
     assert not _our_hooks(first)
     assert not _our_hooks(second)
     assert len(_our_hooks(llava.attached)) == 2
+
+
+def test_an_attached_model_is_pickled(llava: Host):
+    model = pickle.loads(pickle.dumps(llava.attached))
+    _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+    detach(model)
+    assert not _our_hooks(model)
 
 
 def test_threads_share_a_model(llava: Host):
