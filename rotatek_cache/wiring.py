@@ -35,20 +35,29 @@ _IMAGE_AND_VIDEO = Family(("image_token_id", "video_token_id"))
 
 # model_type -> facts; each family here is run through generate by the tests.
 FAMILIES: dict[str, Family] = {
+    "aya_vision": _IMAGE,
+    "cohere2_vision": _IMAGE,
     "gemma3": _IMAGE,
+    "glm46v": _IMAGE_AND_VIDEO,
     "glm4v": _IMAGE_AND_VIDEO,
+    "glm4v_moe": _IMAGE_AND_VIDEO,
+    "got_ocr2": _IMAGE,
     "idefics3": _IMAGE,
     "internvl": _IMAGE,
+    "lighton_ocr": _IMAGE,
     "llava": _IMAGE,
     "llava_next": _IMAGE,
+    "llava_next_video": _IMAGE_AND_VIDEO,
     "llava_onevision": _IMAGE_AND_VIDEO,
     "mistral3": _IMAGE,
+    "ovis2": _IMAGE,
     "paligemma": _IMAGE,
     "qwen2_5_vl": _IMAGE_AND_VIDEO,
     "qwen2_vl": _IMAGE_AND_VIDEO,
     "qwen3_vl": _IMAGE_AND_VIDEO,
     "qwen3_vl_moe": _IMAGE_AND_VIDEO,
     "smolvlm": _IMAGE,
+    "vipllava": _IMAGE,
 }
 
 REFUSED_FAMILIES = {

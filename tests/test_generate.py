@@ -21,6 +21,8 @@ NOT_POSSIBLE = {
     "forward_loop": M_ROPE,  # a 2D mask in a decode step of one's own: positions of the whole length come out
     "merged_embeddings": NO_EMBEDDINGS,
     "embeddings_and_pixels": NO_EMBEDDINGS,
+    "chunked_prefill": {"ovis2"},  # features of more than the placeholders come from the encoder
+    "chunked_prefill_padded": {"ovis2"},
 }
 CASES = [
     (family, way)
@@ -93,6 +95,8 @@ LOSSY_WAYS = ("padded_batch", "beams", "chunked_prefill", "prompt_lookup", "seco
 def test_lower_ranks_run(family):
     host = build_host(family)
     for number, way in enumerate(LOSSY_WAYS):
+        if family in NOT_POSSIBLE.get(way, ()):
+            continue
         options = LOSSY[number % len(LOSSY)]
         expected = _expected(family, way)
         if isinstance(expected, Exception):

@@ -322,6 +322,27 @@ def _qwen3(model_type: str, **text: Any) -> Callable[[], Any]:
     return lambda: _config(model_type, text={"rope_parameters": rope, **text}, vision=vision, **_QWEN_IDS)
 
 
+def _glm(model_type: str, **text: Any) -> Callable[[], Any]:
+    vision = {
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "depth": 2,
+        "num_heads": 2,
+        "out_hidden_size": 128,
+        "image_size": 64,
+    }
+    spans = {"image_start_token_id": OPEN, "image_end_token_id": CLOSE}
+    spans |= {"video_start_token_id": BREAK, "video_end_token_id": END}
+    text = {"rope_parameters": _ROPE, "partial_rotary_factor": 1.0, **text}
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+    vision_type = None if model_type == "glm4v_moe" else "glm4v_vision"
+    text_type = None if model_type == "glm4v_moe" else "glm4v_text"
+    return lambda: _config(model_type, text_type, vision_type, text=text, vision=vision, **ids, **spans)
+
+
+_MIXED = ["sliding_attention", "full_attention", "full_attention"]
+
 FAMILIES: dict[str, Tiny] = {
     tiny.name: tiny
     for tiny in (
@@ -386,30 +407,7 @@ FAMILIES: dict[str, Tiny] = {
             _patch_grid(_PATCH),
             **_QWEN,
         ),
-        Tiny(
-            "glm4v",
-            lambda: _config(
-                "glm4v",
-                text={"rope_parameters": _ROPE, "partial_rotary_factor": 1.0},
-                vision={
-                    "patch_size": 4,
-                    "spatial_merge_size": 2,
-                    "temporal_patch_size": 2,
-                    "depth": 2,
-                    "num_heads": 2,
-                    "out_hidden_size": 128,
-                    "image_size": 64,
-                },
-                image_token_id=IMAGE,
-                video_token_id=VIDEO,
-                image_start_token_id=OPEN,
-                image_end_token_id=CLOSE,
-                video_start_token_id=BREAK,
-                video_end_token_id=END,
-            ),
-            _patch_grid(_PATCH),
-            **_QWEN,
-        ),
+        Tiny("glm4v", _glm("glm4v"), _patch_grid(_PATCH), **_QWEN),
         Tiny(
             "internvl",
             lambda: _config(
@@ -486,6 +484,105 @@ FAMILIES: dict[str, Tiny] = {
             _stack,
             token_types="token_type_ids",
             image_first=True,
+        ),
+        Tiny("vipllava", _llava("vipllava", vision_feature_layer=[-2, -1]), _square(64, 32), _stack),
+        Tiny(
+            "llava_next_video",
+            _llava("llava_next_video", image_grid_pinpoints=_PINPOINTS, video_token_index=VIDEO),
+            _anyres(newline=False),
+            _anyres_collate,
+            sizes=3,
+        ),
+        Tiny(
+            "aya_vision",
+            lambda: _config(
+                "aya_vision",
+                "cohere2",
+                "siglip_vision_model",
+                text={"layer_types": _MIXED, "sliding_window": 32, "logit_scale": 1.0},
+                vision={"image_size": 32, "patch_size": 2, "vision_use_head": False},
+                image_token_index=IMAGE,
+            ),
+            _square(64, 32),
+            _stack,
+            sizes=2,
+        ),
+        Tiny(
+            "cohere2_vision",
+            lambda: _config(
+                "cohere2_vision",
+                "cohere2",
+                "siglip_vision_model",
+                text={"layer_types": _MIXED, "sliding_window": 32, "logit_scale": 1.0},
+                vision={"image_size": 32, "patch_size": 2, "vision_use_head": False},
+                image_token_id=IMAGE,
+                alignment_intermediate_size=96,
+            ),
+            _square(64, 32),
+            _stack,
+            sizes=2,
+        ),
+        Tiny(
+            "got_ocr2",
+            lambda: _config(
+                "got_ocr2",
+                "qwen2",
+                vision={
+                    "image_size": 64,
+                    "patch_size": 2,
+                    "window_size": 8,
+                    "global_attn_indexes": [1],
+                    "output_channels": 32,
+                    "mlp_dim": 48,
+                    "initializer_range": 0.02,
+                },
+                image_token_index=IMAGE,
+                image_seq_length=64,
+            ),
+            _wrapped(_square(64, 64)),
+            _stack,
+        ),
+        Tiny(
+            "ovis2",
+            lambda: _config(
+                "ovis2",
+                "qwen2",
+                vision={"image_size": 32, "patch_size": 2, "hidden_stride": 2, "vocab_size": 64, "qkv_bias": True},
+                image_token_id=IMAGE,
+                visual_indicator_token_ids=[OPEN, CLOSE, BREAK, END, VIDEO],
+                vocab_size=VOCAB,
+                hidden_size=128,
+            ),
+            _wrapped(_square(64, 32)),
+            _stack,
+            sizes=2,
+        ),
+        Tiny(
+            "lighton_ocr",
+            lambda: _config(
+                "lighton_ocr",
+                "qwen3",
+                "pixtral",
+                image_token_id=IMAGE,
+                spatial_merge_size=2,
+                vision={"image_size": 80, "patch_size": 4, "head_dim": 16},
+            ),
+            _pixtral_image(8),
+            _padded_sizes,
+            sizes=3,
+        ),
+        Tiny("glm46v", _glm("glm46v"), _patch_grid(_PATCH), **_QWEN),
+        Tiny(
+            "glm4v_moe",
+            _glm(
+                "glm4v_moe",
+                moe_intermediate_size=32,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                n_shared_experts=1,
+            ),
+            _patch_grid(_PATCH),
+            **_QWEN,
         ),
     )
 }
