@@ -23,7 +23,8 @@ class FitOptions:
         sparsity: share of Key channels removed, in [0, 1): ``r = D - int(D * sparsity)``. 0 is the identity basis.
         rank: coefficients kept per Key, from 1 to the head width.
         energy: share in (0, 1] of the (query-weighted) variance that a layer must keep; its rank follows.
-        query_window: number of last prompt queries that weigh the channels (the paper: 32).
+        query_window: number of queries that weigh the channels: the last ones seen when the segment is sealed, which
+            are the prompt's last unless a chunked prefill ends a chunk between an image and the end (the paper: 32).
         query_weight: weigh Key channels by the norm of the window's queries (the paper: on).
         solver: "subspace" (the paper's five subspace iterations) or "eigh" (exact).
         always_compress: compress segments in which the basis costs more bytes than it saves too (for studies).
@@ -78,11 +79,15 @@ class FitOptions:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.solver not in ("subspace", "eigh"):
             raise ValueError(f"solver must be 'subspace' or 'eigh', got {self.solver!r}")
+        if not isinstance(self.basis, str):
+            raise TypeError(f"basis must be a name or the path of a basis file, got {type(self.basis).__name__}")
+        if not self.query_weight and self.basis not in ("rotatek", "pca"):
+            raise ValueError(f"query_weight=False is plain PCA: it does not go with basis={self.basis!r}")
         if self.streaming and not self.is_calibrated:
             raise ValueError(f"streaming needs a calibrated basis (a .safetensors file), got basis={self.basis!r}")
         for name, share in (("key_bits", self.sparsity), ("value_bits", self.value_sparsity)):
             bits = getattr(self, name)
-            if bits not in (None, 8, 4, 2, "auto") or isinstance(bits, bool):
+            if bits not in (None, 8, 4, 2, "auto") or isinstance(bits, float):
                 raise ValueError(f"{name} must be None, 8, 4, 2 or 'auto', got {bits!r}")
             if bits == "auto" and share is None:
                 budget = "sparsity" if name == "key_bits" else "value_sparsity"
@@ -180,6 +185,14 @@ class KeyBasis:
         delta = shift if self.delta is None else self.delta.to(wide) + shift
         scaled = self.B.to(wide) * step.to(wide)[..., None, :]
         return KeyBasis(B=scaled.to(self.B.dtype), delta=delta.to(self.B.dtype), fitted_rank=self.fitted_rank)
+
+    def head(self, index: int) -> "KeyBasis":
+        """The basis of one KV head, with a head dimension of 1."""
+
+        def one(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index : index + 1]
+
+        return KeyBasis(one(self.A), one(self.B), one(self.offset), one(self.delta), self.fitted_rank, self.shared)
 
     def columns(self, index: Tensor) -> "KeyBasis":
         """The basis with columns picked by int64 ``index [H, R, r']``."""

@@ -1,5 +1,6 @@
 """`RotateKCache`, a transformers `Cache`, and its layers: thin shells over `LayerKV`."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rotatek_cache.basis import Bits, FitOptions, Solver
-from rotatek_cache.layer import LayerKV
+from rotatek_cache.layer import LayerKV, row_index
 from rotatek_cache.ledger import VisualLedger
 from rotatek_cache.methods import key_method
 from rotatek_cache.methods.calibrated import load_basis
@@ -117,9 +118,8 @@ class RotateKLayer(CacheLayerMixin):
             self.kv.select_rows(torch.arange(self.kv.shape[0]).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens (a positive number is the length to keep, as before 5.2)."""
-        length = tokens_to_remove if tokens_to_remove > 0 else self.kv.length + tokens_to_remove
-        self.kv.truncate(max(0, length))
+        """Remove the last ``-tokens_to_remove`` tokens."""
+        self.kv.truncate(max(0, self.kv.length - abs(tokens_to_remove)))
 
     def offload(self) -> None:
         """Refused: the attention function reads the segments where they are."""
@@ -169,7 +169,7 @@ class RotateKCache(Cache):
         query_weight: bool = True,
         solver: Solver = "subspace",
         always_compress: bool = False,
-        basis: str = "rotatek",
+        basis: str | os.PathLike[str] = "rotatek",
         key_bits: Bits = None,
         value_sparsity: float | None = None,
         value_bits: Bits = None,
@@ -185,16 +185,16 @@ class RotateKCache(Cache):
             query_weight=query_weight,
             solver=solver,
             always_compress=always_compress,
-            basis=basis,
+            basis=str(basis) if isinstance(basis, os.PathLike) else basis,
             key_bits=key_bits,
             value_sparsity=value_sparsity,
             value_bits=value_bits,
             streaming=streaming,
         )
         if self.options.is_calibrated:
-            load_basis(basis)
+            load_basis(self.options.basis)
         else:
-            key_method(basis)
+            key_method(self.options.basis)
         self.ledger = VisualLedger(visual_mask)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self._record_past = False
@@ -247,8 +247,9 @@ class RotateKCache(Cache):
         self.rope_deltas = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens."""
-        super().crop(int(tokens_to_remove))  # transformers 5.17 passes a tensor
+        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
+        count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        super().crop(count if count <= 0 else min(0, count - self.get_seq_length()))
         self.ledger.truncate(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -258,8 +259,9 @@ class RotateKCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
-        self._select_rows(indices)
-        super().batch_select_indices(indices)
+        index = row_index(indices, torch.device("cpu") if not isinstance(indices, Tensor) else indices.device)
+        self._select_rows(index)
+        super().batch_select_indices(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""

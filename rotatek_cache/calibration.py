@@ -1,7 +1,6 @@
 """Calibration: moments of visual Keys and Values over many images in one pass, and the basis file made of them."""
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from rotatek_cache.basis import FitOptions, KeyStatistics, key_moments, matrix_roots
 from rotatek_cache.coding import BITS, CodeLayout, quantise
-from rotatek_cache.methods.calibrated import FORMAT
+from rotatek_cache.methods.calibrated import FORMAT, same_fingerprint
 from rotatek_cache.sealing import Ranges, Sealer
 from rotatek_cache.segments import Stored
 
@@ -97,7 +96,7 @@ class Moments:
 class Calibration:
     """Moments of all layers, which can be stored, added to and turned into a basis file."""
 
-    def __init__(self, fingerprint: str, model_type: str) -> None:
+    def __init__(self, fingerprint: Tensor, model_type: str) -> None:
         self.fingerprint = fingerprint
         self.model_type = model_type
         self.images = 0
@@ -119,8 +118,8 @@ class Calibration:
             tensors[f"layers.{layer}.{which}.tokens"] = torch.tensor(moments.tokens)
             if moments.query_moment is not None:
                 tensors[f"layers.{layer}.{which}.query_moment"] = moments.query_moment
+        tensors["fingerprint"] = self.fingerprint
         provenance = {
-            "fingerprint": self.fingerprint,
             "model_type": self.model_type,
             "images": self.images,
             "skipped": self.skipped,
@@ -128,7 +127,7 @@ class Calibration:
         _write(tensors, {"format": STATE_FORMAT, "provenance": json.dumps(provenance)}, path)
 
     @classmethod
-    def load(cls, path: str | Path, fingerprint: str) -> "Calibration":
+    def load(cls, path: str | Path, fingerprint: Tensor) -> "Calibration":
         """Read a state written by `save`; a ValueError if it is unreadable or of another model."""
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -141,7 +140,7 @@ class Calibration:
                 f"{path} is no calibration state: expected {STATE_FORMAT!r}, got {metadata.get('format')!r}"
             )
         provenance = json.loads(metadata["provenance"])
-        if provenance["fingerprint"] != fingerprint:
+        if not same_fingerprint(tensors.pop("fingerprint"), fingerprint):
             raise ValueError(f"calibration state {path} belongs to another model ({provenance['model_type']})")
         state = cls(fingerprint, provenance["model_type"])
         state.images, state.skipped = provenance["images"], provenance["skipped"]
@@ -168,8 +167,8 @@ class Calibration:
             for (layer, which), moments in self.moments.items()
             for name, tensor in moments.basis(method).items()
         }
+        tensors["fingerprint"] = self.fingerprint
         provenance = {
-            "fingerprint": self.fingerprint,
             "model_type": self.model_type,
             "images": self.images,
             "method": method,
@@ -189,21 +188,17 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Pat
     partial.replace(target)
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A hash that tells models apart: shapes of the text model, and some of each layer's Key and Value projections.
+def fingerprint(model: torch.nn.Module) -> Tensor:
+    """Some weights of each layer's Key and Value projections, float32 ``[n]``: models differ in them.
 
-    The numbers are rounded to bfloat16, so that a model has one fingerprint in every dtype it is loaded in.
+    `same_fingerprint` compares them within the rounding of half precision, so that a model is itself in every dtype.
     """
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    digest = hashlib.sha256()
-    shape = [getattr(config, name, None) for name in ("num_hidden_layers", "num_key_value_heads", "hidden_size")]
-    digest.update(json.dumps([config.model_type, shape]).encode())
+    picked = []
     for name, parameter in sorted(model.named_parameters()):
         if name.endswith(("k_proj.weight", "v_proj.weight", "qkv_proj.weight")) and "vision" not in name:
             flat = parameter.detach().flatten()
-            numbers = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).float().cpu().tolist()
-            digest.update(json.dumps(numbers).encode())
-    return digest.hexdigest()
+            picked.append(flat[:: max(1, flat.numel() // 64)][:64].float().cpu())
+    return torch.cat(picked) if picked else torch.zeros(0)
 
 
 @torch.no_grad()

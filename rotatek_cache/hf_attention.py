@@ -58,7 +58,7 @@ def rotatek_attention_forward(
     if dropout:
         raise ValueError("RotateKCache is for inference: call model.eval() (attention dropout is on)")
     kv = key.kv
-    if attention_mask is not None and attention_mask.ndim != 4:
+    if attention_mask is not None and (attention_mask.ndim != 4 or attention_mask.shape[1] != 1):
         raise ValueError(
             f"attention_mask must be [rows, 1, queries, tokens] here, got {list(attention_mask.shape)}: the mask of "
             f'"{NAME}" is that of sdpa'

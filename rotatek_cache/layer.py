@@ -5,6 +5,7 @@ gave them. A *seal* moves the visual ones among them into a compressed segment t
 others into the *text* segment, which stays dense and grows in place.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,12 @@ class Pending:
     values: Tensor
     begin: int  # logical position of the first
     window: Tensor | None = None  # the last queries, [B, H_q, <= W, D]
+
+
+def row_index(index: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """Rows to select as int64 ``[B']``, from integers or a bool per row."""
+    index = torch.as_tensor(index, device=device)
+    return index.nonzero()[:, 0] if index.dtype == torch.bool else index
 
 
 class LayerKV:
@@ -116,22 +123,29 @@ class LayerKV:
             self._seal(pending, plan)
 
     def _seal(self, pending: Pending, plan: SealPlan) -> None:
-        key_width, value_width = pending.keys.shape[-1], pending.values.shape[-1]
         candidates = [row for row, count in enumerate(plan.counts) if count]
-        rows = tuple(
-            row
-            for row in candidates
-            if self.sealer.is_worth(plan.counts[row], key_width, value_width, pending.keys.dtype)
-        )
+        rows = self._worth(pending, plan, candidates, None)
+        segment = self._compress(pending, plan, rows) if rows else None
+        while segment is not None and self.options.energy is not None:
+            # Only now is the rank known; rows that it does not pay for stay dense, and the others may need less.
+            worth = self._worth(pending, plan, rows, segment.keys.data.shape[-1])
+            if worth == rows:
+                break
+            rows, segment = worth, self._compress(pending, plan, worth) if worth else None
         self.pending = None
         self.kept_dense += [(row, plan.counts[row]) for row in candidates if row not in rows]
         if not rows and not self.segments and self.text.alignment is None and plan.all_visible:
             # Nothing is compressed and nothing is padding: the tokens keep their logical order.
             self.text.append(pending.keys, pending.values)
             return
-        if rows:
-            self.segments.append(self._compress(pending, plan, rows))
+        if segment is not None:
+            self.segments.append(segment)
         self._append_text(pending, plan, rows)
+
+    def _worth(self, pending: Pending, plan: SealPlan, rows: Sequence[int], rank: int | None) -> tuple[int, ...]:
+        key_width, value_width = pending.keys.shape[-1], pending.values.shape[-1]
+        worth = self.sealer.is_worth
+        return tuple(row for row in rows if worth(plan.counts[row], key_width, value_width, pending.keys.dtype, rank))
 
     def _compress(self, pending: Pending, plan: SealPlan, rows: tuple[int, ...]) -> VisualSegment:
         layout = plan.layout(rows, pending.keys.device)
@@ -170,7 +184,7 @@ class LayerKV:
         if self.shape is None:
             return
         device = self._device()
-        index = index.to(device)
+        index = row_index(index, device)
         unchanged = device.type == "cpu" and torch.equal(index, torch.arange(self.shape[0]))
         if unchanged:
             return
@@ -201,7 +215,10 @@ class LayerKV:
             self.pending = None
             for segment in self.segments:
                 segment.truncate(length)
+            self.segments = [segment for segment in self.segments if bool(segment.lengths.any())]
             self.text.truncate(length)
+            if length == 0:
+                self.text, self.kept_dense = TextSegment(), []
         self.length = length
 
     def dense_tokens(self) -> int:

@@ -170,6 +170,7 @@ class VisualLedger:
         self.flags: list[tuple[int, int, Tensor | None]] = []  # (begin, end, bool [B, end - begin] or None: no visual)
         self.visible: Tensor | None = None  # bool [B, T]; None while nothing is known to be padding
         self.prompt: Tensor | None = None  # ids [B, n] of the first forward, where they are known
+        self.sealed = 0  # positions before it went through a seal, which drops padding
         self.end_forward()
 
     def end_forward(self) -> None:
@@ -215,6 +216,8 @@ class VisualLedger:
             if not bool(visual.any()):
                 visual = None
         self.truncate(begin)
+        if visual is None and self.flags and self.flags[-1][2] is None and self.flags[-1][1] == begin:
+            begin, _, _ = self.flags.pop()  # or every decoded token would lengthen the list
         self.flags.append((begin, end, visual))
 
     def complete(self, end: int, batch: int) -> None:
@@ -222,6 +225,8 @@ class VisualLedger:
         begin = self.end
         if begin >= end:
             return
+        if begin == 0 and 0 < self.reach < end:
+            raise ValueError(f"visual_mask must cover the prompt: it has {self.reach} positions, the prompt {end}")
         self.announce(begin, end, self.given_flags(begin, end, batch) if begin < self.reach else None)
 
     def has_visual(self, begin: int, end: int) -> bool:
@@ -260,6 +265,7 @@ class VisualLedger:
         last_text = ((visible & ~visual) * positions).amax(1)
         if wait and not bool(((last_visual == 0) | (last_text > last_visual)).all()):
             return None
+        self.sealed = end
         return SealPlan(visual, visible, begin, end)
 
     def _flags_of(self, begin: int, end: int) -> Tensor:
@@ -281,6 +287,7 @@ class VisualLedger:
         `key`, which is held as well, so that its identity stays its own.
         """
         if self._mask is not mask:
+            self._check_dropped(mask)
             self._mask, self._gathered = mask, {}
         if key not in self._gathered:
             # Entries past a row's tokens may point at positions that a crop has removed.
@@ -290,8 +297,24 @@ class VisualLedger:
             self._gathered[key] = (key, rows.gather(2, columns[:, None].expand(-1, queries, -1)))
         return self._gathered[key][1]
 
+    def _check_dropped(self, mask: Tensor) -> None:
+        """Raise if a query sees a position that was dropped at a seal because no query of its prompt had seen it."""
+        if self.visible is None or (mask.is_cuda and mask.shape[2] == 1):
+            return  # reading the mask of every decode step would make the host wait for the GPU
+        known = min(self.visible.shape[1], self.sealed)
+        seen = (
+            mask[:, 0, :, :known]
+            if mask.dtype == torch.bool
+            else mask[:, 0, :, :known] > torch.finfo(mask.dtype).min / 2
+        )
+        if bool((seen.any(1) & ~self.visible[:, :known].to(mask.device)).any()):
+            raise ValueError(
+                "attention_mask shows positions that it hid from the whole prompt: a RotateKCache drops such as padding"
+            )
+
     def truncate(self, length: int) -> None:
         """Forget positions from `length` on."""
+        self.sealed = min(self.sealed, length)
         self.end_forward()
         kept: list[tuple[int, int, Tensor | None]] = []
         for begin, end, visual in self.flags:
@@ -299,6 +322,8 @@ class VisualLedger:
                 shortened = None if visual is None else visual[:, : length - begin]
                 kept.append((begin, min(end, length), shortened))
         self.flags = kept
+        if length == 0:
+            self.visible = self.prompt = None
         if self.visible is not None:
             self.visible = self.visible[:, :length]
         if self.prompt is not None:
@@ -318,7 +343,7 @@ class VisualLedger:
 
     def __deepcopy__(self, memo: dict) -> "VisualLedger":
         copy = VisualLedger(self.given)
-        copy.flags, copy.visible, copy.prompt = list(self.flags), self.visible, self.prompt
+        copy.flags, copy.visible, copy.prompt, copy.sealed = list(self.flags), self.visible, self.prompt, self.sealed
         return copy
 
 

@@ -10,6 +10,7 @@ from rotatek_cache.basis import (
     FitOptions,
     KeyBasis,
     KeyStatistics,
+    compute_dtype,
     key_moments,
     padded_rank,
     rank_for_energy,
@@ -20,6 +21,7 @@ from rotatek_cache.methods import BASES, KeyMethod, key_method
 from rotatek_cache.methods.calibrated import StateBasis, load_basis
 from rotatek_cache.segments import Stored, select_basis
 
+LARGE = 1 << 22  # numbers of a row above which temporaries are made for one head at a time
 Ranges = Sequence[tuple[int, int]]  # (first token, tokens) of each row of packed states
 
 
@@ -38,8 +40,13 @@ class Sealer:
             self.key_method = key_method(options.basis if options.query_weight else "pca")
             self.value_method = BASES["pca"]
 
-    def is_worth(self, tokens: int, key_width: int, value_width: int, dtype: torch.dtype) -> bool:
-        """Whether `tokens` tokens of a head take fewer bytes compressed, basis included, than dense."""
+    def is_worth(
+        self, tokens: int, key_width: int, value_width: int, dtype: torch.dtype, rank: int | None = None
+    ) -> bool:
+        """Whether `tokens` tokens of a head take fewer bytes compressed, basis included, than dense.
+
+        With `energy` the Keys decide on the rank: give it once it is known; before, the least is assumed.
+        """
         options = self.options
         if options.always_compress:
             return True
@@ -50,7 +57,7 @@ class Sealer:
         if options.is_identity:
             stored += tokens * key_width * dtype.itemsize
         else:
-            rank = options.rank_for(key_width) or 1  # with `energy` the Keys decide later: at least this
+            rank = rank or options.rank_for(key_width) or 1
             stored += self._bytes(tokens, rank, options.sparsity, key_width, options.key_bits, dtype)
         if options.codes_values:
             value_rank = rank_of_share(share, value_width)
@@ -112,7 +119,7 @@ class Sealer:
         queries: Tensor | None,
         valid: Tensor | None,
     ) -> Stored:
-        moments = [key_moments(states[:, start : start + length]) for start, length in ranges]
+        moments = [_moments(states[:, start : start + length]) for start, length in ranges]
         mean, scatter = (torch.stack(parts, 1) for parts in zip(*moments, strict=True))
         if not bool(torch.isfinite(scatter).all()):
             raise ValueError(
@@ -126,21 +133,41 @@ class Sealer:
             rank = rank_for_energy(method.energy_matrix(stats), self.options.energy)
         # Spending bits freely needs all directions, the best ones first.
         basis = method.fit(stats, states.shape[-1] if bits == "auto" else rank, self.options.solver, states.dtype)
-        coefficients = [_encode_row(states, basis, row, span) for row, span in enumerate(ranges)]
+        kept = states.dtype if bits is None else compute_dtype(states.dtype)
+        coefficients = [_encode_row(states, basis, row, span, kept) for row, span in enumerate(ranges)]
         if bits is None:
-            return Stored(torch.cat(coefficients, 1).to(states.dtype), basis.sealed())
+            whole = coefficients[0] if len(coefficients) == 1 else torch.cat(coefficients, 1)
+            return Stored(whole, basis.sealed())
         budget = int((1 - (sparsity or 0.0)) * 16 * states.shape[-1])
+        least = 2 * CHANNEL_BLOCK
+        if bits == "auto" and budget < least:
+            option = "sparsity" if what == "Keys" else "value_sparsity"
+            raise ValueError(
+                f"{option}={sparsity} leaves {budget} bits for a token of head width {states.shape[-1]}; automatic "
+                f"bits need at least {least}, that is {option} of at most {1 - least / (16 * states.shape[-1]):g}"
+            )
         if isinstance(method, StateBasis):
             layout = method.layout(budget) if bits == "auto" else CodeLayout(((bits, coefficients[0].shape[-1]),))
             return _store_calibrated_codes(coefficients, basis, method, layout)
         return _store_codes(coefficients, basis, bits, budget)
 
 
-def _encode_row(states: Tensor, basis: KeyBasis, row: int, span: tuple[int, int]) -> Tensor:
+def _moments(states: Tensor) -> tuple[Tensor, Tensor]:
+    """`key_moments` of one row's states ``[H, S, D]``; head by head where a wide copy of all would be large."""
+    if states.numel() <= LARGE:
+        return key_moments(states)
+    mean, scatter = zip(*map(key_moments, states), strict=True)
+    return torch.stack(mean), torch.stack(scatter)
+
+
+def _encode_row(states: Tensor, basis: KeyBasis, row: int, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Coefficients ``[H, S, r]`` of one row of packed states ``[H, N, D]``."""
     start, length = span
+    part = states[:, None, start : start + length]
     one = select_basis(basis, torch.tensor([row], device=states.device))
-    return one.encode(states[:, None, start : start + length])[:, 0]
+    if part.numel() <= LARGE:
+        return one.encode(part)[:, 0].to(dtype)
+    return torch.cat([one.head(index).encode(part[index : index + 1])[:, 0].to(dtype) for index in range(len(part))])
 
 
 def _store_codes(coefficients: list[Tensor], basis: KeyBasis, bits: Bits, budget: int) -> Stored:

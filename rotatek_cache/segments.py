@@ -15,7 +15,9 @@ from rotatek_cache.basis import KeyBasis
 from rotatek_cache.coding import CodeLayout
 from rotatek_cache.ledger import Alignment, VisualLedger, align_right, column_positions, own_columns
 
-TEXT_ROOM = 32  # least number of free text columns after the segment had to grow
+# Free text columns after the segment had to grow: enough to make growing rare, few enough not to eat what is saved.
+TEXT_ROOM = 8
+TEXT_GROWTH = 8  # one free column for so many filled ones
 
 
 @dataclass(frozen=True)
@@ -308,7 +310,7 @@ class TextSegment:
 
 def _room(source: Tensor, needed: int, filled: int = 0) -> Tensor:
     """A buffer ``[H, B, >= needed, D]`` like `source` with its first `filled` columns copied."""
-    capacity = needed + max(TEXT_ROOM, needed // 4)
+    capacity = needed + max(TEXT_ROOM, needed // TEXT_GROWTH)
     buffer = source.new_zeros(*source.shape[:2], capacity, source.shape[-1])
     buffer[:, :, :filled] = source[:, :, :filled]
     return buffer

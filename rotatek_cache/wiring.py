@@ -100,11 +100,12 @@ class Attachment:
     handles: list[Any] = field(default_factory=list)
     previous: list[str | None] = field(default_factory=list)
     running: int = 0  # forwards with a RotateKCache; more than one where threads share the model
-    fingerprint: str = ""  # of the model, once a calibrated basis asks
+    fingerprint: Tensor | None = None  # of the model, once a calibrated basis asks
 
-    def fingerprint_of(self, module: torch.nn.Module) -> str:
+    def fingerprint_of(self, module: torch.nn.Module) -> Tensor:
         """The fingerprint of the attached model, taken once."""
-        self.fingerprint = self.fingerprint or fingerprint(module)
+        if self.fingerprint is None:
+            self.fingerprint = fingerprint(module)
         return self.fingerprint
 
     def select(self) -> None:

@@ -32,6 +32,9 @@ class StateBasis:
     step: dict[int, Tensor]
     _memo: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "StateBasis":
+        return self  # of the model, never changed: copies of a cache share it
+
     def energy_matrix(self, stats: KeyStatistics) -> Tensor:
         """The calibrated spectrum on a diagonal, the same for every row."""
         rows = stats.mean.shape[1]
@@ -85,7 +88,7 @@ class CalibratedBasis:
     """A basis file: per layer the bases of Keys and Values, and the model that they belong to."""
 
     path: str
-    fingerprint: str
+    fingerprint: Tensor
     model_type: str
     images: int
     layers: dict[int, dict[str, StateBasis]]
@@ -96,13 +99,21 @@ class CalibratedBasis:
             raise ValueError(f"basis file {self.path} has no layer {layer}; it holds {sorted(self.layers)}")
         return self.layers[layer][which]
 
-    def check_model(self, fingerprint: str) -> None:
+    def check_model(self, fingerprint: Tensor) -> None:
         """Raise unless the file was calibrated on the model with this fingerprint."""
-        if fingerprint != self.fingerprint:
+        if not same_fingerprint(fingerprint, self.fingerprint):
             raise ValueError(
-                f"basis file {self.path} was calibrated on another model ({self.model_type}, fingerprint "
-                f"{self.fingerprint[:12]}; this one has {fingerprint[:12]}): run `rotatek calibrate` for this model"
+                f"basis file {self.path} was calibrated on another model ({self.model_type}): run `rotatek calibrate` "
+                "for this one"
             )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "CalibratedBasis":
+        return self
+
+
+def same_fingerprint(one: Tensor, other: Tensor) -> bool:
+    """Whether two fingerprints agree within the rounding of half precisions."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-6)
 
 
 def load_basis(path: str | Path) -> CalibratedBasis:
@@ -129,6 +140,7 @@ def _load(path: str, modified: int) -> CalibratedBasis:
             f"{path} is no basis file of this version: expected format {FORMAT!r}, got {metadata.get('format')!r}"
         )
     provenance = json.loads(metadata["provenance"])
+    fingerprint = tensors.pop("fingerprint")
     layers: dict[int, dict[str, StateBasis]] = {}
     for index in sorted({int(name.split(".")[1]) for name in tensors}):
         layers[index] = {}
@@ -142,4 +154,4 @@ def _load(path: str, modified: int) -> CalibratedBasis:
                 {bits: tensors[f"{part}low{bits}"] for bits in BITS},
                 {bits: tensors[f"{part}step{bits}"] for bits in BITS},
             )
-    return CalibratedBasis(path, provenance["fingerprint"], provenance["model_type"], provenance["images"], layers)
+    return CalibratedBasis(path, fingerprint, provenance["model_type"], provenance["images"], layers)

@@ -1,0 +1,143 @@
+"""Corners that users reach: odd masks, contradicting options, rows and crops, and work that must not grow."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from rotatek_cache import FitOptions, LayerKV, RotateKCache
+from rotatek_cache.calibration import Calibration, calibrate, fingerprint
+from rotatek_cache.ledger import VisualLedger
+
+
+def prefilled(host, *prompts, **options):
+    """A cache that holds the prompts, and their inputs."""
+    inputs = host.tiny.inputs(*prompts)
+    cache = RotateKCache(**options)
+    host.attached(**inputs, past_key_values=cache, use_cache=True)
+    return cache, inputs
+
+
+def test_a_mask_per_head_is_refused(llava):
+    cache, inputs = prefilled(llava, llava.tiny.prompt(1), sparsity=0)
+    mask = torch.ones(1, 4, 1, inputs["input_ids"].shape[1] + 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[rows, 1, queries, tokens\]"):
+        llava.attached(input_ids=torch.tensor([[20]]), attention_mask=mask, past_key_values=cache)
+
+
+def test_text_hidden_from_the_prompt_and_shown_later_is_refused(llava):
+    inputs = llava.tiny.inputs(llava.tiny.prompt(1))
+    inputs["attention_mask"][:, 2:5] = 0
+    cache = RotateKCache(sparsity=0)
+    llava.attached(**inputs, past_key_values=cache, use_cache=True)
+    shown = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
+    hidden = shown.clone()
+    hidden[:, 2:5] = 0
+    token = torch.tensor([[20]])
+    llava.attached(input_ids=token, attention_mask=hidden, past_key_values=copy.deepcopy(cache))
+    full = torch.ones(1, 1, 1, shown.shape[1], dtype=torch.bool)
+    with pytest.raises(ValueError, match="attention_mask shows positions that it hid from the whole prompt"):
+        llava.attached(input_ids=token, attention_mask=full, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"sparsity": 0.5, "basis": "think", "query_weight": False}, ValueError, "query_weight=False is plain PCA"),
+        ({"sparsity": 0.5, "key_bits": 8.0}, ValueError, "key_bits must be None, 8, 4, 2 or 'auto', got 8.0"),
+        ({"sparsity": 0.5, "basis": 3}, TypeError, "basis must be a name or the path of a basis file, got int"),
+        ({"sparsity": 0.5, "basis": Path("nowhere.safetensors")}, ValueError, "nowhere.safetensors does not exist"),
+    ],
+)
+def test_contradicting_options_are_named(options, error, words):
+    with pytest.raises(error, match=words):
+        RotateKCache(**options)
+
+
+@pytest.mark.parametrize("name", ["sparsity", "value_sparsity"])
+def test_automatic_bits_of_too_high_a_sparsity_name_it(llava, name):
+    options = {"sparsity": 0.5, name: 0.98, "key_bits" if name == "sparsity" else "value_bits": "auto"}
+    with pytest.raises(ValueError, match=f"{name}=0.98 leaves 10 bits for a token of head width 32.*at most 0.96875"):
+        prefilled(llava, llava.tiny.prompt(1), always_compress=True, **options)
+
+
+def test_a_visual_mask_shorter_than_the_prompt_is_refused():
+    cache = RotateKCache(sparsity=0.5, visual_mask=torch.ones(1, 20, dtype=torch.bool))
+    with pytest.raises(ValueError, match="visual_mask must cover the prompt: it has 20 positions, the prompt 30"):
+        cache.update(torch.zeros(1, 1, 30, 8), torch.zeros(1, 1, 30, 8), 0)
+
+
+@pytest.mark.parametrize("index", [torch.tensor([False, True]), [1], torch.tensor([1])], ids=str)
+def test_rows_are_selected_by_flags_lists_and_numbers(llava, index):
+    prompts = llava.tiny.prompt(1), llava.tiny.prompt(2, text=2)
+    cache, inputs = prefilled(llava, *prompts, sparsity=0)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    token = torch.tensor([[20], [21]])
+    both = llava.attached(input_ids=token, attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits
+    cache.batch_select_indices(index)
+    one = llava.attached(input_ids=token[1:], attention_mask=mask[1:], past_key_values=cache).logits
+    torch.testing.assert_close(one[0], both[1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_positive_crop_is_the_length_to_keep_in_every_kind_of_layer():
+    from conftest import build_host
+
+    host = build_host("gemma3")
+    cache, inputs = prefilled(host, host.tiny.prompt(1, tail=20), sparsity=0)
+    length = inputs["input_ids"].shape[1]
+    cache.activate_past_recording()
+    host.attached(input_ids=torch.tensor([[20, 21, 22]]), past_key_values=cache)
+    cache.crop(length + 1)
+    assert {layer.get_seq_length() for layer in cache.layers} == {length + 1}
+
+
+def test_energy_never_costs_more_than_dense(llava):
+    prompts = llava.tiny.prompt(1, images=(0, 1)), llava.tiny.prompt(2, images=(0,))
+    for energy in (0.5, 0.9, 0.99, 1.0):
+        cache, _ = prefilled(llava, *prompts, energy=energy)
+        for layer in cache.report().layers:
+            for segment in layer.segments:
+                dense = segment.value_bytes  # as wide as the Keys here
+                assert segment.key_bytes + segment.basis_bytes < dense
+    assert cache.report().layers[0].kept_dense
+
+
+def test_a_crop_to_nothing_leaves_nothing_and_the_cache_can_start_again(llava):
+    cache, inputs = prefilled(llava, llava.tiny.prompt(1), sparsity=0.5)
+    held = cache.nbytes()
+    cache.crop(-cache.get_seq_length())
+    assert cache.nbytes() == 0
+    llava.attached(**inputs, past_key_values=cache, use_cache=True)
+    assert cache.nbytes() == held
+
+
+def test_copies_of_a_cache_share_a_calibrated_basis(llava, tmp_path):
+    state = Calibration(fingerprint(llava.attached), "llava")
+    calibrate(llava.attached, [llava.tiny.inputs(llava.tiny.prompt(1))], state).write_basis(tmp_path / "b.safetensors")
+    cache, _ = prefilled(llava, llava.tiny.prompt(1), sparsity=0.5, basis=tmp_path / "b.safetensors")
+    twin = copy.deepcopy(cache)
+    assert twin.layers[0].kv.sealer.key_method is cache.layers[0].kv.sealer.key_method
+
+
+def test_what_a_step_looks_through_does_not_grow_with_the_answer():
+    ledger = VisualLedger()
+    ledger.announce(0, 10, (torch.arange(10) < 8)[None])
+    kv = LayerKV(FitOptions(sparsity=0), ledger, 0)
+    kv.append(torch.randn(1, 1, 10, 8), torch.randn(1, 1, 10, 8))
+    kv.observe(torch.randn(1, 1, 10, 8), None)
+    for _ in range(100):
+        ledger.announce(kv.length, kv.length + 1, None)
+        kv.append(torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8))
+    assert len(ledger.flags) == 2
+
+
+def test_large_segments_are_fitted_head_by_head_with_the_same_result(llava, monkeypatch):
+    from rotatek_cache import sealing
+
+    options = {"rank": 16, "basis": "pca", "always_compress": True}
+    whole, _ = prefilled(llava, llava.tiny.prompt(1), **options)
+    monkeypatch.setattr(sealing, "LARGE", 1)
+    parts, _ = prefilled(llava, llava.tiny.prompt(1), **options)
+    for one, other in zip(whole.layers, parts.layers, strict=True):
+        torch.testing.assert_close(one.kv.segments[0].keys.data, other.kv.segments[0].keys.data, atol=1e-4, rtol=1e-3)
