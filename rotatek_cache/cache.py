@@ -36,6 +36,8 @@ class LayerHandle:
         self.kv = kv
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # asked by tools such as a compiler, not by an attention function
         raise RuntimeError(
             f"an attention function without RotateK support asked for `{name}` of the Keys of a RotateKCache, which "
             f"are compressed; {HOW_TO_SWITCH}"
@@ -214,6 +216,7 @@ class RotateKCache(Cache):
         if self._record_past:
             super().activate_past_recording()
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ REFUSED = {
 }
 
 
+@torch.compiler.disable  # the layer seals itself, which is no graph
 def rotatek_attention_forward(
     module: torch.nn.Module,
     query: Tensor,

@@ -64,7 +64,8 @@ REFUSED_FAMILIES = {
     "mllama": "its images reach the text through cross-attention layers, whose Keys never stand in the prompt",
 }
 
-# Arguments of a forward that carry visual content: placeholder ids without any of them are ordinary text.
+# Arguments of a forward that carry visual content: later in a conversation, placeholder ids without any of them are
+# ordinary text.
 CONTENT = (
     "pixel_values",
     "pixel_values_videos",
@@ -99,7 +100,7 @@ class Attachment:
     placeholders: list[int]
     handles: list[Any] = field(default_factory=list)
     previous: list[str | None] = field(default_factory=list)
-    running: int = 0  # forwards with a RotateKCache; more than one where threads share the model
+    threads: set[int] = field(default_factory=set)  # that are in a forward with a RotateKCache
     fingerprint: Tensor | None = None  # of the model, once a calibrated basis asks
 
     def fingerprint_of(self, module: torch.nn.Module) -> Tensor:
@@ -111,16 +112,34 @@ class Attachment:
     def select(self) -> None:
         """Begin a forward with a `RotateKCache`."""
         with _SELECTING:
-            if self.running == 0:
+            if not self.threads:
                 self.previous = [config._attn_implementation for config in self.configs]
                 self._set([hf_attention.NAME] * len(self.configs))
-            self.running += 1
+            self.threads.add(threading.get_ident())
 
     def restore(self) -> None:
-        """End a forward that `select` began."""
+        """End the forward that `select` began in this thread, if one is open."""
         with _SELECTING:
-            self.running -= 1
-            if self.running == 0:
+            if threading.get_ident() in self.threads:
+                self.threads.remove(threading.get_ident())
+                if not self.threads:
+                    self._set(self.previous)
+
+    def meet_another_cache(self) -> None:
+        """Begin a forward without a `RotateKCache`: it must find the implementation that the model had."""
+        self.restore()  # of a forward that was interrupted (torch calls no hook after a KeyboardInterrupt)
+        if self.threads and any(name != "sdpa" for name in self.previous):
+            raise RuntimeError(
+                "another thread is in a forward with a RotateKCache, and the model's own attention "
+                f"({', '.join(sorted({str(name) for name in self.previous}))}) is not sdpa: let one wait for the "
+                'other, or call model.set_attn_implementation("sdpa")'
+            )
+
+    def end(self) -> None:
+        """Restore whatever is open, for good."""
+        with _SELECTING:
+            if self.threads:
+                self.threads.clear()
                 self._set(self.previous)
 
     def _set(self, implementations: Sequence[str | None]) -> None:
@@ -174,6 +193,7 @@ def detach(model: M) -> M:
     attachment = getattr(inner, "_rotatek", None)
     if attachment is None:
         return model
+    attachment.end()
     for handle in attachment.handles:
         handle.remove()
     del inner._rotatek
@@ -257,8 +277,14 @@ def _cache_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: select the attention function and tell the cache which of the coming positions are visual."""
     cache = _cache_of(module, args, kwargs)
-    if cache is None:
-        return
+    if cache is not None:
+        _begin(module, cache, args, kwargs)
+    elif module._rotatek.threads:
+        module._rotatek.meet_another_cache()
+
+
+@torch.compiler.disable  # which positions are visual is decided on the host, forward by forward
+def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     module._rotatek.select()  # first of all: `_after_forward` is called whatever happens
     given = _arguments(type(module).forward, module, *args, **kwargs)
     config = module.config
@@ -295,8 +321,12 @@ def _before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook, called after errors too."""
     cache = _cache_of(module, args, kwargs)
-    if cache is None:
-        return
+    if cache is not None:
+        _end(module, cache, output)
+
+
+@torch.compiler.disable
+def _end(module: Any, cache: RotateKCache, output: Any) -> None:
     module._rotatek.restore()
     cache.ledger.end_forward()
     if output is not None:

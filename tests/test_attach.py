@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 import ways
-from conftest import Host
+from hosts import Host
 from tiny_models import visual_positions
 from transformers import AutoModelForImageTextToText, DynamicCache, StaticCache
 

@@ -1,12 +1,13 @@
 """Corners that users reach: odd masks, contradicting options, rows and crops, and work that must not grow."""
 
 import copy
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from rotatek_cache import FitOptions, LayerKV, RotateKCache
+from rotatek_cache import FitOptions, LayerKV, RotateKCache, detach
 from rotatek_cache.calibration import Calibration, calibrate, fingerprint
 from rotatek_cache.ledger import VisualLedger
 
@@ -141,3 +142,74 @@ def test_large_segments_are_fitted_head_by_head_with_the_same_result(llava, monk
     parts, _ = prefilled(llava, llava.tiny.prompt(1), **options)
     for one, other in zip(whole.layers, parts.layers, strict=True):
         torch.testing.assert_close(one.kv.segments[0].keys.data, other.kv.segments[0].keys.data, atol=1e-4, rtol=1e-3)
+
+
+def test_an_interrupted_forward_leaves_no_trace(llava):
+    model = copy.deepcopy(llava.attached)
+    model.set_attn_implementation("eager")
+    inputs = llava.tiny.inputs(llava.tiny.prompt(1))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.language_model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs, past_key_values=RotateKCache(sparsity=0))
+    handle.remove()
+    assert len(model(**inputs, output_attentions=True).attentions) == 3
+    handle = model.model.language_model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs, past_key_values=RotateKCache(sparsity=0))
+    handle.remove()
+    assert detach(model).config.text_config._attn_implementation == "eager"
+
+
+def test_a_hook_that_fails_before_ours_breaks_nothing(llava):
+    model = copy.deepcopy(llava.attached)
+    inputs = llava.tiny.inputs(llava.tiny.prompt(1))
+
+    def fail(*_):
+        raise ValueError("mine")
+
+    handle = model.model.register_forward_pre_hook(fail, prepend=True)
+    with pytest.raises(ValueError, match="mine"):
+        model(**inputs, past_key_values=RotateKCache(sparsity=0))
+    handle.remove()
+    expected = llava.plain(**inputs).logits
+    torch.testing.assert_close(model(**inputs, past_key_values=RotateKCache(sparsity=0)).logits, expected)
+
+
+def test_another_cache_in_another_thread_is_refused_where_it_would_meet_the_wrong_masks(llava):
+    model = copy.deepcopy(llava.attached)
+    model.set_attn_implementation("eager")
+    inputs = llava.tiny.inputs(llava.tiny.prompt(1))
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*_):
+        if threading.current_thread() is other:
+            inside.set()
+            done.wait(30)
+
+    def run():
+        with torch.no_grad():
+            model(**inputs, past_key_values=RotateKCache(sparsity=0))
+
+    other = threading.Thread(target=run)
+    model.model.language_model.layers[1].register_forward_pre_hook(wait)
+    other.start()
+    assert inside.wait(30)
+    with pytest.raises(RuntimeError, match="another thread is in a forward with a RotateKCache"):
+        model(**inputs)
+    done.set()
+    other.join()
+    torch.testing.assert_close(model(**inputs).logits, llava.plain(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_forward_takes_the_cache(llava):
+    inputs = llava.tiny.inputs(llava.tiny.prompt(1))
+    expected = llava.plain(**inputs).logits
+    compiled = torch.compile(copy.deepcopy(llava.attached).forward, backend="eager")
+    cache = RotateKCache(sparsity=0)
+    torch.testing.assert_close(compiled(**inputs, past_key_values=cache).logits, expected)
+    assert compiled(input_ids=torch.tensor([[20]]), past_key_values=cache).logits.shape[1] == 1
+    torch.compiler.reset()

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import ways
-from conftest import Host, build_host
+from hosts import Host, build_host
 from tiny_models import FAMILIES, TRANSFORMERS, visual_positions
 from transformers import DynamicCache
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import Host, build_host
+from hosts import Host, build_host
 
 from rotatek_cache import RotateKCache
 from rotatek_cache.calibration import Calibration, calibrate, fingerprint

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import ways
-from conftest import Host
+from hosts import Host
 from tiny_models import IMAGE, TEXT, VISION, visual_positions, words
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 

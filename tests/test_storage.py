@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 import ways
-from conftest import Host, build_host
+from hosts import Host, build_host
 from tiny_models import FAMILIES, visual_positions
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
