@@ -159,7 +159,8 @@ def test_a_copy_of_an_attached_model_is_attached_for_itself(llava: Host):
 
 
 def test_an_attached_model_is_pickled(llava: Host):
-    model = pickle.loads(pickle.dumps(llava.attached))
+    # A fresh one: after a forward transformers' own hooks cannot be pickled.
+    model = pickle.loads(pickle.dumps(attach(llava.tiny.build())))
     _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
     detach(model)
     assert not _our_hooks(model)

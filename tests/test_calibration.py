@@ -23,7 +23,7 @@ IMAGES = 6
 
 @pytest.fixture(scope="module")
 def prompts(request):
-    from conftest import build_host
+    from hosts import build_host
 
     tiny = build_host("llava").tiny
     return [tiny.inputs(tiny.prompt(seed)) for seed in range(IMAGES)]

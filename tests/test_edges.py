@@ -82,7 +82,7 @@ def test_rows_are_selected_by_flags_lists_and_numbers(llava, index):
 
 
 def test_a_positive_crop_is_the_length_to_keep_in_every_kind_of_layer():
-    from conftest import build_host
+    from hosts import build_host
 
     host = build_host("gemma3")
     cache, inputs = prefilled(host, host.tiny.prompt(1, tail=20), sparsity=0)

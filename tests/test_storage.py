@@ -7,7 +7,7 @@ import pytest
 import torch
 import ways
 from hosts import Host, build_host
-from tiny_models import FAMILIES, visual_positions
+from tiny_models import FAMILIES, IMAGE, visual_positions
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
 
@@ -208,3 +208,27 @@ def test_report_and_repr(llava: Host):
     tokens = cache.get_seq_length()
     assert report.layers[0].dense_bytes == 2 * tokens * HEADS * 2 * WIDTH * FLOAT
     assert "9+7/32" in str(report)
+
+
+def test_placeholders_that_were_generated_are_text(llava: Host):
+    """Ids of an answer may spell a placeholder; only what an image stands behind is visual."""
+    inputs, cache = ways.one(llava.tiny), RotateKCache(rank=32, always_compress=True)
+    llava.attached(**inputs, past_key_values=cache)
+    llava.attached(torch.tensor([[20, IMAGE, IMAGE, 21]]), past_key_values=cache)
+    llava.attached(torch.tensor([[IMAGE]]), past_key_values=cache)
+    visual = int(visual_positions(inputs["input_ids"]).sum())
+    for layer in cache.report().layers:
+        assert [segment.tokens for segment in layer.segments] == [visual]
+        assert layer.dense_tokens == inputs["input_ids"].shape[1] + 5 - visual
+
+
+def test_a_mask_may_cover_padding(llava: Host):
+    """Padding is no token, whatever a mask says of it."""
+    inputs = ways.padded(llava.tiny)
+    visual = visual_positions(inputs["input_ids"])
+    tokens = []
+    for mask in (visual, visual | (inputs["attention_mask"] == 0)):
+        cache = RotateKCache(sparsity=0.5, visual_mask=mask)
+        llava.attached(**inputs, past_key_values=cache)
+        tokens.append([segment.tokens for segment in cache.report().layers[0].segments])
+    assert tokens[0] == tokens[1] == [int(visual.sum())]

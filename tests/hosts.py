@@ -1,0 +1,27 @@
+"""Models with a cache's two sides: as transformers has them, and attached. Built once per run."""
+
+import copy
+import functools
+from dataclasses import dataclass
+
+import torch
+from tiny_models import FAMILIES, Tiny
+
+from rotatek_cache import attach
+
+
+@dataclass(frozen=True)
+class Host:
+    """A family's tiny model as transformers has it, and an attached twin with the same weights."""
+
+    tiny: Tiny
+    plain: torch.nn.Module
+    attached: torch.nn.Module
+
+
+@functools.cache
+def build_host(name: str) -> Host:
+    """The `Host` of the family `name`; a test that changes a model takes a copy."""
+    tiny = FAMILIES[name]
+    plain = tiny.build()
+    return Host(tiny, plain, attach(copy.deepcopy(plain)))
