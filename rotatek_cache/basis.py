@@ -4,7 +4,7 @@ The maths of RotateK (arXiv 2605.19218) on torch alone. Shapes use ``H`` KV head
 ``S`` visual tokens, ``D`` head width and ``r`` rank; leading dimensions ``*`` are arbitrary.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -92,6 +92,11 @@ class FitOptions:
             if bits == "auto" and share is None:
                 budget = "sparsity" if name == "key_bits" else "value_sparsity"
                 raise ValueError(f"{name}='auto' needs {budget}, which sets the bits to spend")
+
+    def __str__(self) -> str:
+        """The options that differ from their defaults."""
+        chosen = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
+        return ", ".join(f"{name}={value!r}" for name, value in chosen)
 
     @property
     def is_identity(self) -> bool:

@@ -312,7 +312,7 @@ class RotateKCache(Cache):
     def report(self) -> CacheReport:
         """Tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
         layers = [_layer_report(index, layer) for index, layer in enumerate(self.layers)]
-        return CacheReport(repr(self.options), layers, self.nbytes())
+        return CacheReport(str(self.options), layers, self.nbytes())
 
     def __repr__(self) -> str:
         options = self.options

@@ -59,9 +59,10 @@ class CacheReport:
         lines = [f"RotateK cache, {self.options}", header]
         for layer in self.layers:
             lines += self._layer_lines(layer)
+        ratio = self.compression_ratio
+        change = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
         lines.append(
-            f"in all {readable_bytes(self.stored_bytes)} stored, {readable_bytes(self.dense_bytes)} dense: "
-            f"{self.compression_ratio:.2f}x smaller"
+            f"in all {readable_bytes(self.stored_bytes)} stored, {readable_bytes(self.dense_bytes)} dense: {change}"
         )
         few = {entry for layer in self.layers for entry in layer.kept_dense}
         for row, tokens in sorted(few):
