@@ -5,7 +5,6 @@ peaked (a random model of the usual tiny weights attends almost uniformly, and w
 enough visual tokens that a segment is worth compressing.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -590,10 +589,6 @@ FAMILIES: dict[str, Tiny] = {
 }
 
 
-@functools.cache
-def family(name: str) -> Tiny:
-    """The family `name`."""
-    return FAMILIES[name]
-
-
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+if TRANSFORMERS < (5, 23):
+    del FAMILIES["vipllava"]  # its vision tower returns no hidden states there
