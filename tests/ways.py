@@ -51,7 +51,7 @@ def follow_up(tiny: Tiny, inputs: dict[str, Tensor], sequences: Tensor, more: li
     added = ids.shape[1] - inputs["input_ids"].shape[1]
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, added), value=1)
     second = {"input_ids": ids, "attention_mask": mask}
-    if tiny.token_types == "mm_token_type_ids":
+    if tiny.token_types is not None:
         second[tiny.token_types] = torch.nn.functional.pad(inputs[tiny.token_types], (0, added))
     return second
 
@@ -155,6 +155,9 @@ def forward_with_a_new_image(tiny: Tiny, model: PreTrainedModel, make: Make) -> 
     new = tiny.inputs(Prompt([*words(3, 1), *ids, *words(4, 2)], [content]))
     del new["attention_mask"]
     logits.append(model(**new, past_key_values=cache).logits[:, -1])
+    text = tiny.inputs(Prompt(words(5, 3)))  # with its token types
+    del text["attention_mask"]
+    logits.append(model(**text, past_key_values=cache).logits[:, -1])
     logits += _decode(model, cache, torch.tensor([[20]]), 3)
     return [torch.stack(logits)]
 
