@@ -71,43 +71,42 @@ def dynamic_cache_step(keys: Tensor, values: Tensor, groups: int) -> Step:
     return step
 
 
-def _preallocated(keys: Tensor, values: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    buffers = [t.new_zeros(*t.shape[:2], t.shape[2] + room, t.shape[3]) for t in (keys, values)]
-    for buffer, source in zip(buffers, (keys, values), strict=True):
-        buffer[:, :, : source.shape[2]] = source
-    return buffers[0], buffers[1]
+class Preallocated:
+    """A dense cache with room for `room` more tokens, which none of the dense formulations below has to copy."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        self.length = keys.shape[2]
+        self.buffers = [t.new_zeros(*t.shape[:2], self.length + room, t.shape[3]) for t in (keys, values)]
+        for buffer, source in zip(self.buffers, (keys, values), strict=True):
+            buffer[:, :, : self.length] = source
+
+    def append(self, *states: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one more Key and Value; all of them so far, as views."""
+        for buffer, state in zip(self.buffers, states, strict=True):
+            buffer[:, :, self.length : self.length + 1] = state
+        self.length += 1
+        keys, values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        return keys, values
 
 
-def sdpa_step(keys: Tensor, values: Tensor, room: int) -> Step:
+def sdpa_step(cache: Preallocated) -> Step:
     """torch's sdpa with enable_gqa on a preallocated dense cache."""
-    held_keys, held_values = _preallocated(keys, values, room)
-    length = keys.shape[2]
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        nonlocal length
-        held_keys[:, :, length : length + 1], held_values[:, :, length : length + 1] = key, value
-        length += 1
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, held_keys[:, :, :length], held_values[:, :, :length], enable_gqa=True
-        ).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(query, *cache.append(key, value), enable_gqa=True)
+        return out.transpose(1, 2)
 
     return step
 
 
-def matmul_step(keys: Tensor, values: Tensor, room: int) -> Step:
+def matmul_step(cache: Preallocated) -> Step:
     """Batched matmuls over KV heads on a preallocated dense cache: each Key is read once for its GQA group."""
-    held_keys, held_values = _preallocated(keys, values, room)
-    length = keys.shape[2]
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        nonlocal length
-        held_keys[:, :, length : length + 1], held_values[:, :, length : length + 1] = key, value
-        length += 1
+        keys, values = (held.flatten(0, 1) for held in cache.append(key, value))
         batch, q_heads, _, width = query.shape
-        heads = held_keys.shape[1]
-        grouped = (query * width**-0.5).view(batch * heads, q_heads // heads, width)
-        scores = torch.bmm(grouped, held_keys.flatten(0, 1)[:, :length].mT)
-        out = torch.bmm(scores.softmax(-1), held_values.flatten(0, 1)[:, :length])
+        grouped = (query * width**-0.5).view(len(keys), -1, width)
+        out = torch.bmm(torch.bmm(grouped, keys.mT).softmax(-1), values)
         return out.view(batch, 1, q_heads, width)
 
     return step
@@ -136,8 +135,8 @@ def measure(args: argparse.Namespace) -> dict:
     methods: dict[str, Step] = {
         "rotatek": rotatek_step(keys, values, queries, args.visual, args.rank),
         "DynamicCache + sdpa": dynamic_cache_step(keys, values, args.q_heads // args.kv_heads),
-        "dense, sdpa": sdpa_step(keys, values, room),
-        "dense, matmuls": matmul_step(keys, values, room),
+        "dense, sdpa": sdpa_step(Preallocated(keys, values, room)),
+        "dense, matmuls": matmul_step(Preallocated(keys, values, room)),
     }
 
     def token() -> tuple[Tensor, Tensor, Tensor]:

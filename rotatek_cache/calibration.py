@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rotatek_cache.basis import FitOptions, KeyStatistics, key_moments, matrix_roots
 from rotatek_cache.coding import BITS, CodeLayout, quantise
-from rotatek_cache.methods.calibrated import FORMAT, same_fingerprint
+from rotatek_cache.methods.calibrated import FORMAT, read_tensors, same_fingerprint
 from rotatek_cache.sealing import Ranges, Sealer
 from rotatek_cache.segments import Stored
 
@@ -129,17 +128,7 @@ class Calibration:
     @classmethod
     def load(cls, path: str | Path, fingerprint: Tensor) -> "Calibration":
         """Read a state written by `save`; a ValueError if it is unreadable or of another model."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"calibration state {path} cannot be read: {error}") from None
-        if metadata.get("format") != STATE_FORMAT:
-            raise ValueError(
-                f"{path} is no calibration state: expected {STATE_FORMAT!r}, got {metadata.get('format')!r}"
-            )
-        provenance = json.loads(metadata["provenance"])
+        tensors, provenance = read_tensors(path, STATE_FORMAT, "calibration state")
         if not same_fingerprint(tensors.pop("fingerprint"), fingerprint):
             raise ValueError(f"calibration state {path} belongs to another model ({provenance['model_type']})")
         state = cls(fingerprint, provenance["model_type"])

@@ -213,7 +213,7 @@ def test_missing_truncated_and_foreign_files_are_named(basis_file, tmp_path, sta
         RotateKCache(sparsity=0.5, basis=str(foreign))
     with pytest.raises(ValueError, match="cannot be read"):
         Calibration.load(truncated, state.fingerprint)
-    with pytest.raises(ValueError, match="is no calibration state"):
+    with pytest.raises(ValueError, match="is no calibration state of this version"):
         Calibration.load(basis_file, state.fingerprint)
     with pytest.raises(ValueError, match="no visual token was seen"):
         Calibration(torch.zeros(1), "llava").write_basis(tmp_path / "empty.safetensors")

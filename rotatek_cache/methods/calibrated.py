@@ -4,6 +4,7 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +112,21 @@ class CalibratedBasis:
         return self
 
 
+def read_tensors(path: str | Path, expected: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and provenance of a file of ours; a ValueError where it is unreadable or of another format."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (bases fitted online need torch alone)
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{what} {path} cannot be read (truncated, or no safetensors file): {error}") from None
+    if metadata.get("format") != expected:
+        raise ValueError(f"{path} is no {what} of this version: expected {expected!r}, got {metadata.get('format')!r}")
+    return tensors, json.loads(metadata["provenance"])
+
+
 def same_fingerprint(one: Tensor, other: Tensor) -> bool:
     """Whether two fingerprints agree within the rounding of half precisions."""
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-6)
@@ -126,20 +142,8 @@ def load_basis(path: str | Path) -> CalibratedBasis:
 
 @functools.lru_cache(maxsize=4)
 def _load(path: str, modified: int) -> CalibratedBasis:
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (bases fitted online need torch alone)
-
     del modified  # part of the memo's key only
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"basis file {path} cannot be read (truncated, or no safetensors file): {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is no basis file of this version: expected format {FORMAT!r}, got {metadata.get('format')!r}"
-        )
-    provenance = json.loads(metadata["provenance"])
+    tensors, provenance = read_tensors(path, FORMAT, "basis file")
     fingerprint = tensors.pop("fingerprint")
     layers: dict[int, dict[str, StateBasis]] = {}
     for index in sorted({int(name.split(".")[1]) for name in tensors}):
