@@ -278,13 +278,18 @@ def query_channel_norm(queries: Tensor, kv_heads: int, valid: Tensor | None = No
 
 
 def weighted_scatter(scatter: Tensor, weight: Tensor | None) -> Tensor:
-    """``scatter * (w w^T)`` with the paper's ridge of 1e-4 of the mean diagonal, ``[*, D, D]``."""
-    if weight is not None:
-        # Only ratios of the weights matter to eigenvectors; scaling keeps the product within range.
-        weight = weight / weight.amax(-1, keepdim=True)
-        scatter = scatter * (weight[..., :, None] * weight[..., None, :])
-    ridge = 1e-4 * scatter.diagonal(dim1=-2, dim2=-1).abs().mean(-1)
-    return scatter + ridge[..., None, None] * torch.eye(scatter.shape[-1], dtype=scatter.dtype, device=scatter.device)
+    """``scatter * (w w^T)`` for channel weights ``[*, D]``, ``[*, D, D]``."""
+    if weight is None:
+        return scatter
+    # Only ratios of the weights matter to eigenvectors; scaling keeps the product within range.
+    weight = weight / weight.amax(-1, keepdim=True)
+    return scatter * (weight[..., :, None] * weight[..., None, :])
+
+
+def ridged(matrix: Tensor) -> Tensor:
+    """Symmetric `matrix` ``[*, D, D]`` with the paper's ridge of 1e-4 of its mean diagonal."""
+    ridge = 1e-4 * matrix.diagonal(dim1=-2, dim2=-1).abs().mean(-1)
+    return matrix + ridge[..., None, None] * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
 def principal_directions(matrix: Tensor, rank: int, solver: Solver = "subspace", *, iterations: int = 5) -> Tensor:

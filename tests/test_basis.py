@@ -8,14 +8,16 @@ from hypothesis import strategies as st
 from rotatek_cache.basis import (
     FitOptions,
     KeyBasis,
+    KeyStatistics,
     key_moments,
     orthogonal_basis,
     padded_rank,
     principal_directions,
     query_channel_norm,
     rank_for_energy,
-    weighted_scatter,
+    ridged,
 )
+from rotatek_cache.methods import BASES
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -32,7 +34,7 @@ def decaying_keys(heads: int, rows: int, tokens: int, width: int, decades: float
 
 def fitted(keys: torch.Tensor, rank: int, solver: str = "eigh", dtype: torch.dtype = torch.float64) -> KeyBasis:
     mean, scatter = key_moments(keys)
-    return orthogonal_basis(mean, weighted_scatter(scatter, None), rank, solver, dtype)
+    return orthogonal_basis(mean, ridged(scatter), rank, solver, dtype)
 
 
 def test_moments_of_a_case_worked_by_hand():
@@ -78,7 +80,7 @@ def test_query_norm_ignores_padding_and_treats_an_empty_window_as_no_weight():
 @pytest.mark.parametrize("rank", [1, 8, 64, 100, 128])
 def test_directions_are_orthonormal_at_every_rank(solver, rank):
     keys = decaying_keys(2, 3, 400, 128).float()
-    directions = principal_directions(weighted_scatter(key_moments(keys)[1], None), rank, solver)
+    directions = principal_directions(ridged(key_moments(keys)[1]), rank, solver)
     error = (directions.mT @ directions - torch.eye(rank)).abs().max()
     assert error < 5e-6
 
@@ -188,6 +190,12 @@ def test_rank_for_energy_by_hand():
     assert [rank_for_energy(matrix, e) for e in (0.1, 0.6, 0.61, 0.9, 0.95, 1.0)] == [1, 1, 2, 2, 3, 3]
     flat = torch.eye(4, dtype=torch.float64)
     assert rank_for_energy(torch.stack([matrix, flat]), 0.9) == 4  # the worst head decides
+
+
+def test_all_energy_is_the_rank_of_the_keys():
+    keys = normal(1, 1, 200, 5) @ normal(1, 1, 5, 64, seed=1)
+    stats = KeyStatistics(*key_moments(keys.float()), torch.tensor([200]))
+    assert rank_for_energy(BASES["rotatek"].energy_matrix(stats), 1.0) == 5
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver, principal_directions, stored_basis, weighted_scatter
+from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver, principal_directions, ridged, stored_basis
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class UncentredPCA:
         """Uncentred scatter ``K^T K``."""
         mean = stats.mean
         outer = mean[..., :, None] * mean[..., None, :]
-        return weighted_scatter(stats.scatter + stats.tokens.to(mean)[None, :, None, None] * outer, None)
+        return stats.scatter + stats.tokens.to(mean)[None, :, None, None] * outer
 
     def fit(self, stats: KeyStatistics, rank: int, solver: Solver, dtype: torch.dtype) -> KeyBasis:
         """Orthogonal basis through the origin."""
-        directions = principal_directions(self.energy_matrix(stats), rank, solver)
+        directions = principal_directions(ridged(self.energy_matrix(stats)), rank, solver)
         return stored_basis(directions, directions, None, None, dtype)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver, orthogonal_basis, weighted_scatter
+from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver, orthogonal_basis, ridged, weighted_scatter
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class RotateK:
     exponent: float = 1.0
 
     def energy_matrix(self, stats: KeyStatistics) -> Tensor:
-        """The weighted scatter with the paper's ridge."""
+        """The weighted scatter."""
         weight = stats.channel_norm() if self.exponent else None
         return weighted_scatter(stats.scatter, None if weight is None else weight**self.exponent)
 
     def fit(self, stats: KeyStatistics, rank: int, solver: Solver, dtype: torch.dtype) -> KeyBasis:
         """Orthogonal basis of the top directions."""
-        return orthogonal_basis(stats.mean, self.energy_matrix(stats), rank, solver, dtype)
+        return orthogonal_basis(stats.mean, ridged(self.energy_matrix(stats)), rank, solver, dtype)
