@@ -183,22 +183,18 @@ class LayerKV:
         """Let batch row b be what row ``index[b]`` was, for beams and batch selection."""
         if self.shape is None:
             return
-        device = self._device()
-        index = row_index(index, device)
-        unchanged = device.type == "cpu" and torch.equal(index, torch.arange(self.shape[0]))
-        if unchanged:
+        held = self.tensors()
+        index = row_index(index, held[0].device if held else torch.device("cpu"))
+        if index.device.type == "cpu" and torch.equal(index, torch.arange(self.shape[0])):
             return
         for segment in self.segments:
-            segment.select_rows(index, unchanged)
+            segment.select_rows(index)
         self.text.select_rows(index)
         if self.pending is not None:
             pending = self.pending
             window = None if pending.window is None else pending.window[index]
             self.pending = Pending(pending.keys[index], pending.values[index], pending.begin, window)
         self.shape = (len(index), *self.shape[1:])
-
-    def _device(self) -> torch.device:
-        return next(iter(self.tensors())).device
 
     def truncate(self, length: int) -> None:
         """Forget the logical positions from `length` on."""

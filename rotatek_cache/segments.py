@@ -177,11 +177,11 @@ class VisualSegment:
         index = (self.starts[:, None] + columns).clamp_(max=len(self.positions) - 1)
         return self.positions[index].long()
 
-    def select_rows(self, index: Tensor, unchanged: bool) -> None:
+    def select_rows(self, index: Tensor) -> None:
         """Let batch row b be what row ``index[b]`` was."""
         self.starts, self.lengths = self.starts[index], self.lengths[index]
         self.basis_rows = self.basis_rows[index]
-        self.uniform = self.uniform and unchanged
+        self.uniform = False  # rows may share storage now, or lie in another order
 
     def truncate(self, length: int) -> None:
         """Forget tokens at logical positions from `length` on."""

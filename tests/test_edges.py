@@ -69,6 +69,15 @@ def test_a_visual_mask_shorter_than_the_prompt_is_refused():
         cache.update(torch.zeros(1, 1, 30, 8), torch.zeros(1, 1, 30, 8), 0)
 
 
+def test_rows_of_an_emptied_cache_are_selected(llava):
+    cache, inputs = prefilled(llava, llava.tiny.prompt(1), llava.tiny.prompt(2, text=2), sparsity=0.5)
+    cache.crop(-cache.get_seq_length())
+    cache.batch_select_indices([1])
+    one = {name: tensor[1:] for name, tensor in inputs.items()}
+    expected = llava.attached(**one, past_key_values=RotateKCache(sparsity=0.5)).logits
+    torch.testing.assert_close(llava.attached(**one, past_key_values=cache).logits, expected)
+
+
 @pytest.mark.parametrize("index", [torch.tensor([False, True]), [1], torch.tensor([1])], ids=str)
 def test_rows_are_selected_by_flags_lists_and_numbers(llava, index):
     prompts = llava.tiny.prompt(1), llava.tiny.prompt(2, text=2)
