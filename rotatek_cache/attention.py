@@ -57,7 +57,7 @@ def _kernel_reads(query: Tensor, segments: Sequence[SegmentView]) -> bool:
         and len(dtypes) == 1
         and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and not query.requires_grad
-        and not any(segment.is_coded for segment in segments)
+        and not any(segment.is_coded or segment.slots is not None for segment in segments)
         and all(importlib.util.find_spec(name) is not None for name in ("triton", "rotatek_kernels"))
     )
 
@@ -128,9 +128,9 @@ def _scores(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice) -> 
             scores += shift
     else:
         scores = q.new_full((heads, batch, grouped, segment.max_length), -torch.inf)
-        for row, (start, length) in enumerate(segment.row_ranges()):
+        for row, (_, length) in enumerate(segment.row_ranges):
             if length:
-                row_scores = torch.bmm(q[:, row], segment.row_keys(start, length, q.dtype).mT)
+                row_scores = torch.bmm(q[:, row], segment.row_keys(row, q.dtype).mT)
                 scores[:, row, :, :length] = row_scores if shift is None else row_scores + shift[:, row]
     if segment.mask is not None:
         mask = segment.mask[:, mask_rows]  # [B, Q, max_length]
@@ -156,9 +156,9 @@ def _weighted_values(weights: Tensor, segment: SegmentView) -> Tensor:
     else:
         width = segment.values.shape[-1] if segment.value_code is None else segment.value_code.channels
         out = weights.new_zeros(heads, batch, grouped, width)
-        for row, (start, length) in enumerate(segment.row_ranges()):
+        for row, (_, length) in enumerate(segment.row_ranges):
             if length:
-                out[:, row] = torch.bmm(weights[:, row, :, :length], segment.row_values(start, length, weights.dtype))
+                out[:, row] = torch.bmm(weights[:, row, :, :length], segment.row_values(row, weights.dtype))
     if segment.value_basis is None:
         return out
     basis = segment.basis_of_rows(segment.value_basis)

@@ -5,7 +5,7 @@ have different numbers of them.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,8 @@ class SegmentView:
         key_code: how Keys are packed; None if `keys` are numbers.
         value_basis: what the Values' coefficients mean; None for dense Values.
         value_code: how Values are packed; None if `values` are numbers.
+        slots: int32 or int64 ``[B, n]`` where tokens are scattered over a pool: token j of row b is stored at
+            ``slots[b, starts[b] + j]``. None if they lie side by side.
     """
 
     keys: Tensor
@@ -55,6 +57,7 @@ class SegmentView:
     key_code: CodeLayout | None = None
     value_basis: KeyBasis | None = None
     value_code: CodeLayout | None = None
+    slots: Tensor | None = None
 
     @property
     def is_coded(self) -> bool:
@@ -84,17 +87,24 @@ class SegmentView:
         """Values or coefficients ``[H * B, max_length, r_v]`` in `dtype`; only where `batched`."""
         return _numbers(self._batched(self.values), self.value_code, dtype)
 
-    def row_keys(self, start: int, length: int, dtype: torch.dtype) -> Tensor:
+    def row_keys(self, row: int, dtype: torch.dtype) -> Tensor:
         """Keys or coefficients ``[H, length, r]`` of one row in `dtype`."""
-        return _numbers(self.keys[:, start : start + length], self.key_code, dtype)
+        return _numbers(self._row(self.keys, row), self.key_code, dtype)
 
-    def row_values(self, start: int, length: int, dtype: torch.dtype) -> Tensor:
+    def row_values(self, row: int, dtype: torch.dtype) -> Tensor:
         """Values or coefficients ``[H, length, r_v]`` of one row in `dtype`."""
-        return _numbers(self.values[:, start : start + length], self.value_code, dtype)
+        return _numbers(self._row(self.values, row), self.value_code, dtype)
 
-    def row_ranges(self) -> Iterator[tuple[int, int]]:
+    def _row(self, packed: Tensor, row: int) -> Tensor:
+        start, length = self.row_ranges[row]
+        if self.slots is None:
+            return packed[:, start : start + length]
+        return packed[:, self.slots[row, start : start + length]]
+
+    @functools.cached_property
+    def row_ranges(self) -> list[tuple[int, int]]:
         """(first token, number of tokens) of each batch row, on the host."""
-        return zip(self.starts.tolist(), self.lengths.tolist(), strict=True)
+        return list(zip(self.starts.tolist(), self.lengths.tolist(), strict=True))
 
     def basis_of_rows(self, basis: KeyBasis) -> KeyBasis:
         """`basis` with one row per batch row."""

@@ -206,3 +206,40 @@ def test_unknown_implementation_is_named():
     query, segments, _ = draw(1, 2, 2, 1, 32, 32, 8, [6], 5)
     with pytest.raises(ValueError, match="impl must be 'auto', 'torch' or 'triton', got 'cuda'"):
         attend(query, segments, 1.0, impl="cuda")
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "group", "queries", "width", "value_width", "rank", "lengths", "text"), SHAPES
+)
+def test_tokens_scattered_over_a_pool_are_read_through_their_slots(
+    batch, heads, group, queries, width, value_width, rank, lengths, text
+):
+    query, views, _ = draw(batch, heads, group, queries, width, value_width, rank, lengths, text)
+    expected, expected_lse = reference_attention(query, views, 0.3)
+    scattered = []
+    for view in views:
+        order = torch.randperm(view.keys.shape[1])
+        inverse = order.argsort()
+        slots = torch.full((batch, view.max_length + 2), -1)
+        for row, (start, length) in enumerate(view.row_ranges):
+            slots[row, 1 : 1 + length] = inverse[start : start + length]
+        # Pools hold tokens first, heads second; what no slot names is poisoned.
+        pools = [
+            torch.full((view.keys.shape[1] + 3, *t.shape[::2]), torch.nan, dtype=t.dtype)
+            for t in (view.keys, view.values)
+        ]
+        for pool, packed in zip(pools, (view.keys, view.values), strict=True):
+            pool[: packed.shape[1]] = packed[:, order].transpose(0, 1)
+        scattered.append(
+            dataclasses.replace(
+                view,
+                keys=pools[0].transpose(0, 1),
+                values=pools[1].transpose(0, 1),
+                starts=torch.ones(batch, dtype=torch.int64),
+                slots=slots.int(),
+                batched=False,
+            )
+        )
+    out, lse = reference_attention(query, scattered, 0.3)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)

@@ -181,6 +181,8 @@ def _check_segment(name: str, segment: SegmentView, query: Tensor, first: Segmen
         raise ValueError(
             f"{name} holds integer codes or coded Values, which this kernel does not read: use impl='torch'"
         )
+    if segment.slots is not None:
+        raise ValueError(f"{name}.slots scatter its tokens, which this kernel does not read: use impl='torch'")
     batch, q_heads = query.shape[:2]
     for field in ("keys", "values"):
         tensor = getattr(segment, field)
