@@ -11,17 +11,21 @@ if TYPE_CHECKING:
     from rotatek_cache.basis import FitOptions, KeyBasis
     from rotatek_cache.cache import RotateKCache
     from rotatek_cache.layer import LayerKV
+    from rotatek_cache.methods.fastv import FastV
+    from rotatek_cache.methods.vl_cache import VLCache
     from rotatek_cache.segments import SegmentView
     from rotatek_cache.wiring import attach, detach, families
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FastV",
     "FitOptions",
     "KeyBasis",
     "LayerKV",
     "RotateKCache",
     "SegmentView",
+    "VLCache",
     "attach",
     "attend",
     "detach",
@@ -30,11 +34,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FastV": "methods.fastv",
     "FitOptions": "basis",
     "KeyBasis": "basis",
     "LayerKV": "layer",
     "RotateKCache": "cache",
     "SegmentView": "segments",
+    "VLCache": "methods.vl_cache",
     "attach": "wiring",
     "attend": "attention",
     "detach": "wiring",

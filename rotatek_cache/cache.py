@@ -12,10 +12,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from rotatek_cache.basis import Bits, FitOptions, Solver
 from rotatek_cache.layer import LayerKV, row_index
 from rotatek_cache.ledger import VisualLedger
-from rotatek_cache.methods import key_method
+from rotatek_cache.methods import key_method, token_method
 from rotatek_cache.methods.calibrated import load_basis
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
 from rotatek_cache.segments import Stored
+from rotatek_cache.tokens import TokenMethod, TokenSelection
 
 HOW_TO_SWITCH = (
     "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
@@ -57,9 +58,11 @@ class RotateKLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, options: FitOptions, ledger: VisualLedger, index: int) -> None:
+    def __init__(
+        self, options: FitOptions, ledger: VisualLedger, index: int, selection: TokenSelection | None = None
+    ) -> None:
         super().__init__()
-        self.kv = LayerKV(options, ledger, index)
+        self.kv = LayerKV(options, ledger, index, selection)
 
     @property
     def keys(self) -> Tensor:
@@ -103,7 +106,7 @@ class RotateKLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.kv = LayerKV(self.kv.options, self.kv.ledger, self.kv.index)
+        self.kv = LayerKV(self.kv.options, self.kv.ledger, self.kv.index, self.kv.selection)
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -156,6 +159,8 @@ class RotateKCache(Cache):
         value_bits: as `key_bits`, for Values.
         streaming: seal visual tokens after every forward of a chunked prefill, not at the end of their image, so that
             no image is ever held densely; calibrated bases only.
+        tokens: which visual tokens are kept beside how many channels: a method such as ``VLCache(keep=0.4)``, or its
+            name and share as in ``"vl_cache:0.4"``. None keeps all.
         visual_mask: bool ``[rows, prompt length]``, True on visual tokens; needed without `attach` and for prompts
             given as merged `inputs_embeds`. It wins over what the model's inputs say.
         config: the model's config, so that sliding-window layers keep their own cache layer; `attach` supplies it.
@@ -176,6 +181,7 @@ class RotateKCache(Cache):
         value_sparsity: float | None = None,
         value_bits: Bits = None,
         streaming: bool = False,
+        tokens: TokenMethod | str | None = None,
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
     ) -> None:
@@ -193,10 +199,13 @@ class RotateKCache(Cache):
             value_bits=value_bits,
             streaming=streaming,
         )
+        if tokens is not None and streaming:
+            raise ValueError("tokens cannot be chosen with streaming=True, which seals an image before its end is seen")
         if self.options.is_calibrated:
             load_basis(self.options.basis)
         else:
             key_method(self.options.basis)
+        self.selection = None if tokens is None else TokenSelection(token_method(tokens))
         self.ledger = VisualLedger(visual_mask)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self._record_past = False
@@ -210,9 +219,11 @@ class RotateKCache(Cache):
             return
         stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
         self.layers: list[Any] = [
-            RotateKLayer(self.options, self.ledger, index) if type(layer) is DynamicLayer else layer
+            RotateKLayer(self.options, self.ledger, index, self.selection) if type(layer) is DynamicLayer else layer
             for index, layer in enumerate(stock)
         ]
+        if self.selection is not None:
+            self.selection.learn_layers([layer.kv.index for layer in self._compressed_layers()], len(stock))
         if self._record_past:
             super().activate_past_recording()
 
@@ -221,6 +232,11 @@ class RotateKCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Append the states ``[B, H, n, D]`` of layer `layer_idx`; returns what its attention is to be handed."""
+        if self.selection is not None and not self.layers:
+            raise RuntimeError(
+                "tokens are chosen for all layers together, and this RotateKCache does not know the model's layers: "
+                "call `rotatek_cache.attach(model)`, or pass RotateKCache(..., config=model.config)"
+            )
         while len(self.layers) <= layer_idx:
             self.layers.append(RotateKLayer(self.options, self.ledger, len(self.layers)))
         layer = self.layers[layer_idx]
@@ -312,7 +328,8 @@ class RotateKCache(Cache):
     def report(self) -> CacheReport:
         """Tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
         layers = [_layer_report(index, layer) for index, layer in enumerate(self.layers)]
-        return CacheReport(str(self.options), layers, self.nbytes())
+        chosen = str(self.options) if self.selection is None else f"{self.options}, tokens={self.selection.method}"
+        return CacheReport(chosen, layers, self.nbytes())
 
     def __repr__(self) -> str:
         options = self.options
@@ -367,5 +384,13 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         for segment in kv.segments
     ]
     return LayerReport(
-        index, "RotateKLayer", kv.length, segments, kv.dense_tokens(), stored, dense, list(kv.kept_dense)
+        index,
+        "RotateKLayer",
+        kv.length,
+        segments,
+        kv.dense_tokens(),
+        stored,
+        dense,
+        list(kv.kept_dense),
+        sum(int(counts.sum()) for _, counts in kv.dropped),
     )

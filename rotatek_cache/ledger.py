@@ -86,6 +86,28 @@ class SealPlan:
         """bool ``[B, window]`` for the last positions; None if none of them is padding."""
         return None if self.all_visible else self.visible[:, -window:].to(device)
 
+    def keeping(self, kept: Tensor | None) -> "SealPlan":
+        """The plan of a layer that keeps of the visual tokens those of bool ``[B, P]``; one object for one `kept`.
+
+        What it drops is handled as padding is: it is stored nowhere, and its queries weigh nothing.
+        """
+        if kept is None:
+            return self
+        key = ("keeping", kept)
+        if key not in self._memo:
+            kept = kept.to(self.visual.device)
+            self._memo[key] = SealPlan(self.visual & kept, self.visible & (~self.visual | kept), self.begin, self.end)
+        plan = self._memo[key]
+        assert isinstance(plan, SealPlan)
+        return plan
+
+    def queries_behind_visual(self, *, last_only: bool = False) -> Tensor:
+        """bool ``[B, P]``: text behind a row's last visual token, or only the last of it; nothing in rows of text."""
+        places = torch.arange(1, self.visual.shape[1] + 1, device=self.visual.device)
+        last_visual = (self.visual * places).amax(1, keepdim=True)
+        behind = self.visible & (places > last_visual) & (last_visual > 0)
+        return behind & (places == (behind * places).amax(1, keepdim=True)) if last_only else behind
+
     def layout(self, rows: tuple[int, ...], device: torch.device) -> RowLayout:
         """The layout of a segment that holds the visual tokens of batch rows `rows`."""
         key = ("layout", rows, device)
@@ -246,6 +268,11 @@ class VisualLedger:
         if self._plan is None or self._plan[0] != (begin, end):
             self._plan = ((begin, end), self._make_plan(begin, end, mask, wait))
         return self._plan[1]
+
+    @property
+    def known_plan(self) -> SealPlan | None:
+        """The seal that a layer of this forward has asked for already, if any."""
+        return None if self._plan is None else self._plan[1]
 
     def _make_plan(self, begin: int, end: int, mask: Tensor | None, wait: bool) -> SealPlan | None:
         visual = self._flags_of(begin, end)
