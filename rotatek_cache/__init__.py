@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from rotatek_cache.basis import FitOptions, KeyBasis
     from rotatek_cache.cache import RotateKCache
     from rotatek_cache.layer import LayerKV
+    from rotatek_cache.methods.divprune import DivPrune
     from rotatek_cache.methods.fastv import FastV
+    from rotatek_cache.methods.visionzip import VisionZip
     from rotatek_cache.methods.vl_cache import VLCache
     from rotatek_cache.segments import SegmentView
     from rotatek_cache.wiring import attach, detach, families
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DivPrune",
     "FastV",
     "FitOptions",
     "KeyBasis",
@@ -26,6 +29,7 @@ __all__ = [
     "RotateKCache",
     "SegmentView",
     "VLCache",
+    "VisionZip",
     "attach",
     "attend",
     "detach",
@@ -34,6 +38,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DivPrune": "methods.divprune",
     "FastV": "methods.fastv",
     "FitOptions": "basis",
     "KeyBasis": "basis",
@@ -41,6 +46,7 @@ _HOMES = {
     "RotateKCache": "cache",
     "SegmentView": "segments",
     "VLCache": "methods.vl_cache",
+    "VisionZip": "methods.visionzip",
     "attach": "wiring",
     "attend": "attention",
     "detach": "wiring",

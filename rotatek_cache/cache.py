@@ -16,7 +16,7 @@ from rotatek_cache.methods import key_method, token_method
 from rotatek_cache.methods.calibrated import load_basis
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
 from rotatek_cache.segments import Stored
-from rotatek_cache.tokens import TokenMethod, TokenSelection
+from rotatek_cache.tokens import AttentionMethod, FeatureMethod, TokenMethod, TokenSelection
 
 HOW_TO_SWITCH = (
     "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
@@ -205,9 +205,11 @@ class RotateKCache(Cache):
             load_basis(self.options.basis)
         else:
             key_method(self.options.basis)
-        self.selection = None if tokens is None else TokenSelection(token_method(tokens))
+        self.tokens = None if tokens is None else token_method(tokens)
+        self.selection = TokenSelection(self.tokens) if isinstance(self.tokens, AttentionMethod) else None
         self.ledger = VisualLedger(visual_mask)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
+        self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
         super().__init__(layers=[])
         if config is not None:
@@ -244,6 +246,12 @@ class RotateKCache(Cache):
             if not self.ledger.informed:
                 raise RuntimeError(f"this RotateKCache was not told which positions are visual: {HOW_TO_SWITCH}")
             self.ledger.complete(layer.kv.length + key_states.shape[2], key_states.shape[0])
+            if isinstance(self.tokens, FeatureMethod) and self.ledger.undecided:
+                raise RuntimeError(
+                    f"tokens={self.tokens} are chosen from image features, and those of these visual tokens were not "
+                    "seen: attach(model) and give images as pixel_values (no videos, no inputs_embeds alone, no "
+                    "features computed beforehand)"
+                )
         return layer.update(key_states, value_states, *args, **kwargs)
 
     def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
@@ -328,7 +336,7 @@ class RotateKCache(Cache):
     def report(self) -> CacheReport:
         """Tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
         layers = [_layer_report(index, layer) for index, layer in enumerate(self.layers)]
-        chosen = str(self.options) if self.selection is None else f"{self.options}, tokens={self.selection.method}"
+        chosen = str(self.options) if self.tokens is None else f"{self.options}, tokens={self.tokens}"
         return CacheReport(chosen, layers, self.nbytes())
 
     def __repr__(self) -> str:

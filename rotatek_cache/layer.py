@@ -118,13 +118,13 @@ class LayerKV:
 
     def hidden(self) -> Tensor | None:
         """bool ``[B, T]``: tokens that a token method has dropped, and that this forward must not attend to."""
-        if self.pending is None or self.selection is None:
+        if self.pending is None:
             return None
-        plan = self.ledger.known_plan
-        kept = self.selection.kept(self.index, plan)
-        if plan is None or kept is None or plan.end != self.length:
-            return None
-        return torch.nn.functional.pad(plan.visual & ~kept, (plan.begin, 0))
+        begin, plan = self.pending.begin, self.ledger.known_plan
+        dropped = self.ledger.dropped_of(begin, self.length)
+        if self.selection is not None and plan is not None and plan.end == self.length:
+            dropped = plan.keeping(self.selection.kept(self.index, plan)).dropped
+        return None if dropped is None else torch.nn.functional.pad(dropped, (begin, 0))
 
     def pending_attention(self, query: Tensor, visible: Tensor, scale: float) -> Tensor:
         """Attention of a few queries ``[B, H_q, q, D]`` to the pending tokens: probabilities ``[B, H_q, q, P]``.
@@ -161,13 +161,13 @@ class LayerKV:
             return
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         for layer, kept in self.selection.decide(self, plan, query, mask, scale):
-            if kept is not None:
-                layer.dropped.append((plan.begin, (plan.visual & ~kept).sum(1)))
             layer._seal(plan.keeping(kept))  # noqa: SLF001 (another layer of this cache)
 
     def _seal(self, plan: SealPlan) -> None:
         pending = self.pending
         assert pending is not None
+        if plan.dropped is not None:
+            self.dropped.append((plan.begin, plan.dropped.sum(1)))
         candidates = [row for row, count in enumerate(plan.counts) if count]
         rows = self._worth(pending, plan, candidates, None)
         segment = self._compress(pending, plan, rows) if rows else None

@@ -1,9 +1,9 @@
 """Token pruning: which visual tokens each layer keeps, beside how many channels it keeps of them.
 
-A token method looks at the attention that text queries pay to the visual tokens of a prompt, in some or all layers, and
-names the tokens that each layer keeps. Only the rows of attention that a method asks for are computed, from the layer's
-Keys before their seal; the model's own attention stays as it is. Dropped tokens are never stored; positions and masks
-of the others stay what they were.
+A token method names the visual tokens that each layer keeps. An `AttentionMethod` looks at the attention that text
+queries pay to them in some or all layers; only the rows that it asks for are computed, from the layer's Keys before
+their seal, and the model's own attention stays as it is. A `FeatureMethod` looks at the image's features, before the
+language model. Dropped tokens are never stored; positions and masks of the others stay what they were.
 """
 
 import abc
@@ -49,13 +49,9 @@ class TokenMethod(abc.ABC):
 
     Args:
         keep: share in (0, 1] of the visual tokens that the method keeps (of which layers: see the method).
-
-    Attributes:
-        last_query_only: read the prompt's last query only, not all of those behind the last visual token.
     """
 
     keep: float
-    last_query_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._check_share("keep", low_allowed=False)
@@ -79,7 +75,42 @@ class TokenMethod(abc.ABC):
         """The same method with another share."""
         return dataclasses.replace(self, keep=keep)
 
-    def check_layers(self, compressed: Sequence[int], layers: int) -> None:  # noqa: B027 (most methods take any)
+
+@dataclass(frozen=True)
+class FeatureMethod(TokenMethod):
+    """Chooses from an image's features, before the language model.
+
+    Attributes:
+        reads_encoder: needs attention and Keys of the vision encoder, not only the features.
+    """
+
+    reads_encoder: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def choose(self, features: Tensor, scores: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The tokens of one image that stay, and what they are.
+
+        Args:
+            features: ``[n, d]``, one of each placeholder.
+            scores: attention in the encoder ``[n]``, if the method reads it.
+            keys: of the same layer, all heads side by side, ``[n, k]``.
+
+        Returns:
+            bool ``[n]`` and features ``[n, d]``, of which those of kept tokens matter.
+        """
+
+
+@dataclass(frozen=True)
+class AttentionMethod(TokenMethod):
+    """Chooses by the attention that text pays to visual tokens inside the language model.
+
+    Attributes:
+        last_query_only: read the prompt's last query only, not all of those behind the last visual token.
+    """
+
+    last_query_only: ClassVar[bool] = False
+
+    def check_layers(self, compressed: Sequence[int], layers: int) -> None:
         """Raise if the method cannot work where only the layers `compressed` of `layers` are ours."""
 
     def watched(self, compressed: Sequence[int]) -> Sequence[int]:
@@ -146,7 +177,7 @@ def spread(shares: Tensor, total: Tensor, least: Tensor, capacity: Tensor) -> Te
 class TokenSelection:
     """Lets the layers of one cache decide together: what they have seen in this forward, and what each keeps."""
 
-    def __init__(self, method: TokenMethod) -> None:
+    def __init__(self, method: AttentionMethod) -> None:
         self.method = method
         self.compressed: tuple[int, ...] = ()
         self._forget()

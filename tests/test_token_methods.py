@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rotatek_cache import FastV, RotateKCache, VLCache
+from rotatek_cache import DivPrune, FastV, RotateKCache, VisionZip, VLCache
 from rotatek_cache.methods import TOKENS, token_method
 from rotatek_cache.tokens import AttentionRows, best_tokens, share_of, spread
 
@@ -59,6 +59,30 @@ def test_vl_cache_keeps_a_recent_window_and_the_best():
     summary = (scores, torch.tensor([0]), torch.tensor([10]))
     kept = VLCache(5 / 11, recent=0.2).select({0: summary}, visual, (0,))[0]
     assert kept[0].nonzero().flatten().tolist() == [0, 2, 4, 6, 10]  # one of five is recent
+
+
+def test_visionzip_by_hand():
+    # 3 of 8 tokens, 2 of them contextual. Dominant: 3. Others 0 1 2 4 5 6 7, targets 0 and 4 (every third).
+    scores = torch.tensor([0.1, 0.0, 0.2, 0.9, 0.3, 0.0, 0.1, 0.2])
+    east, north = [1.0, 0.0], [0.0, 1.0]
+    keys = torch.tensor([east, east, north, east, north, [3.0, 1.0], [1.0, 5.0], north])
+    features = torch.arange(8.0)[:, None]
+    kept, merged = VisionZip(3 / 8, contextual=2 / 8).choose(features, scores, keys)
+    assert kept.nonzero().flatten().tolist() == [0, 3, 4]
+    # 1 and 5 lie nearest to target 0; 2, 6 and 7 to target 4.
+    assert merged[kept].flatten().tolist() == pytest.approx([(0 + 1 + 5) / 3, 3, (2 + 4 + 6 + 7) / 4])
+
+
+def test_divprune_by_hand():
+    # Angles 0, 10, 90, 100 and 200 degrees: 200 is farthest from its nearest.
+    angles = torch.tensor([0.0, 10.0, 90.0, 100.0, 200.0]).deg2rad()
+    features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[1.0], [5.0], [1.0], [2.0], [3.0]])
+    kept, same = DivPrune(2 / 5).choose(features, None, None)
+    assert kept.nonzero().flatten().tolist() == [1, 4]  # cosine of 200 to 10 is -.98, the lowest
+    kept, _ = DivPrune(3 / 5).choose(features, None, None)
+    # 90: nearest chosen is 10, cosine .17. 100: nearest chosen is 10, cosine 0, so it is farther.
+    assert kept.nonzero().flatten().tolist() == [1, 3, 4]
+    assert same is features
 
 
 def test_what_a_full_layer_cannot_take_goes_to_the_others():
@@ -150,6 +174,7 @@ def test_shares_out_of_range(method, keep):
         (lambda: FastV(0.5, layer=2.0), "layer must be an int"),
         (lambda: VLCache(0.5, recent=1.5), "recent must be in"),
         (lambda: VLCache(0.5, uniform=-1), "uniform must be in"),
+        (lambda: VisionZip(0.5, contextual=0.6), "contextual must be at most keep=0.5, got 0.6"),
     ],
 )
 def test_settings_out_of_range(make, message):

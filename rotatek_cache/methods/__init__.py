@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver
+from rotatek_cache.methods.divprune import DivPrune
 from rotatek_cache.methods.fastv import FastV
 from rotatek_cache.methods.oblique import Oblique
 from rotatek_cache.methods.pca import UncentredPCA
 from rotatek_cache.methods.rotatek import RotateK
 from rotatek_cache.methods.think import ThinK
+from rotatek_cache.methods.visionzip import VisionZip
 from rotatek_cache.methods.vl_cache import VLCache
 from rotatek_cache.tokens import TokenMethod
 
@@ -44,7 +46,9 @@ def key_method(name: str) -> KeyMethod:
 
 
 TOKENS: dict[str, type[TokenMethod]] = {
+    "divprune": DivPrune,
     "fastv": FastV,
+    "visionzip": VisionZip,
     "vl_cache": VLCache,
 }
 

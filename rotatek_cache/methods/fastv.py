@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rotatek_cache.tokens import AttentionRows, Summary, TokenMethod, best_tokens, share_of
+from rotatek_cache.tokens import AttentionMethod, AttentionRows, Summary, best_tokens, share_of
 
 
 @dataclass(frozen=True)
-class FastV(TokenMethod):
+class FastV(AttentionMethod):
     """Ranks visual tokens by the attention of the prompt's last query in layer ``layer - 1``, averaged over heads.
 
     Layers before `layer` keep all tokens. Later ones neither store nor attend to the dropped ones, in the prefill

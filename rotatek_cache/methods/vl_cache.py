@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotatek_cache.tokens import AttentionRows, Summary, TokenMethod, best_tokens, share_of, spread
+from rotatek_cache.tokens import AttentionMethod, AttentionRows, Summary, best_tokens, share_of, spread
 
 SPARSE_BELOW = 0.01  # of the largest weight of its row
 LEAST_SHARE = 0.01  # of the visual tokens that a layer keeps at any sparsity
 
 
 @dataclass(frozen=True)
-class VLCache(TokenMethod):
+class VLCache(AttentionMethod):
     """Keeps the tokens that the queries behind the image attend to most, more of them where attention is dense.
 
     With gamma the share of a layer's causal weights below 1 % of their row's largest, a layer keeps
