@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotatek_cache import DivPrune, FastV, RotateKCache, VisionZip, VLCache
-from rotatek_cache.methods import TOKENS, token_method
+from rotatek_cache.token_specs import TOKENS, token_method
 from rotatek_cache.tokens import AttentionRows, best_tokens, share_of, spread
 
 

@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, visual_positions
 from transformers import DynamicCache
 
 from rotatek_cache import DivPrune, FastV, RotateKCache, VisionZip, VLCache
-from rotatek_cache.methods import TOKENS
+from rotatek_cache.token_specs import TOKENS
 from rotatek_cache.tokens import FeatureMethod
 
 EAGER: dict[str, torch.nn.Module] = {}

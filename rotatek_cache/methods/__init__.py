@@ -1,24 +1,19 @@
-"""Key bases and token methods by name: one paper, one file. Tests and evals walk through `BASES` and `TOKENS`."""
+"""Ways to store visual Keys, by name: one paper, one file. Tests and evals walk through these tables."""
 
-import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver
-from rotatek_cache.methods.divprune import DivPrune
-from rotatek_cache.methods.fastv import FastV
 from rotatek_cache.methods.oblique import Oblique
 from rotatek_cache.methods.pca import UncentredPCA
 from rotatek_cache.methods.rotatek import RotateK
+from rotatek_cache.methods.spark import SparK
 from rotatek_cache.methods.think import ThinK
-from rotatek_cache.methods.visionzip import VisionZip
-from rotatek_cache.methods.vl_cache import VLCache
-from rotatek_cache.tokens import TokenMethod
 
 
-class KeyMethod(Protocol):
+class BasisMethod(Protocol):
     """A way to choose a Key basis."""
 
     def energy_matrix(self, stats: KeyStatistics) -> Tensor:
@@ -28,7 +23,13 @@ class KeyMethod(Protocol):
         """The basis of `rank` columns (padded), stored in `dtype`."""
 
 
-BASES: dict[str, KeyMethod] = {
+class NoRotation:
+    """Keys as they are: with `key_bits` the per-channel codes of KIVI (arXiv 2402.02750), a range per segment."""
+
+
+KeyMethod = BasisMethod | SparK | NoRotation
+
+BASES: dict[str, BasisMethod] = {
     "rotatek": RotateK(),
     "tempered": RotateK(exponent=0.5),
     "pca": RotateK(exponent=0.0),
@@ -36,48 +37,16 @@ BASES: dict[str, KeyMethod] = {
     "oblique": Oblique(),
     "think": ThinK(),
 }
+METHODS: dict[str, KeyMethod] = {
+    **BASES,
+    "spark": SparK(),
+    "spark_mean": SparK(signed_mean=True),
+    "none": NoRotation(),
+}
 
 
 def key_method(name: str) -> KeyMethod:
     """The method called `name`; a ValueError that lists the known ones otherwise."""
-    if name not in BASES:
-        raise ValueError(f"basis must be one of {', '.join(sorted(BASES))}, got {name!r}")
-    return BASES[name]
-
-
-TOKENS: dict[str, type[TokenMethod]] = {
-    "divprune": DivPrune,
-    "fastv": FastV,
-    "visionzip": VisionZip,
-    "vl_cache": VLCache,
-}
-
-
-def token_method(spec: TokenMethod | str) -> TokenMethod:
-    """A token method as it is, or from a name, a share and further settings: ``"vl_cache:0.4"``.
-
-    Settings follow as ``name=value``, separated by commas: ``"vl_cache:0.4,uniform=0.8"``.
-    """
-    if isinstance(spec, TokenMethod):
-        return spec
-    if not isinstance(spec, str):
-        raise TypeError(f"tokens must be a token method or a string such as 'fastv:0.4', got {type(spec).__name__}")
-    name, _, settings = spec.partition(":")
-    if name not in TOKENS:
-        raise ValueError(f"tokens must name one of {', '.join(sorted(TOKENS))}, got {spec!r}")
-    keep, *others = settings.split(",")
-    pairs = [("keep", keep), *((key, value) for key, _, value in (other.partition("=") for other in others))]
-    known = {field.name for field in dataclasses.fields(TOKENS[name])}
-    arguments: dict[str, Any] = {}
-    for key, value in pairs:
-        if key not in known or key in arguments:
-            raise ValueError(
-                f"tokens={spec!r}: {key!r} is no setting of {name} (or given twice), which has {sorted(known)}"
-            )
-        try:
-            arguments[key] = int(value) if value.isdigit() and key != "keep" else float(value)
-        except ValueError:
-            raise ValueError(
-                f"tokens={spec!r}: {key} must be a number, got {value!r}; expected '<name>:<keep>[,<setting>=<value>]'"
-            ) from None
-    return TOKENS[name](**arguments)
+    if name not in METHODS:
+        raise ValueError(f"basis must be one of {', '.join(sorted(METHODS))}, got {name!r}")
+    return METHODS[name]
