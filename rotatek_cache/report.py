@@ -40,6 +40,7 @@ class CacheReport:
     options: str
     layers: list[LayerReport]
     stored_bytes: int
+    shared_bytes: int = 0
 
     @property
     def dense_bytes(self) -> int:
@@ -64,6 +65,11 @@ class CacheReport:
         lines.append(
             f"in all {readable_bytes(self.stored_bytes)} stored, {readable_bytes(self.dense_bytes)} dense: {change}"
         )
+        if self.shared_bytes:
+            lines.append(
+                f"calibrated basis: {readable_bytes(self.shared_bytes)} once per model, shared by all requests and not "
+                "counted above"
+            )
         few = {entry for layer in self.layers for entry in layer.kept_dense}
         for row, tokens in sorted(few):
             lines.append(
