@@ -29,7 +29,7 @@ class Allocation(NamedTuple):
     """
 
     over: Literal["uniform", "layers", "heads"] = "uniform"
-    worth: Worth = "relative"
+    worth: Worth = "gain"
     floor: float = 0.5
 
     @classmethod

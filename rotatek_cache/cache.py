@@ -342,11 +342,15 @@ class RotateKCache(Cache):
         """
         return storage_bytes(self.tensors())
 
+    def shared_nbytes(self) -> int:
+        """Bytes of the calibrated basis, which all requests of a model share and `nbytes` leaves out; 0 without one."""
+        return load_basis(self.options.basis).nbytes() if self.options.is_calibrated else 0
+
     def report(self) -> CacheReport:
         """Tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
         layers = [_layer_report(index, layer) for index, layer in enumerate(self.layers)]
         chosen = str(self.options) if self.tokens is None else f"{self.options}, tokens={self.tokens}"
-        return CacheReport(chosen, layers, self.nbytes())
+        return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes())
 
     def __repr__(self) -> str:
         options = self.options

@@ -42,6 +42,7 @@ class CacheReport:
     options: str
     layers: list[LayerReport]
     stored_bytes: int
+    shared_bytes: int = 0
 
     @property
     def dense_bytes(self) -> int:
@@ -69,6 +70,11 @@ class CacheReport:
         if any(layer.dropped for layer in self.layers):
             dropped = ", ".join(f"{layer.index}: {layer.dropped}" for layer in self.layers)
             lines.append(f"visual tokens dropped, by layer: {dropped}")
+        if self.shared_bytes:
+            lines.append(
+                f"calibrated basis: {readable_bytes(self.shared_bytes)} once per model, shared by all requests and not "
+                "counted above"
+            )
         few = {entry for layer in self.layers for entry in layer.kept_dense}
         for row, tokens in sorted(few):
             lines.append(

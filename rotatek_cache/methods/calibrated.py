@@ -62,6 +62,11 @@ class StateBasis:
     def __deepcopy__(self, memo: dict[int, object]) -> "StateBasis":
         return self  # of the model, never changed: copies of a cache share it
 
+    def tensors(self) -> list[Tensor]:
+        """What the file holds of it."""
+        matrices = [self.encoder] if self.decoder is self.encoder else [self.encoder, self.decoder]
+        return [*matrices, self.spectrum, self.gain, *self.low.values(), *self.step.values()]
+
     def basis(self, mean: Tensor, rank: int, dtype: torch.dtype) -> KeyBasis:
         """The first `rank` directions (padded), shared by all requests, around the image's own mean ``[H, R, D]``."""
         key = ("basis", rank, dtype, mean.device)
@@ -189,6 +194,11 @@ class CalibratedBasis:
         else:
             shared = [row for mean in means for row in allocate_bits(mean[None], each, widths)]
         return {layer: _code(row) for layer, row in zip(states, shared, strict=True)}
+
+    def nbytes(self) -> int:
+        """Bytes of its tensors as they are read from the file."""
+        states = [state for parts in self.layers.values() for state in parts.values()]
+        return sum(tensor.nbytes for state in states for tensor in state.tensors())
 
     def check_model(self, fingerprint: Tensor) -> None:
         """Raise unless the file was calibrated on the model with this fingerprint."""
