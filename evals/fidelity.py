@@ -78,7 +78,7 @@ class RecordingCache(RotateKCache):
 class _RecordingKV(LayerKV):
     record: dict[int, tuple[Tensor, Tensor, Tensor]]
 
-    def observe(self, query: Tensor, mask: Tensor | None) -> None:
+    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         assert self.pending is not None
         keys, values = self.pending.keys, self.pending.values
         if keys.dtype == torch.float32:

@@ -37,12 +37,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """All layers; `print` it, or read its fields."""
+    """All layers, and how a budget was divided; `print` it, or read its fields."""
 
     options: str
     layers: list[LayerReport]
     stored_bytes: int
     shared_bytes: int = 0
+    plan: str = ""
 
     @property
     def dense_bytes(self) -> int:
@@ -59,7 +60,7 @@ class CacheReport:
             f"{'layer':>5}  {'tokens':>6}  {'visual':>6}  {'rank':>8}  {'keys':>10}  {'values':>10}  {'basis':>9}  "
             f"{'text':>6}  {'stored':>10}  {'dense':>10}  {'ratio':>5}"
         )
-        lines = [f"RotateK cache, {self.options}", header]
+        lines = [f"RotateK cache, {self.options}", *([self.plan] if self.plan else []), header]
         for layer in self.layers:
             lines += self._layer_lines(layer)
         ratio = self.compression_ratio

@@ -20,7 +20,8 @@ TOKENS: dict[str, type[TokenMethod]] = {
 def token_method(spec: TokenMethod | str) -> TokenMethod:
     """A token method as it is, or from a name, a share and further settings: ``"vl_cache:0.4"``.
 
-    Settings follow as ``name=value``, separated by commas: ``"vl_cache:0.4,uniform=0.8"``.
+    Settings follow as ``name=value``, separated by commas: ``"vl_cache:0.4,uniform=0.8"``. Without a share, which a
+    budget then sets: ``"vl_cache"``.
     """
     if isinstance(spec, TokenMethod):
         return spec
@@ -29,8 +30,8 @@ def token_method(spec: TokenMethod | str) -> TokenMethod:
     name, _, settings = spec.partition(":")
     if name not in TOKENS:
         raise ValueError(f"tokens must name one of {', '.join(sorted(TOKENS))}, got {spec!r}")
-    keep, *others = settings.split(",")
-    pairs = [("keep", keep), *((key, value) for key, _, value in (other.partition("=") for other in others))]
+    parts = [part.partition("=") for part in settings.split(",")] if settings else []
+    pairs = [(key, value) if separator else ("keep", key) for key, separator, value in parts]
     known = {field.name for field in dataclasses.fields(TOKENS[name])}
     arguments: dict[str, Any] = {}
     for key, value in pairs:
@@ -42,6 +43,6 @@ def token_method(spec: TokenMethod | str) -> TokenMethod:
             arguments[key] = int(value) if value.isdigit() and key != "keep" else float(value)
         except ValueError:
             raise ValueError(
-                f"tokens={spec!r}: {key} must be a number, got {value!r}; expected '<name>:<keep>[,<setting>=<value>]'"
+                f"tokens={spec!r}: {key} must be a number, got {value!r}; expected '<name>:<keep>,<setting>=<value>'"
             ) from None
     return TOKENS[name](**arguments)

@@ -44,17 +44,26 @@ class AttentionRows:
 
 
 @dataclass(frozen=True)
-class TokenMethod(abc.ABC):
+class TokenMethod:
     """A way to choose visual tokens; the settings of one, without state.
 
     Args:
-        keep: share in (0, 1] of the visual tokens that the method keeps (of which layers: see the method).
+        keep: share in (0, 1] of the visual tokens that the method keeps (of which layers: see the method); None where
+            a budget is to set it.
     """
 
-    keep: float
+    keep: float | None = None
 
     def __post_init__(self) -> None:
-        self._check_share("keep", low_allowed=False)
+        if self.keep is not None:
+            self._check_share("keep", low_allowed=False)
+
+    @property
+    def share(self) -> float:
+        """`keep`, once it is known."""
+        if self.keep is None:
+            raise ValueError(f"{type(self).__name__}: keep must be given where no budget sets it")
+        return self.keep
 
     def _check_share(self, name: str, *, low_allowed: bool = True) -> None:
         value = getattr(self, name)
@@ -77,7 +86,7 @@ class TokenMethod(abc.ABC):
 
 
 @dataclass(frozen=True)
-class FeatureMethod(TokenMethod):
+class FeatureMethod(TokenMethod, abc.ABC):
     """Chooses from an image's features, before the language model.
 
     Attributes:
@@ -101,7 +110,7 @@ class FeatureMethod(TokenMethod):
 
 
 @dataclass(frozen=True)
-class AttentionMethod(TokenMethod):
+class AttentionMethod(TokenMethod, abc.ABC):
     """Chooses by the attention that text pays to visual tokens inside the language model.
 
     Attributes:

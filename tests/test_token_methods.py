@@ -146,7 +146,8 @@ def test_specs():
     ("spec", "error", "message"),
     [
         ("fast:0.4", ValueError, "tokens must name one of .*fastv.*got 'fast:0.4'"),
-        ("fastv", ValueError, "keep must be a number, got ''"),
+        ("fastv", ValueError, "keep must be given where no budget is"),
+        ("fastv:", ValueError, "keep must be given where no budget is"),
         ("fastv:many", ValueError, "keep must be a number, got 'many'"),
         ("fastv:0.4,depth=2", ValueError, "'depth' is no setting of fastv"),
         ("fastv:0.4,keep=0.2", ValueError, "given twice"),
