@@ -168,6 +168,12 @@ def _weighted_values(weights: Tensor, segment: SegmentView) -> Tensor:
     return out
 
 
+def causal_mask(queries: int, tokens: int, device: torch.device) -> Tensor:
+    """bool ``[1, 1, Q, T]`` in which the last query sees all tokens and each earlier one a token less."""
+    mask = torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+    return mask[None, None]
+
+
 def merge_state(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention over a union of disjoint token sets from the states over each.
 
