@@ -57,7 +57,7 @@ def _kernel_reads(query: Tensor, segments: Sequence[SegmentView]) -> bool:
         and len(dtypes) == 1
         and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and not query.requires_grad
-        and not any(segment.is_coded or segment.slots is not None for segment in segments)
+        and not any(segment.is_coded or segment.is_diagonal or segment.slots is not None for segment in segments)
         and all(importlib.util.find_spec(name) is not None for name in ("triton", "rotatek_kernels"))
     )
 
@@ -83,7 +83,7 @@ def _attend_chunk(
     query: Tensor, segments: Sequence[SegmentView], scale: float, mask_rows: slice, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     batch, q_heads, queries, width = query.shape
-    heads = segments[0].keys.shape[0]
+    heads = segments[0].heads
     dtype = compute_dtype(query.dtype)
     # Heads first, rows second: then rows of equal length are one batched matmul on the storage as it lies.
     q = (query.to(dtype) * scale).reshape(batch, heads, -1, width).transpose(0, 1)  # [H, B, G * Q, D]
@@ -162,8 +162,7 @@ def _weighted_values(weights: Tensor, segment: SegmentView) -> Tensor:
     if segment.value_basis is None:
         return out
     basis = segment.basis_of_rows(segment.value_basis)
-    assert basis.B is not None
-    out = out @ basis.B.to(out.dtype).mT
+    out = basis.rotate_back(out)
     if basis.delta is not None:
         out += weights.sum(-1, keepdim=True) * basis.delta.to(out.dtype)[..., None, :]
     return out

@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from rotatek_cache.basis import Bits, FitOptions, Solver
+from rotatek_cache.basis import Allocation, Bits, FitOptions, Solver
 from rotatek_cache.layer import LayerKV, row_index
 from rotatek_cache.ledger import VisualLedger
 from rotatek_cache.methods import key_method
@@ -149,11 +149,15 @@ class RotateKCache(Cache):
         query_weight: weigh channels by those queries (the paper's method) or not (centred PCA).
         solver: "subspace" (five subspace iterations, the paper's) or "eigh" (exact).
         always_compress: compress also where the basis costs more bytes than it saves (for studies).
-        basis: how Keys are rotated, a name of `rotatek_cache.methods.BASES`; "rotatek" is the paper's.
-        key_bits: quantise coefficients to 8, 4 or 2 bits per channel; "auto" spends ``(1 - sparsity) * 16`` bits per
-            Key channel by reverse water-filling over all of them. None keeps the model's dtype.
-        value_sparsity: rotate Values too (PCA) and drop this share of their channels; None keeps them dense.
+        basis: how Keys are stored, a name of `rotatek_cache.methods.METHODS` ("rotatek" is the paper's), or the path of
+            a basis file.
+        key_bits: quantise coefficients to 8, 4 or 2 bits per channel, or "fp8"; "auto" spends ``(1 - sparsity) * 16``
+            bits per Key channel by reverse water-filling over all of them. None keeps the model's dtype.
+        value_sparsity: rotate Values too and drop this share of their channels; None keeps them dense.
         value_bits: as `key_bits`, for Values.
+        value_basis: "auto" is PCA (the file's basis where `basis` is one); "none" quantises Values per token.
+        allocation: "uniform", or "layers" or "heads" to deal `sparsity` out by a calibrated spectrum; an `Allocation`
+            says how in detail.
         streaming: seal visual tokens after every forward of a chunked prefill, not at the end of their image, so that
             no image is ever held densely; calibrated bases only.
         visual_mask: bool ``[rows, prompt length]``, True on visual tokens; needed without `attach` and for prompts
@@ -175,6 +179,8 @@ class RotateKCache(Cache):
         key_bits: Bits = None,
         value_sparsity: float | None = None,
         value_bits: Bits = None,
+        value_basis: Literal["auto", "none"] = "auto",
+        allocation: Allocation | str = "uniform",
         streaming: bool = False,
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
@@ -191,6 +197,8 @@ class RotateKCache(Cache):
             key_bits=key_bits,
             value_sparsity=value_sparsity,
             value_bits=value_bits,
+            value_basis=value_basis,
+            allocation=Allocation.of(allocation),
             streaming=streaming,
         )
         if self.options.is_calibrated:
@@ -356,7 +364,7 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         SegmentReport(
             tokens=int(segment.lengths.sum()),
             rank=_rank(segment.keys, width),
-            stored_rank=segment.keys.data.shape[-1] if segment.keys.code is None else segment.keys.code.channels,
+            stored_rank=segment.keys.channels,
             head_width=width,
             key_bytes=storage_bytes([segment.keys.data]),
             value_bytes=storage_bytes([segment.values.data]),

@@ -128,7 +128,7 @@ class LayerKV:
         segment = self._compress(pending, plan, rows) if rows else None
         while segment is not None and self.options.energy is not None:
             # Only now is the rank known; rows that it does not pay for stay dense, and the others may need less.
-            worth = self._worth(pending, plan, rows, segment.keys.data.shape[-1])
+            worth = self._worth(pending, plan, rows, segment.keys.channels)
             if worth == rows:
                 break
             rows, segment = worth, self._compress(pending, plan, worth) if worth else None

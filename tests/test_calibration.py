@@ -63,7 +63,7 @@ def test_static_selection_ranks_channels_by_query_times_key_power():
     moments = Moments(
         torch.diag(torch.tensor([4.0, 9.0, *[0.0] * 6], dtype=torch.float64))[None], 1, torch.zeros(1, 2, 8)
     )
-    moments.query_moment = torch.diag(torch.tensor([3.0, 1.0, *[1.0] * 6], dtype=torch.float64))[None]
+    moments.cost = torch.diag(torch.tensor([3.0, 1.0, *[1.0] * 6], dtype=torch.float64))[None]
     basis = moments.basis("leank")
     assert basis["encoder"][0, :, 0].tolist() == [1, *[0] * 7]
     assert basis["spectrum"][0, :2].tolist() == [12, 9]
