@@ -183,6 +183,9 @@ class LayerKV:
         assert pending is not None
         if plan.dropped is not None:
             self.dropped.append((plan.begin, plan.dropped.sum(1)))
+            if self.selection is not None:
+                merged = self.selection.method.merged(pending.keys, pending.values, plan.visual, plan.dropped)
+                pending.keys, pending.values = merged
         candidates = [row for row, count in enumerate(plan.counts) if count]
         rows = self._worth(pending, plan, candidates, None)
         segment = self._compress(pending, plan, rows) if rows else None

@@ -3,15 +3,19 @@
 import dataclasses
 from typing import Any
 
+from rotatek_cache.methods.aircache import AirCache
 from rotatek_cache.methods.divprune import DivPrune
 from rotatek_cache.methods.fastv import FastV
+from rotatek_cache.methods.look_m import LookM
 from rotatek_cache.methods.visionzip import VisionZip
 from rotatek_cache.methods.vl_cache import VLCache
 from rotatek_cache.tokens import TokenMethod
 
 TOKENS: dict[str, type[TokenMethod]] = {
+    "aircache": AirCache,
     "divprune": DivPrune,
     "fastv": FastV,
+    "look_m": LookM,
     "visionzip": VisionZip,
     "vl_cache": VLCache,
 }
@@ -32,13 +36,16 @@ def token_method(spec: TokenMethod | str) -> TokenMethod:
         raise ValueError(f"tokens must name one of {', '.join(sorted(TOKENS))}, got {spec!r}")
     parts = [part.partition("=") for part in settings.split(",")] if settings else []
     pairs = [(key, value) if separator else ("keep", key) for key, separator, value in parts]
-    known = {field.name for field in dataclasses.fields(TOKENS[name])}
+    types = {field.name: field.type for field in dataclasses.fields(TOKENS[name])}
     arguments: dict[str, Any] = {}
     for key, value in pairs:
-        if key not in known or key in arguments:
+        if key not in types or key in arguments:
             raise ValueError(
-                f"tokens={spec!r}: {key!r} is no setting of {name} (or given twice), which has {sorted(known)}"
+                f"tokens={spec!r}: {key!r} is no setting of {name} (or given twice), which has {sorted(types)}"
             )
+        if types[key] is str:
+            arguments[key] = value
+            continue
         try:
             arguments[key] = int(value) if value.isdigit() and key != "keep" else float(value)
         except ValueError:

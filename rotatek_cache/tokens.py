@@ -115,9 +115,11 @@ class AttentionMethod(TokenMethod, abc.ABC):
 
     Attributes:
         last_query_only: read the prompt's last query only, not all of those behind the last visual token.
+        in_parts: the summary of many queries is the sum of those of their parts, so that memory can be bounded.
     """
 
     last_query_only: ClassVar[bool] = False
+    in_parts: ClassVar[bool] = True
 
     def check_layers(self, compressed: Sequence[int], layers: int) -> None:
         """Raise if the method cannot work where only the layers `compressed` of `layers` are ours."""
@@ -137,6 +139,15 @@ class AttentionMethod(TokenMethod, abc.ABC):
     @abc.abstractmethod
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
         """The tokens that each layer of `pruned` keeps: bool ``[B, P]``, within `visual` ``[B, P]``."""
+
+    def merged(self, keys: Tensor, values: Tensor, kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and Values ``[B, H, P, D]`` of a layer as they are to be stored; most methods change nothing.
+
+        Args:
+            keys, values: of the tokens that wait for their seal; not to be written to.
+            kept, dropped: bool ``[B, P]``, visual tokens.
+        """
+        return keys, values
 
 
 def share_of(counts: Tensor, keep: float) -> Tensor:
@@ -247,6 +258,7 @@ class TokenSelection:
         begin = int(valid.any(0).int().argmax())  # queries before it are nobody's
         columns = plan.end - plan.begin
         size = max(1, MAX_SCORES // max(1, query.shape[0] * query.shape[1] * columns))
+        size = size if self.method.in_parts else queries
         visual = plan.visual.to(query.device)
         visible = self._visible(mask, queries, layer.length, query.device)
         total: Summary | None = None

@@ -11,7 +11,7 @@ from test_storage import _storages
 from tiny_models import FAMILIES, visual_positions
 from transformers import DynamicCache
 
-from rotatek_cache import DivPrune, FastV, RotateKCache, VisionZip, VLCache
+from rotatek_cache import AirCache, DivPrune, FastV, LookM, RotateKCache, VisionZip, VLCache
 from rotatek_cache.token_specs import TOKENS
 from rotatek_cache.tokens import FeatureMethod
 
@@ -255,8 +255,15 @@ NO_FEATURES = ("merged_embeddings", "forward_with_embeddings")
 SOME_WAYS = [name for name in ways.WAYS if name not in ("video", "interleaved_conversations", "interleaved_forwards")]
 
 
-@pytest.mark.parametrize("way", SOME_WAYS)
-@pytest.mark.parametrize("name", TOKENS)
+# One method of each kind goes through all ways; the others share its path.
+EVERY_WAY = ("fastv", "vl_cache", "visionzip")
+A_FEW_WAYS = ("padded_batch", "beams", "second_turn_padded", "chunked_prefill_padded")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name in TOKENS for way in (SOME_WAYS if name in EVERY_WAY else A_FEW_WAYS)],
+)
 def test_everything_kept_is_dynamic_cache(name, way):
     host = build_host("llava")
     maker = make(TOKENS[name](keep=1.0))
@@ -298,7 +305,7 @@ def test_fewer_tokens_run_everywhere(method, way):
         assert ours.shape == theirs.shape
 
 
-METHODS = [FastV(0.4), FastV(0.4, layer=1), VLCache(0.4), VisionZip(0.4), DivPrune(0.4)]
+METHODS = [FastV(0.4), FastV(0.4, layer=1), VLCache(0.4), VisionZip(0.4), DivPrune(0.4), AirCache(0.4), LookM(0.4)]
 OPTIONS = [{}, {"sparsity": None, "rank": 8, "always_compress": True}]
 
 
