@@ -261,7 +261,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             for number, name in enumerate(names):
                 rows = [row for row in result["rows"] if (row["tokens"], row["channels"]) == (name, channel)]
                 points = sorted((row["bytes_share"], row[which]["exact_match"]) for row in rows)
-                axis.plot(*zip(*points, strict=True), marker="osD^v<>P"[number % 8], markersize=4, label=name)
+                style = {"marker": "osD^v<>P"[number % 8], "color": f"C{number}", "markersize": 4}
+                axis.plot(*(zip(*points, strict=True) if points else ([], [])), label=name, **style)
             for row in result["rows"]:
                 if row["budget"] is None and row["channels"] != "dense":
                     axis.plot(row["bytes_share"], row[which]["exact_match"], marker="*", color="black", linestyle="")

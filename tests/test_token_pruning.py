@@ -305,6 +305,26 @@ def test_fewer_tokens_run_everywhere(method, way):
         assert ours.shape == theirs.shape
 
 
+@pytest.mark.parametrize("method", [FastV(0.3), VLCache(0.3)], ids=str)
+@pytest.mark.parametrize("way", ["prompt_lookup", "assistant_model"])
+def test_assisted_decoding_chooses_the_tokens_that_greedy_decoding_does(llava: Host, way, method):
+    """The first forward brings guesses, which may be wrong, behind the prompt."""
+    prompt = llava.tiny.prompt(3)
+    options = {}
+    if way == "prompt_lookup":
+        prompt.ids += prompt.ids[-5:] * 3
+        options = {"prompt_lookup_num_tokens": 4}
+    else:
+        options = {"assistant_model": copy.deepcopy(llava.attached)}
+        for parameter in options["assistant_model"].model.language_model.parameters():
+            parameter.data *= 1.1
+    inputs = llava.tiny.inputs(prompt)
+    plain = ways.generate(llava.attached, inputs, make(method)(), max_new_tokens=10)
+    assisted = ways.generate(llava.attached, inputs, make(method)(), max_new_tokens=10, **options)
+    assert torch.equal(plain.sequences, assisted.sequences)
+    torch.testing.assert_close(torch.stack(plain.logits), torch.stack(assisted.logits), atol=1e-4, rtol=1e-4)
+
+
 METHODS = [FastV(0.4), FastV(0.4, layer=1), VLCache(0.4), VisionZip(0.4), DivPrune(0.4), AirCache(0.4), LookM(0.4)]
 OPTIONS = [{}, {"sparsity": None, "rank": 8, "always_compress": True}]
 
