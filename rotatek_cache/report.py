@@ -76,10 +76,15 @@ class CacheReport:
                 f"calibrated basis: {readable_bytes(self.shared_bytes)} once per model, shared by all requests and not "
                 "counted above"
             )
-        few = {entry for layer in self.layers for entry in layer.kept_dense}
-        for row, tokens in sorted(few):
+        few: dict[int, set[int]] = {}
+        for layer in self.layers:
+            for row, tokens in layer.kept_dense:
+                few.setdefault(row, set()).add(tokens)
+        for row, counts in sorted(few.items()):
+            # A token method may leave each layer another number.
+            span = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
             lines.append(
-                f"row {row}: {tokens} visual tokens stayed dense, since a basis would cost more bytes than it saves"
+                f"row {row}: {span} visual tokens stayed dense, since a basis would cost more bytes than it saves"
             )
         return "\n".join(lines)
 

@@ -116,10 +116,12 @@ class AttentionMethod(TokenMethod, abc.ABC):
     Attributes:
         last_query_only: read the prompt's last query only, not all of those behind the last visual token.
         in_parts: the summary of many queries is the sum of those of their parts, so that memory can be bounded.
+        layer_by_layer: each layer's tokens follow from its own attention, so that none has to wait for the others.
     """
 
     last_query_only: ClassVar[bool] = False
     in_parts: ClassVar[bool] = True
+    layer_by_layer: ClassVar[bool] = False
 
     def check_layers(self, compressed: Sequence[int], layers: int) -> None:
         """Raise if the method cannot work where only the layers `compressed` of `layers` are ours."""
@@ -236,6 +238,9 @@ class TokenSelection:
             mask: the model's mask, bool ``[B or 1, 1, Q, T]`` or additive.
             scale: factor on the logits.
         """
+        if self.method.layer_by_layer:
+            seen = self._summary(layer, plan, query, mask, scale)
+            return [(layer, self.method.select({layer.index: seen}, plan.visual, (layer.index,))[layer.index])]
         if plan is not self._plan:
             self._forget(plan)
         watched = self.method.watched(self.compressed)

@@ -366,6 +366,27 @@ def test_beams_and_selection_keep_each_row_its_own(llava: Host, method, options)
     assert sum(dropped) > 0
 
 
+@pytest.mark.parametrize(
+    ("method", "waiting"),
+    [(VLCache(0.4), [0, 1, 2]), (AirCache(0.4), [0, 1, 2]), (LookM(0.4), [0, 0, 0]), (FastV(0.4), [0, 0, 0])],
+    ids=str,
+)
+def test_layers_wait_for_one_another_only_where_the_method_compares_them(llava: Host, monkeypatch, method, waiting):
+    """How many layers are still dense when the next one begins."""
+    from rotatek_cache.cache import RotateKLayer
+
+    cache, counts, update = make(method)(), [], RotateKLayer.update
+
+    def noting(self, *args, **kwargs):
+        counts.append(sum(layer.kv.pending is not None for layer in cache.layers))
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(RotateKLayer, "update", noting)
+    llava.attached(**ways.padded(llava.tiny), past_key_values=cache)
+    assert counts == waiting
+    assert not any(layer.kv.pending for layer in cache.layers)
+
+
 @pytest.mark.parametrize("name", TOKENS)
 def test_bytes_are_those_of_the_kept_tokens(llava: Host, name):
     inputs = ways.padded(llava.tiny)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class LookM(AttentionMethod):
     """
 
     merge: str = "pivotal"
+    layer_by_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
