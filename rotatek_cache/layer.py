@@ -7,6 +7,7 @@ others into the *text* segment, which stays dense and grows in place.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ from rotatek_cache.ledger import SealPlan, VisualLedger
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import SegmentView, TextSegment, VisualSegment
 from rotatek_cache.tokens import TokenSelection
+
+
+class SealPlanner(Protocol):
+    """Something that settles a layer's options once a prompt is known."""
+
+    def prepare(self, layer: "LayerKV", plan: SealPlan) -> None:
+        """Called before a layer seals by `plan`."""
 
 
 @dataclass
@@ -45,6 +53,7 @@ class LayerKV:
         self.ledger = ledger
         self.index = index
         self.selection = selection
+        self.planner: SealPlanner | None = None
         self.sealer = Sealer(options, index)
         self.segments: list[VisualSegment] = []
         self.text = TextSegment()
@@ -54,6 +63,10 @@ class LayerKV:
         self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, visual tokens left out [B]
         self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
         self.dtype: torch.dtype | None = None
+
+    def use(self, options: FitOptions) -> None:
+        """Seal with other options from now on."""
+        self.options, self.sealer = options, Sealer(options, self.index)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take the Keys ``[B, H, n, D]`` and Values ``[B, H, n, D_v]`` of the next n positions."""
@@ -156,6 +169,8 @@ class LayerKV:
         plan = self.ledger.plan(pending.begin, self.length, mask, wait=not self.options.streaming)
         if plan is None:
             return
+        if self.planner is not None:
+            self.planner.prepare(self, plan)
         if self.selection is None:
             self._seal(plan)
             return
@@ -168,6 +183,9 @@ class LayerKV:
         assert pending is not None
         if plan.dropped is not None:
             self.dropped.append((plan.begin, plan.dropped.sum(1)))
+            if self.selection is not None:
+                merged = self.selection.method.merged(pending.keys, pending.values, plan.visual, plan.dropped)
+                pending.keys, pending.values = merged
         candidates = [row for row, count in enumerate(plan.counts) if count]
         rows = self._worth(pending, plan, candidates, None)
         segment = self._compress(pending, plan, rows) if rows else None

@@ -80,6 +80,7 @@ class SealPlan:
         self.visual = visual  # bool [B, P], padding excluded
         self.visible = visible  # bool [B, P]
         self.dropped = dropped  # bool [B, P], visual tokens that are to be left out; None: none
+        self.prompt_end = end  # later positions hold guesses at the answer
         self.begin = begin
         self.end = end
         self.counts: list[int] = visual.sum(1).tolist()
@@ -103,10 +104,15 @@ class SealPlan:
         return plan
 
     def queries_behind_visual(self, *, last_only: bool = False) -> Tensor:
-        """bool ``[B, P]``: text behind a row's last visual token, or only the last of it; nothing in rows of text."""
+        """bool ``[B, P]``: text behind a row's last visual token, or only the last of it; nothing in rows of text.
+
+        Guesses of assisted decoding, which come with the prompt, are not looked at, unless the prompt ends in an image.
+        """
         places = torch.arange(1, self.visual.shape[1] + 1, device=self.visual.device)
         last_visual = (self.visual * places).amax(1, keepdim=True)
         behind = self.visible & (places > last_visual) & (last_visual > 0)
+        prompt = behind & (places <= self.prompt_end - self.begin)
+        behind = torch.where(prompt.any(1, keepdim=True), prompt, behind)
         return behind & (places == (behind * places).amax(1, keepdim=True)) if last_only else behind
 
     def layout(self, rows: tuple[int, ...], device: torch.device) -> RowLayout:
@@ -194,6 +200,7 @@ class VisualLedger:
         self.dropped: list[tuple[int, int, Tensor]] = []  # as flags: visual tokens left out before the language model
         self.visible: Tensor | None = None  # bool [B, T]; None while nothing is known to be padding
         self.prompt: Tensor | None = None  # ids [B, n] of the first forward, where they are known
+        self.prompt_end: int | None = None  # where guesses at the answer begin in a forward that brings some
         self.sealed = 0  # positions before it went through a seal, which drops padding
         self.end_forward()
 
@@ -317,7 +324,9 @@ class VisualLedger:
         if wait and not bool(((last_visual == 0) | (last_text > last_visual)).all()):
             return None
         self.sealed = end
-        return SealPlan(visual, visible, begin, end, self.dropped_of(begin, end))
+        plan = SealPlan(visual, visible, begin, end, self.dropped_of(begin, end))
+        plan.prompt_end = end if self.prompt_end is None else self.prompt_end
+        return plan
 
     def _flags_of(self, begin: int, end: int) -> Tensor:
         flags = _overlaid([(b, e, visual) for b, e, visual in self.flags if visual is not None], begin, end)
@@ -391,7 +400,7 @@ class VisualLedger:
     def __deepcopy__(self, memo: dict) -> "VisualLedger":
         copy = VisualLedger(self.given)
         copy.flags, copy.visible, copy.prompt, copy.sealed = list(self.flags), self.visible, self.prompt, self.sealed
-        copy.dropped = list(self.dropped)
+        copy.dropped, copy.prompt_end = list(self.dropped), self.prompt_end
         return copy
 
 

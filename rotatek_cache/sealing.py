@@ -60,6 +60,14 @@ class Sealer:
             return True
         if options.is_identity and not options.codes_values:
             return True  # nothing is gained and nothing lost
+        dense = tokens * (key_width + value_width) * dtype.itemsize
+        return self.stored_bytes(tokens, key_width, value_width, dtype, rank) < dense
+
+    def stored_bytes(
+        self, tokens: int, key_width: int, value_width: int, dtype: torch.dtype, rank: int | None = None
+    ) -> int:
+        """Bytes of `tokens` compressed tokens of a head with their bases, at most (a spectrum may need fewer)."""
+        options = self.options
         stored = 0
         if options.is_identity:
             stored += tokens * key_width * dtype.itemsize
@@ -75,7 +83,7 @@ class Sealer:
             share = options.value_sparsity or 0.0
             value_rank = rank_of_share(share, value_width)
             stored += self._bytes(tokens, value_rank, share, value_width, options.value_bits, dtype)
-        return stored < tokens * (key_width + value_width) * dtype.itemsize
+        return stored
 
     def _key_bytes(self, tokens: int, rank: int, width: int, dtype: torch.dtype) -> int:
         options = self.options
