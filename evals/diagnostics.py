@@ -84,9 +84,9 @@ class _ListeningKV(LayerKV):
         self.keys.append(keys[0].float())
         super().append(keys, values)
 
-    def observe(self, query: Tensor, *args: Any) -> None:
+    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         self.queries.append(query[0].float())
-        super().observe(query, *args)
+        super().observe(query, mask, scale)
 
 
 def listen(chat: Chat, sample: Sample, max_new_tokens: int, window: int = 32) -> list[Heard]:

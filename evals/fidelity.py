@@ -53,11 +53,11 @@ SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}
 
 
 class RecordingCache(RotateKCache):
-    """A dense cache that keeps what each layer was given in a prefill: Keys, Values and queries."""
+    """A dense cache that keeps what each layer was given in a prefill: Keys, Values, queries and the logits' scale."""
 
     def __init__(self) -> None:
         super().__init__(sparsity=0)
-        self.seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.seen: dict[int, tuple[Tensor, Tensor, Tensor, float | None]] = {}
         self.visual: Tensor | None = None
 
     def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
@@ -77,14 +77,14 @@ class RecordingCache(RotateKCache):
 
 
 class _RecordingKV(LayerKV):
-    record: dict[int, tuple[Tensor, Tensor, Tensor]]
+    record: dict[int, tuple[Tensor, Tensor, Tensor, float | None]]
 
-    def observe(self, query: Tensor, mask: Tensor | None) -> None:
+    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         assert self.pending is not None
         keys, values = self.pending.keys, self.pending.values
         if keys.dtype == torch.float32:
             keys, values = keys.half(), values.half()
-        self.record[self.index] = (keys, values, query)
+        self.record[self.index] = (keys, values, query, scale)
 
 
 @dataclass
@@ -205,9 +205,9 @@ def fill(cache: RotateKCache, config: Any, batch: Batch, recorder: RecordingCach
         if index not in recorder.seen:
             cache.layers[index] = copy.deepcopy(layer)  # a stock layer, such as one of a sliding window
             continue
-        keys, values, window = recorder.seen[index]
+        keys, values, query, scale = recorder.seen[index]
         handle, _ = cache.update(keys, values, index)
-        handle.kv.observe(window, last)
+        handle.kv.observe(query, last, scale)
 
 
 def replay(model: Any, cache: RotateKCache, batch: Batch, first_logits: Tensor) -> Tensor:

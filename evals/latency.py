@@ -135,10 +135,10 @@ class _TimedKV(LayerKV):
 
     seconds = 0.0
 
-    def observe(self, query: Tensor, *args: Any) -> None:
+    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         _synchronise(query.device)
         begin = time.perf_counter()
-        super().observe(query, *args)
+        super().observe(query, mask, scale)
         _synchronise(query.device)
         self.seconds += time.perf_counter() - begin
 
