@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evals.reader.pages import ADDRESS_KINDS, LEVELS, TRAIN_SEEDS, ask, make_page
 from rotatek_cache import attach
-from rotatek_cache.calibration import Calibration, calibrate, fingerprint
+from rotatek_cache.calibration import METHODS, VALUE_METHODS, Calibration, calibrate, fingerprint
 
 READER = Path(__file__).parent.parent / "rotatek_cache" / "reader"
 
@@ -36,13 +36,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=READER)
     parser.add_argument("--pages", type=int, default=512)
     parser.add_argument("--level", choices=sorted(LEVELS), default="hard")
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0])
+    parser.add_argument("--value-method", choices=VALUE_METHODS, default=VALUE_METHODS[0])
     parser.add_argument("--out", type=Path, default=Path("runs/reader_basis.safetensors"))
     args = parser.parse_args()
     processor = AutoProcessor.from_pretrained(args.model)
     model = attach(AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval())
     state = Calibration(fingerprint(model), model.config.model_type)
     calibrate(model, prompts(processor, args.pages, args.level), state)
-    state.write_basis(args.out, source=f"{args.pages} drawn pages, level {args.level}")
+    source = f"{args.pages} drawn pages, level {args.level}"
+    state.write_basis(args.out, source=source, method=args.method, value_method=args.value_method)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes from {state.images} pages")
 
 

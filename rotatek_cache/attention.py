@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.basis import compute_dtype
+from rotatek_cache.coding import CodeLayout
 from rotatek_cache.segments import SegmentView
 
 Implementation = Literal["auto", "torch", "triton"]
@@ -50,16 +51,19 @@ def attend(
 
 
 def _kernel_reads(query: Tensor, segments: Sequence[SegmentView]) -> bool:
-    """Whether the kernel is at hand and meant for these arguments: numbers of one dtype or packed codes, on CUDA."""
+    """Whether the kernel is at hand and reads this: numbers of the query's dtype, or packed codes, on CUDA."""
     if not query.is_cuda or query.requires_grad or query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
-    numbers = (
-        stored.dtype
+    stored = [
+        (stored, code)
         for segment in segments
         for stored, code in ((segment.keys, segment.key_code), (segment.values, segment.value_code))
-        if code is None
+    ]
+    return (
+        all(isinstance(code, CodeLayout) if code else numbers.dtype == query.dtype for numbers, code in stored)
+        and not any(segment.is_diagonal for segment in segments)
+        and _kernel_is_installed()
     )
-    return all(dtype == query.dtype for dtype in numbers) and _kernel_is_installed()
 
 
 @functools.cache
@@ -88,7 +92,7 @@ def _attend_chunk(
     query: Tensor, segments: Sequence[SegmentView], scale: float, mask_rows: slice, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     batch, q_heads, queries, width = query.shape
-    heads = segments[0].keys.shape[0]
+    heads = segments[0].heads
     dtype = compute_dtype(query.dtype)
     # Heads first, rows second: then rows of equal length are one batched matmul on the storage as it lies.
     q = (query.to(dtype) * scale).reshape(batch, heads, -1, width).transpose(0, 1)  # [H, B, G * Q, D]
@@ -167,11 +171,16 @@ def _weighted_values(weights: Tensor, segment: SegmentView) -> Tensor:
     if segment.value_basis is None:
         return out
     basis = segment.basis_of_rows(segment.value_basis)
-    assert basis.B is not None
-    out = out @ basis.B.to(out.dtype).mT
+    out = basis.rotate_back(out)
     if basis.delta is not None:
         out += weights.sum(-1, keepdim=True) * basis.delta.to(out.dtype)[..., None, :]
     return out
+
+
+def causal_mask(queries: int, tokens: int, device: torch.device) -> Tensor:
+    """bool ``[1, 1, Q, T]`` in which the last query sees all tokens and each earlier one a token less."""
+    mask = torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+    return mask[None, None]
 
 
 def merge_state(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

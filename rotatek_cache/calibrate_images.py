@@ -35,6 +35,7 @@ def calibrate_reader(
     out: Path,
     *,
     method: str,
+    value_method: str,
     save_every: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Calibrated:
@@ -47,7 +48,7 @@ def calibrate_reader(
         paths: images; one that cannot be read is skipped and counted.
         questions: at least one.
         out: the basis file.
-        method: of `rotatek_cache.calibration.METHODS`.
+        method, value_method: of `rotatek_cache.calibration.METHODS` and `VALUE_METHODS`.
         save_every: images between two saves.
         advance: called with the number of images done.
 
@@ -70,7 +71,7 @@ def calibrate_reader(
             if (number + 1) % save_every == 0:
                 state.save(saved)
             advance(number + 1)
-        state.write_basis(out, source=f"{state.images} images", method=method)
+        state.write_basis(out, source=f"{state.images} images", method=method, value_method=value_method)
     except ValueError as error:
         raise DemoError(str(error)) from error
     except OSError as error:

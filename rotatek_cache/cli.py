@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rotatek_cache import FitOptions, __version__
 from rotatek_cache.calibrate_images import calibrate_reader, find_images
-from rotatek_cache.calibration import METHODS
+from rotatek_cache.calibration import METHODS, VALUE_METHODS
 from rotatek_cache.demo import (
     ANY_QUESTION,
     READER_PAGE,
@@ -133,7 +133,10 @@ def calibrate(
     question: Annotated[
         list[str] | None, typer.Option(help="Questions to ask in turn; may be given several times.")
     ] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = METHODS[0],
+    method: Annotated[str, typer.Option(help=f"Basis of Keys: {', '.join(METHODS)}.")] = METHODS[0],
+    value_method: Annotated[
+        str, typer.Option(help=f"Basis of Values: {', '.join(VALUE_METHODS)} (weighted by the output projection).")
+    ] = VALUE_METHODS[0],
     most: Annotated[int | None, typer.Option(min=1, help="Use the first so many images only.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Images between two saves of the state.")] = 64,
     device: Annotated[str, typer.Option(help="Device of torch; auto takes CUDA where there is one.")] = "auto",
@@ -144,7 +147,7 @@ def calibrate(
     A run that is stopped goes on where it was last saved when it is started again with the same --out.
     """
     try:
-        _check_calibration(out, method)
+        _check_calibration(out, method, value_method)
         paths = find_images(images)[:most]
         with err.status("loading the model"):
             reader = Reader.load(model, device=device, dtype=dtype)
@@ -156,6 +159,7 @@ def calibrate(
                 question or list(READER_QUESTIONS if model is None else (ANY_QUESTION,)),
                 out,
                 method=method,
+                value_method=value_method,
                 save_every=save_every,
                 advance=lambda done: progress.update(task, completed=done),
             )
@@ -167,11 +171,13 @@ def calibrate(
         _fail(str(error))
 
 
-def _check_calibration(out: Path, method: str) -> None:
+def _check_calibration(out: Path, method: str, value_method: str) -> None:
     if out.suffix != ".safetensors":
         raise DemoError(f"--out must end in .safetensors, got '{out}'")
     if method not in METHODS:
         raise DemoError(f"--method must be one of {', '.join(METHODS)}, got '{method}'")
+    if value_method not in VALUE_METHODS:
+        raise DemoError(f"--value-method must be one of {', '.join(VALUE_METHODS)}, got '{value_method}'")
 
 
 def _fail(message: str) -> NoReturn:

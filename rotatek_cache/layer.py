@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import FitOptions
+from rotatek_cache.attention import reference_attention
+from rotatek_cache.basis import FitOptions, compute_dtype
 from rotatek_cache.ledger import SealPlan, VisualLedger
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import SegmentView, TextSegment, VisualSegment
+from rotatek_cache.tokens import TokenSelection
 
 
 @dataclass
@@ -36,16 +38,20 @@ def row_index(index: Tensor | Sequence[int], device: torch.device) -> Tensor:
 class LayerKV:
     """Keys and Values of one layer: dense until an image is complete, compressed from its seal on."""
 
-    def __init__(self, options: FitOptions, ledger: VisualLedger, index: int) -> None:
+    def __init__(
+        self, options: FitOptions, ledger: VisualLedger, index: int, selection: TokenSelection | None = None
+    ) -> None:
         self.options = options
         self.ledger = ledger
         self.index = index
+        self.selection = selection
         self.sealer = Sealer(options, index)
         self.segments: list[VisualSegment] = []
         self.text = TextSegment()
         self.pending: Pending | None = None
         self.length = 0  # logical tokens, padding included
         self.kept_dense: list[tuple[int, int]] = []  # (row at its seal, visual tokens) below break-even
+        self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, visual tokens left out [B]
         self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
         self.dtype: torch.dtype | None = None
 
@@ -110,8 +116,37 @@ class LayerKV:
             mask=mask,
         )
 
-    def observe(self, query: Tensor, mask: Tensor | None) -> None:
-        """See the queries ``[B, H_q, Q, D]`` of a forward whose attention is done; seal if the images are complete."""
+    def hidden(self) -> Tensor | None:
+        """bool ``[B, T]``: tokens that a token method has dropped, and that this forward must not attend to."""
+        if self.pending is None:
+            return None
+        begin, plan = self.pending.begin, self.ledger.known_plan
+        dropped = self.ledger.dropped_of(begin, self.length)
+        if self.selection is not None and plan is not None and plan.end == self.length:
+            dropped = plan.keeping(self.selection.kept(self.index, plan)).dropped
+        return None if dropped is None else torch.nn.functional.pad(dropped, (begin, 0))
+
+    def pending_attention(self, query: Tensor, visible: Tensor, scale: float) -> Tensor:
+        """Attention of a few queries ``[B, H_q, q, D]`` to the pending tokens: probabilities ``[B, H_q, q, P]``.
+
+        The softmax is over all that the layer holds; `visible` ``[B or 1, q, T]`` says what each query sees.
+        """
+        assert self.pending is not None
+        dtype = compute_dtype(query.dtype)
+        keys = self.pending.keys.to(dtype)
+        _, lse = reference_attention(query, self.views(visible[:, None]), scale)
+        assert lse is not None
+        grouped = (query.to(dtype) * scale).unflatten(1, (keys.shape[1], -1))  # [B, H, G, q, D]
+        logits = (grouped @ keys.mT[:, :, None]).flatten(1, 2)
+        logits = logits.masked_fill(~visible[:, None, :, self.pending.begin :], -torch.inf)
+        return (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+
+    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
+        """See the queries ``[B, H_q, Q, D]`` of a forward whose attention is done; seal if the images are complete.
+
+        `mask` is the model's, bool ``[B or 1, 1, Q, T]`` or additive, None for causal; `scale` the factor on the
+        logits, ``D ** -0.5`` by default.
+        """
         pending = self.pending
         if pending is None:
             return
@@ -119,16 +154,26 @@ class LayerKV:
         # Cloned, or a view would keep the whole prompt's queries alive until the seal.
         pending.window = window[:, :, -self.options.query_window :].clone()
         plan = self.ledger.plan(pending.begin, self.length, mask, wait=not self.options.streaming)
-        if plan is not None:
-            self._seal(pending, plan)
+        if plan is None:
+            return
+        if self.selection is None:
+            self._seal(plan)
+            return
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        for layer, kept in self.selection.decide(self, plan, query, mask, scale):
+            layer._seal(plan.keeping(kept))  # noqa: SLF001 (another layer of this cache)
 
-    def _seal(self, pending: Pending, plan: SealPlan) -> None:
+    def _seal(self, plan: SealPlan) -> None:
+        pending = self.pending
+        assert pending is not None
+        if plan.dropped is not None:
+            self.dropped.append((plan.begin, plan.dropped.sum(1)))
         candidates = [row for row, count in enumerate(plan.counts) if count]
         rows = self._worth(pending, plan, candidates, None)
         segment = self._compress(pending, plan, rows) if rows else None
         while segment is not None and self.options.energy is not None:
             # Only now is the rank known; rows that it does not pay for stay dense, and the others may need less.
-            worth = self._worth(pending, plan, rows, segment.keys.data.shape[-1])
+            worth = self._worth(pending, plan, rows, segment.keys.channels)
             if worth == rows:
                 break
             rows, segment = worth, self._compress(pending, plan, worth) if worth else None
@@ -190,6 +235,7 @@ class LayerKV:
         for segment in self.segments:
             segment.select_rows(index)
         self.text.select_rows(index)
+        self.dropped = [(begin, counts[index]) for begin, counts in self.dropped]
         if self.pending is not None:
             pending = self.pending
             window = None if pending.window is None else pending.window[index]
@@ -213,6 +259,7 @@ class LayerKV:
                 segment.truncate(length)
             self.segments = [segment for segment in self.segments if bool(segment.lengths.any())]
             self.text.truncate(length)
+            self.dropped = [(begin, counts) for begin, counts in self.dropped if begin < length]
             if length == 0:
                 self.text, self.kept_dense = TextSegment(), []
         self.length = length
@@ -232,4 +279,4 @@ class LayerKV:
         if self.pending is not None:
             window = [] if self.pending.window is None else [self.pending.window]
             held += [self.pending.keys, self.pending.values, *window]
-        return held
+        return held + [counts for _, counts in self.dropped]

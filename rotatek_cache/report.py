@@ -20,7 +20,8 @@ class SegmentReport:
 class LayerReport:
     """One layer: logical `tokens` per row, its segments, dense tokens over all rows, bytes stored and dense.
 
-    `kept_dense` lists (row at the seal, visual tokens) that were too few for a basis to save bytes.
+    `kept_dense` lists (row at the seal, visual tokens) that were too few for a basis to save bytes; `dropped` is how
+    many visual tokens of all rows a token method left out.
     """
 
     index: int
@@ -31,6 +32,7 @@ class LayerReport:
     stored_bytes: int
     dense_bytes: int
     kept_dense: list[tuple[int, int]]
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class CacheReport:
     options: str
     layers: list[LayerReport]
     stored_bytes: int
+    shared_bytes: int = 0
 
     @property
     def dense_bytes(self) -> int:
@@ -64,6 +67,14 @@ class CacheReport:
         lines.append(
             f"in all {readable_bytes(self.stored_bytes)} stored, {readable_bytes(self.dense_bytes)} dense: {change}"
         )
+        if any(layer.dropped for layer in self.layers):
+            dropped = ", ".join(f"{layer.index}: {layer.dropped}" for layer in self.layers)
+            lines.append(f"visual tokens dropped, by layer: {dropped}")
+        if self.shared_bytes:
+            lines.append(
+                f"calibrated basis: {readable_bytes(self.shared_bytes)} once per model, shared by all requests and not "
+                "counted above"
+            )
         few = {entry for layer in self.layers for entry in layer.kept_dense}
         for row, tokens in sorted(few):
             lines.append(

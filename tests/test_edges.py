@@ -46,7 +46,7 @@ def test_text_hidden_from_the_prompt_and_shown_later_is_refused(llava):
     ("options", "error", "words"),
     [
         ({"sparsity": 0.5, "basis": "think", "query_weight": False}, ValueError, "query_weight=False is plain PCA"),
-        ({"sparsity": 0.5, "key_bits": 8.0}, ValueError, "key_bits must be None, 8, 4, 2 or 'auto', got 8.0"),
+        ({"sparsity": 0.5, "key_bits": 8.0}, ValueError, "key_bits must be None, 8, 4, 2, 'fp8' or 'auto', got 8.0"),
         ({"sparsity": 0.5, "basis": 3}, TypeError, "basis must be a name or the path of a basis file, got int"),
         ({"sparsity": 0.5, "basis": Path("nowhere.safetensors")}, ValueError, "nowhere.safetensors does not exist"),
     ],
@@ -127,7 +127,7 @@ def test_copies_of_a_cache_share_a_calibrated_basis(llava, tmp_path):
     calibrate(llava.attached, [llava.tiny.inputs(llava.tiny.prompt(1))], state).write_basis(tmp_path / "b.safetensors")
     cache, _ = prefilled(llava, llava.tiny.prompt(1), sparsity=0.5, basis=tmp_path / "b.safetensors")
     twin = copy.deepcopy(cache)
-    assert twin.layers[0].kv.sealer.key_method is cache.layers[0].kv.sealer.key_method
+    assert twin.layers[0].kv.sealer.calibrated is cache.layers[0].kv.sealer.calibrated
 
 
 def test_what_a_step_looks_through_does_not_grow_with_the_answer():

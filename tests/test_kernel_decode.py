@@ -22,7 +22,7 @@ TOO_LATE = not CUDA and isinstance(triton.language.sum, triton.runtime.JITFuncti
 
 from rotatek_cache.attention import attend, reference_attention  # noqa: E402
 from rotatek_cache.basis import KeyBasis  # noqa: E402
-from rotatek_cache.coding import CodeLayout  # noqa: E402
+from rotatek_cache.coding import CodeLayout, HeadCodes, Numbers  # noqa: E402
 from rotatek_cache.segments import SegmentView  # noqa: E402
 from rotatek_kernels import decode  # noqa: E402
 from rotatek_kernels.decode import decode_attention  # noqa: E402
@@ -442,6 +442,20 @@ BAD = {
         lambda q, v, t, s: (q, [change(v, key_code="4 bit"), t], s),
         TypeError,
         "keys must be packed as a CodeLayout says, got str",
+    ),
+    "codes-of-each-head": (
+        lambda q, v, t, s: (
+            q,
+            [change(v, keys=v.keys[:1], key_code=HeadCodes((Numbers(8), Numbers(8)))), t],
+            s,
+        ),
+        TypeError,
+        r"\[0\].keys must be packed as a CodeLayout says, got HeadCodes: use impl='torch'",
+    ),
+    "basis-diagonal": (
+        lambda q, v, t, s: (q, [v, change(t, basis=KeyBasis(B=torch.ones(2, 2, 64, device=DEVICE)))], s),
+        ValueError,
+        r"\[1\].basis scales channels and rotates nothing",
     ),
     "codes-more-than-decoded": (
         lambda q, v, t, s: (q, [change(v, keys=v.keys.byte(), key_code=CodeLayout(((4, 32),))), t], s),

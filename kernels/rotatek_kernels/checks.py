@@ -9,13 +9,14 @@ import triton
 from torch import Tensor
 
 from rotatek_cache.basis import RANK_MULTIPLE, KeyBasis
-from rotatek_cache.coding import CodeLayout
+from rotatek_cache.coding import Code, CodeLayout
 from rotatek_cache.segments import SegmentView
 from rotatek_kernels.decode_triton import attend_splits
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
 MAX_GRID = 65535  # programs along the second and third dimension of a grid
+USE = "use impl='torch'"
 MAX_GROUP = 64  # query heads of a KV head
 
 
@@ -54,6 +55,11 @@ def check_scale(scale: float) -> None:
 
 def _check_segment(name: str, segment: SegmentView, query: Tensor, first: SegmentView) -> None:
     q_heads, width = query.shape[1], query.shape[3]
+    for state, basis in (("basis", segment.basis), ("value_basis", segment.value_basis)):
+        if basis is not None and basis.is_diagonal:
+            raise ValueError(
+                f"{name}.{state} scales channels and rotates nothing, which the kernel does not read: {USE}"
+            )
     for state, code in (("keys", segment.key_code), ("values", segment.value_code)):
         _check_storage(f"{name}.{state}", getattr(segment, state), code, query)
     heads = segment.keys.shape[0]
@@ -105,7 +111,7 @@ def _check_segment(name: str, segment: SegmentView, query: Tensor, first: Segmen
         )
 
 
-def _check_storage(name: str, tensor: Tensor, code: CodeLayout | None, query: Tensor) -> None:
+def _check_storage(name: str, tensor: Tensor, code: Code | None, query: Tensor) -> None:
     _check_tensor(name, tensor, query)
     if tensor.dim() != 3:
         raise ValueError(f"{name} must be [H, N, width], got shape {tuple(tensor.shape)}")
@@ -113,7 +119,7 @@ def _check_storage(name: str, tensor: Tensor, code: CodeLayout | None, query: Te
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}")
     elif not isinstance(code, CodeLayout):
-        raise TypeError(f"{name} must be packed as a CodeLayout says, got {type(code).__name__}")
+        raise TypeError(f"{name} must be packed as a CodeLayout says, got {type(code).__name__}: {USE} for other codes")
     elif tensor.dtype != torch.uint8 or tensor.shape[-1] != code.row_bytes:
         raise ValueError(
             f"{name} must hold {code.row_bytes} bytes (uint8) a token, packed as {code.blocks}, got "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import CodeLayout
+from rotatek_cache.coding import Code, CodeLayout
 from rotatek_cache.segments import SegmentView
 from rotatek_kernels.checks import check_arguments, check_scale
 from rotatek_kernels.decode_triton import (
@@ -376,10 +376,11 @@ def _shape_segment(segment: SegmentView, sizes: BlockSizes, dtype: torch.dtype) 
     )
 
 
-def _blocks(columns: int, code: CodeLayout | None) -> tuple[Block, ...]:
+def _blocks(columns: int, code: Code | None) -> tuple[Block, ...]:
     """The blocks of a stored token of `columns` numbers, or of bytes packed as `code` says."""
     if code is None:
         return (Block(0, 1, 0, columns, _block(columns), 0, 0),)
+    assert isinstance(code, CodeLayout)
     blocks: list[Block] = []
     offset = channel = first_part = 0
     for bits, channels in code.blocks:
