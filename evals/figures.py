@@ -113,19 +113,15 @@ def _angles(result: Mapping[str, Any]) -> Figure:
 def _errors(result: Mapping[str, Any]) -> Figure:
     layers = result["geometry"]["layers"]
     figure, axes = new(1, 2, 3.2)
-    for axis, what in zip(axes[0], ("keys", "logits"), strict=True):
+    titled = (("keys", "Keys"), ("logits", "the answers' logits"))
+    for axis, (what, title) in zip(axes[0], titled, strict=True):
         for basis in layers[0]["errors"]:
             ranks = [int(rank) for rank in layers[0]["errors"][basis]]
             error = [
                 np.sqrt(np.mean([layer["errors"][basis][str(rank)][what] ** 2 for layer in layers])) for rank in ranks
             ]
             axis.plot(ranks, error, "o-", ms=3, label=NAMES.get(basis, basis))
-        axis.set(
-            title=f"relative error of {what}, answers' queries" if what == "logits" else "relative error of Keys",
-            xlabel="rank",
-            xscale="log",
-            yscale="log",
-        )
+        axis.set(title=f"relative error of {title}", xlabel="rank", xscale="log", yscale="log")
     axes[0, 0].legend(frameon=False)
     return figure
 
