@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from rotatek_cache import FitOptions, attend
+from rotatek_cache.sealing import Sealer
 from rotatek_sglang.layout import HeadShape, Worth, find_layout
 from rotatek_sglang.metrics import values
 from rotatek_sglang.rows import OutOfRowsError, RequestLedger, Segment, SlotTable
 from rotatek_sglang.storage import SegmentTable, VisualTable, build_storage
-
-from rotatek_cache import FitOptions, attend
-from rotatek_cache.sealing import Sealer
 
 
 def mask(text):
@@ -45,7 +45,7 @@ def test_a_prompt_and_its_answer_worked_by_hand():
 
 def test_what_is_not_there_is_refused_and_nothing_is_lost():
     table = SlotTable(slots=10, text_rows=3, visual_rows=2, bases=1, device="cpu")
-    with pytest.raises(OutOfRowsError, match="3 visual rows.*free are 3, 2 and 1"):
+    with pytest.raises(OutOfRowsError, match=r"3 visual rows.*free are 3, 2 and 1"):
         table.assign(torch.arange(3), mask("vvv"))
     table.assign(torch.arange(2), mask("vt"))
     with pytest.raises(OutOfRowsError, match="1 bases asked for; free are 2, 1 and 0"):
@@ -151,11 +151,14 @@ def test_what_was_sealed_is_what_attention_reads(options):
         codes = stored_values.code.unpack(stored_values.data)
         image_values = stored_values.basis.reconstruct(codes[:, None].float())[:, 0]
     parts = [
-        (torch.cat([image_keys, text_keys[:2].transpose(0, 1)], 1), torch.cat([image_values, text_values[:2].transpose(0, 1)], 1)),
+        (
+            torch.cat([image_keys, text_keys[:2].transpose(0, 1)], 1),
+            torch.cat([image_values, text_values[:2].transpose(0, 1)], 1),
+        ),
         (text_keys[2:].transpose(0, 1), text_values[2:].transpose(0, 1)),
     ]
-    for row, (k, v) in enumerate(parts):
-        k, v = (part.repeat_interleave(2, 0) for part in (k, v))
+    for row, part in enumerate(parts):
+        k, v = (states.repeat_interleave(2, 0) for states in part)
         weights = (query[row].double() @ k.double().mT * 0.3).softmax(-1)
         torch.testing.assert_close(output[row, 0].double(), (weights @ v.double())[:, 0], atol=1e-5, rtol=1e-5)
 
