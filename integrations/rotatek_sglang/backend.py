@@ -13,6 +13,8 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from rotatek_cache.attention import attend
+from rotatek_cache.calibration import fingerprint
+from rotatek_cache.methods.calibrated import load_basis
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import SegmentView
 from rotatek_sglang.metrics import Gauges
@@ -64,6 +66,7 @@ class RotateKBackend(AttentionBackend):
                 "ROTATEK_SPARSITY, ROTATEK_RANK or ROTATEK_ENERGY, or use rotatek_sglang.launch"
             )
         check_model(runner.model, on_gpu=runner.device == "cuda")
+        check_basis(pool.sealers, runner.model)
         self.pool = pool
         self.slots_of = runner.req_to_token_pool.req_to_token
         # The rows of each request: visual tokens first, then text, of which decoding appends one a step.
@@ -282,3 +285,31 @@ def check_model(model: torch.nn.Module, on_gpu: bool) -> None:
     sources = {type(module).__module__ for module in model.modules()}
     if on_gpu and any(hasattr(sys.modules[source], "create_fused_set_kv_buffer_arg") for source in sources):
         raise ValueError(f"rotatek_sglang does not serve models that write into the KV pool themselves ({name})")
+
+
+def check_basis(sealers: Sequence[Sealer], model: torch.nn.Module) -> None:
+    """Raise a ValueError if the sealers' basis file was calibrated on another model."""
+    fit = sealers[0].options
+    if not fit.is_calibrated:
+        return
+    projections = torch.nn.ModuleDict()
+    for module in model.modules():
+        attention, fused = getattr(module, "attn", None), getattr(module, "qkv_proj", None)
+        if not isinstance(attention, RadixAttention) or fused is None:
+            continue
+        weight = fused.weight.detach()
+        widths = [
+            attention.tp_q_head_num * attention.qk_head_dim,
+            attention.tp_k_head_num * attention.qk_head_dim,
+            attention.tp_v_head_num * attention.v_head_dim,
+        ]
+        if not weight.is_floating_point() or weight.shape[0] != sum(widths):
+            log.warning("The model's weights are quantised: nobody checks that %s belongs to it", fit.basis)
+            return
+        _, keys, values = weight.split(widths)
+        # Named as the calibration saw them: a fingerprint holds some of these weights, in the order of their names.
+        named = torch.nn.ModuleDict()
+        for name, part in (("k_proj", keys), ("v_proj", values)):
+            named[name] = torch.nn.ParameterDict({"weight": torch.nn.Parameter(part, requires_grad=False)})
+        projections[str(attention.layer_id)] = named
+    load_basis(fit.basis).check_model(fingerprint(torch.nn.ModuleDict({"layers": projections})))

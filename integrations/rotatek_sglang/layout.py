@@ -3,6 +3,7 @@
 So what a method stores is decided in one place, `rotatek_cache.sealing`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from rotatek_cache.basis import KeyBasis
 from rotatek_cache.coding import CodeLayout
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import Stored
+
+ROW_NUMBER_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,45 @@ def find_layout(
             )
         )
     return CacheLayout(heads, dtype, tuple(found))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How memory is spent, decided before the pool is made.
+
+    Attributes:
+        sealers: of the layers.
+        layout: what a token takes.
+        text_share: share of the slots that have a text row.
+        bases: how many bases there is room for.
+        fixed_bytes: what does not grow with the slots.
+    """
+
+    sealers: Sequence[Sealer]
+    layout: CacheLayout
+    text_share: float
+    bases: int
+    fixed_bytes: int
+
+    @classmethod
+    def make(
+        cls, sealers: Sequence[Sealer], layout: CacheLayout, text_share: float, requests: int, context: int
+    ) -> "Plan":
+        """The plan for so many requests at once, of up to `context` tokens each."""
+        table = requests * context * ROW_NUMBER_BYTES  # the rows of each request
+        return cls(sealers, layout, text_share, requests, requests * layout.basis_bytes + table)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot on average, rounded up."""
+        text, visual = self.layout.text_bytes, self.layout.visual_bytes
+        row_numbers = 3 * ROW_NUMBER_BYTES  # of the slot table, the stacks of free rows and the basis of a row
+        return math.ceil(self.text_share * text + (1 - self.text_share) * visual) + row_numbers
+
+    def rows(self, slots: int) -> tuple[int, int]:
+        """(text rows, visual rows) for so many slots."""
+        text = min(slots, max(1, round(self.text_share * slots)))
+        return text, slots - text
 
 
 class Worth:

@@ -2,8 +2,6 @@
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,49 +12,17 @@ from torch import Tensor
 
 from rotatek_cache.sealing import Sealer
 from rotatek_sglang import metrics, options
-from rotatek_sglang.layout import CacheLayout, HeadShape, Worth, find_layout
+from rotatek_sglang.layout import HeadShape, Plan, Worth, find_layout
 from rotatek_sglang.metrics import Gauges
 from rotatek_sglang.rows import RequestLedger, SlotTable
 from rotatek_sglang.storage import LayerStorage, build_storage
 
 log = logging.getLogger(__name__)
 
-ROW_NUMBER_BYTES = 4
 NO_DENSE_KEYS = (
     "the KV pool holds coefficients, which only the attention backend 'rotatek' reads; start the server with "
     "--attention-backend rotatek and without what reads or moves dense Keys"
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How memory is spent, decided before the pool is made.
-
-    Attributes:
-        sealers: of the layers.
-        layout: what a token takes.
-        text_share: share of the slots that have a text row.
-        bases: how many bases there is room for.
-        fixed_bytes: what does not grow with the slots.
-    """
-
-    sealers: Sequence[Sealer]
-    layout: CacheLayout
-    text_share: float
-    bases: int
-    fixed_bytes: int
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot on average, rounded up."""
-        text, visual = self.layout.text_bytes, self.layout.visual_bytes
-        row_numbers = 3 * ROW_NUMBER_BYTES  # of the slot table, the stacks of free rows and the basis of a row
-        return -int(-(self.text_share * text + (1 - self.text_share) * visual)) + 1 + row_numbers
-
-    def rows(self, slots: int) -> tuple[int, int]:
-        """(text rows, visual rows) for so many slots."""
-        text = min(slots, max(1, round(self.text_share * slots)))
-        return text, slots - text
 
 
 def plan_for(configurator: Any) -> Plan:
@@ -72,9 +38,7 @@ def plan_for(configurator: Any) -> Plan:
     )
     sealers = [Sealer(asked.fit, index) for index in range(layers.start_layer, layers.end_layer)]
     layout = find_layout(sealers, heads, configurator.kv_cache_dtype, configurator.device)
-    bases = requests = get_schedule().max_running_requests
-    table = requests * model.context_len * ROW_NUMBER_BYTES  # a request's rows, in the attention backend
-    return Plan(sealers, layout, asked.text_share, bases, bases * layout.basis_bytes + table)
+    return Plan.make(sealers, layout, asked.text_share, get_schedule().max_running_requests, model.context_len)
 
 
 def plan_memory(configurator: Any, sizes: Any) -> None:

@@ -50,3 +50,13 @@ def greedy_logprobs(folder, messages, tokens=10, **options):
     chosen = out.sequences[0, inputs["input_ids"].shape[1] :]
     steps = torch.stack(out.logits, 1)[0].float().log_softmax(-1)
     return tuple(steps[range(tokens), chosen].tolist())
+
+
+def calibrate_basis(folder, requests, path):
+    """Write a basis file for the model, from the images of the requests."""
+    from rotatek_cache.calibration import Calibration, calibrate, fingerprint
+
+    model, processor = _model(folder)
+    state = Calibration(fingerprint(model), "tiny")
+    calibrate(model, (_inputs(processor, request) for request in requests), state)
+    state.write_basis(path)
