@@ -28,7 +28,7 @@ from rotatek_cache.coding import (
     quantise,
 )
 from rotatek_cache.methods import BASES, BasisMethod, NoRotation, SparK, key_method
-from rotatek_cache.methods.calibrated import HeadBudget, CalibratedBasis, load_basis
+from rotatek_cache.methods.calibrated import CalibratedBasis, HeadBudget, load_basis
 from rotatek_cache.segments import Stored, select_basis
 
 LARGE = 1 << 22  # numbers of a row above which temporaries are made for one head at a time
