@@ -165,6 +165,7 @@ class RotateKCache(Cache):
         value_basis: "auto" is PCA (the file's basis where `basis` is one); "none" quantises Values per token.
         allocation: "uniform", or "layers" or "heads" to deal `sparsity` out by a calibrated spectrum; an `Allocation`
             says how in detail.
+        basis_per: "prompt" fits one basis to all visual tokens of a prompt, "image" one to each of its images.
         streaming: seal visual tokens after every forward of a chunked prefill, not at the end of their image, so that
             no image is ever held densely; calibrated bases only.
         tokens: which visual tokens are kept beside how many channels: a method such as ``VLCache(keep=0.4)``, or its
@@ -193,6 +194,7 @@ class RotateKCache(Cache):
         value_bits: Bits = None,
         value_basis: Literal["auto", "none"] = "auto",
         allocation: Allocation | str = "uniform",
+        basis_per: Literal["prompt", "image"] = "prompt",
         streaming: bool = False,
         tokens: TokenMethod | str | None = None,
         budget: str | int | None = None,
@@ -214,6 +216,7 @@ class RotateKCache(Cache):
             value_bits=value_bits,
             value_basis=value_basis,
             allocation=Allocation.of(allocation),
+            basis_per=basis_per,
             streaming=streaming,
         )
         if tokens is not None and streaming:

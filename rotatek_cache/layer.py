@@ -186,8 +186,24 @@ class LayerKV:
             if self.selection is not None:
                 merged = self.selection.method.merged(pending.keys, pending.values, plan.visual, plan.dropped)
                 pending.keys, pending.values = merged
-        candidates = [row for row, count in enumerate(plan.counts) if count]
-        rows = self._worth(pending, plan, candidates, None)
+        parts = plan.images() if self.options.basis_per == "image" else (plan,)
+        compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
+        for part in parts:
+            rows, segment = self._compress_worth(pending, part)
+            self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
+            if segment is not None:
+                compressed.append((part, rows))
+                self.segments.append(segment)
+        self.pending = None
+        if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
+            # Nothing is compressed and nothing is padding: the tokens keep their logical order.
+            self.text.append(pending.keys, pending.values)
+            return
+        self._append_text(pending, plan, tuple(compressed))
+
+    def _compress_worth(self, pending: Pending, plan: SealPlan) -> tuple[tuple[int, ...], VisualSegment | None]:
+        """A segment of the rows whose visual tokens take fewer bytes in it; which they are."""
+        rows = self._worth(pending, plan, [row for row, count in enumerate(plan.counts) if count], None)
         segment = self._compress(pending, plan, rows) if rows else None
         while segment is not None and self.options.energy is not None:
             # Only now is the rank known; rows that it does not pay for stay dense, and the others may need less.
@@ -195,15 +211,7 @@ class LayerKV:
             if worth == rows:
                 break
             rows, segment = worth, self._compress(pending, plan, worth) if worth else None
-        self.pending = None
-        self.kept_dense += [(row, plan.counts[row]) for row in candidates if row not in rows]
-        if not rows and not self.segments and self.text.alignment is None and plan.all_visible:
-            # Nothing is compressed and nothing is padding: the tokens keep their logical order.
-            self.text.append(pending.keys, pending.values)
-            return
-        if segment is not None:
-            self.segments.append(segment)
-        self._append_text(pending, plan, rows)
+        return rows, segment
 
     def _worth(self, pending: Pending, plan: SealPlan, rows: Sequence[int], rank: int | None) -> tuple[int, ...]:
         key_width, value_width = pending.keys.shape[-1], pending.values.shape[-1]
@@ -233,10 +241,12 @@ class LayerKV:
             uniform=layout.uniform,
         )
 
-    def _append_text(self, pending: Pending, plan: SealPlan, compressed_rows: tuple[int, ...]) -> None:
+    def _append_text(
+        self, pending: Pending, plan: SealPlan, compressed: tuple[tuple[SealPlan, tuple[int, ...]], ...]
+    ) -> None:
         """Move the pending tokens that stay dense behind the text."""
         keys, values = pending.keys, pending.values
-        order, alignment = plan.text_alignment(compressed_rows, self.text.alignment, self.text.length, keys.device)
+        order, alignment = plan.text_alignment(compressed, self.text.alignment, self.text.length, keys.device)
         if self.text.length:
             text_keys, text_values = self.text.logical()
             keys, values = torch.cat([text_keys, keys], 2), torch.cat([text_values, values], 2)

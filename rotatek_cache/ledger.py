@@ -115,6 +115,23 @@ class SealPlan:
         behind = torch.where(prompt.any(1, keepdim=True), prompt, behind)
         return behind & (places == (behind * places).amax(1, keepdim=True)) if last_only else behind
 
+    def images(self) -> "tuple[SealPlan, ...]":
+        """A plan for each image of a row, the n-th images of all rows together.
+
+        An image is a run of visual tokens; a single token between two of them belongs to it, as breaks between the rows
+        of an image do.
+        """
+        if "images" not in self._memo:
+            seen = self.visual if self.dropped is None else self.visual | self.dropped
+            before, after = (torch.nn.functional.pad(seen, pad) for pad in ((1, -1), (-1, 1)))
+            runs = seen | (before & after)
+            number = (runs & ~torch.nn.functional.pad(runs, (1, -1))).cumsum(1) * seen
+            parts = [self.visual & (number == n) for n in range(1, int(number.max()) + 1)]
+            self._memo["images"] = tuple(
+                SealPlan(part, self.visible, self.begin, self.end) for part in parts if bool(part.any())
+            )
+        return self._memo["images"]  # type: ignore[return-value]
+
     def layout(self, rows: tuple[int, ...], device: torch.device) -> RowLayout:
         """The layout of a segment that holds the visual tokens of batch rows `rows`."""
         key = ("layout", rows, device)
@@ -149,18 +166,26 @@ class SealPlan:
         )
 
     def text_alignment(
-        self, compressed_rows: tuple[int, ...], previous: Alignment | None, columns: int, device: torch.device
+        self,
+        compressed: "tuple[tuple[SealPlan, tuple[int, ...]], ...]",
+        previous: Alignment | None,
+        columns: int,
+        device: torch.device,
     ) -> tuple[Tensor, Alignment]:
         """Where the text goes: `columns` old columns laid out as `previous`, then the pending ones that stay dense.
 
-        Visual tokens of rows outside `compressed_rows` stay dense. Returns what `align_right` does, over the
-        concatenation of old and pending columns.
+        `compressed` are the plans of which segments were made, this one or those of its images, and the batch rows of
+        each; visual tokens of other rows stay dense. Returns what `align_right` does, over the concatenation of old and
+        pending columns.
         """
-        key = ("text", compressed_rows, previous, columns, device)
+        key = ("text", compressed, previous, columns, device)
         if key not in self._memo:
-            compressed = torch.zeros(len(self.counts), 1, dtype=torch.bool)
-            compressed[list(compressed_rows)] = True
-            keep = (self.visible & ~(self.visual & compressed.to(self.visual.device))).to(device)
+            keep = self.visible.clone()
+            for part, rows in compressed:
+                chosen = torch.zeros(len(self.counts), 1, dtype=torch.bool)
+                chosen[list(rows)] = True
+                keep &= ~(part.visual & chosen.to(part.visual.device))
+            keep = keep.to(device)
             batch = keep.shape[0]
             positions = (torch.arange(keep.shape[1], device=device) + self.begin).expand(batch, -1)
             if columns:

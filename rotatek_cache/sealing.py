@@ -28,7 +28,7 @@ from rotatek_cache.coding import (
     quantise,
 )
 from rotatek_cache.methods import BASES, BasisMethod, NoRotation, SparK, key_method
-from rotatek_cache.methods.calibrated import Budget, CalibratedBasis, load_basis
+from rotatek_cache.methods.calibrated import CalibratedBasis, HeadBudget, load_basis
 from rotatek_cache.segments import Stored, select_basis
 
 LARGE = 1 << 22  # numbers of a row above which temporaries are made for one head at a time
@@ -193,9 +193,9 @@ class Sealer:
         what = "Keys" if which == "key" else "Values"
         if bits == "auto":
             assert sparsity is not None
-            budget = Budget(bits=self._bit_budget(what, sparsity, states.shape[-1]))
+            budget = HeadBudget(bits=self._bit_budget(what, sparsity, states.shape[-1]))
         else:
-            budget = Budget(energy=self.options.energy) if rank is None else Budget(rank=rank)
+            budget = HeadBudget(energy=self.options.energy) if rank is None else HeadBudget(rank=rank)
         code = self.calibrated.code(self.layer, which, bits, budget, self.options.allocation)
         state = self.calibrated.state(self.layer, which)
         mean = torch.stack([_mean(states[:, start : start + length]) for start, length in ranges], 1)
