@@ -43,6 +43,7 @@ from transformers import DynamicCache
 
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
 from rotatek_cache import RotateKCache
+from rotatek_cache.attention import causal_mask
 from rotatek_cache.cache import RotateKLayer, storage_bytes
 from rotatek_cache.calibrate_images import find_images
 from rotatek_cache.demo import DemoError, Reader, open_page
@@ -199,15 +200,14 @@ def fill(cache: RotateKCache, config: Any, batch: Batch, recorder: RecordingCach
     cache.learn_config(config)
     mask = batch.prompt["attention_mask"].bool()
     cache.announce_visual(recorder.visual, mask.shape[1])
-    # The last query's view of the prompt is all that a seal asks of the mask.
-    last = mask[:, None, None, :]
+    seen = mask[:, None, None, :] & causal_mask(mask.shape[1], mask.shape[1], mask.device)
     for index, layer in enumerate(recorder.layers):
         if index not in recorder.seen:
             cache.layers[index] = copy.deepcopy(layer)  # a stock layer, such as one of a sliding window
             continue
         keys, values, query, scale = recorder.seen[index]
         handle, _ = cache.update(keys, values, index)
-        handle.kv.observe(query, last, scale)
+        handle.kv.observe(query, seen, scale)
 
 
 def replay(model: Any, cache: RotateKCache, batch: Batch, first_logits: Tensor) -> Tensor:
