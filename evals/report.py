@@ -154,8 +154,8 @@ def accuracy_sections(results: Results) -> Iterable[Section]:
             f"Model {stored['model']['name'].rsplit('/', 1)[-1]}, {stored['model']['dtype']}. Scores are means with "
             "their standard errors, in points; differences are paired with the dense cache on the same samples, with "
             "the 95 % interval of the bootstrap. Bytes are those of the whole cache, text and bases included. The "
-            "first token of a first answer comes from the prefill, which attends to dense Keys, so that answers of one word "
-            "(cell, count) say nothing about channels compressed after it; second questions do."
+            "first token of a first answer comes from the prefill, which attends to dense Keys, so that answers of "
+            "one word (cell, count) say nothing about channels compressed after it; second questions do."
         )
         for task, found in stored["tasks"].items():
             rows = [
