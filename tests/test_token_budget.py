@@ -163,6 +163,7 @@ def test_budgets_run_everywhere(way):
         ({"budget": "0x"}, ValueError, "budget must be positive"),
         ({"budget": -3}, ValueError, "budget must be positive"),
         ({"budget": "0.5x", "energy": 0.9}, ValueError, "budget and energy cannot both"),
+        ({"budget": "0.5x", "basis_per": "image"}, ValueError, "budget needs basis_per='prompt'"),
         ({"budget": "0.5x", "sparsity": 0.5}, ValueError, "nothing left to choose"),
         ({"budget": "0.5x", "sparsity": 0.5, "tokens": "vl_cache:0.5"}, ValueError, "nothing left to choose"),
         ({"budget": "0.5x", "key_bits": "auto"}, ValueError, "key_bits='auto' does not have"),
