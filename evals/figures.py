@@ -1,5 +1,6 @@
 """Pictures of results: each function takes stored numbers and returns a matplotlib figure."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,17 @@ def new(rows: int = 1, columns: int = 1, height: float = 3.0, **options: Any) ->
     return figure, axes
 
 
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file holds it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    path.write_bytes(png(figure))
 
 
 def rounded(value: Any, digits: int = 5) -> Any:

@@ -9,7 +9,6 @@ are computed from the numbers on the page, so that they change with them.
 
 import argparse
 import base64
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
-from matplotlib.figure import Figure
 
 from evals import figures
 
@@ -46,19 +44,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure or a PNG file."""
+    """A PNG picture."""
 
     name: str
     caption: str
-    source: Figure | Path
-
-    def png(self) -> bytes:
-        """Its bytes."""
-        if isinstance(self.source, Path):
-            return self.source.read_bytes()
-        buffer = io.BytesIO()
-        self.source.savefig(buffer, format="png", dpi=110)
-        return buffer.getvalue()
+    png: bytes = field(repr=False)
 
 
 Block = str | Table | Picture
@@ -174,11 +164,15 @@ def accuracy_sections(results: Results) -> Iterable[Section]:
             section.blocks.append(Table(caption, ["method", "score", "cache", "against dense"], rows))
         drawn = figures.trade_off(stored)
         section.blocks.append(
-            Picture(f"{name}_trade_off", "Score against the bytes of the cache: channels, tokens, both.", drawn)
+            Picture(
+                f"{name}_trade_off", "Score against the bytes of the cache: channels, tokens, both.", figures.png(drawn)
+            )
         )
         robust = figures.robustness(stored)
         if robust is not None:
-            section.blocks.append(Picture(f"{name}_robustness", "Score against the share of channels removed.", robust))
+            section.blocks.append(
+                Picture(f"{name}_robustness", "Score against the share of channels removed.", figures.png(robust))
+            )
         yield section
 
 
@@ -253,7 +247,7 @@ def diagnostics_sections(results: Results) -> Iterable[Section]:
         section.blocks.append(Table(caption, head, rows))
         if f"{name}_heat" in results.pictures:
             heat = "Absolute Keys of one head of each layer, before and after the rotation."
-            section.blocks.append(Picture(f"{name}_heat", heat, results.pictures[f"{name}_heat"]))
+            section.blocks.append(Picture(f"{name}_heat", heat, results.pictures[f"{name}_heat"].read_bytes()))
         captions = {
             "variance": "Cumulative share by rank; a curve a head. Dotted: 99 %.",
             "angles": "Principal angles between subspaces, as the mean squared cosine.",
@@ -261,7 +255,7 @@ def diagnostics_sections(results: Results) -> Iterable[Section]:
             "ablations": "The paper's method less one part each: second question, and KL.",
         }
         for picture, drawn in figures.diagnostics(stored).items():
-            section.blocks.append(Picture(f"{name}_{picture}", captions[picture], drawn))
+            section.blocks.append(Picture(f"{name}_{picture}", captions[picture], figures.png(drawn)))
         if "ablations" in stored:
             table = stored["ablations"]
             rows = [
@@ -310,7 +304,9 @@ def latency_sections(results: Results) -> Iterable[Section]:
         )
         if measured:
             drawn = figures.latency(measured)
-            section.blocks.append(Picture(f"{name}_latency", "Decode step and cache bytes by prompt length.", drawn))
+            section.blocks.append(
+                Picture(f"{name}_latency", "Decode step and cache bytes by prompt length.", figures.png(drawn))
+            )
         if stored["largest"]:
             found = [[row["method"], str(row.get("largest_batch", row.get("skipped")))] for row in stored["largest"]]
             caption = f"Largest batch at {stored['largest'][0]['context']:,} tokens"
@@ -604,7 +600,7 @@ def to_html(sections: Sequence[Section]) -> str:
         return type(block).__name__
 
     def inline(picture: Picture) -> str:
-        return base64.b64encode(picture.png()).decode()
+        return base64.b64encode(picture.png).decode()
 
     return template.render(sections=sections, kind=kind, inline=inline)
 
@@ -620,7 +616,7 @@ def to_markdown(sections: Sequence[Section], folder: Path) -> str:
                 lines += [_line(block.head), _line(["---"] * len(block.head)), *map(_line, block.rows), ""]
             elif isinstance(block, Picture):
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{block.name}.png").write_bytes(block.png())
+                (folder / f"{block.name}.png").write_bytes(block.png)
                 lines += [f"![{block.caption}]({folder.name}/{block.name}.png)", "", block.caption, ""]
             else:
                 lines += [block, ""]
