@@ -39,8 +39,8 @@ test-sglang:  ## Run the tests of the SGLang plug-in, servers on the CPU include
 evals-quick: $(VENV)/.evals  ## Accuracy, diagnostics and latency of the reader with a report, in some minutes
 	$(BIN)/python -m evals.accuracy --config evals/quick.yaml --out $(QUICK)/accuracy_reader
 	$(BIN)/python -m evals.diagnostics --samples 8 --pages 64 --out $(QUICK)/diagnostics_reader.json --figures $(QUICK)
-	$(BIN)/python -m evals.latency --shape two-layers --contexts 512 1024 --tokens 16 --rounds 3 --device cpu \
-		--out $(QUICK)/latency_two_layers.json
+	$(BIN)/python -m evals.latency --shape four-layers --contexts 512 1024 --tokens 16 --rounds 3 --device cpu \
+		--out $(QUICK)/latency_four_layers.json
 	$(BIN)/python -m evals.report --results $(QUICK) --out $(QUICK)/report
 
 report: $(VENV)/.evals  ## One page, report/report.html, out of the stored results

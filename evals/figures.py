@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 mpl.use("Agg")
@@ -34,9 +35,11 @@ def new(rows: int = 1, columns: int = 1, height: float = 3.0, **options: Any) ->
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file holds it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    # 128 colours show the same in a third of the bytes.
+    Image.open(drawn).convert("RGB").quantize(128).save(packed, format="PNG", optimize=True)
+    return packed.getvalue()
 
 
 def save(figure: Figure, path: Path) -> None:
