@@ -1,7 +1,7 @@
 """Does the compressed cache still read the page? Exact match and KL per method and budget, first and second question.
 
-    python evals/fidelity.py --pages 512 --out evals/results/fidelity.json
-    python evals/fidelity.py --model name-or-path --images folder --question "What is it?" --question "Where?"
+    python -m evals.fidelity --pages 512 --out evals/results/fidelity.json
+    python -m evals.fidelity --model name-or-path --images folder --question "What is it?" --question "Where?"
 
 Every image gets two questions. The prompt (image and first question) is prefilled once, densely; each method then seals
 the same Keys and Values, with the first question's queries as its window, and answers both questions from the
