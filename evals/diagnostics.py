@@ -175,11 +175,19 @@ def mean_of(tensors: Sequence[Tensor]) -> list[Any]:
 def geometry(samples: Sequence[list[Heard]], ranks: Sequence[int]) -> dict[str, Any]:
     """All numbers of the module's first half, from what was heard of each sample in each layer."""
     layers = range(len(samples[0]))
-    result: dict[str, Any] = {"samples": len(samples), "layers": []}
+    result: dict[str, Any] = {
+        "samples": len(samples),
+        "answer_queries": sum(sample[0].answer.shape[1] for sample in samples),
+        "layers": [],
+    }
     for layer in layers:
         heard = [sample[layer] for sample in samples]
+        text, windows, answers = (
+            torch.cat([getattr(one, name) for one in heard], 1) for name in ("text", "window", "answer")
+        )
         variance = [spectrum(one.stats.scatter[:, 0]) for one in heard]
-        energy = [spectrum(logit_energy(one.stats.scatter[:, 0], one.answer)) for one in heard]
+        # The queries of all samples: those of one answer are too few to span anything.
+        energy = [spectrum(logit_energy(one.stats.scatter[:, 0], answers)) for one in heard]
         row: dict[str, Any] = {
             "explained_variance": mean_of(variance),
             "logit_energy": mean_of(energy),
@@ -191,9 +199,6 @@ def geometry(samples: Sequence[list[Heard]], ranks: Sequence[int]) -> dict[str, 
                 for share in SHARES
             },
         }
-        text, windows, answers = (
-            torch.cat([getattr(one, name) for one in heard], 1) for name in ("text", "window", "answer")
-        )
         row["angles"] = {
             # Neighbours in a ring, so that each image meets two others.
             "images": {
@@ -262,30 +267,30 @@ def ablations(rank: int) -> dict[str, tuple[dict[str, Any], Change | None]]:
 
 def answers_without(args: argparse.Namespace) -> dict[str, Any]:
     """Exact match and KL of the reader for each ablation and rank."""
-    model, processor = fidelity.load(args.model)
+    reader = fidelity.load(None)
+    model = reader.model
     methods = {f"r={rank}, {name}": entry for rank in args.ablation_ranks for name, entry in ablations(rank).items()}
     dense_options = {"sparsity": 0}
     scores = {name: fidelity.Scores() for name in ("dense", *methods)}
     seeds = fidelity.SEEDS["report"][: args.pages]
     with torch.inference_mode():
         for start in tqdm(range(0, len(seeds), args.batch), desc="ablations", mininterval=5):
-            batch = fidelity.make_batch(processor, seeds[start : start + args.batch], args.level, ADDRESS_KINDS)
+            batch = fidelity.make_batch(reader.processor, seeds[start : start + args.batch], args.level, ADDRESS_KINDS)
             recorder = fidelity.RecordingCache()
-            recorder.options = dataclasses.replace(recorder.options, query_window=max(WINDOWS))
-            positions = (batch.prompt["attention_mask"].cumsum(1) - 1).clamp_min(0)
+            positions, _ = batch.positions()
             prefill = model(**batch.prompt, position_ids=positions, past_key_values=recorder, use_cache=True)
             dense: Tensor | None = None
             for name, (options, change) in {"dense": (dense_options, None), **methods}.items():
                 cache = RotateKCache(**options)
-                fidelity.fill(cache, model.config, batch, recorder.seen, model.config.image_token_id)
+                fidelity.fill(cache, model.config, batch, recorder)
                 if change is not None:
                     change(cache)
                 keys, values = fidelity.visual_bytes(cache)
                 found = fidelity.replay(model, cache, batch, prefill.logits[:, -1])
                 dense = found if dense is None else dense
                 fidelity.score(scores[name], batch, found, dense)
-                scores[name].key_bytes += [keys / len(batch.kinds)] * len(batch.kinds)
-                scores[name].value_bytes += [values / len(batch.kinds)] * len(batch.kinds)
+                scores[name].key_bytes += [keys / len(batch)] * len(batch)
+                scores[name].value_bytes += [values / len(batch)] * len(batch)
     options = {name: entry[0] for name, entry in methods.items()} | {"dense": dense_options}
     return {name: fidelity.summary(scores[name], scores["dense"], options[name]) for name in scores}
 

@@ -1,7 +1,7 @@
 """Does the compressed cache still read the page? Exact match and KL per method and budget, first and second question.
 
-    python evals/fidelity.py --pages 512 --out evals/results/fidelity.json
-    python evals/fidelity.py --model name-or-path --images folder --question "What is it?" --question "Where?"
+    python -m evals.fidelity --pages 512 --out evals/results/fidelity.json
+    python -m evals.fidelity --model name-or-path --images folder --question "What is it?" --question "Where?"
 
 Every image gets two questions. The prompt (image and first question) is prefilled once, densely; each method then seals
 the same Keys and Values, with the first question's queries as its window, and answers both questions from the
@@ -43,6 +43,7 @@ from transformers import DynamicCache
 
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
 from rotatek_cache import RotateKCache
+from rotatek_cache.attention import causal_mask
 from rotatek_cache.cache import RotateKLayer, storage_bytes
 from rotatek_cache.calibrate_images import find_images
 from rotatek_cache.demo import DemoError, Reader, open_page
@@ -199,15 +200,14 @@ def fill(cache: RotateKCache, config: Any, batch: Batch, recorder: RecordingCach
     cache.learn_config(config)
     mask = batch.prompt["attention_mask"].bool()
     cache.announce_visual(recorder.visual, mask.shape[1])
-    # The last query's view of the prompt is all that a seal asks of the mask.
-    last = mask[:, None, None, :]
+    seen = mask[:, None, None, :] & causal_mask(mask.shape[1], mask.shape[1], mask.device)
     for index, layer in enumerate(recorder.layers):
         if index not in recorder.seen:
             cache.layers[index] = copy.deepcopy(layer)  # a stock layer, such as one of a sliding window
             continue
         keys, values, query, scale = recorder.seen[index]
         handle, _ = cache.update(keys, values, index)
-        handle.kv.observe(query, last, scale)
+        handle.kv.observe(query, seen, scale)
 
 
 def replay(model: Any, cache: RotateKCache, batch: Batch, first_logits: Tensor) -> Tensor:
@@ -378,17 +378,22 @@ def draw(result: dict[str, Any], path: Path) -> None:
             capsize=3,
             linewidth=1,
         )
+    points = [-0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    highest = max(100 * row["second"]["loss_95"][1] for rows in families.values() for row in rows)
     for axis, title in zip(axes, titles.values(), strict=True):
-        axis.set(xscale="log", xlabel=title)
         axis.set_yscale("symlog", linthresh=1)
-        axis.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+        axis.set_yticks(points, [f"{point:g}" for point in points])
+        axis.set_ylim(-0.6, max(1.0, 1.2 * highest))
+        axis.set(xscale="log", xlabel=title)
+        axis.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
         axis.minorticks_off()
         axis.axhline(0.5, color="grey", linestyle=":", linewidth=1)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    axes[0].set_ylabel("second question, points lost")
+            axis.legend(fontsize=7, loc="upper left")
+    axes[0].set_ylabel("points of exact match lost, second question (dotted: half a point)")
     count = result["methods"]["dense"]["second"]["images"]
-    figure.suptitle(f"{result['model']}, {count} images, {result['setting']}", fontsize=9)
+    setting = ", ".join(f"{name} {value}" for name, value in result["setting"].items())
+    figure.suptitle(f"{result['model']}, {count} images: {setting}; bars are 95 % intervals", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

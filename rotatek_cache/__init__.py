@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from rotatek_cache.basis import FitOptions, KeyBasis
     from rotatek_cache.cache import RotateKCache
     from rotatek_cache.layer import LayerKV
+    from rotatek_cache.methods.aircache import AirCache
     from rotatek_cache.methods.divprune import DivPrune
     from rotatek_cache.methods.fastv import FastV
+    from rotatek_cache.methods.look_m import LookM
     from rotatek_cache.methods.visionzip import VisionZip
     from rotatek_cache.methods.vl_cache import VLCache
     from rotatek_cache.segments import SegmentView
@@ -21,11 +23,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AirCache",
     "DivPrune",
     "FastV",
     "FitOptions",
     "KeyBasis",
     "LayerKV",
+    "LookM",
     "RotateKCache",
     "SegmentView",
     "VLCache",
@@ -38,11 +42,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AirCache": "methods.aircache",
     "DivPrune": "methods.divprune",
     "FastV": "methods.fastv",
     "FitOptions": "basis",
     "KeyBasis": "basis",
     "LayerKV": "layer",
+    "LookM": "methods.look_m",
     "RotateKCache": "cache",
     "SegmentView": "segments",
     "VLCache": "methods.vl_cache",

@@ -73,6 +73,8 @@ class FitOptions:
         value_bits: as `key_bits`, for the Values' coefficients.
         value_basis: "auto" is PCA, or the file's where `basis` is one; "none" does not rotate and quantises per token.
         allocation: how `sparsity`, `rank` or `energy` is dealt out to layers and heads; calibrated bases only.
+        basis_per: "prompt" fits one basis to all visual tokens of a seal, "image" one to each image (a run of visual
+            tokens, in which single other tokens do not count).
         streaming: seal visual tokens after every forward in place of waiting for the end of their image, so that a
             chunked prefill never holds an image densely; later chunks then attend to compressed Keys. Calibrated
             bases only, since a basis of its own for each chunk would cost more than it saves.
@@ -91,6 +93,7 @@ class FitOptions:
     value_bits: Bits = None
     value_basis: Literal["auto", "none"] = "auto"
     allocation: Allocation = UNIFORM
+    basis_per: Literal["prompt", "image"] = "prompt"
     streaming: bool = False
 
     def __post_init__(self) -> None:
@@ -147,6 +150,8 @@ class FitOptions:
                 f"basis={self.basis!r} keeps channels of each token as they are: it takes sparsity or "
                 f"rank and no key_bits, got {self}"
             )
+        if self.basis_per not in ("prompt", "image"):
+            raise ValueError(f"basis_per must be 'prompt' or 'image', got {self.basis_per!r}")
         if self.value_basis not in ("auto", "none"):
             raise ValueError(f"value_basis must be 'auto' or 'none', got {self.value_basis!r}")
         if self.value_basis == "none" and (self.value_bits not in (8, 4, 2) or self.value_sparsity):

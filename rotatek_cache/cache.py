@@ -10,6 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rotatek_cache.basis import Allocation, Bits, FitOptions, Solver
+from rotatek_cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.layer import LayerKV, row_index
 from rotatek_cache.ledger import VisualLedger
 from rotatek_cache.methods import key_method
@@ -107,7 +108,9 @@ class RotateKLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
+        planner = self.kv.planner
         self.kv = LayerKV(self.kv.options, self.kv.ledger, self.kv.index, self.kv.selection)
+        self.kv.planner = planner
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -162,10 +165,14 @@ class RotateKCache(Cache):
         value_basis: "auto" is PCA (the file's basis where `basis` is one); "none" quantises Values per token.
         allocation: "uniform", or "layers" or "heads" to deal `sparsity` out by a calibrated spectrum; an `Allocation`
             says how in detail.
+        basis_per: "prompt" fits one basis to all visual tokens of a prompt, "image" one to each of its images.
         streaming: seal visual tokens after every forward of a chunked prefill, not at the end of their image, so that
             no image is ever held densely; calibrated bases only.
         tokens: which visual tokens are kept beside how many channels: a method such as ``VLCache(keep=0.4)``, or its
-            name and share as in ``"vl_cache:0.4"``. None keeps all.
+            name and share as in ``"vl_cache:0.4"``. None keeps all. Without a share it follows from `budget`.
+        budget: what the cache may take right after the prompt: ``"0.25x"`` of a dense cache, ``"512MiB"``, or a number,
+            as many bytes as so many dense tokens of each row. It sets whichever is left open: the share of `tokens`,
+            or the rank (layer by layer); where both are, Keys give up 75 % of their channels before any token goes.
         visual_mask: bool ``[rows, prompt length]``, True on visual tokens; needed without `attach` and for prompts
             given as merged `inputs_embeds`. It wins over what the model's inputs say.
         config: the model's config, so that sliding-window layers keep their own cache layer; `attach` supplies it.
@@ -187,13 +194,16 @@ class RotateKCache(Cache):
         value_bits: Bits = None,
         value_basis: Literal["auto", "none"] = "auto",
         allocation: Allocation | str = "uniform",
+        basis_per: Literal["prompt", "image"] = "prompt",
         streaming: bool = False,
         tokens: TokenMethod | str | None = None,
+        budget: str | int | None = None,
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
     ) -> None:
+        rank_open = budget is not None and sparsity is None and rank is None and energy is None
         self.options = FitOptions(
-            sparsity=sparsity,
+            sparsity=DEFAULT_SPARSITY if rank_open else sparsity,
             rank=rank,
             energy=energy,
             query_window=query_window,
@@ -206,6 +216,7 @@ class RotateKCache(Cache):
             value_bits=value_bits,
             value_basis=value_basis,
             allocation=Allocation.of(allocation),
+            basis_per=basis_per,
             streaming=streaming,
         )
         if tokens is not None and streaming:
@@ -216,6 +227,18 @@ class RotateKCache(Cache):
             key_method(self.options.basis)
         self.tokens = None if tokens is None else token_method(tokens)
         self.selection = TokenSelection(self.tokens) if isinstance(self.tokens, AttentionMethod) else None
+        if self.tokens is not None and self.tokens.keep is None:
+            name = type(self.tokens).__name__
+            if budget is None:
+                raise ValueError(f"tokens={name}: keep must be given where no budget is, as in {name}(keep=0.4)")
+            if isinstance(self.tokens, FeatureMethod):
+                raise ValueError(
+                    f"tokens={name} chooses before the prompt's length is known: give it a share, as in "
+                    f"{name}(keep=0.4), and the budget sets the rank"
+                )
+        self.planner = (
+            None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
+        )
         self.ledger = VisualLedger(visual_mask)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self.chosen = False  # whether image features of this generate went through `tokens`
@@ -229,12 +252,24 @@ class RotateKCache(Cache):
         if self.layers:
             return
         stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
-        self.layers: list[Any] = [
+        layers: list[Any] = [
             RotateKLayer(self.options, self.ledger, index, self.selection) if type(layer) is DynamicLayer else layer
             for index, layer in enumerate(stock)
         ]
+        # All checks come before the layers are kept: a cache that was refused once must be refused again.
+        foreign = [index for index, layer in enumerate(layers) if not isinstance(layer, RotateKLayer)]
+        if foreign and isinstance(self.tokens, FeatureMethod):
+            raise ValueError(
+                f"tokens={self.tokens} leaves placeholders of dropped tokens in the prompt, which layers {foreign} of "
+                "this model would attend to: they keep the stock cache layer (sliding window)"
+            )
         if self.selection is not None:
-            self.selection.learn_layers([layer.kv.index for layer in self._compressed_layers()], len(stock))
+            self.selection.learn_layers([index for index in range(len(layers)) if index not in foreign], len(layers))
+        if self.planner is not None:
+            self.planner.learn_layers(layers, self.selection)
+            for layer in layers:
+                layer.kv.planner = self.planner
+        self.layers: list[Any] = layers
         if self._record_past:
             super().activate_past_recording()
 
@@ -243,10 +278,10 @@ class RotateKCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Append the states ``[B, H, n, D]`` of layer `layer_idx`; returns what its attention is to be handed."""
-        if self.selection is not None and not self.layers:
+        if not self.layers and (self.selection is not None or self.planner is not None):
             raise RuntimeError(
-                "tokens are chosen for all layers together, and this RotateKCache does not know the model's layers: "
-                "call `rotatek_cache.attach(model)`, or pass RotateKCache(..., config=model.config)"
+                "tokens and budgets are settled for all layers together, and this RotateKCache does not know the "
+                "model's layers: call `rotatek_cache.attach(model)`, or pass RotateKCache(..., config=model.config)"
             )
         while len(self.layers) <= layer_idx:
             self.layers.append(RotateKLayer(self.options, self.ledger, len(self.layers)))
@@ -350,7 +385,8 @@ class RotateKCache(Cache):
         """Tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
         layers = [_layer_report(index, layer) for index, layer in enumerate(self.layers)]
         chosen = str(self.options) if self.tokens is None else f"{self.options}, tokens={self.tokens}"
-        return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes())
+        plan = "" if self.planner is None or self.planner.made is None else str(self.planner.made)
+        return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes(), plan)
 
     def __repr__(self) -> str:
         options = self.options

@@ -7,6 +7,7 @@ others into the *text* segment, which stays dense and grows in place.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ from rotatek_cache.ledger import SealPlan, VisualLedger
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import SegmentView, TextSegment, VisualSegment
 from rotatek_cache.tokens import TokenSelection
+
+
+class SealPlanner(Protocol):
+    """Something that settles a layer's options once a prompt is known."""
+
+    def prepare(self, layer: "LayerKV", plan: SealPlan) -> None:
+        """Called before a layer seals by `plan`."""
 
 
 @dataclass
@@ -45,6 +53,7 @@ class LayerKV:
         self.ledger = ledger
         self.index = index
         self.selection = selection
+        self.planner: SealPlanner | None = None
         self.sealer = Sealer(options, index)
         self.segments: list[VisualSegment] = []
         self.text = TextSegment()
@@ -54,6 +63,10 @@ class LayerKV:
         self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, visual tokens left out [B]
         self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
         self.dtype: torch.dtype | None = None
+
+    def use(self, options: FitOptions) -> None:
+        """Seal with other options from now on."""
+        self.options, self.sealer = options, Sealer(options, self.index)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take the Keys ``[B, H, n, D]`` and Values ``[B, H, n, D_v]`` of the next n positions."""
@@ -156,6 +169,8 @@ class LayerKV:
         plan = self.ledger.plan(pending.begin, self.length, mask, wait=not self.options.streaming)
         if plan is None:
             return
+        if self.planner is not None:
+            self.planner.prepare(self, plan)
         if self.selection is None:
             self._seal(plan)
             return
@@ -168,8 +183,27 @@ class LayerKV:
         assert pending is not None
         if plan.dropped is not None:
             self.dropped.append((plan.begin, plan.dropped.sum(1)))
-        candidates = [row for row, count in enumerate(plan.counts) if count]
-        rows = self._worth(pending, plan, candidates, None)
+            if self.selection is not None:
+                merged = self.selection.method.merged(pending.keys, pending.values, plan.visual, plan.dropped)
+                pending.keys, pending.values = merged
+        parts = plan.images() if self.options.basis_per == "image" else (plan,)
+        compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
+        for part in parts:
+            rows, segment = self._compress_worth(pending, part)
+            self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
+            if segment is not None:
+                compressed.append((part, rows))
+                self.segments.append(segment)
+        self.pending = None
+        if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
+            # Nothing is compressed and nothing is padding: the tokens keep their logical order.
+            self.text.append(pending.keys, pending.values)
+            return
+        self._append_text(pending, plan, tuple(compressed))
+
+    def _compress_worth(self, pending: Pending, plan: SealPlan) -> tuple[tuple[int, ...], VisualSegment | None]:
+        """A segment of the rows whose visual tokens take fewer bytes in it; which they are."""
+        rows = self._worth(pending, plan, [row for row, count in enumerate(plan.counts) if count], None)
         segment = self._compress(pending, plan, rows) if rows else None
         while segment is not None and self.options.energy is not None:
             # Only now is the rank known; rows that it does not pay for stay dense, and the others may need less.
@@ -177,15 +211,7 @@ class LayerKV:
             if worth == rows:
                 break
             rows, segment = worth, self._compress(pending, plan, worth) if worth else None
-        self.pending = None
-        self.kept_dense += [(row, plan.counts[row]) for row in candidates if row not in rows]
-        if not rows and not self.segments and self.text.alignment is None and plan.all_visible:
-            # Nothing is compressed and nothing is padding: the tokens keep their logical order.
-            self.text.append(pending.keys, pending.values)
-            return
-        if segment is not None:
-            self.segments.append(segment)
-        self._append_text(pending, plan, rows)
+        return rows, segment
 
     def _worth(self, pending: Pending, plan: SealPlan, rows: Sequence[int], rank: int | None) -> tuple[int, ...]:
         key_width, value_width = pending.keys.shape[-1], pending.values.shape[-1]
@@ -215,10 +241,12 @@ class LayerKV:
             uniform=layout.uniform,
         )
 
-    def _append_text(self, pending: Pending, plan: SealPlan, compressed_rows: tuple[int, ...]) -> None:
+    def _append_text(
+        self, pending: Pending, plan: SealPlan, compressed: tuple[tuple[SealPlan, tuple[int, ...]], ...]
+    ) -> None:
         """Move the pending tokens that stay dense behind the text."""
         keys, values = pending.keys, pending.values
-        order, alignment = plan.text_alignment(compressed_rows, self.text.alignment, self.text.length, keys.device)
+        order, alignment = plan.text_alignment(compressed, self.text.alignment, self.text.length, keys.device)
         if self.text.length:
             text_keys, text_values = self.text.logical()
             keys, values = torch.cat([text_keys, keys], 2), torch.cat([text_values, values], 2)

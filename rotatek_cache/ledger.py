@@ -80,6 +80,7 @@ class SealPlan:
         self.visual = visual  # bool [B, P], padding excluded
         self.visible = visible  # bool [B, P]
         self.dropped = dropped  # bool [B, P], visual tokens that are to be left out; None: none
+        self.prompt_end = end  # later positions hold guesses at the answer
         self.begin = begin
         self.end = end
         self.counts: list[int] = visual.sum(1).tolist()
@@ -103,11 +104,33 @@ class SealPlan:
         return plan
 
     def queries_behind_visual(self, *, last_only: bool = False) -> Tensor:
-        """bool ``[B, P]``: text behind a row's last visual token, or only the last of it; nothing in rows of text."""
+        """bool ``[B, P]``: text behind a row's last visual token, or only the last of it; nothing in rows of text.
+
+        Guesses of assisted decoding, which come with the prompt, are not looked at, unless the prompt ends in an image.
+        """
         places = torch.arange(1, self.visual.shape[1] + 1, device=self.visual.device)
         last_visual = (self.visual * places).amax(1, keepdim=True)
         behind = self.visible & (places > last_visual) & (last_visual > 0)
+        prompt = behind & (places <= self.prompt_end - self.begin)
+        behind = torch.where(prompt.any(1, keepdim=True), prompt, behind)
         return behind & (places == (behind * places).amax(1, keepdim=True)) if last_only else behind
+
+    def images(self) -> "tuple[SealPlan, ...]":
+        """A plan for each image of a row, the n-th images of all rows together.
+
+        An image is a run of visual tokens; a single token between two of them belongs to it, as breaks between the rows
+        of an image do.
+        """
+        if "images" not in self._memo:
+            seen = self.visual if self.dropped is None else self.visual | self.dropped
+            before, after = (torch.nn.functional.pad(seen, pad) for pad in ((1, -1), (-1, 1)))
+            runs = seen | (before & after)
+            number = (runs & ~torch.nn.functional.pad(runs, (1, -1))).cumsum(1) * seen
+            parts = [self.visual & (number == n) for n in range(1, int(number.max()) + 1)]
+            self._memo["images"] = tuple(
+                SealPlan(part, self.visible, self.begin, self.end) for part in parts if bool(part.any())
+            )
+        return self._memo["images"]  # type: ignore[return-value]
 
     def layout(self, rows: tuple[int, ...], device: torch.device) -> RowLayout:
         """The layout of a segment that holds the visual tokens of batch rows `rows`."""
@@ -143,18 +166,26 @@ class SealPlan:
         )
 
     def text_alignment(
-        self, compressed_rows: tuple[int, ...], previous: Alignment | None, columns: int, device: torch.device
+        self,
+        compressed: "tuple[tuple[SealPlan, tuple[int, ...]], ...]",
+        previous: Alignment | None,
+        columns: int,
+        device: torch.device,
     ) -> tuple[Tensor, Alignment]:
         """Where the text goes: `columns` old columns laid out as `previous`, then the pending ones that stay dense.
 
-        Visual tokens of rows outside `compressed_rows` stay dense. Returns what `align_right` does, over the
-        concatenation of old and pending columns.
+        `compressed` are the plans of which segments were made, this one or those of its images, and the batch rows of
+        each; visual tokens of other rows stay dense. Returns what `align_right` does, over the concatenation of old and
+        pending columns.
         """
-        key = ("text", compressed_rows, previous, columns, device)
+        key = ("text", compressed, previous, columns, device)
         if key not in self._memo:
-            compressed = torch.zeros(len(self.counts), 1, dtype=torch.bool)
-            compressed[list(compressed_rows)] = True
-            keep = (self.visible & ~(self.visual & compressed.to(self.visual.device))).to(device)
+            keep = self.visible.clone()
+            for part, rows in compressed:
+                chosen = torch.zeros(len(self.counts), 1, dtype=torch.bool)
+                chosen[list(rows)] = True
+                keep &= ~(part.visual & chosen.to(part.visual.device))
+            keep = keep.to(device)
             batch = keep.shape[0]
             positions = (torch.arange(keep.shape[1], device=device) + self.begin).expand(batch, -1)
             if columns:
@@ -194,6 +225,7 @@ class VisualLedger:
         self.dropped: list[tuple[int, int, Tensor]] = []  # as flags: visual tokens left out before the language model
         self.visible: Tensor | None = None  # bool [B, T]; None while nothing is known to be padding
         self.prompt: Tensor | None = None  # ids [B, n] of the first forward, where they are known
+        self.prompt_end: int | None = None  # where guesses at the answer begin in a forward that brings some
         self.sealed = 0  # positions before it went through a seal, which drops padding
         self.end_forward()
 
@@ -317,7 +349,9 @@ class VisualLedger:
         if wait and not bool(((last_visual == 0) | (last_text > last_visual)).all()):
             return None
         self.sealed = end
-        return SealPlan(visual, visible, begin, end, self.dropped_of(begin, end))
+        plan = SealPlan(visual, visible, begin, end, self.dropped_of(begin, end))
+        plan.prompt_end = end if self.prompt_end is None else self.prompt_end
+        return plan
 
     def _flags_of(self, begin: int, end: int) -> Tensor:
         flags = _overlaid([(b, e, visual) for b, e, visual in self.flags if visual is not None], begin, end)
@@ -391,7 +425,7 @@ class VisualLedger:
     def __deepcopy__(self, memo: dict) -> "VisualLedger":
         copy = VisualLedger(self.given)
         copy.flags, copy.visible, copy.prompt, copy.sealed = list(self.flags), self.visible, self.prompt, self.sealed
-        copy.dropped = list(self.dropped)
+        copy.dropped, copy.prompt_end = list(self.dropped), self.prompt_end
         return copy
 
 

@@ -37,12 +37,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """All layers; `print` it, or read its fields."""
+    """All layers, and how a budget was divided; `print` it, or read its fields."""
 
     options: str
     layers: list[LayerReport]
     stored_bytes: int
     shared_bytes: int = 0
+    plan: str = ""
 
     @property
     def dense_bytes(self) -> int:
@@ -59,7 +60,7 @@ class CacheReport:
             f"{'layer':>5}  {'tokens':>6}  {'visual':>6}  {'rank':>8}  {'keys':>10}  {'values':>10}  {'basis':>9}  "
             f"{'text':>6}  {'stored':>10}  {'dense':>10}  {'ratio':>5}"
         )
-        lines = [f"RotateK cache, {self.options}", header]
+        lines = [f"RotateK cache, {self.options}", *([self.plan] if self.plan else []), header]
         for layer in self.layers:
             lines += self._layer_lines(layer)
         ratio = self.compression_ratio
@@ -75,10 +76,15 @@ class CacheReport:
                 f"calibrated basis: {readable_bytes(self.shared_bytes)} once per model, shared by all requests and not "
                 "counted above"
             )
-        few = {entry for layer in self.layers for entry in layer.kept_dense}
-        for row, tokens in sorted(few):
+        few: dict[int, set[int]] = {}
+        for layer in self.layers:
+            for row, tokens in layer.kept_dense:
+                few.setdefault(row, set()).add(tokens)
+        for row, counts in sorted(few.items()):
+            # A token method may leave each layer another number.
+            span = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
             lines.append(
-                f"row {row}: {tokens} visual tokens stayed dense, since a basis would cost more bytes than it saves"
+                f"row {row}: {span} visual tokens stayed dense, since a basis would cost more bytes than it saves"
             )
         return "\n".join(lines)
 

@@ -28,7 +28,7 @@ from rotatek_cache.coding import (
     quantise,
 )
 from rotatek_cache.methods import BASES, BasisMethod, NoRotation, SparK, key_method
-from rotatek_cache.methods.calibrated import Budget, CalibratedBasis, load_basis
+from rotatek_cache.methods.calibrated import CalibratedBasis, HeadBudget, load_basis
 from rotatek_cache.segments import Stored, select_basis
 
 LARGE = 1 << 22  # numbers of a row above which temporaries are made for one head at a time
@@ -60,6 +60,14 @@ class Sealer:
             return True
         if options.is_identity and not options.codes_values:
             return True  # nothing is gained and nothing lost
+        dense = tokens * (key_width + value_width) * dtype.itemsize
+        return self.stored_bytes(tokens, key_width, value_width, dtype, rank) < dense
+
+    def stored_bytes(
+        self, tokens: int, key_width: int, value_width: int, dtype: torch.dtype, rank: int | None = None
+    ) -> int:
+        """Bytes of `tokens` compressed tokens of a head with their bases, at most (a spectrum may need fewer)."""
+        options = self.options
         stored = 0
         if options.is_identity:
             stored += tokens * key_width * dtype.itemsize
@@ -75,7 +83,7 @@ class Sealer:
             share = options.value_sparsity or 0.0
             value_rank = rank_of_share(share, value_width)
             stored += self._bytes(tokens, value_rank, share, value_width, options.value_bits, dtype)
-        return stored < tokens * (key_width + value_width) * dtype.itemsize
+        return stored
 
     def _key_bytes(self, tokens: int, rank: int, width: int, dtype: torch.dtype) -> int:
         options = self.options
@@ -185,9 +193,9 @@ class Sealer:
         what = "Keys" if which == "key" else "Values"
         if bits == "auto":
             assert sparsity is not None
-            budget = Budget(bits=self._bit_budget(what, sparsity, states.shape[-1]))
+            budget = HeadBudget(bits=self._bit_budget(what, sparsity, states.shape[-1]))
         else:
-            budget = Budget(energy=self.options.energy) if rank is None else Budget(rank=rank)
+            budget = HeadBudget(energy=self.options.energy) if rank is None else HeadBudget(rank=rank)
         code = self.calibrated.code(self.layer, which, bits, budget, self.options.allocation)
         state = self.calibrated.state(self.layer, which)
         mean = torch.stack([_mean(states[:, start : start + length]) for start, length in ranges], 1)

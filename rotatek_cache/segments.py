@@ -334,9 +334,13 @@ class TextSegment:
         return [t for t in (self.keys, self.values, *layout) if t is not None]
 
 
+def room_for(needed: int) -> int:
+    """Columns that a text segment reserves for `needed` ones."""
+    return needed + max(TEXT_ROOM, needed // TEXT_GROWTH)
+
+
 def _room(source: Tensor, needed: int, filled: int = 0) -> Tensor:
     """A buffer ``[H, B, >= needed, D]`` like `source` with its first `filled` columns copied."""
-    capacity = needed + max(TEXT_ROOM, needed // TEXT_GROWTH)
-    buffer = source.new_zeros(*source.shape[:2], capacity, source.shape[-1])
+    buffer = source.new_zeros(*source.shape[:2], room_for(needed), source.shape[-1])
     buffer[:, :, :filled] = source[:, :, :filled]
     return buffer

@@ -44,17 +44,26 @@ class AttentionRows:
 
 
 @dataclass(frozen=True)
-class TokenMethod(abc.ABC):
+class TokenMethod:
     """A way to choose visual tokens; the settings of one, without state.
 
     Args:
-        keep: share in (0, 1] of the visual tokens that the method keeps (of which layers: see the method).
+        keep: share in (0, 1] of the visual tokens that the method keeps (of which layers: see the method); None where
+            a budget is to set it.
     """
 
-    keep: float
+    keep: float | None = None
 
     def __post_init__(self) -> None:
-        self._check_share("keep", low_allowed=False)
+        if self.keep is not None:
+            self._check_share("keep", low_allowed=False)
+
+    @property
+    def share(self) -> float:
+        """`keep`, once it is known."""
+        if self.keep is None:
+            raise ValueError(f"{type(self).__name__}: keep must be given where no budget sets it")
+        return self.keep
 
     def _check_share(self, name: str, *, low_allowed: bool = True) -> None:
         value = getattr(self, name)
@@ -77,7 +86,7 @@ class TokenMethod(abc.ABC):
 
 
 @dataclass(frozen=True)
-class FeatureMethod(TokenMethod):
+class FeatureMethod(TokenMethod, abc.ABC):
     """Chooses from an image's features, before the language model.
 
     Attributes:
@@ -101,14 +110,18 @@ class FeatureMethod(TokenMethod):
 
 
 @dataclass(frozen=True)
-class AttentionMethod(TokenMethod):
+class AttentionMethod(TokenMethod, abc.ABC):
     """Chooses by the attention that text pays to visual tokens inside the language model.
 
     Attributes:
         last_query_only: read the prompt's last query only, not all of those behind the last visual token.
+        in_parts: the summary of many queries is the sum of those of their parts, so that memory can be bounded.
+        layer_by_layer: each layer's tokens follow from its own attention, so that none has to wait for the others.
     """
 
     last_query_only: ClassVar[bool] = False
+    in_parts: ClassVar[bool] = True
+    layer_by_layer: ClassVar[bool] = False
 
     def check_layers(self, compressed: Sequence[int], layers: int) -> None:
         """Raise if the method cannot work where only the layers `compressed` of `layers` are ours."""
@@ -128,6 +141,15 @@ class AttentionMethod(TokenMethod):
     @abc.abstractmethod
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
         """The tokens that each layer of `pruned` keeps: bool ``[B, P]``, within `visual` ``[B, P]``."""
+
+    def merged(self, keys: Tensor, values: Tensor, kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and Values ``[B, H, P, D]`` of a layer as they are to be stored; most methods change nothing.
+
+        Args:
+            keys, values: of the tokens that wait for their seal; not to be written to.
+            kept, dropped: bool ``[B, P]``, visual tokens.
+        """
+        return keys, values
 
 
 def share_of(counts: Tensor, keep: float) -> Tensor:
@@ -216,6 +238,9 @@ class TokenSelection:
             mask: the model's mask, bool ``[B or 1, 1, Q, T]`` or additive.
             scale: factor on the logits.
         """
+        if self.method.layer_by_layer:
+            seen = self._summary(layer, plan, query, mask, scale)
+            return [(layer, self.method.select({layer.index: seen}, plan.visual, (layer.index,))[layer.index])]
         if plan is not self._plan:
             self._forget(plan)
         watched = self.method.watched(self.compressed)
@@ -238,6 +263,7 @@ class TokenSelection:
         begin = int(valid.any(0).int().argmax())  # queries before it are nobody's
         columns = plan.end - plan.begin
         size = max(1, MAX_SCORES // max(1, query.shape[0] * query.shape[1] * columns))
+        size = size if self.method.in_parts else queries
         visual = plan.visual.to(query.device)
         visible = self._visible(mask, queries, layer.length, query.device)
         total: Summary | None = None

@@ -454,7 +454,7 @@ def _get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
         return encode()
     method = cache.tokens
     given = _arguments(type(inner).get_image_features, inner, *args, **kwargs)
-    with _encoder_tap(inner, method, given) as tap:
+    with encoder_tap(inner, method, given) as tap:
         output = encode()
     features = output.pooler_output
     if isinstance(features, Tensor) and features.ndim != 3:
@@ -475,9 +475,7 @@ def _kept(features: Sequence[Tensor]) -> Tensor:
     return torch.cat([(image.flatten(0, -2) != 0).any(-1) for image in features])
 
 
-def _encoder_tap(
-    inner: Any, method: Any, given: dict[str, Any]
-) -> contextlib.AbstractContextManager[EncoderTap | None]:
+def encoder_tap(inner: Any, method: Any, given: dict[str, Any]) -> contextlib.AbstractContextManager[EncoderTap | None]:
     """Listens to the encoder's layer that a method reads, if it reads any."""
     if not method.reads_encoder:
         return contextlib.nullcontext()
@@ -527,7 +525,21 @@ def _feature_order(inner: Any, tap: EncoderTap | None, given: dict[str, Any]) ->
     return index.argsort()
 
 
+def _get_candidate_generator(top: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's method, which assisted decoding calls once: notes where the prompt ends.
+
+    The first forward brings the first guesses with the prompt, and tokens must not be chosen by the guesses' queries.
+    """
+    original = type(top)._get_candidate_generator
+    given = _arguments(original, top, *args, **kwargs)
+    cache = given["model_kwargs"].get("past_key_values")
+    if isinstance(cache, RotateKCache):
+        cache.ledger.prompt_end = given["input_ids"].shape[1]
+    return original(top, *args, **kwargs)
+
+
 STAND_INS: dict[str, Any] = {
+    "_get_candidate_generator": _get_candidate_generator,
     "_prepare_multimodal_encoder_kwargs_for_generation": _prepare_multimodal_encoder_kwargs_for_generation,
     "prepare_inputs_for_generation": _prepare_inputs_for_generation,
     "_prepare_position_ids_for_generation": _prepare_position_ids_for_generation,

@@ -270,10 +270,29 @@ def test_a_stopped_command_goes_on_where_it_was_saved(pages, tmp_path, monkeypat
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_dataset_gives_the_file_that_a_folder_of_its_images_gives(pages, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = sorted(pages.glob("*.png"))  # the broken one first
+    rows = datasets.Dataset.from_dict({"name": [f.name for f in files], "picture": [str(f) for f in files]})
+    rows = rows.cast_column("picture", datasets.Image())
+    datasets.DatasetDict({"seen": rows}).save_to_disk(tmp_path / "saved")
+    assert run("--images", pages, "--out", tmp_path / "folder.safetensors").exit_code == 0
+    result = run("--images", tmp_path / "saved", "--split", "seen", "--out", tmp_path / "dataset.safetensors")
+    assert result.exit_code == 0 and "from 3 images (1 skipped)" in result.output
+    first, second = contents(tmp_path / "folder.safetensors"), contents(tmp_path / "dataset.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    wrong = run("--images", tmp_path / "saved", "--split", "train", "--out", tmp_path / "x.safetensors")
+    assert wrong.exit_code == 2 and "--split must be one of seen, got 'train'" in wrong.output
+    rows.remove_columns("picture").save_to_disk(tmp_path / "words")
+    wrong = run("--images", tmp_path / "words", "--out", tmp_path / "x.safetensors")
+    assert wrong.exit_code == 2 and "has no image column, only name" in wrong.output.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--images", "nowhere", "--out", "x.safetensors"], "--images must be a folder, got 'nowhere'"),
+        (["--images", "nowhere", "--out", "x.safetensors"], "--images must be a folder, or a dataset as owner/name"),
+        (["--images", "/no/where", "--out", "x.safetensors"], "--images must be a folder, or a dataset as owner/name"),
         (["--images", ".", "--out", "basis.pt"], "--out must end in .safetensors"),
         (["--images", ".", "--out", "x.safetensors", "--method", "svd"], "--method must be one of pca, oblique, leank"),
     ],

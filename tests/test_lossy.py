@@ -16,6 +16,7 @@ OPTIONS = [
     {"sparsity": 0, "basis": "none", "key_bits": 4, "value_basis": "none", "value_bits": 4, "always_compress": True},
     {"sparsity": 0.5, "key_bits": "fp8", "value_sparsity": 0.5, "value_bits": "fp8", "always_compress": True},
     {"rank": 8, "solver": "eigh", "always_compress": True},
+    {"rank": 8, "basis_per": "image", "always_compress": True},
     {"sparsity": 0.0, "key_bits": 4, "always_compress": True},
     {"sparsity": 0.5, "key_bits": 4, "value_sparsity": 0.5, "value_bits": 4, "always_compress": True},
     {"sparsity": 0.0, "value_sparsity": 0.75, "always_compress": True},

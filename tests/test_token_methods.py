@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rotatek_cache import DivPrune, FastV, RotateKCache, VisionZip, VLCache
+from rotatek_cache import AirCache, DivPrune, FastV, LookM, RotateKCache, VisionZip, VLCache
 from rotatek_cache.token_specs import TOKENS, token_method
 from rotatek_cache.tokens import AttentionRows, best_tokens, share_of, spread
 
@@ -85,6 +85,64 @@ def test_divprune_by_hand():
     assert same is features
 
 
+def air_rows() -> AttentionRows:
+    """Three visual tokens and the text behind them, whose two queries see each other causally."""
+    weights = [[[0.2, 0.1, 0.1, 0.6, 0.0], [0.1, 0.3, 0.1, 0.2, 0.3]]]
+    seen = [[True] * 4 + [False], [True] * 5]
+    return rows_of(weights, seen, [True] * 3 + [False] * 2)
+
+
+def test_aircache_scores_by_hand():
+    # Among text the last query gives .4 to the first text token and .6 to itself: the elite at .9 is itself alone, and
+    # its weights on the three tokens and itself sum to .8.
+    (scores,) = AirCache(0.5).summarise(air_rows())
+    assert scores[0, :3].tolist() == pytest.approx([0.125, 0.375, 0.125])
+    # At .6 both are elite, and nothing is left out: plain means.
+    (scores,) = AirCache(0.5, elite=0.6).summarise(air_rows())
+    assert scores[0, :3].tolist() == pytest.approx([0.15, 0.2, 0.1])
+
+
+def test_aircache_budgets_by_hand():
+    # Strengths .6 and .3: relative 4/3 and 2/3. Skewness 0 and 3 / 2 * 2.1213, relative 0 and 2.
+    scores = torch.tensor([[[0.1, 0.3, 0.2, 9.0]], [[0.0, 0.0, 0.3, 9.0]]])
+    visual = torch.tensor([[True, True, True, False]])
+    shares = AirCache.layer_shares(scores, visual)
+    assert shares.flatten().tolist() == pytest.approx([2 / 3, 4 / 3])
+    kept = AirCache(0.5).select({0: (scores[0],), 1: (scores[1],)}, visual, (0, 1))
+    assert kept[0].tolist() == [[False, True, False, False]]  # 1 of 3 tokens in all
+    assert kept[1].sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("merge", "key"),
+    [
+        # Tokens 2 and 3 lie nearest to 0, whose Key is (1, 0).
+        ("average", [(1 + 2 + 0.6) / 3, (0 + 0 + 0.8) / 3]),
+        ("pivotal", [(1 + 1.5 + 0.8) / 3, (0 + 0 + 0.4) / 3]),
+        ("weighted", [(1 + 2 + 0.36) / 3, (0 + 0 + 0.48) / 3]),
+        ("none", [1, 0]),
+    ],
+)
+def test_look_m_by_hand(merge, key):
+    keys = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [2.0, 0.0], [0.6, 0.8], [5.0, 5.0]])[None, None]
+    values = torch.tensor([[10.0], [20.0], [40.0], [70.0], [0.0]])[None, None]
+    kept = torch.tensor([[True, True, False, False, False]])
+    dropped = torch.tensor([[False, False, True, True, False]])
+    new_keys, new_values = LookM(0.5, merge=merge).merged(keys, values, kept, dropped)
+    assert new_keys[0, 0, 0].tolist() == pytest.approx(key)
+    assert torch.equal(new_keys[0, 0, 1], keys[0, 0, 1])
+    assert torch.equal(new_keys[0, 0, 4], keys[0, 0, 4])  # text takes nothing
+    expected = {"average": 40.0, "pivotal": (10 + 25 + 40) / 3, "weighted": (10 + 40 + 42) / 3, "none": 10.0}
+    assert float(new_values[0, 0, 0]) == pytest.approx(expected[merge])
+
+
+def test_look_m_keeps_the_same_share_in_every_layer():
+    visual = torch.tensor([[True, True, True, True, False]])
+    scores = [torch.tensor([[3.0, 1.0, 2.0, 0.0, 9.0]]), torch.tensor([[0.0, 1.0, 2.0, 3.0, 9.0]])]
+    kept = LookM(0.5).select({0: (scores[0],), 1: (scores[1],)}, visual, (0, 1))
+    assert [kept[layer][0].nonzero().flatten().tolist() for layer in (0, 1)] == [[0, 2], [2, 3]]
+
+
 def test_what_a_full_layer_cannot_take_goes_to_the_others():
     # 90 % of 3 * 10 tokens in proportion 8 : 1 : 1 would give the first 21.6.
     shares = torch.tensor([[0.8], [0.1], [0.1]])
@@ -137,6 +195,9 @@ def test_a_share_of_few_tokens_is_at_least_one():
 def test_specs():
     assert token_method("fastv:0.4") == FastV(keep=0.4)
     assert token_method("fastv:0.4,layer=3") == FastV(keep=0.4, layer=3)
+    assert token_method("look_m:0.4,merge=average") == LookM(keep=0.4, merge="average")
+    assert token_method("vl_cache") == VLCache()
+    assert token_method("vl_cache:uniform=0.8") == VLCache(uniform=0.8)
     assert token_method("vl_cache:0.25,uniform=0.8") == VLCache(keep=0.25, uniform=0.8)
     method = VLCache(0.5)
     assert token_method(method) is method
@@ -146,7 +207,8 @@ def test_specs():
     ("spec", "error", "message"),
     [
         ("fast:0.4", ValueError, "tokens must name one of .*fastv.*got 'fast:0.4'"),
-        ("fastv", ValueError, "keep must be a number, got ''"),
+        ("fastv", ValueError, "keep must be given where no budget is"),
+        ("fastv:", ValueError, "keep must be given where no budget is"),
         ("fastv:many", ValueError, "keep must be a number, got 'many'"),
         ("fastv:0.4,depth=2", ValueError, "'depth' is no setting of fastv"),
         ("fastv:0.4,keep=0.2", ValueError, "given twice"),
@@ -174,6 +236,8 @@ def test_shares_out_of_range(method, keep):
         (lambda: FastV(0.5, layer=2.0), "layer must be an int"),
         (lambda: VLCache(0.5, recent=1.5), "recent must be in"),
         (lambda: VLCache(0.5, uniform=-1), "uniform must be in"),
+        (lambda: AirCache(0.5, elite=2), "elite must be in"),
+        (lambda: LookM(0.5, merge="sum"), "merge must be one of pivotal, average, weighted, none, got 'sum'"),
         (lambda: VisionZip(0.5, contextual=0.6), "contextual must be at most keep=0.5, got 0.6"),
     ],
 )

@@ -11,7 +11,7 @@ from test_storage import _storages
 from tiny_models import FAMILIES, visual_positions
 from transformers import DynamicCache
 
-from rotatek_cache import DivPrune, FastV, RotateKCache, VisionZip, VLCache
+from rotatek_cache import AirCache, DivPrune, FastV, LookM, RotateKCache, VisionZip, VLCache
 from rotatek_cache.token_specs import TOKENS
 from rotatek_cache.tokens import FeatureMethod
 
@@ -255,8 +255,15 @@ NO_FEATURES = ("merged_embeddings", "forward_with_embeddings")
 SOME_WAYS = [name for name in ways.WAYS if name not in ("video", "interleaved_conversations", "interleaved_forwards")]
 
 
-@pytest.mark.parametrize("way", SOME_WAYS)
-@pytest.mark.parametrize("name", TOKENS)
+# One method of each kind goes through all ways; the others share its path.
+EVERY_WAY = ("fastv", "vl_cache", "visionzip")
+A_FEW_WAYS = ("padded_batch", "beams", "second_turn_padded", "chunked_prefill_padded")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name in TOKENS for way in (SOME_WAYS if name in EVERY_WAY else A_FEW_WAYS)],
+)
 def test_everything_kept_is_dynamic_cache(name, way):
     host = build_host("llava")
     maker = make(TOKENS[name](keep=1.0))
@@ -280,6 +287,25 @@ def test_everything_kept_is_dynamic_cache_in_every_family(family):
         torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-5)
 
 
+SLIDING = ("gemma3", "aya_vision", "cohere2_vision")
+
+
+@pytest.mark.parametrize("method", [VLCache(0.4), DivPrune(0.4)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fewer_tokens_in_every_family(family, method):
+    host = build_host(family)
+    cache = make(method)()
+    if family in SLIDING and isinstance(method, FeatureMethod):
+        for _ in range(2):  # a refusal is not forgotten
+            with pytest.raises(ValueError, match=r"which layers \[0.*\] of this model would attend to"):
+                ways.padded_batch(host.tiny, host.attached, lambda: cache)
+        return
+    assert all(result.isfinite().all() for result in ways.padded_batch(host.tiny, host.attached, lambda: cache))
+    tokens = int(visual_positions(ways.padded(host.tiny)["input_ids"]).sum())
+    dropped = [layer.dropped for layer in cache.report().layers if layer.kind == "RotateKLayer"]
+    assert sum(dropped) == pytest.approx(0.6 * tokens * len(dropped), abs=2 * len(dropped))
+
+
 @pytest.mark.parametrize("way", SOME_WAYS)
 @pytest.mark.parametrize("method", [FastV(0.3), VLCache(0.3), VisionZip(0.3), DivPrune(0.3)], ids=str)
 def test_fewer_tokens_run_everywhere(method, way):
@@ -298,7 +324,27 @@ def test_fewer_tokens_run_everywhere(method, way):
         assert ours.shape == theirs.shape
 
 
-METHODS = [FastV(0.4), FastV(0.4, layer=1), VLCache(0.4), VisionZip(0.4), DivPrune(0.4)]
+@pytest.mark.parametrize("method", [FastV(0.3), VLCache(0.3)], ids=str)
+@pytest.mark.parametrize("way", ["prompt_lookup", "assistant_model"])
+def test_assisted_decoding_chooses_the_tokens_that_greedy_decoding_does(llava: Host, way, method):
+    """The first forward brings guesses, which may be wrong, behind the prompt."""
+    prompt = llava.tiny.prompt(3)
+    options = {}
+    if way == "prompt_lookup":
+        prompt.ids += prompt.ids[-5:] * 3
+        options = {"prompt_lookup_num_tokens": 4}
+    else:
+        options = {"assistant_model": copy.deepcopy(llava.attached)}
+        for parameter in options["assistant_model"].model.language_model.parameters():
+            parameter.data *= 1.1
+    inputs = llava.tiny.inputs(prompt)
+    plain = ways.generate(llava.attached, inputs, make(method)(), max_new_tokens=10)
+    assisted = ways.generate(llava.attached, inputs, make(method)(), max_new_tokens=10, **options)
+    assert torch.equal(plain.sequences, assisted.sequences)
+    torch.testing.assert_close(torch.stack(plain.logits), torch.stack(assisted.logits), atol=1e-4, rtol=1e-4)
+
+
+METHODS = [FastV(0.4), FastV(0.4, layer=1), VLCache(0.4), VisionZip(0.4), DivPrune(0.4), AirCache(0.4), LookM(0.4)]
 OPTIONS = [{}, {"sparsity": None, "rank": 8, "always_compress": True}]
 
 
@@ -337,6 +383,27 @@ def test_beams_and_selection_keep_each_row_its_own(llava: Host, method, options)
     dropped = [layer.dropped for layer in cache.report().layers]
     assert [layer.dropped for layer in chosen.report().layers] != dropped
     assert sum(dropped) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "waiting"),
+    [(VLCache(0.4), [0, 1, 2]), (AirCache(0.4), [0, 1, 2]), (LookM(0.4), [0, 0, 0]), (FastV(0.4), [0, 0, 0])],
+    ids=str,
+)
+def test_layers_wait_for_one_another_only_where_the_method_compares_them(llava: Host, monkeypatch, method, waiting):
+    """How many layers are still dense when the next one begins."""
+    from rotatek_cache.cache import RotateKLayer
+
+    cache, counts, update = make(method)(), [], RotateKLayer.update
+
+    def noting(self, *args, **kwargs):
+        counts.append(sum(layer.kv.pending is not None for layer in cache.layers))
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(RotateKLayer, "update", noting)
+    llava.attached(**ways.padded(llava.tiny), past_key_values=cache)
+    assert counts == waiting
+    assert not any(layer.kv.pending for layer in cache.layers)
 
 
 @pytest.mark.parametrize("name", TOKENS)

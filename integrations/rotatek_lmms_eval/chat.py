@@ -111,8 +111,14 @@ class Chat:
             options: further arguments of `generate`; greedy unless they say otherwise.
         """
         turns = [[_user(question, shown)] for question, shown in zip(questions, images, strict=True)]
+        return self.begin_with(turns, cache, max_new_tokens=max_new_tokens, **options)
+
+    def begin_with(
+        self, messages: Sequence[Sequence[dict[str, Any]]], cache: Cache, *, max_new_tokens: int, **options: Any
+    ) -> Conversations:
+        """`begin` with the messages of each conversation as chat templates take them, images and videos inside."""
         inputs = self.processor.apply_chat_template(
-            turns,
+            list(messages),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

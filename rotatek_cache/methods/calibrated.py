@@ -26,7 +26,7 @@ FORMAT = "rotatek-basis-2"
 STATES = ("key", "value")
 
 
-class Budget(NamedTuple):
+class HeadBudget(NamedTuple):
     """What the heads of a layer may keep on average; one of the three is given.
 
     Attributes:
@@ -149,7 +149,7 @@ class CalibratedBasis:
         return self.layers[layer][which]
 
     def code(
-        self, layer: int, which: str, bits: Bits, budget: Budget, allocation: Allocation
+        self, layer: int, which: str, bits: Bits, budget: HeadBudget, allocation: Allocation
     ) -> CodeLayout | HeadCodes | Numbers:
         """What is kept of the coefficients of a layer.
 
@@ -166,7 +166,7 @@ class CalibratedBasis:
         return self._memo[key][layer]
 
     def _codes(
-        self, which: str, bits: Bits, budget: Budget, allocation: Allocation
+        self, which: str, bits: Bits, budget: HeadBudget, allocation: Allocation
     ) -> dict[int, CodeLayout | HeadCodes | Numbers]:
         states = {layer: parts[which] for layer, parts in sorted(self.layers.items())}
         width = bits if isinstance(bits, int) else PLAIN_BITS

@@ -22,7 +22,7 @@ class DivPrune(FeatureMethod):
     def choose(self, features: Tensor, scores: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """The chosen tokens; features stay as they are."""
         count = len(features)
-        wanted = max(1, round(self.keep * count))
+        wanted = max(1, round(self.share * count))
         kept = torch.ones(count, dtype=torch.bool, device=features.device)
         if wanted == count:
             return kept, features

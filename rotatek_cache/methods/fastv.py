@@ -57,5 +57,5 @@ class FastV(AttentionMethod):
         """The tokens that got most, the same ones in all layers."""
         (scores,) = seen[self.layer - 1]
         visual = visual.to(scores.device)
-        kept = best_tokens(scores, visual, share_of(visual.sum(1), self.keep))
+        kept = best_tokens(scores, visual, share_of(visual.sum(1), self.share))
         return dict.fromkeys(pruned, kept)

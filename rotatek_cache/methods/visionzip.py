@@ -29,7 +29,7 @@ class VisionZip(FeatureMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_share("contextual")
-        if self.contextual > self.keep:
+        if self.keep is not None and self.contextual > self.keep:
             raise ValueError(f"VisionZip: contextual must be at most keep={self.keep}, got {self.contextual}")
 
     def choose(self, features: Tensor, scores: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ class VisionZip(FeatureMethod):
         assert scores is not None
         assert keys is not None
         count = len(features)
-        kept_count = max(1, round(self.keep * count))
+        kept_count = max(1, round(self.share * count))
         contextual = min(round(self.contextual * count), kept_count)
         order = scores.argsort(descending=True, stable=True)
         kept = torch.zeros(count, dtype=torch.bool, device=features.device)

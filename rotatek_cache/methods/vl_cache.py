@@ -61,5 +61,5 @@ class VLCache(AttentionMethod):
         dense = torch.stack([1 - sparse / total.clamp(min=1) for _, sparse, total in (seen[layer] for layer in pruned)])
         adaptive = dense.double() / dense.double().sum(0).clamp_min(1e-300)
         shares = self.uniform / len(pruned) + (1 - self.uniform) * adaptive
-        least = share_of(counts, min(self.keep, LEAST_SHARE))
-        return spread(shares, share_of(len(pruned) * counts, self.keep), least, counts)
+        least = share_of(counts, min(self.share, LEAST_SHARE))
+        return spread(shares, share_of(len(pruned) * counts, self.share), least, counts)

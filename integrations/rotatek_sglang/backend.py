@@ -1,0 +1,315 @@
+"""The attention backend "rotatek": exact attention over a prompt, which it then seals; decoding from the pools."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.runtime_context import get_parallel
+from torch import Tensor
+
+from rotatek_cache.attention import attend
+from rotatek_cache.calibration import fingerprint
+from rotatek_cache.methods.calibrated import load_basis
+from rotatek_cache.sealing import Sealer
+from rotatek_cache.segments import SegmentView
+from rotatek_sglang.metrics import Gauges
+from rotatek_sglang.pool import RotateKPool
+from rotatek_sglang.rows import Segment
+from rotatek_sglang.storage import LayerStorage, SegmentTable, VisualTable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """What a forward brings of one request.
+
+    Attributes:
+        tokens: where it lies among the tokens of the forward.
+        text: int64, which of them are stored as text; None: all.
+        text_rows: int64, where.
+        visual: int64, which of them are compressed.
+        visual_rows: int64, where.
+        basis: the number of their basis.
+        prefix: the tokens that are stored already; None if there are none.
+    """
+
+    tokens: slice
+    text: Tensor | None
+    text_rows: Tensor
+    visual: Tensor | None = None
+    visual_rows: Tensor | None = None
+    basis: int = 0
+    prefix: SegmentTable | None = None
+
+
+class RotateKBackend(AttentionBackend):
+    """Attention over a `RotateKPool`.
+
+    A prompt is attended exactly, on the Keys and Values of the forward; then its text is stored dense and its visual
+    tokens are sealed. Tokens stored before it, and everything in decoding, are read as segments.
+    """
+
+    needs_cpu_seq_lens = True
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        pool = runner.token_to_kv_pool
+        if not isinstance(pool, RotateKPool):
+            raise TypeError(
+                f"the attention backend 'rotatek' reads the pool of rotatek_sglang, got {type(pool).__name__}; set "
+                "ROTATEK_SPARSITY, ROTATEK_RANK or ROTATEK_ENERGY, or use rotatek_sglang.launch"
+            )
+        check_model(runner.model, on_gpu=runner.device == "cuda")
+        check_basis(pool.sealers, runner.model)
+        self.pool = pool
+        self.slots_of = runner.req_to_token_pool.req_to_token
+        # The rows of each request: visual tokens first, then text, of which decoding appends one a step.
+        self.rows_of = torch.zeros_like(self.slots_of)
+        self.ledger = pool.ledger
+        runner.req_to_token_pool.attach_aux_cache(self.ledger)
+        if runner.server_args.enable_metrics and get_parallel().tp_rank == 0:
+            pool.gauges = Gauges({"model_name": runner.server_args.model_path})
+            pool.publish()
+        self.parts: list[PromptPart] = []
+        self.table: SegmentTable | None = None
+        self.new_rows = torch.zeros(0, dtype=torch.int64)
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Find the rows of the forward's tokens; once per forward, for all layers."""
+        mode = forward_batch.forward_mode
+        if mode.is_decode():
+            self._prepare_decode(forward_batch)
+        elif mode.is_extend_without_speculative():
+            self._prepare_extend(forward_batch)
+        elif not mode.is_idle():
+            raise NotImplementedError(f"the attention backend 'rotatek' does not run forwards of mode {mode.name}")
+
+    def _prepare_decode(self, batch: Any) -> None:
+        requests, lengths = self.ledger.requests, batch.seq_lens_cpu.tolist()
+        if len(requests) != len(lengths):
+            raise RuntimeError(f"rows were given to {len(requests)} requests, {len(lengths)} are decoded")
+        self.new_rows = self.pool.table.rows[batch.out_cache_loc].long()
+        self.rows_of[batch.req_pool_indices, batch.seq_lens - 1] = self.new_rows.int()
+        self.table = self._segment_table(batch.req_pool_indices, requests, lengths)
+
+    def _segment_table(self, indices: Tensor, requests: Sequence[int], lengths: Sequence[int]) -> SegmentTable:
+        """The tokens ``: lengths[b]`` of the requests, as segments."""
+        device = self.rows_of.device
+        held = [self.ledger.segments.get(request, []) for request in requests]
+        visual = [sum(segment.count for segment in segments) for segments in held]
+        tables = []
+        for position in range(max(map(len, held), default=0)):
+            column = [segments[position] if position < len(segments) else Segment(0, 0, 0) for segments in held]
+            numbers = torch.tensor([[s.first, s.count, s.basis] for s in column]).to(device, non_blocking=True)
+            tables.append(VisualTable(numbers[:, 0], numbers[:, 1].int(), numbers[:, 2], max(s.count for s in column)))
+        text = torch.tensor([visual, [n - v for n, v in zip(lengths, visual, strict=True)]])
+        text = text.to(device, non_blocking=True)
+        return SegmentTable(
+            slots=self.rows_of[indices, : max(lengths)],
+            visual=tuple(tables),
+            text_starts=text[0],
+            text_lengths=text[1].int(),
+            text_max=max(n - v for n, v in zip(lengths, visual, strict=True)),
+        )
+
+    def _prepare_extend(self, batch: Any) -> None:
+        self.parts = []
+        first = 0
+        for row, request in enumerate(self.ledger.requests):
+            prefix, count = batch.extend_prefix_lens_cpu[row], batch.extend_seq_lens_cpu[row]
+            self.parts.append(self._prompt_part(request, prefix, count, slice(first, first + count)))
+            first += count
+
+    def _prompt_part(self, request: int, prefix: int, count: int, tokens: slice) -> PromptPart:
+        table = self.pool.table
+        slots = self.slots_of[request, : prefix + count]
+        before = None
+        if prefix:
+            rows, self.ledger.segments[request] = table.layout(slots[:prefix])
+            self.rows_of[request, :prefix] = rows
+            index = torch.tensor([request], device=self.rows_of.device)
+            before = self._segment_table(index, [request], [prefix])
+        rows, self.ledger.segments[request] = table.layout(slots)
+        self.rows_of[request, : prefix + count] = rows
+        new = table.rows[slots[prefix:].long()].long()
+        is_visual = new < 0
+        if not bool(is_visual.any()):
+            return PromptPart(tokens, None, new, prefix=before)
+        return PromptPart(
+            tokens,
+            text=(~is_visual).nonzero()[:, 0],
+            text_rows=new[~is_visual],
+            visual=is_visual.nonzero()[:, 0],
+            visual_rows=-1 - new[is_visual],
+            basis=self.ledger.segments[request][-1].basis,
+            prefix=before,
+        )
+
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend a prompt exactly and store it.
+
+        Args:
+            q, k, v: after RoPE, one row per token of the forward.
+
+        Returns:
+            ``[tokens, H_q * D_v]``.
+        """
+        _refuse_extras(kwargs)
+        q, k, v = _heads(q, k, v, layer)
+        output = q.new_empty(q.shape[0], q.shape[1], layer.v_head_dim)
+        storage = self.pool.layer(layer.layer_id)
+        sealer = self.pool.sealers[layer.layer_id - self.pool.start_layer]
+        for part in self.parts:
+            q_part, k_part, v_part = (tensor[part.tokens] for tensor in (q, k, v))
+            if part.prefix is None:
+                output[part.tokens] = attend_prompt(q_part, k_part, v_part, layer.scaling)
+            else:
+                views = storage.views(part.prefix)
+                output[part.tokens] = attend_continuation(q_part, k_part, v_part, views, layer.scaling)
+            self._store(part, storage, sealer, q_part, k_part, v_part)
+        return output.flatten(1)
+
+    def _store(self, part: PromptPart, storage: LayerStorage, sealer: Sealer, q: Tensor, k: Tensor, v: Tensor) -> None:
+        if part.visual is None:
+            storage.write_text(part.text_rows, k, v)
+            return
+        storage.write_text(part.text_rows, k[part.text], v[part.text])
+        keys, values = k[part.visual].transpose(0, 1), v[part.visual].transpose(0, 1)
+        span = [(0, len(part.visual))]
+        queries = q[-sealer.options.query_window :].transpose(0, 1)[None]
+        finite = bool(keys.isfinite().all() & values.isfinite().all() & queries.isfinite().all())
+        if not finite:
+            # Dense attention would answer this request with NaN, and so does this, by way of its text; a basis cannot
+            # be fitted. The other requests of the batch are none of its business.
+            log.error("Layer %s holds NaN or infinity for a prompt with an image", sealer.layer)
+            storage.write_text(part.text_rows, k[part.text].fill_(torch.nan), v[part.text].fill_(torch.nan))
+            keys, values, queries = (tensor.nan_to_num(0.0, 0.0, 0.0) for tensor in (keys, values, queries))
+        stored_keys = sealer.store_keys(keys, span, queries, None)
+        stored_values = sealer.store_values(values, span)
+        assert part.visual_rows is not None
+        storage.keys.write(stored_keys, part.visual_rows, part.basis)
+        storage.values.write(stored_values, part.visual_rows, part.basis)
+
+    def forward_decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Store one token of each request and attend to all that it has. Returns ``[B, H_q * D_v]``."""
+        _refuse_extras(kwargs)
+        q, k, v = _heads(q, k, v, layer)
+        storage = self.pool.layer(layer.layer_id)
+        storage.write_text(self.new_rows, k, v)
+        assert self.table is not None
+        output, _ = attend(q[:, :, None], storage.views(self.table), layer.scaling, return_lse=False)
+        return output.flatten(1)
+
+    def support_triton(self) -> bool:
+        """Whether SGLang may use its Triton helpers around this backend."""
+        return bool(self.rows_of.is_cuda)
+
+
+def _refuse_extras(extras: dict[str, Any]) -> None:
+    for name, value in extras.items():
+        if value is not None:
+            raise NotImplementedError(f"the attention backend 'rotatek' does not support {name!r}")
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows as heads: ``[tokens, H, D]`` each."""
+    return (
+        q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+        k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
+        v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
+    )
+
+
+def attend_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of a prompt ``[n, H, D]`` to itself: ``[n, H_q, D_v]``."""
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+    output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return output[0].transpose(0, 1)
+
+
+def attend_continuation(q: Tensor, k: Tensor, v: Tensor, stored: list[SegmentView], scale: float) -> Tensor:
+    """Attention of new tokens ``[n, H, D]`` of one request to what is stored of it, and causally to themselves."""
+    count = len(q)
+    own = SegmentView(
+        keys=k.transpose(0, 1),
+        values=v.transpose(0, 1),
+        starts=torch.zeros(1, dtype=torch.int64, device=q.device),
+        lengths=torch.tensor([count], dtype=torch.int32, device=q.device),
+        max_length=count,
+        mask=torch.ones(count, count, dtype=torch.bool, device=q.device).tril()[None],
+    )
+    output, _ = attend(q.transpose(0, 1)[None], [*stored, own], scale, return_lse=False)
+    return output[0]
+
+
+REFUSED_ATTENTION = {
+    "sliding-window layers": lambda layer: layer.sliding_window_size > 0,
+    "softcapped logits": lambda layer: layer.logit_cap > 0,
+    "cross-attention layers": lambda layer: layer.is_cross_attention,
+    "attention that is not causal": lambda layer: layer.attn_type != AttentionType.DECODER,
+    "a temperature that grows with the length": lambda layer: layer.xai_temperature_len > 0,
+}
+
+
+def check_model(model: torch.nn.Module, on_gpu: bool) -> None:
+    """Raise a ValueError that names what the model has and the backend does not do."""
+    name = type(model).__name__
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    for what, has in REFUSED_ATTENTION.items():
+        if any(has(layer) for layer in layers):
+            raise ValueError(f"rotatek_sglang does not serve models with {what} ({name})")
+    sources = {type(module).__module__ for module in model.modules()}
+    if on_gpu and any(hasattr(sys.modules[source], "create_fused_set_kv_buffer_arg") for source in sources):
+        raise ValueError(f"rotatek_sglang does not serve models that write into the KV pool themselves ({name})")
+
+
+def check_basis(sealers: Sequence[Sealer], model: torch.nn.Module) -> None:
+    """Raise a ValueError if the sealers' basis file was calibrated on another model."""
+    fit = sealers[0].options
+    if not fit.is_calibrated:
+        return
+    projections = torch.nn.ModuleDict()
+    for module in model.modules():
+        attention, fused = getattr(module, "attn", None), getattr(module, "qkv_proj", None)
+        if not isinstance(attention, RadixAttention) or fused is None:
+            continue
+        weight = fused.weight.detach()
+        widths = [
+            attention.tp_q_head_num * attention.qk_head_dim,
+            attention.tp_k_head_num * attention.qk_head_dim,
+            attention.tp_v_head_num * attention.v_head_dim,
+        ]
+        if not weight.is_floating_point() or weight.shape[0] != sum(widths):
+            log.warning("The model's weights are quantised: nobody checks that %s belongs to it", fit.basis)
+            return
+        _, keys, values = weight.split(widths)
+        # Named as the calibration saw them: a fingerprint holds some of these weights, in the order of their names.
+        named = torch.nn.ModuleDict()
+        for name, part in (("k_proj", keys), ("v_proj", values)):
+            named[name] = torch.nn.ParameterDict({"weight": torch.nn.Parameter(part, requires_grad=False)})
+        projections[str(attention.layer_id)] = named
+    load_basis(fit.basis).check_model(fingerprint(torch.nn.ModuleDict({"layers": projections})))

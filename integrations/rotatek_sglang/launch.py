@@ -1,0 +1,39 @@
+"""`python -m rotatek_sglang.launch --model-path ... --sparsity 0.75`: `sglang.launch_server` with compression.
+
+Our flags become environment variables, which SGLang's processes inherit; all others are SGLang's own.
+"""
+
+import argparse
+import os
+import runpy
+import sys
+
+from rotatek_sglang import options, plugin
+
+
+def main() -> None:
+    """Read our flags, then hand over to SGLang."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rotatek_sglang.launch",
+        description="Start an SGLang server whose visual Keys (and Values) are stored as coefficients.",
+        epilog="All other flags are those of sglang.launch_server.",
+        allow_abbrev=False,
+    )
+    options.add_flags(parser)
+    given, rest = parser.parse_known_args()
+    try:
+        chosen = options.ServingOptions(**vars(given))
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    os.environ.update(chosen.environment(), SGLANG_PLATFORM="rotatek")
+    plugin.stop_unless_supported()
+    import torch  # noqa: PLC0415 (only to see which machine this is)
+
+    if not torch.cuda.is_available() and "--device" not in rest:
+        rest += ["--device", "cpu"]
+    sys.argv = ["sglang.launch_server", *rest]
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""How wide a visual row is in each layer, and what a basis takes: found by sealing random states and looking.
+
+So what a method stores is decided in one place, `rotatek_cache.sealing`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rotatek_cache.basis import KeyBasis
+from rotatek_cache.coding import CodeLayout
+from rotatek_cache.sealing import Sealer
+from rotatek_cache.segments import Stored
+
+ROW_NUMBER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The attention heads of this process: query heads, KV heads, widths of Keys and Values."""
+
+    q_heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What is stored of the visual Keys, or Values, of one layer.
+
+    Attributes:
+        width: numbers, or bytes of codes, per token and head.
+        dtype: of what is stored.
+        code: how codes are packed; None if numbers are stored.
+        rank: columns of the decoder; None if dense states are stored.
+        shared: the decoder ``[H, 1, D, r]`` of the model; None if each basis has its own.
+        has_delta: whether a basis has a delta.
+        dense_width: D.
+        basis_dtype: of decoder and delta.
+    """
+
+    width: int
+    dtype: torch.dtype
+    code: CodeLayout | None
+    rank: int | None
+    shared: Tensor | None
+    has_delta: bool
+    dense_width: int
+    basis_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, stored: Stored, dense_width: int, dtype: torch.dtype) -> "StateLayout":
+        """The layout of what a seal stored; a ValueError where a pool cannot hold it."""
+        basis = stored.basis if stored.basis is not None else KeyBasis()
+        decoder = basis.B
+        if not (stored.code is None or isinstance(stored.code, CodeLayout)) or basis.is_diagonal:
+            raise ValueError("only rotated coefficients can be served: basis='spark', 'spark_mean' and 'none' cannot")
+        return cls(
+            width=stored.data.shape[-1],
+            dtype=stored.data.dtype,
+            code=stored.code,
+            rank=None if decoder is None else decoder.shape[-1],
+            # One row of the calibrated decoder is all of it; a copy would keep the probe alive.
+            shared=decoder[:, :1] if basis.shared and decoder is not None else None,
+            has_delta=basis.delta is not None,
+            dense_width=dense_width,
+            basis_dtype=dtype,
+        )
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token and head."""
+        return self.width * self.dtype.itemsize
+
+    @property
+    def basis_numbers(self) -> int:
+        """Numbers that one basis adds, per head."""
+        matrix = 0 if self.rank is None or self.shared is not None else self.dense_width * self.rank
+        return matrix + (self.dense_width if self.has_delta else 0)
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """Keys and Values of the visual tokens of one layer."""
+
+    keys: StateLayout
+    values: StateLayout
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """All layers, and the bytes that follow."""
+
+    heads: HeadShape
+    dtype: torch.dtype
+    layers: tuple[LayerLayout, ...]
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of a text token: what a dense cache takes."""
+        return self._per_head(self.heads.key_width + self.heads.value_width) * len(self.layers)
+
+    @property
+    def visual_bytes(self) -> int:
+        """Bytes of a visual token, without its basis."""
+        return self.heads.kv_heads * sum(layer.keys.token_bytes + layer.values.token_bytes for layer in self.layers)
+
+    @property
+    def basis_bytes(self) -> int:
+        """Bytes of one basis."""
+        return self._per_head(sum(layer.keys.basis_numbers + layer.values.basis_numbers for layer in self.layers))
+
+    def _per_head(self, numbers: int) -> int:
+        return self.heads.kv_heads * numbers * self.dtype.itemsize
+
+    def ranks(self) -> str:
+        """Ranks of the Keys and Values, over the layers."""
+
+        def span(parts: Sequence[StateLayout]) -> str:
+            ranks = sorted({part.dense_width if part.rank is None else part.rank for part in parts})
+            text = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+            return f"{text} of {parts[0].dense_width}"
+
+        keys, values = [layer.keys for layer in self.layers], [layer.values for layer in self.layers]
+        return f"Keys {span(keys)}, Values {span(values)}"
+
+
+def find_layout(
+    sealers: Sequence[Sealer], heads: HeadShape, dtype: torch.dtype, device: torch.device | str
+) -> CacheLayout:
+    """The layout that the sealers of the layers give for states of these shapes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    tokens = 2 * max(heads.key_width, heads.value_width)
+    keys = random(heads.kv_heads, tokens, heads.key_width)
+    values = random(heads.kv_heads, tokens, heads.value_width)
+    queries = random(1, heads.q_heads, 4, heads.key_width)
+    found = []
+    for sealer in sealers:
+        stored_keys = sealer.store_keys(keys, [(0, tokens)], queries, None)
+        stored_values = sealer.store_values(values, [(0, tokens)])
+        found.append(
+            LayerLayout(
+                StateLayout.of(stored_keys, heads.key_width, dtype),
+                StateLayout.of(stored_values, heads.value_width, dtype),
+            )
+        )
+    return CacheLayout(heads, dtype, tuple(found))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How memory is spent, decided before the pool is made.
+
+    Attributes:
+        sealers: of the layers.
+        layout: what a token takes.
+        text_share: share of the slots that have a text row.
+        bases: how many bases there is room for.
+        fixed_bytes: what does not grow with the slots.
+    """
+
+    sealers: Sequence[Sealer]
+    layout: CacheLayout
+    text_share: float
+    bases: int
+    fixed_bytes: int
+
+    @classmethod
+    def make(
+        cls, sealers: Sequence[Sealer], layout: CacheLayout, text_share: float, requests: int, context: int
+    ) -> "Plan":
+        """The plan for so many requests at once, of up to `context` tokens each."""
+        table = requests * context * ROW_NUMBER_BYTES  # the rows of each request
+        return cls(sealers, layout, text_share, requests, requests * layout.basis_bytes + table)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot on average, rounded up."""
+        text, visual = self.layout.text_bytes, self.layout.visual_bytes
+        row_numbers = 3 * ROW_NUMBER_BYTES  # of the slot table, the stacks of free rows and the basis of a row
+        return math.ceil(self.text_share * text + (1 - self.text_share) * visual) + row_numbers
+
+    def rows(self, slots: int) -> tuple[int, int]:
+        """(text rows, visual rows) for so many slots."""
+        text = min(slots, max(1, round(self.text_share * slots)))
+        return text, slots - text
+
+
+class Worth:
+    """Whether so many visual tokens, sealed together, take fewer bytes compressed than dense, in all layers."""
+
+    def __init__(self, layout: CacheLayout, sealers: Sequence[Sealer]) -> None:
+        self.layout, self.sealers = layout, sealers
+        self.known: dict[int, bool] = {}
+
+    def __call__(self, tokens: int) -> bool:
+        """The answer for a number of tokens."""
+        if tokens not in self.known:
+            heads, dtype = self.layout.heads, self.layout.dtype
+            self.known[tokens] = tokens > 0 and all(
+                sealer.is_worth(tokens, heads.key_width, heads.value_width, dtype, part.keys.rank)
+                for sealer, part in zip(self.sealers, self.layout.layers, strict=True)
+            )
+        return self.known[tokens]

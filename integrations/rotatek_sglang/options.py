@@ -1,0 +1,145 @@
+"""What the adapter is asked to do: read from the environment, which SGLang's processes inherit.
+
+`ROTATEK_SPARSITY`, `ROTATEK_RANK` or `ROTATEK_ENERGY` switch it on; the other fields of `ServingOptions` have variables
+of the same form. The launcher offers all of them as flags.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rotatek_cache.basis import Bits, FitOptions, Solver
+
+PREFIX = "ROTATEK_"
+SWITCHES = ("sparsity", "rank", "energy")
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """How a server compresses; the first fields are those of `rotatek_cache.FitOptions`.
+
+    Args:
+        sparsity: share of Key channels removed from visual tokens, in [0, 1).
+        rank: coefficients kept per visual Key.
+        energy: share of the calibrated Key variance that each layer keeps; needs a calibrated basis.
+        basis: how Keys are rotated, by name, or the path of a calibrated basis file.
+        query_window: how many of the prompt's last queries weigh the channels.
+        solver: "subspace" or "eigh".
+        key_bits: None, 8, 4, 2, or (with a calibrated basis) "auto".
+        value_sparsity: share of Value channels removed; None keeps Values dense.
+        value_bits: as `key_bits`, for Values.
+        always_compress: compress images too small to earn their basis back (for studies).
+        text_share: share of the tokens that are text, in (0, 1]: it splits the memory between rows for text and rows
+            for visual tokens.
+    """
+
+    sparsity: float | None = None
+    rank: int | None = None
+    energy: float | None = None
+    basis: str = "rotatek"
+    query_window: int = 32
+    solver: Solver = "subspace"
+    key_bits: Bits = None
+    value_sparsity: float | None = None
+    value_bits: Bits = None
+    always_compress: bool = False
+    text_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 < self.text_share <= 1:
+            raise ValueError(f"text_share must be in (0, 1], got {self.text_share}")
+        fit = self.fit  # checks the rest
+        if not fit.is_calibrated:
+            if self.energy is not None:
+                raise ValueError(
+                    "energy needs a calibrated basis (basis=file.safetensors): ranks that differ from request to "
+                    "request cannot size a pool"
+                )
+            for name in ("key_bits", "value_bits"):
+                if getattr(self, name) == "auto":
+                    raise ValueError(
+                        f"{name}='auto' needs a calibrated basis (basis=file.safetensors): widths that differ from "
+                        "request to request cannot size a pool; give 8, 4 or 2"
+                    )
+
+    @property
+    def fit(self) -> FitOptions:
+        """The part that the method knows."""
+        names = {field.name for field in fields(FitOptions)} & {field.name for field in fields(self)}
+        return FitOptions(**{name: getattr(self, name) for name in names})
+
+    def environment(self) -> dict[str, str]:
+        """The variables that say this."""
+        chosen = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        return {PREFIX + name.upper(): str(value) for name, value, default in chosen if value != default}
+
+
+def _bits(text: str) -> Bits:
+    if text not in ("auto", "8", "4", "2"):
+        raise ValueError(f"expected 8, 4, 2 or auto, got {text!r}")
+    return "auto" if text == "auto" else int(text)  # type: ignore[return-value]
+
+
+def _flag(text: str) -> bool:
+    if text not in ("True", "False", "1", "0"):
+        raise ValueError(f"expected 1 or 0, got {text!r}")
+    return text in ("True", "1")
+
+
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "sparsity": float,
+    "rank": int,
+    "energy": float,
+    "basis": str,
+    "query_window": int,
+    "solver": str,
+    "key_bits": _bits,
+    "value_sparsity": float,
+    "value_bits": _bits,
+    "always_compress": _flag,
+    "text_share": float,
+}
+
+
+def asked_for(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment asks for compression."""
+    return any(PREFIX + name.upper() in environment for name in SWITCHES)
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> ServingOptions:
+    """The options that the environment states; a ValueError that names the variable where one is wrong."""
+    given = {}
+    for name, value in environment.items():
+        if not name.startswith(PREFIX):
+            continue
+        option = name.removeprefix(PREFIX).lower()
+        if option not in PARSERS:
+            known = ", ".join(PREFIX + known.upper() for known in PARSERS)
+            raise ValueError(f"unknown option {name} in the environment; known are {known}")
+        try:
+            given[option] = PARSERS[option](value)
+        except ValueError as error:
+            raise ValueError(f"{name}={value!r} in the environment: {error}") from None
+    return ServingOptions(**given)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Offer every option as a flag; those not given stay out of the namespace."""
+    notes = (ServingOptions.__doc__ or "").partition("Args:")[2].split("\n        ")
+    described = {}
+    for note in notes:
+        name, colon, text = note.strip().partition(": ")
+        if colon and name in PARSERS:
+            described[name] = text
+            last = name
+        elif described and note.strip():
+            described[last] += " " + note.strip()
+    for name, parse in PARSERS.items():
+        flag = "--" + name.replace("_", "-")
+        text = described[name].replace("%", "%%")
+        if parse is _flag:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag, type=parse, default=argparse.SUPPRESS, help=text)

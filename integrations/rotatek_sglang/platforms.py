@@ -1,0 +1,159 @@
+"""Platforms for SGLang: CUDA and plain torch on a CPU, each with our pool and allocator."""
+
+import logging
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.cuda import CudaSRTPlatform
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from rotatek_sglang.plugin import BACKEND
+
+log = logging.getLogger(__name__)
+
+PAGE_SIZE = 2  # the smallest for which SGLang lets a platform choose the allocator; rows are given out singly anyway
+MAX_RUNNING_REQUESTS = 32  # each has a row of the request table and, with an online basis, room for the basis
+
+CPU_DEFAULT = "intel_amx"  # filled in by SGLang before a platform is asked
+
+# Field of ServerArgs, what it may be, and what it stands for.
+REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("speculative_algorithm", (None,), "speculative decoding"),
+    ("disaggregation_mode", ("null",), "disaggregation of prefill and decoding"),
+    ("encoder_only", (False,), "a separate encoder"),
+    ("language_only", (False,), "a separate encoder"),
+    ("kv_cache_dtype", ("auto", "bfloat16", "bf16"), "quantised KV caches (fp8, fp4)"),
+    ("enable_mixed_chunk", (False,), "mixed chunks"),
+    ("enable_hierarchical_cache", (False,), "the hierarchical cache (HiCache)"),
+    ("enable_unified_cache_external_linker", (False,), "an external cache"),
+    ("enable_lmcache", (False,), "LMCache"),
+    ("enable_flexkv", (False,), "FlexKV"),
+    ("enable_hisparse", (False,), "HiSparse"),
+    ("enable_unified_memory", (False,), "a unified memory pool"),
+    ("enable_page_major_kv_layout", (False,), "the page-major layout"),
+    ("enable_kv_cache_sharding", (False,), "KV cache sharding"),
+    ("enable_streaming_session", (False,), "streaming sessions"),
+    ("enable_session_radix_cache", (False,), "sessions in the radix cache"),
+    ("enable_two_batch_overlap", (False,), "two-batch overlap"),
+    ("enable_pdmux", (False,), "PD multiplexing"),
+    ("enable_dp_attention", (False,), "data-parallel attention"),
+    ("enable_memory_saver", (False,), "the memory saver"),
+    ("dllm_algorithm", (None,), "diffusion language models"),
+    ("pp_size", (1,), "pipeline parallelism"),
+    ("dcp_size", (1,), "decode context parallelism"),
+    ("attn_cp_size", (1,), "context parallelism"),
+    ("prefill_attention_backend", (None, BACKEND), "another attention backend for prefill"),
+    ("decode_attention_backend", (None, BACKEND), "another attention backend for decoding"),
+    ("attention_backend", (None, BACKEND, CPU_DEFAULT), "another attention backend"),
+)
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Raise a ValueError that names what is asked for and not supported."""
+    for field, allowed, what in REFUSED:
+        value = getattr(args, field)
+        if value not in allowed:
+            raise ValueError(f"rotatek_sglang does not support {what} (--{field.replace('_', '-')} {value})")
+
+
+def switch_off(args: Any) -> None:
+    """Switch off what is on by default and not supported, and say so."""
+    off = []
+    if not args.disable_radix_cache:
+        args.disable_radix_cache = True
+        off.append("prefix reuse (radix cache)")
+    if args.chunked_prefill_size is None or args.chunked_prefill_size > 0:
+        args.chunked_prefill_size = -1
+        off.append("chunked prefill")
+    config = args.cuda_graph_config
+    for phase in (Phase.DECODE, Phase.PREFILL):
+        if getattr(config, phase).backend != Backend.DISABLED:
+            config = with_phase(config, phase, backend=Backend.DISABLED)
+            off.append(f"CUDA graphs ({phase})")
+    args.cuda_graph_config = config
+    if off:
+        log.warning("RotateK: switched off, since not supported yet: %s", ", ".join(off))
+
+
+def apply_defaults(args: Any) -> None:
+    """What a compressed server needs of SGLang's arguments."""
+    refuse_unsupported(args)
+    switch_off(args)
+    args.attention_backend = BACKEND
+    if args.page_size in (None, 1):
+        args.page_size = PAGE_SIZE
+    if args.max_running_requests is None:
+        args.max_running_requests = MAX_RUNNING_REQUESTS
+        log.warning("RotateK: --max-running-requests was not given; %s are served at once", MAX_RUNNING_REQUESTS)
+
+
+def pool_class(kind: str) -> type | None:
+    """Our pool, for the one kind of attention that it serves (SGLang asks for all of them, whatever the model)."""
+    from rotatek_sglang.pool import RotateKPool  # noqa: PLC0415 (needs SGLang's runtime, which needs a platform)
+
+    return RotateKPool if kind == "mha" else None
+
+
+def allocator_class() -> type:
+    """Our slot allocator."""
+    from rotatek_sglang.pool import RotateKAllocator  # noqa: PLC0415 (as above)
+
+    return RotateKAllocator
+
+
+class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """A CPU on which everything runs in plain torch: for trying things out, and for tests."""
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
+        """No GPU, so nothing to pin for."""
+        return False
+
+    def get_default_attention_backend(self) -> str:
+        """Dense attention in torch."""
+        return "torch_native"
+
+    def get_dispatch_key_name(self) -> str:
+        """The torch version of every operator."""
+        return "native"
+
+
+class RotateKCpuPlatform(TorchCpuPlatform):
+    """`TorchCpuPlatform` with compressed storage."""
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """See `apply_defaults`."""
+        apply_defaults(server_args)
+
+    def get_default_attention_backend(self) -> str:
+        """Ours."""
+        return BACKEND
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """Ours."""
+        return pool_class(kind)
+
+    def get_paged_allocator_cls(self) -> type:
+        """Ours."""
+        return allocator_class()
+
+
+class RotateKCudaPlatform(CudaSRTPlatform):
+    """SGLang's CUDA platform with compressed storage."""
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """See `apply_defaults`."""
+        apply_defaults(server_args)
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """Ours."""
+        return pool_class(kind)
+
+    def get_paged_allocator_cls(self) -> type:
+        """Ours."""
+        return allocator_class()

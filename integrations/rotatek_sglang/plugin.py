@@ -1,0 +1,91 @@
+"""SGLang's two entry points. Both do nothing unless the environment asks for compression (`options.asked_for`)."""
+
+import importlib.metadata
+import os
+
+from rotatek_sglang import SGLANG_VERSION, options
+
+BACKEND = "rotatek"
+
+# Around what SGLang offers no seam for: how its memory is planned, and which requests are let in.
+POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
+ADD_REQUEST = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
+ALLOCATE_PROMPT = "sglang.srt.managers.schedule_batch.alloc_for_extend"
+LIMIT_REQUEST = "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens"
+
+
+def stop_unless_supported() -> None:
+    """End the process with a clear message for another SGLang or wrong options.
+
+    SGLang logs an exception of a plug-in and goes on without it, which would serve dense Keys in silence.
+    """
+    version = importlib.metadata.version("sglang")
+    if version != SGLANG_VERSION:
+        raise SystemExit(f"rotatek_sglang needs sglang {SGLANG_VERSION}, found {version}")
+    try:
+        options.from_environment()
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"rotatek_sglang: {error}") from None
+
+
+def activate_platform() -> str | None:
+    """The platform's class path if it is asked for: by an option, or by name for dense serving on a CPU."""
+    import torch  # noqa: PLC0415 (SGLang asks every process, also those that need nothing of this)
+
+    on_gpu = torch.cuda.is_available()
+    if options.asked_for():
+        stop_unless_supported()
+        return f"rotatek_sglang.platforms.RotateK{'Cuda' if on_gpu else 'Cpu'}Platform"
+    if os.environ.get("SGLANG_PLATFORM") == "rotatek" and not on_gpu:
+        return "rotatek_sglang.platforms.TorchCpuPlatform"
+    return None
+
+
+def register() -> None:
+    """Make the attention backend known and hook admission; runs in every process of the server."""
+    if not options.asked_for():
+        return
+    stop_unless_supported()
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices  # noqa: PLC0415
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend  # noqa: PLC0415
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: PLC0415
+
+    add_attention_backend_choices([BACKEND])
+
+    @register_attention_backend(BACKEND)
+    def _create(runner: object) -> object:
+        from rotatek_sglang.backend import RotateKBackend  # noqa: PLC0415
+
+        return RotateKBackend(runner)
+
+    HookRegistry.register(POOL_CONFIGURATOR + ".__init__", _plan_memory, HookType.AFTER)
+    HookRegistry.register(ADD_REQUEST, _admit, HookType.AROUND)
+    HookRegistry.register(ALLOCATE_PROMPT, _assign_prompt, HookType.AFTER)
+    HookRegistry.register(LIMIT_REQUEST, _refuse_too_large, HookType.AFTER)
+
+
+# The hooks import what they need when they first run: SGLang's modules must not be imported while it is starting.
+
+
+def _plan_memory(result: object, *args: object, **kwargs: object) -> None:
+    from rotatek_sglang.pool import plan_memory  # noqa: PLC0415
+
+    plan_memory(*args, **kwargs)
+
+
+def _admit(add_one_req: object, *args: object, **kwargs: object) -> object:
+    from rotatek_sglang.requests import admit  # noqa: PLC0415
+
+    return admit(add_one_req, *args, **kwargs)
+
+
+def _assign_prompt(allocated: object, *args: object, **kwargs: object) -> None:
+    from rotatek_sglang.requests import assign_prompt  # noqa: PLC0415
+
+    assign_prompt(allocated, *args, **kwargs)
+
+
+def _refuse_too_large(result: object, *args: object, **kwargs: object) -> None:
+    from rotatek_sglang.requests import refuse_too_large  # noqa: PLC0415
+
+    refuse_too_large(*args, **kwargs)

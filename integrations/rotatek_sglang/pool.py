@@ -1,0 +1,154 @@
+"""SGLang's KV pool and slot allocator over the two physical pools."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.runtime_context import get_parallel, get_schedule
+from torch import Tensor
+
+from rotatek_cache.sealing import Sealer
+from rotatek_sglang import metrics, options
+from rotatek_sglang.layout import HeadShape, Plan, Worth, find_layout
+from rotatek_sglang.metrics import Gauges
+from rotatek_sglang.rows import RequestLedger, SlotTable
+from rotatek_sglang.storage import LayerStorage, build_storage
+
+log = logging.getLogger(__name__)
+
+NO_DENSE_KEYS = (
+    "the KV pool holds coefficients, which only the attention backend 'rotatek' reads; start the server with "
+    "--attention-backend rotatek and without what reads or moves dense Keys"
+)
+
+
+def plan_for(configurator: Any) -> Plan:
+    """The plan for a model whose pool SGLang is about to size (a `KVCacheConfigurator`)."""
+    model, layers = configurator.model_config, configurator.layer_info
+    asked = options.from_environment()
+    parallel = get_parallel()
+    heads = HeadShape(
+        q_heads=model.num_attention_heads // parallel.attn_tp_size,
+        kv_heads=model.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size),
+        key_width=model.head_dim,
+        value_width=model.v_head_dim,
+    )
+    sealers = [Sealer(asked.fit, index) for index in range(layers.start_layer, layers.end_layer)]
+    layout = find_layout(sealers, heads, configurator.kv_cache_dtype, configurator.device)
+    return Plan.make(sealers, layout, asked.text_share, get_schedule().max_running_requests, model.context_len)
+
+
+def plan_memory(configurator: Any, sizes: Any) -> None:
+    """Let SGLang size the pool with our bytes; runs after `DefaultPoolConfigurator.__init__`."""
+    if sizes.use_mla_backend:
+        raise ValueError("rotatek_sglang does not serve models with multi-head latent attention (MLA)")
+    plan = plan_for(sizes)
+    RotateKPool.plan = plan
+    configurator._cell_size = plan.slot_bytes  # noqa: SLF001 (no seam for it)
+    configurator._fixed_overhead_bytes += plan.fixed_bytes  # noqa: SLF001
+
+
+class RotateKPool(MHATokenToKVPool):
+    """Takes the place of the dense pool. Slots are its tokens; rows are given to them by `table`."""
+
+    plan: Plan | None = None  # of this process, set when SGLang sizes the pool
+
+    def _create_buffers(self) -> None:
+        plan = type(self).plan
+        if plan is None:
+            raise RuntimeError("the KV pool was not sized by SGLang's DefaultPoolConfigurator, which RotateK needs")
+        if self.layer_num != len(plan.layout.layers):
+            raise RuntimeError(f"{self.layer_num} layers in this pool, {len(plan.layout.layers)} were planned for")
+        text, visual = plan.rows(self.size)
+        self.table = SlotTable(self.size + self.page_size, text, visual, plan.bases, self.device)
+        # Row 0 of the text takes what padding writes.
+        self.layers = build_storage(plan.layout, text + 1, visual, plan.bases, self.device)
+        self.sealers = plan.sealers
+        self.worth = Worth(plan.layout, plan.sealers)
+        self.ledger = RequestLedger(self.size)
+        self.gauges: Gauges | None = None  # set by the attention backend if metrics are on
+        self.k_buffer: list[Tensor] = []
+        self.v_buffer: list[Tensor] = []
+        log.info("%s", describe(plan, self))
+
+    def layer(self, layer_id: int) -> LayerStorage:
+        """The storage of a layer of the model."""
+        return self.layers[layer_id - self.start_layer]
+
+    def publish(self) -> None:
+        """Bring the metrics up to date, if there are any."""
+        if self.gauges is not None and self.plan is not None:
+            self.gauges.set(metrics.values(self.table, self.plan.layout, self.ledger.with_basis))
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        """Bytes held for Keys and for Values, bases included."""
+        sizes = [layer.tensors_bytes() for layer in self.layers]
+        return sum(keys for keys, _ in sizes), sum(values for _, values in sizes)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(NO_DENSE_KEYS)
+
+    # Whatever reads, writes or moves dense Keys by slot must not find any.
+    get_key_buffer = get_value_buffer = get_kv_buffer = set_kv_buffer = get_raw_kv_buffer = _refuse
+    _get_key_buffer = _get_value_buffer = move_kv_cache = get_cpu_copy = load_cpu_copy = _refuse
+    get_contiguous_buf_infos = get_device_pool_infos = host_pool_decls = _refuse
+
+
+def describe(plan: Plan, pool: RotateKPool) -> str:
+    """What the start-up log says of the pool."""
+    layout = plan.layout
+    keys, values = pool.get_kv_size_bytes()
+    held = keys + values + plan.fixed_bytes - plan.bases * layout.basis_bytes
+    dense = held // layout.text_bytes
+    return (
+        f"RotateK (process {os.getpid()}): ranks {layout.ranks()}; a text token takes {layout.text_bytes:,} bytes, a "
+        f"visual one {layout.visual_bytes:,}, a basis {layout.basis_bytes:,}; {pool.table.text_rows:,} text rows, "
+        f"{pool.table.visual_rows:,} visual rows, {plan.bases} bases in {held / 2**20:,.1f} MiB; {pool.size:,} tokens "
+        f"fit at a text share of {plan.text_share:g}, where a dense cache would hold {dense:,} "
+        f"({pool.size / dense:.3f}x)"
+    )
+
+
+class RotateKAllocator(PagedTokenToKVPoolAllocator):
+    """Gives rows to the slots that it hands out for decoding, and takes rows back with the slots.
+
+    Slots of a prompt get their rows from `assign_prompt`, since only the request knows which of them are visual.
+    """
+
+    @property
+    def table(self) -> SlotTable:
+        """The slot table of the pool."""
+        return self._kvcache.table
+
+    def alloc_decode(self, seq_lens: Tensor, seq_lens_cpu: Tensor, last_loc: Tensor) -> Tensor | None:
+        """Slots of the next token of every request, each with a text row; None if slots or rows are short."""
+        if len(seq_lens) > self.table.text.free:
+            return None
+        slots = super().alloc_decode(seq_lens, seq_lens_cpu, last_loc)
+        if slots is not None:
+            self.table.assign_text(slots)
+            self._kvcache.publish()
+        return slots
+
+    def _release_page_ids(self, *page_ids: Tensor) -> None:
+        first = torch.cat(page_ids).to(torch.int64) * self.page_size
+        self.table.release((first[:, None] + torch.arange(self.page_size, device=first.device)).flatten())
+        super()._release_page_ids(*page_ids)
+        self._kvcache.publish()
+
+    def clear(self) -> None:
+        """Everything is free."""
+        super().clear()
+        self.table.clear()
+
+    def check_decode_capacity(
+        self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None
+    ) -> bool:
+        """Whether slots and text rows last for the next step; if not, SGLang retracts requests."""
+        slots = super().check_decode_capacity(
+            num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
+        )
+        return slots and (num_tokens if requests is None else len(requests)) <= self.table.text.free

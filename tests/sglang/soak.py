@@ -1,0 +1,125 @@
+"""Random requests of all kinds, some of them dropped in mid-stream; then everything must be free again.
+
+    python tests/sglang/soak.py --requests 1000
+
+starts a server of a tiny model with a small pool, sends them, and prints what became of them.
+"""
+
+import argparse
+import http.client
+import json
+import random
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from serving import Answer, Server, message, picture
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "red", "circles", "on", "blue", "squares"]
+IMAGES = [picture(seed, *size) for seed, size in enumerate([(56, 56), (224, 224), (448, 140), (280, 280), (84, 196)])]
+KINDS = ("text", "long", "image", "images", "chat", "huge", "broken")
+
+
+def random_messages(draw):
+    """(kind, messages) of one request."""
+    kind = draw.choices(KINDS, weights=(30, 10, 30, 12, 12, 3, 3))[0]
+    text = " ".join(draw.choices(WORDS, k=draw.randrange(1, 12)))
+    if kind == "long":
+        text = " ".join(draw.choices(WORDS, k=60))
+    if kind in ("text", "long"):
+        return kind, message(text)
+    if kind == "image":
+        return kind, message(text, draw.choice(IMAGES))
+    if kind == "images":
+        return kind, message(text, *draw.choices(IMAGES, k=draw.randrange(2, 4)))
+    if kind == "chat":
+        turn = {"role": "assistant", "content": [{"type": "text", "text": "a fox"}]}
+        return kind, [*message(text, draw.choice(IMAGES)), turn, *message(text, draw.choice(IMAGES))]
+    if kind == "huge":
+        return kind, message(text, HUGE)
+    return kind, message(text, draw.choice(IMAGES)[:400])
+
+
+HUGE = picture(99, 896, 896)
+
+
+def drop(server, messages, tokens, chunks):
+    """Ask for a stream, read some of it, and hang up."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    try:
+        body = {"model": "x", "messages": messages, "max_tokens": tokens, "stream": True, "ignore_eos": True}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        for _ in range(chunks):
+            if not reply.readline():
+                break
+        return reply.status
+    finally:
+        connection.close()
+
+
+def soak(server, count, seed=0, workers=12):
+    """Send `count` random requests; returns how many of each kind ended with each HTTP status."""
+    draws = [random.Random(f"{seed} {index}") for index in range(count)]
+    outcomes, lock = Counter(), threading.Lock()
+
+    def one(draw):
+        kind, messages = random_messages(draw)
+        tokens = draw.randrange(1, 40)
+        if draw.random() < 0.2:
+            kind, status = kind + ", dropped", drop(server, messages, tokens + 20, draw.randrange(0, 8))
+        else:
+            fixed = {"ignore_eos": True} if draw.random() < 0.5 else {"ignore_eos": False, "min_tokens": tokens}
+            answer: Answer = server.ask(messages, tokens, **fixed)
+            status = answer.status
+            if status == 200 and len(answer.logprobs) != tokens:
+                status = f"{len(answer.logprobs)} of {tokens} tokens"
+        with lock:
+            outcomes[kind, status] += 1
+
+    with ThreadPoolExecutor(workers) as threads:
+        list(threads.map(one, draws))
+    return outcomes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=12)
+    given = parser.parse_args()
+    from rotatek_sglang.tiny import save_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_model("qwen2_5_vl", Path(folder) / "model")
+        arguments = ["--model-path", f"{folder}/model", *SMALL_POOL, "--sparsity", "0.75"]
+        with Server("rotatek_sglang.launch", *arguments, log=Path(folder) / "log") as server:
+            probe = message("what is in this image?", picture(1))
+            soak(server, 50, seed="warm")
+            before, resident = server.ask(probe, 16), server.resident_bytes()
+            started = time.monotonic()
+            outcomes = soak(server, given.requests, workers=given.workers)
+            seconds = time.monotonic() - started
+            free = server.settled()
+            after, log = server.ask(probe, 16), server.log.read_text(encoding="utf-8")
+            for (kind, status), number in sorted(outcomes.items(), key=str):
+                print(f"{number:6} {kind}: {status}")
+            print(f"{given.requests} requests in {seconds:.0f} s, {log.count('Retract requests')} retractions")
+            print("in use:", {name: value for name, value in free.items() if name.endswith(("used", "with_basis"))})
+            print("probe unchanged:", before == after)
+            print(
+                f"memory of the server: {resident / 2**20:.0f} MiB before, {server.resident_bytes() / 2**20:.0f} after"
+            )
+
+
+SMALL_POOL = [
+    *("--dtype", "float32", "--max-total-tokens", "1200", "--mem-fraction-static", "0.3", "--random-seed", "0"),
+    *("--max-running-requests", "12", "--enable-metrics"),
+    # Lets requests in on the hope that others end early, so that SGLang has to take some back.
+    *("--schedule-conservativeness", "0.05"),
+]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""At full rank nothing is lost: log-probabilities of dense SGLang, alone and in mixed batches, in float32."""
+
+import pytest
+from serving import Server, message, picture
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+
+COMMON = ["--dtype", "float32", "--device", "cpu", "--max-total-tokens", "8192", "--mem-fraction-static", "0.3"]
+LIMITS = ["--max-running-requests", "16", "--random-seed", "0"]
+REQUESTS = {
+    "text": message("hello"),
+    "long text": message("the quick brown fox jumps over the lazy dog " * 12),
+    "image": message("what is in this image?", picture(1)),
+    "wide image": message("describe the picture, please.", picture(2, 448, 140)),
+    "small image": message("and this one?", picture(3, 56, 56)),
+    "two images": message("what changed?", picture(4), picture(5, 168, 252)),
+    "second turn": [
+        *message("what is in this image?", picture(6)),
+        {"role": "assistant", "content": [{"type": "text", "text": "a red circle"}]},
+        *message("and in this image?", picture(7, 140, 140)),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tiny, logs):
+    """Answers of dense SGLang, one after the other."""
+    arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--attention-backend", "torch_native"]
+    environment = {"SGLANG_PLATFORM": "rotatek"}
+    with Server("sglang.launch_server", *arguments, log=logs / "dense.log", environment=environment) as server:
+        return {name: server.ask(request, 16) for name, request in REQUESTS.items()}
+
+
+@pytest.fixture(scope="module")
+def server(tiny, logs, dense):
+    """All ranks, by the environment alone, as plain `sglang.launch_server` takes it."""
+    arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS]
+    environment = {"ROTATEK_RANK": "64", "ROTATEK_ALWAYS_COMPRESS": "1"}
+    with Server("sglang.launch_server", *arguments, log=logs / "full.log", environment=environment) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_alone(server, dense, name):
+    answer = server.ask(REQUESTS[name], 16)
+    assert answer.status == dense[name].status == 200
+    assert answer.prompt_tokens == dense[name].prompt_tokens
+    assert answer.logprobs == pytest.approx(dense[name].logprobs, abs=5e-5)
+    assert answer.text == dense[name].text
+
+
+def test_in_mixed_batches(server, dense):
+    names = [*REQUESTS, *reversed(REQUESTS)]
+    answers = server.ask_all([((REQUESTS[name], 16), {}) for name in names])
+    for name, answer in zip(names, answers, strict=True):
+        assert answer.logprobs == pytest.approx(dense[name].logprobs, abs=5e-5), name
