@@ -1,10 +1,14 @@
-"""Calibrate a basis file for the shipped reader on pages drawn from its training seeds.
+"""Calibrate the shipped reader on pages drawn from its training seeds, all levels in turn, and write basis files.
 
-python evals/calibrate_reader.py --pages 512 --out runs/reader_basis.safetensors
+    python -m evals.calibrate_reader --pages 768
+
+writes runs/reader_basis.safetensors (PCA of Keys and Values), runs/reader_oblique.safetensors (Keys weighted by
+queries, Values by the output projection) and runs/reader_leank.safetensors (static channels), the files that
+evals/fidelity.yaml names.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +24,15 @@ from rotatek_cache.calibration import Calibration, calibrate, fingerprint
 READER = Path(__file__).parent.parent / "rotatek_cache" / "reader"
 
 
-def prompts(processor: Any, pages: int, level: str) -> Iterator[dict[str, Any]]:
+FILES = {"reader_basis": ("pca", "pca"), "reader_oblique": ("oblique", "output"), "reader_leank": ("leank", "pca")}
+
+
+def prompts(processor: Any, pages: int, levels: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One page and question after the other, as model inputs."""
     for index in trange(pages, desc="pages"):
         # From the end of the range: training draws from its beginning.
         seed = TRAIN_SEEDS[-1 - index]
-        page = make_page(seed, level=level)
+        page = make_page(seed, level=levels[index % len(levels)])
         generator = np.random.default_rng(seed)
         question = ask(page, generator, str(generator.choice(ADDRESS_KINDS)))
         yield dict(processor(images=[page.image], text=f"<image>\n{question.text}", return_tensors="pt"))
@@ -33,17 +40,19 @@ def prompts(processor: Any, pages: int, level: str) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=READER)
-    parser.add_argument("--pages", type=int, default=512)
-    parser.add_argument("--level", choices=sorted(LEVELS), default="hard")
-    parser.add_argument("--out", type=Path, default=Path("runs/reader_basis.safetensors"))
+    parser.add_argument("--pages", type=int, default=768)
+    parser.add_argument("--levels", nargs="+", choices=sorted(LEVELS), default=sorted(LEVELS))
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder")
     args = parser.parse_args()
-    processor = AutoProcessor.from_pretrained(args.model)
-    model = attach(AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval())
+    processor = AutoProcessor.from_pretrained(READER)
+    model = attach(AutoModelForImageTextToText.from_pretrained(READER, dtype=torch.float32).eval())
     state = Calibration(fingerprint(model), model.config.model_type)
-    calibrate(model, prompts(processor, args.pages, args.level), state)
-    state.write_basis(args.out, source=f"{args.pages} drawn pages, level {args.level}")
-    print(f"{args.out}: {args.out.stat().st_size:,} bytes from {state.images} pages")
+    calibrate(model, prompts(processor, args.pages, args.levels), state)
+    source = f"{args.pages} drawn pages, levels {' '.join(args.levels)}"
+    for name, (method, value_method) in FILES.items():
+        path = args.out / f"{name}.safetensors"
+        state.write_basis(path, source=source, method=method, value_method=value_method)
+        print(f"{path}: {path.stat().st_size:,} bytes from {state.images} pages")
 
 
 if __name__ == "__main__":

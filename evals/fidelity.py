@@ -1,12 +1,16 @@
 """Does the compressed cache still read the page? Exact match and KL per method and budget, first and second question.
 
-    python evals/fidelity.py --pages 512 --out evals/results/fidelity.json
+    python -m evals.fidelity --pages 512 --out evals/results/fidelity.json
+    python -m evals.fidelity --model name-or-path --images folder --question "What is it?" --question "Where?"
 
-Every page gets two questions. The prompt (image and first question) is prefilled once, densely; each method then seals
+Every image gets two questions. The prompt (image and first question) is prefilled once, densely; each method then seals
 the same Keys and Values, with the first question's queries as its window, and answers both questions from the
 compressed cache. Greedy answers are exact exactly if every answer token is the argmax given the right ones before it,
 so one teacher-forced forward per method scores both answers and gives the KL of the next-token distribution against
 the dense cache on the same tokens.
+
+Without --images the images are pages drawn for the shipped reader, whose true answers are known. With them the dense
+cache's own greedy answers stand for the true ones.
 
 Keys and Values are held in half precision, and bytes are those of storage: of the visual Keys and Values of a request
 with everything it owns (coefficients or codes, means, scales folded into bases, an online basis). A calibrated basis is
@@ -15,6 +19,8 @@ counted once per model and reported beside.
 
 import argparse
 import concurrent.futures
+import contextlib
+import copy
 import datetime
 import functools
 import importlib.metadata
@@ -22,34 +28,43 @@ import itertools
 import json
 import multiprocessing
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import yaml
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import DynamicCache
 
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
-from rotatek_cache import RotateKCache, attach
-from rotatek_cache.cache import storage_bytes
+from rotatek_cache import RotateKCache
+from rotatek_cache.attention import causal_mask
+from rotatek_cache.cache import RotateKLayer, storage_bytes
+from rotatek_cache.calibrate_images import find_images
+from rotatek_cache.demo import DemoError, Reader, open_page
 from rotatek_cache.layer import LayerKV
 
-READER = Path(__file__).parent.parent / "rotatek_cache" / "reader"
 METHODS = Path(__file__).parent / "fidelity.yaml"
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}
 
 
 class RecordingCache(RotateKCache):
-    """A dense cache that keeps what each layer was given in a prefill: Keys, Values and queries."""
+    """A dense cache that keeps what each layer was given in a prefill: Keys, Values, queries and the logits' scale."""
 
     def __init__(self) -> None:
         super().__init__(sparsity=0)
-        self.seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.seen: dict[int, tuple[Tensor, Tensor, Tensor, float | None]] = {}
+        self.visual: Tensor | None = None
+
+    def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
+        """Keep which positions are visual, bool ``[B, T]``."""
+        self.visual = visual
+        super().announce_visual(visual, tokens)
 
     def learn_config(self, config: Any) -> None:
         """Build the layers and listen to them."""
@@ -57,27 +72,29 @@ class RecordingCache(RotateKCache):
             return
         super().learn_config(config)
         for layer in self.layers:
-            layer.kv.__class__ = _RecordingKV
-            layer.kv.record = self.seen
+            if isinstance(layer, RotateKLayer):
+                layer.kv.__class__ = _RecordingKV
+                layer.kv.record = self.seen
 
 
 class _RecordingKV(LayerKV):
-    record: dict[int, tuple[Tensor, Tensor, Tensor]]
+    record: dict[int, tuple[Tensor, Tensor, Tensor, float | None]]
 
-    def observe(self, query: Tensor, mask: Tensor | None) -> None:
+    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         assert self.pending is not None
-        window = query[:, :, -self.options.query_window :]
-        self.record[self.index] = (self.pending.keys.half(), self.pending.values.half(), window)
+        keys, values = self.pending.keys, self.pending.values
+        if keys.dtype == torch.float32:
+            keys, values = keys.half(), values.half()
+        self.record[self.index] = (keys, values, query, scale)
 
 
 @dataclass
 class Batch:
-    """Pages and two questions each, tokenised: the prompt, and the rest of the conversation right-padded.
+    """Images and two questions each, tokenised: the prompt, and the rest of the conversation right-padded.
 
     Attributes:
         prompt: the model's inputs for image and first question, left-padded.
         rest: ids ``[B, n]`` of first answer, second question, second answer; 0 where padded.
-        kinds: kind of the two questions of each page.
         answer: int ``[B, n]``, 1 or 2 on tokens of that answer, 0 elsewhere.
     """
 
@@ -85,12 +102,22 @@ class Batch:
     rest: Tensor
     rest_mask: Tensor
     answer: Tensor
-    kinds: list[tuple[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.rest)
+
+    def positions(self) -> tuple[Tensor | None, Tensor | None]:
+        """Positions of prompt and rest: None, the model's own, where nothing is padded."""
+        mask = torch.cat([self.prompt["attention_mask"], self.rest_mask], 1)
+        if bool(mask.all()):
+            return None, None
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        return positions[:, : -self.rest.shape[1]], positions[:, -self.rest.shape[1] :]
 
 
 def make_batch(processor: Any, seeds: Sequence[int], level: str, kinds: Sequence[str]) -> Batch:
     """Draw the pages of `seeds` and tokenise two different questions about each."""
-    images, prompts, rests, answers, asked = [], [], [], [], []
+    images, prompts, rests, answers = [], [], [], []
     tokenizer = processor.tokenizer
     for seed in seeds:
         page = make_page(seed, level=level)
@@ -101,13 +128,12 @@ def make_batch(processor: Any, seeds: Sequence[int], level: str, kinds: Sequence
         rest, answer = _conversation(tokenizer, first, second)
         rests.append(rest)
         answers.append(answer)
-        asked.append((first.kind, second.kind))
     prompt = processor(images=images, text=prompts, padding=True, return_tensors="pt")
     length = max(map(len, rests))
     padded = torch.tensor([rest + [0] * (length - len(rest)) for rest in rests])
     mask = torch.tensor([[1] * len(rest) + [0] * (length - len(rest)) for rest in rests])
     marks = torch.tensor([answer + [0] * (length - len(answer)) for answer in answers])
-    return Batch(dict(prompt), padded, mask, marks, asked)
+    return Batch(dict(prompt), padded, mask, marks)
 
 
 def _conversation(tokenizer: Any, first: Question, second: Question) -> tuple[list[int], list[int]]:
@@ -119,14 +145,36 @@ def _conversation(tokenizer: Any, first: Question, second: Question) -> tuple[li
     return [t for part, _ in parts for t in part], [mark for part, mark in parts for _ in part]
 
 
+def converse(reader: Reader, path: Path, questions: Sequence[str], most: int) -> Batch:
+    """Ask two questions about the image at `path`; the dense cache's greedy answers, of at most `most` tokens."""
+    first, second = questions
+    prompt = reader.prompt(open_page(path).image, first)
+    ids = prompt["input_ids"]
+    cache = DynamicCache(config=reader.model.config.get_text_config(decoder=True))
+    options = {"past_key_values": cache, "max_new_tokens": most, "do_sample": False, "num_beams": 1}
+    answered = reader.model.generate(**prompt, **options)
+    text = reader.processor.tokenizer.decode(answered[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    more = reader.second_turn(first, text, second)
+    if more is None:
+        more = reader.processor.tokenizer(second, add_special_tokens=False)["input_ids"]
+    asked = torch.cat([answered, torch.tensor([more], device=ids.device)], 1)
+    again = reader.model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), **options)
+    rest = again[:, ids.shape[1] :]
+    answer = torch.zeros_like(rest)
+    answer[:, : answered.shape[1] - ids.shape[1]] = 1
+    answer[:, asked.shape[1] - ids.shape[1] :] = 2
+    return Batch(dict(prompt), rest, torch.ones_like(rest), answer)
+
+
 @dataclass
 class Scores:
-    """Per page: exact match and mean KL of both answers; bytes of one page's visual Keys and Values."""
+    """Per image: exact match and mean KL of both answers; bytes of its visual Keys and Values, and of the model's."""
 
     exact: list[list[float]] = field(default_factory=lambda: [[], []])
     divergence: list[list[float]] = field(default_factory=lambda: [[], []])
     key_bytes: list[float] = field(default_factory=list)
     value_bytes: list[float] = field(default_factory=list)
+    shared_bytes: int = 0
 
     def extend(self, other: "Scores") -> None:
         """Add the pages of `other`."""
@@ -135,36 +183,42 @@ class Scores:
             self.divergence[index] += other.divergence[index]
         self.key_bytes += other.key_bytes
         self.value_bytes += other.value_bytes
+        self.shared_bytes = max(self.shared_bytes, other.shared_bytes)
 
 
 def visual_bytes(cache: RotateKCache) -> tuple[int, int]:
     """Bytes that the requests of a cache own for visual Keys and Values."""
-    segments = [segment for layer in cache.layers for segment in layer.kv.segments]
+    layers = [layer for layer in cache.layers if isinstance(layer, RotateKLayer)]
+    segments = [segment for layer in layers for segment in layer.kv.segments]
     keys = storage_bytes([t for segment in segments for t in segment.keys.tensors()])
     values = storage_bytes([t for segment in segments for t in segment.values.tensors()])
     return keys, values
 
 
-def fill(
-    cache: RotateKCache, config: Any, batch: Batch, seen: dict[int, tuple[Tensor, Tensor, Tensor]], image: int
-) -> None:
+def fill(cache: RotateKCache, config: Any, batch: Batch, recorder: RecordingCache) -> None:
     """Give a cache the prompt's recorded states, as its prefill would have."""
     cache.learn_config(config)
-    ids, mask = batch.prompt["input_ids"], batch.prompt["attention_mask"].bool()
-    cache.announce_visual(ids == image, ids.shape[1])
-    # The last query's view of the prompt is all that a seal asks of the mask.
-    last = mask[:, None, None, :]
-    for index, (keys, values, window) in sorted(seen.items()):
+    mask = batch.prompt["attention_mask"].bool()
+    cache.announce_visual(recorder.visual, mask.shape[1])
+    seen = mask[:, None, None, :] & causal_mask(mask.shape[1], mask.shape[1], mask.device)
+    for index, layer in enumerate(recorder.layers):
+        if index not in recorder.seen:
+            cache.layers[index] = copy.deepcopy(layer)  # a stock layer, such as one of a sliding window
+            continue
+        keys, values, query, scale = recorder.seen[index]
         handle, _ = cache.update(keys, values, index)
-        handle.kv.observe(window, last)
+        handle.kv.observe(query, seen, scale)
 
 
 def replay(model: Any, cache: RotateKCache, batch: Batch, first_logits: Tensor) -> Tensor:
     """Log-probabilities ``[B, n, V]`` that predict each token of `batch.rest`, from the cache of its prompt."""
     mask = torch.cat([batch.prompt["attention_mask"], batch.rest_mask], 1)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -batch.rest.shape[1] :]
     logits = model(
-        input_ids=batch.rest, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        input_ids=batch.rest,
+        attention_mask=mask,
+        position_ids=batch.positions()[1],
+        past_key_values=cache,
+        use_cache=True,
     ).logits
     return torch.cat([first_logits[:, None], logits[:, :-1]], 1).float().log_softmax(-1)
 
@@ -187,53 +241,66 @@ def bootstrap(losses: np.ndarray, seed: int = 0, rounds: int = 4000) -> tuple[fl
 
 
 @functools.cache
-def load(path: Path) -> tuple[Any, Any]:
-    """The attached model and its processor, once per process."""
-    model = attach(AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval())
-    return model, AutoProcessor.from_pretrained(path)
+def load(name: str | None) -> Reader:
+    """The attached model with its processor, once per process."""
+    return Reader.load(name)
 
 
-def score_pages(
-    args: argparse.Namespace, methods: dict[str, dict[str, Any]], seeds: Sequence[int]
+def score_part(
+    args: argparse.Namespace, methods: dict[str, dict[str, Any]], part: Sequence[int] | Sequence[Path]
 ) -> dict[str, Scores]:
-    """Score every method on the pages of `seeds`, as one batch."""
+    """Score every method on one batch: drawn pages by their seeds, or one image by its path."""
     torch.set_num_threads(args.threads)
-    model, processor = load(args.model)
+    reader = load(args.model)
+    model = reader.model
     scores = {name: Scores() for name in methods}
     with torch.inference_mode():
-        batch = make_batch(processor, seeds, args.level, ADDRESS_KINDS)
+        if args.images is None:
+            batch = make_batch(reader.processor, part, args.level, ADDRESS_KINDS)
+        else:
+            batch = converse(reader, part[0], args.question, args.max_new_tokens)
         recorder = RecordingCache()
-        positions = (batch.prompt["attention_mask"].cumsum(1) - 1).clamp_min(0)
-        prefill = model(**batch.prompt, position_ids=positions, past_key_values=recorder, use_cache=True)
+        prefill = model(**batch.prompt, position_ids=batch.positions()[0], past_key_values=recorder, use_cache=True)
         first_logits = prefill.logits[:, -1]
         dense: Tensor | None = None
         for name, options in methods.items():
-            cache = RotateKCache(**options)
-            fill(cache, model.config, batch, recorder.seen, model.config.image_token_id)
+            # Also where the basis costs more bytes than it saves: what is asked here is what a method loses.
+            cache = RotateKCache(**{"always_compress": True, **options})
+            fill(cache, model.config, batch, recorder)
             keys, values = visual_bytes(cache)
             found = replay(model, cache, batch, first_logits)
             dense = found if dense is None else dense
             score(scores[name], batch, found, dense)
-            scores[name].key_bytes += [keys / len(batch.kinds)] * len(batch.kinds)
-            scores[name].value_bytes += [values / len(batch.kinds)] * len(batch.kinds)
+            scores[name].key_bytes += [keys / len(batch)] * len(batch)
+            scores[name].value_bytes += [values / len(batch)] * len(batch)
+            scores[name].shared_bytes = cache.shared_nbytes()
     return scores
 
 
+def read_methods(path: Path, only: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Options by "family: variant" of a methods file; with `only`, those whose name holds one of its words."""
+    families: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(path.read_text())
+    named = {f"{family}: {variant}": options for family, rows in families.items() for variant, options in rows.items()}
+    return {name: options for name, options in named.items() if not only or any(word in name for word in only)}
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Score every method on every page, batches dealt out to processes."""
-    methods: dict[str, dict[str, Any]] = yaml.safe_load(args.methods.read_text())
-    if args.only:
-        methods = {name: options for name, options in methods.items() if any(word in name for word in args.only)}
-    methods = {"dense": {"sparsity": 0}, **methods}
-    seeds = SEEDS[args.seeds][args.skip : args.skip + args.pages]
-    parts = [seeds[start : start + args.batch] for start in range(0, len(seeds), args.batch)]
+    """Score every method on every image, batches dealt out to processes."""
+    methods = {"dense": {"sparsity": 0}, **read_methods(args.methods, args.only)}
+    parts: list[Any]
+    if args.images is None:
+        seeds = SEEDS[args.seeds][args.skip : args.skip + args.pages]
+        parts = [seeds[start : start + args.batch] for start in range(0, len(seeds), args.batch)]
+    else:
+        parts = [[path] for path in find_images(args.images)[args.skip : args.skip + args.pages]]
     results = {name: Scores() for name in methods}
-    context = multiprocessing.get_context("spawn")
-    with (
-        concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool,
-        tqdm(total=len(seeds), desc="pages", mininterval=5) as progress,
-    ):
-        for part in pool.map(score_pages, itertools.repeat(args), itertools.repeat(methods), parts):
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(tqdm(total=sum(map(len, parts)), desc="images", mininterval=5))
+        deal: Callable[..., Iterable[dict[str, Scores]]] = map
+        if args.workers > 1:
+            context = multiprocessing.get_context("spawn")
+            deal = stack.enter_context(concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context)).map
+        for part in deal(score_part, itertools.repeat(args), itertools.repeat(methods), parts):
             for name, scores in part.items():
                 results[name].extend(scores)
             progress.update(len(part["dense"].key_bytes))
@@ -249,13 +316,14 @@ def summary(found: Scores, dense: Scores, options: dict[str, Any]) -> dict[str, 
         "key_ratio": dense_keys / key_bytes,
         "value_ratio": dense_values / value_bytes,
         "kv_ratio": (dense_keys + dense_values) / (key_bytes + value_bytes),
-        "visual_bytes_per_page": key_bytes + value_bytes,
+        "visual_bytes_per_image": key_bytes + value_bytes,
+        "shared_bytes_per_model": found.shared_bytes,
     }
     for index, which in enumerate(("first", "second")):
         exact, reference = np.array(found.exact[index]), np.array(dense.exact[index])
         low, high = bootstrap(reference - exact)
         row[which] = {
-            "pages": len(exact),
+            "images": len(exact),
             "exact_match": float(exact.mean()),
             "loss": float((reference - exact).mean()),
             "loss_95": [low, high],
@@ -267,36 +335,100 @@ def summary(found: Scores, dense: Scores, options: dict[str, Any]) -> dict[str, 
 def print_table(result: dict[str, Any]) -> None:
     """A line a method."""
     heads = f"{'first EM':>8} {'KL':>8}   {'second EM':>9} {'KL':>8}"
-    print(f"{'method':34} {'K':>6} {'V':>6} {'KV':>6}   {heads}  loss, 95 %")
+    print(f"{'method':70} {'K':>6} {'V':>6} {'KV':>6}   {heads}  loss, 95 %")
     for name, row in result["methods"].items():
         first, second = row["first"], row["second"]
         low, high = (100 * bound for bound in second["loss_95"])
         print(
-            f"{name:34} {row['key_ratio']:5.1f}x {row['value_ratio']:5.1f}x {row['kv_ratio']:5.1f}x   "
+            f"{name:70} {row['key_ratio']:5.1f}x {row['value_ratio']:5.1f}x {row['kv_ratio']:5.1f}x   "
             f"{first['exact_match']:8.4f} {first['kl']:8.5f}   {second['exact_match']:9.4f} {second['kl']:8.5f}  "
             f"{100 * second['loss']:.2f} [{low:.2f}, {high:.2f}]"
         )
+    shared = {
+        row["options"]["basis"]: row["shared_bytes_per_model"]
+        for row in result["methods"].values()
+        if row["shared_bytes_per_model"]
+    }
+    for basis, size in shared.items():
+        print(f"{basis}: {size:,} bytes once per model, not counted above")
 
 
-def main() -> None:
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Loss on the second question against the bytes of the visual KV: one line a family, 95 % intervals."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for name, row in result["methods"].items():
+        if name != "dense":
+            families.setdefault(name.partition(":")[0], []).append(row)
+    titles = {"key_ratio": "visual Keys, times smaller", "kv_ratio": "visual Keys and Values, times smaller"}
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), sharey=True, layout="constrained")
+    styles = itertools.cycle(itertools.product("osD^v", [f"C{index}" for index in range(10)]))
+    for (family, found), (marker, colour) in zip(families.items(), styles, strict=False):
+        keys_only = all(row["value_ratio"] < 1.05 for row in found)
+        ratio = "key_ratio" if keys_only else "kv_ratio"
+        rows = sorted(found, key=lambda row: row[ratio])
+        loss = [100 * row["second"]["loss"] for row in rows]
+        bounds = np.array([[100 * bound for bound in row["second"]["loss_95"]] for row in rows]).T
+        axes[0 if keys_only else 1].errorbar(
+            [row[ratio] for row in rows],
+            loss,
+            np.abs(bounds - loss),
+            marker=marker,
+            color=colour,
+            label=family,
+            capsize=3,
+            linewidth=1,
+        )
+    points = [-0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    highest = max(100 * row["second"]["loss_95"][1] for rows in families.values() for row in rows)
+    for axis, title in zip(axes, titles.values(), strict=True):
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_yticks(points, [f"{point:g}" for point in points])
+        axis.set_ylim(-0.6, max(1.0, 1.2 * highest))
+        axis.set(xscale="log", xlabel=title)
+        axis.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
+        axis.minorticks_off()
+        axis.axhline(0.5, color="grey", linestyle=":", linewidth=1)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, loc="upper left")
+    axes[0].set_ylabel("points of exact match lost, second question (dotted: half a point)")
+    count = result["methods"]["dense"]["second"]["images"]
+    setting = ", ".join(f"{name} {value}" for name, value in result["setting"].items())
+    figure.suptitle(f"{result['model']}, {count} images: {setting}; bars are 95 % intervals", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=READER)
-    parser.add_argument("--methods", type=Path, default=METHODS, help="YAML: name -> options of RotateKCache")
-    parser.add_argument("--only", nargs="*", help="methods whose name holds one of these words")
+    parser.add_argument("--model", help="name or path; by default the shipped reader")
+    parser.add_argument("--images", type=Path, help="folder of images, in place of drawn pages")
+    parser.add_argument("--question", action="append", help="with --images: give it twice")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer, with --images")
+    parser.add_argument("--methods", type=Path, default=METHODS, help="YAML: family -> variant -> RotateKCache options")
+    parser.add_argument("--only", nargs="*", help='methods whose "family: variant" holds one of these words')
     parser.add_argument("--level", choices=sorted(LEVELS), default="hard")
     parser.add_argument("--seeds", choices=sorted(SEEDS), default="choose", help="report: for reported figures only")
     parser.add_argument("--skip", type=int, default=0)
-    parser.add_argument("--pages", type=int, default=512)
+    parser.add_argument("--pages", type=int, default=512, help="number of pages or images")
     parser.add_argument("--batch", type=int, default=32, help="pages that are scored at once")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-    result = run(args)
+    parser.add_argument("--out", type=Path, help="JSON file to write; a PNG of the same name is drawn beside it")
+    args = parser.parse_args(arguments)
+    if args.images is not None and len(args.question or ()) != 2:
+        parser.error(f"--images needs two --question, got {len(args.question or ())}")
+    if args.images is None and (args.question or args.model):
+        parser.error("--model and --question need --images: drawn pages are the shipped reader's")
+    try:
+        result = run(args)
+    except DemoError as error:
+        parser.error(str(error))
+    drawn = {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": args.pages}
+    asked = {"images": str(args.images), "questions": args.question, "skip": args.skip, "most": args.pages}
     result |= {
-        "setting": {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": args.pages},
-        "model": args.model.name,
+        "setting": drawn if args.images is None else asked,
+        "model": args.model or "reader",
         "hardware": f"{platform.machine()}, {args.workers} processes of {args.threads} threads",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -305,6 +437,7 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
+        draw(result, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

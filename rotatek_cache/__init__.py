@@ -11,17 +11,29 @@ if TYPE_CHECKING:
     from rotatek_cache.basis import FitOptions, KeyBasis
     from rotatek_cache.cache import RotateKCache
     from rotatek_cache.layer import LayerKV
+    from rotatek_cache.methods.aircache import AirCache
+    from rotatek_cache.methods.divprune import DivPrune
+    from rotatek_cache.methods.fastv import FastV
+    from rotatek_cache.methods.look_m import LookM
+    from rotatek_cache.methods.visionzip import VisionZip
+    from rotatek_cache.methods.vl_cache import VLCache
     from rotatek_cache.segments import SegmentView
     from rotatek_cache.wiring import attach, detach, families
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AirCache",
+    "DivPrune",
+    "FastV",
     "FitOptions",
     "KeyBasis",
     "LayerKV",
+    "LookM",
     "RotateKCache",
     "SegmentView",
+    "VLCache",
+    "VisionZip",
     "attach",
     "attend",
     "detach",
@@ -30,11 +42,17 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AirCache": "methods.aircache",
+    "DivPrune": "methods.divprune",
+    "FastV": "methods.fastv",
     "FitOptions": "basis",
     "KeyBasis": "basis",
     "LayerKV": "layer",
+    "LookM": "methods.look_m",
     "RotateKCache": "cache",
     "SegmentView": "segments",
+    "VLCache": "methods.vl_cache",
+    "VisionZip": "methods.visionzip",
     "attach": "wiring",
     "attend": "attention",
     "detach": "wiring",

@@ -1,5 +1,6 @@
 """Attention over segment views: the reference in torch, which is the specification, and the way to the kernel."""
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.basis import compute_dtype
+from rotatek_cache.coding import CodeLayout
 from rotatek_cache.segments import SegmentView
 
 Implementation = Literal["auto", "torch", "triton"]
@@ -32,7 +34,7 @@ def attend(
         segments: views of what the cache stores; their KV heads divide ``H_q``.
         scale: factor on ``q . k``.
         impl: "torch" is the reference, "triton" the kernel (an error where it cannot run), "auto" the kernel
-            for single queries over uncoded segments on CUDA where Triton is installed and the reference otherwise.
+            on CUDA where Triton is installed and the reference otherwise.
         return_lse: whether the caller needs the log-sum-exp; None may stand in its place otherwise.
 
     Returns:
@@ -49,17 +51,24 @@ def attend(
 
 
 def _kernel_reads(query: Tensor, segments: Sequence[SegmentView]) -> bool:
-    """Whether the kernel is at hand and meant for these arguments: one query a row, numbers of one dtype, on CUDA."""
-    dtypes = {query.dtype, *(tensor.dtype for segment in segments for tensor in (segment.keys, segment.values))}
+    """Whether the kernel is at hand and reads this: numbers of the query's dtype, or packed codes, on CUDA."""
+    if not query.is_cuda or query.requires_grad or query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    stored = [
+        (stored, code)
+        for segment in segments
+        for stored, code in ((segment.keys, segment.key_code), (segment.values, segment.value_code))
+    ]
     return (
-        query.is_cuda
-        and query.shape[2] == 1
-        and len(dtypes) == 1
-        and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and not query.requires_grad
-        and not any(segment.is_coded or segment.slots is not None for segment in segments)
-        and all(importlib.util.find_spec(name) is not None for name in ("triton", "rotatek_kernels"))
+        all(isinstance(code, CodeLayout) if code else numbers.dtype == query.dtype for numbers, code in stored)
+        and not any(segment.is_diagonal for segment in segments)
+        and _kernel_is_installed()
     )
+
+
+@functools.cache
+def _kernel_is_installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", "rotatek_kernels"))
 
 
 def reference_attention(
@@ -83,7 +92,7 @@ def _attend_chunk(
     query: Tensor, segments: Sequence[SegmentView], scale: float, mask_rows: slice, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     batch, q_heads, queries, width = query.shape
-    heads = segments[0].keys.shape[0]
+    heads = segments[0].heads
     dtype = compute_dtype(query.dtype)
     # Heads first, rows second: then rows of equal length are one batched matmul on the storage as it lies.
     q = (query.to(dtype) * scale).reshape(batch, heads, -1, width).transpose(0, 1)  # [H, B, G * Q, D]
@@ -162,11 +171,16 @@ def _weighted_values(weights: Tensor, segment: SegmentView) -> Tensor:
     if segment.value_basis is None:
         return out
     basis = segment.basis_of_rows(segment.value_basis)
-    assert basis.B is not None
-    out = out @ basis.B.to(out.dtype).mT
+    out = basis.rotate_back(out)
     if basis.delta is not None:
         out += weights.sum(-1, keepdim=True) * basis.delta.to(out.dtype)[..., None, :]
     return out
+
+
+def causal_mask(queries: int, tokens: int, device: torch.device) -> Tensor:
+    """bool ``[1, 1, Q, T]`` in which the last query sees all tokens and each earlier one a token less."""
+    mask = torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+    return mask[None, None]
 
 
 def merge_state(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -4,15 +4,51 @@ The maths of RotateK (arXiv 2605.19218) on torch alone. Shapes use ``H`` KV head
 ``S`` visual tokens, ``D`` head width and ``r`` rank; leading dimensions ``*`` are arbitrary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 RANK_MULTIPLE = 8  # a coefficient row of 8 half-precision numbers is one 16-byte load
 Solver = Literal["subspace", "eigh"]
-Bits = Literal[8, 4, 2, "auto"] | None
+Bits = Literal[8, 4, 2, "fp8", "auto"] | None
+Worth = Literal["gain", "variance", "relative"]
+
+
+class Allocation(NamedTuple):
+    """How a budget is dealt out to layers and heads, from a calibrated spectrum.
+
+    Attributes:
+        over: "uniform" gives every head the same, "layers" shares the budget between layers, "heads" between the heads
+            of all layers.
+        worth: what a coefficient's distortion costs: its variance, its variance times what it adds to the squared error
+            of logits or outputs ("gain"), or its share of its head's variance ("relative").
+        floor: share in [0, 1] of an equal part that each head gets in any case.
+    """
+
+    over: Literal["uniform", "layers", "heads"] = "uniform"
+    worth: Worth = "gain"
+    floor: float = 0.5
+
+    @classmethod
+    def of(cls, given: object) -> "Allocation":
+        """An allocation from its name, or from a sequence of its attributes; errors name what was expected."""
+        parts = (given,) if isinstance(given, str) else given
+        if not isinstance(parts, Sequence) or not 1 <= len(parts) <= 3:
+            raise TypeError(f"allocation must be a name or (over, worth, floor), got {given!r}")
+        found = cls(*parts)
+        if found.over not in ("uniform", "layers", "heads"):
+            raise ValueError(f"allocation must be 'uniform', 'layers' or 'heads', got {found.over!r}")
+        if found.worth not in ("gain", "variance", "relative"):
+            raise ValueError(f"allocation's worth must be 'gain', 'variance' or 'relative', got {found.worth!r}")
+        if isinstance(found.floor, bool) or not isinstance(found.floor, int | float) or not 0 <= found.floor <= 1:
+            raise ValueError(f"allocation's floor must be in [0, 1], got {found.floor!r}")
+        return found
+
+
+UNIFORM = Allocation()
 
 
 @dataclass(frozen=True)
@@ -28,12 +64,17 @@ class FitOptions:
         query_weight: weigh Key channels by the norm of the window's queries (the paper: on).
         solver: "subspace" (the paper's five subspace iterations) or "eigh" (exact).
         always_compress: compress segments in which the basis costs more bytes than it saves too (for studies).
-        basis: how Keys are rotated: a name of `rotatek_cache.methods.BASES` ("rotatek" is the paper's), or the path of
+        basis: how Keys are stored: a name of `rotatek_cache.methods.METHODS` ("rotatek" is the paper's), or the path of
             a basis file (``.safetensors``) made by `rotatek calibrate`.
-        key_bits: None keeps coefficients in the model's dtype; 8, 4 or 2 quantises them per channel; "auto" spends
-            ``(1 - sparsity) * 16`` bits per Key channel on all channels by reverse water-filling.
-        value_sparsity: share of Value channels removed after a rotation of their own (PCA); None keeps Values dense.
+        key_bits: None keeps coefficients in the model's dtype; 8, 4 or 2 quantises them per channel, "fp8" stores them
+            as float8 (e4m3) with a scale per channel; "auto" spends ``(1 - sparsity) * 16`` bits per Key channel on
+            all channels by reverse water-filling.
+        value_sparsity: share of Value channels removed after a rotation of their own; None keeps Values dense.
         value_bits: as `key_bits`, for the Values' coefficients.
+        value_basis: "auto" is PCA, or the file's where `basis` is one; "none" does not rotate and quantises per token.
+        allocation: how `sparsity`, `rank` or `energy` is dealt out to layers and heads; calibrated bases only.
+        basis_per: "prompt" fits one basis to all visual tokens of a seal, "image" one to each image (a run of visual
+            tokens, in which single other tokens do not count).
         streaming: seal visual tokens after every forward in place of waiting for the end of their image, so that a
             chunked prefill never holds an image densely; later chunks then attend to compressed Keys. Calibrated
             bases only, since a basis of its own for each chunk would cost more than it saves.
@@ -50,6 +91,9 @@ class FitOptions:
     key_bits: Bits = None
     value_sparsity: float | None = None
     value_bits: Bits = None
+    value_basis: Literal["auto", "none"] = "auto"
+    allocation: Allocation = UNIFORM
+    basis_per: Literal["prompt", "image"] = "prompt"
     streaming: bool = False
 
     def __post_init__(self) -> None:
@@ -87,11 +131,36 @@ class FitOptions:
             raise ValueError(f"streaming needs a calibrated basis (a .safetensors file), got basis={self.basis!r}")
         for name, share in (("key_bits", self.sparsity), ("value_bits", self.value_sparsity)):
             bits = getattr(self, name)
-            if bits not in (None, 8, 4, 2, "auto") or isinstance(bits, float):
-                raise ValueError(f"{name} must be None, 8, 4, 2 or 'auto', got {bits!r}")
+            if bits not in (None, 8, 4, 2, "fp8", "auto") or isinstance(bits, float):
+                raise ValueError(f"{name} must be None, 8, 4, 2, 'fp8' or 'auto', got {bits!r}")
             if bits == "auto" and share is None:
                 budget = "sparsity" if name == "key_bits" else "value_sparsity"
                 raise ValueError(f"{name}='auto' needs {budget}, which sets the bits to spend")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        """Refuse options that do not go together."""
+        if self.basis == "none" and (self.sparsity != 0 or self.key_bits == "auto"):
+            raise ValueError(
+                "basis='none' keeps every channel where it is: it takes sparsity=0, with key_bits of 8, 4, 2 or 'fp8', "
+                f"got {self}"
+            )
+        if self.basis in ("spark", "spark_mean") and (self.key_bits is not None or self.energy is not None):
+            raise ValueError(
+                f"basis={self.basis!r} keeps channels of each token as they are: it takes sparsity or "
+                f"rank and no key_bits, got {self}"
+            )
+        if self.basis_per not in ("prompt", "image"):
+            raise ValueError(f"basis_per must be 'prompt' or 'image', got {self.basis_per!r}")
+        if self.value_basis not in ("auto", "none"):
+            raise ValueError(f"value_basis must be 'auto' or 'none', got {self.value_basis!r}")
+        if self.value_basis == "none" and (self.value_bits not in (8, 4, 2) or self.value_sparsity):
+            raise ValueError(
+                "value_basis='none' quantises Values per token as they are: it takes value_bits of 8, 4 or 2 and no "
+                f"value_sparsity, got {self}"
+            )
+        if self.allocation.over != "uniform" and not self.is_calibrated:
+            raise ValueError(f"allocation needs a calibrated basis (a .safetensors file), got basis={self.basis!r}")
 
     def __str__(self) -> str:
         """The options that differ from their defaults."""
@@ -138,7 +207,8 @@ class KeyBasis:
 
     Attributes:
         A: encoder ``[H, R, D, r]``; None is the identity.
-        B: decoder ``[H, R, D, r]``, the same tensor as `A` for an orthogonal projection; None is the identity.
+        B: decoder ``[H, R, D, r]``, the same tensor as `A` for an orthogonal projection; None is the identity. A
+            diagonal one (scales of channels that are not rotated) is ``[H, R, D]``.
         offset: ``[H, R, D]`` subtracted from Keys before they are encoded; None is zero.
         delta: ``[H, R, D]`` added back through the query; None is zero.
         fitted_rank: columns that carry something; the rest of ``r`` is zero padding.
@@ -156,6 +226,11 @@ class KeyBasis:
     def is_identity(self) -> bool:
         """Whether coefficients are the Keys themselves."""
         return self.B is None
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether `B` scales channels and does nothing else."""
+        return self.B is not None and self.B.dim() == 3
 
     def tensors(self) -> list[Tensor]:
         """Distinct tensors that this basis holds for its request."""
@@ -184,12 +259,15 @@ class KeyBasis:
         Args:
             low, step: ``[H, R, r]``.
         """
-        assert self.B is not None
-        wide = compute_dtype(self.B.dtype)
-        shift = (self.B.to(wide) @ low.to(wide)[..., None])[..., 0]
+        dtype = step.dtype if self.B is None else self.B.dtype
+        wide = compute_dtype(dtype)
+        low, step = low.to(wide), step.to(wide)
+        if self.B is None:
+            scaled, shift = step, low
+        else:
+            scaled, shift = self.B.to(wide) * step[..., None, :], (self.B.to(wide) @ low[..., None])[..., 0]
         delta = shift if self.delta is None else self.delta.to(wide) + shift
-        scaled = self.B.to(wide) * step.to(wide)[..., None, :]
-        return KeyBasis(B=scaled.to(self.B.dtype), delta=delta.to(self.B.dtype), fitted_rank=self.fitted_rank)
+        return KeyBasis(B=scaled.to(dtype), delta=delta.to(dtype), fitted_rank=self.fitted_rank)
 
     def head(self, index: int) -> "KeyBasis":
         """The basis of one KV head, with a head dimension of 1."""
@@ -214,15 +292,24 @@ class KeyBasis:
 
     def reconstruct(self, coefficients: Tensor) -> Tensor:
         """Keys ``[H, R, S, D]`` that coefficients ``[H, R, S, r]`` stand for (an oracle: decoding never does it)."""
+        if self.B is not None:
+            coefficients = coefficients.to(compute_dtype(self.B.dtype))
+        keys = self.rotate_back(coefficients)
+        return keys if self.delta is None else keys + self.delta.to(keys.dtype)[..., None, :]
+
+    def rotate_back(self, coefficients: Tensor) -> Tensor:
+        """``C B^T`` of coefficients ``[H, R, M, r]``, or of weighted sums of them, without delta: ``[H, R, M, D]``."""
         if self.B is None:
             return coefficients
-        coefficients = coefficients.to(compute_dtype(self.B.dtype))
-        keys = coefficients @ self.B.to(coefficients.dtype).mT
-        return keys if self.delta is None else keys + self.delta.to(coefficients.dtype)[..., None, :]
+        decoder = self.B.to(coefficients.dtype)
+        return coefficients * decoder[..., None, :] if self.is_diagonal else coefficients @ decoder.mT
 
     def project_query(self, query: Tensor) -> Tensor:
         """Queries ``[H, R, M, D]`` as the coefficients ``[H, R, M, r]`` that meet the stored ones."""
-        return query if self.B is None else query @ self.B.to(query.dtype)
+        if self.B is None:
+            return query
+        decoder = self.B.to(query.dtype)
+        return query * decoder[..., None, :] if self.is_diagonal else query @ decoder
 
     def logit_shift(self, query: Tensor) -> Tensor | None:
         """``q . delta`` of queries ``[H, R, M, D]``, as ``[H, R, M, 1]``; None where delta is zero."""

@@ -2,20 +2,23 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from rotatek_cache.basis import Bits, FitOptions, Solver
+from rotatek_cache.basis import Allocation, Bits, FitOptions, Solver
+from rotatek_cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.layer import LayerKV, row_index
 from rotatek_cache.ledger import VisualLedger
 from rotatek_cache.methods import key_method
 from rotatek_cache.methods.calibrated import load_basis
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
 from rotatek_cache.segments import Stored
+from rotatek_cache.token_specs import token_method
+from rotatek_cache.tokens import AttentionMethod, FeatureMethod, TokenMethod, TokenSelection
 
 HOW_TO_SWITCH = (
     "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
@@ -57,9 +60,11 @@ class RotateKLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, options: FitOptions, ledger: VisualLedger, index: int) -> None:
+    def __init__(
+        self, options: FitOptions, ledger: VisualLedger, index: int, selection: TokenSelection | None = None
+    ) -> None:
         super().__init__()
-        self.kv = LayerKV(options, ledger, index)
+        self.kv = LayerKV(options, ledger, index, selection)
 
     @property
     def keys(self) -> Tensor:
@@ -103,7 +108,9 @@ class RotateKLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.kv = LayerKV(self.kv.options, self.kv.ledger, self.kv.index)
+        planner = self.kv.planner
+        self.kv = LayerKV(self.kv.options, self.kv.ledger, self.kv.index, self.kv.selection)
+        self.kv.planner = planner
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -149,13 +156,23 @@ class RotateKCache(Cache):
         query_weight: weigh channels by those queries (the paper's method) or not (centred PCA).
         solver: "subspace" (five subspace iterations, the paper's) or "eigh" (exact).
         always_compress: compress also where the basis costs more bytes than it saves (for studies).
-        basis: how Keys are rotated, a name of `rotatek_cache.methods.BASES`; "rotatek" is the paper's.
-        key_bits: quantise coefficients to 8, 4 or 2 bits per channel; "auto" spends ``(1 - sparsity) * 16`` bits per
-            Key channel by reverse water-filling over all of them. None keeps the model's dtype.
-        value_sparsity: rotate Values too (PCA) and drop this share of their channels; None keeps them dense.
+        basis: how Keys are stored, a name of `rotatek_cache.methods.METHODS` ("rotatek" is the paper's), or the path of
+            a basis file.
+        key_bits: quantise coefficients to 8, 4 or 2 bits per channel, or "fp8"; "auto" spends ``(1 - sparsity) * 16``
+            bits per Key channel by reverse water-filling over all of them. None keeps the model's dtype.
+        value_sparsity: rotate Values too and drop this share of their channels; None keeps them dense.
         value_bits: as `key_bits`, for Values.
+        value_basis: "auto" is PCA (the file's basis where `basis` is one); "none" quantises Values per token.
+        allocation: "uniform", or "layers" or "heads" to deal `sparsity` out by a calibrated spectrum; an `Allocation`
+            says how in detail.
+        basis_per: "prompt" fits one basis to all visual tokens of a prompt, "image" one to each of its images.
         streaming: seal visual tokens after every forward of a chunked prefill, not at the end of their image, so that
             no image is ever held densely; calibrated bases only.
+        tokens: which visual tokens are kept beside how many channels: a method such as ``VLCache(keep=0.4)``, or its
+            name and share as in ``"vl_cache:0.4"``. None keeps all. Without a share it follows from `budget`.
+        budget: what the cache may take right after the prompt: ``"0.25x"`` of a dense cache, ``"512MiB"``, or a number,
+            as many bytes as so many dense tokens of each row. It sets whichever is left open: the share of `tokens`,
+            or the rank (layer by layer); where both are, Keys give up 75 % of their channels before any token goes.
         visual_mask: bool ``[rows, prompt length]``, True on visual tokens; needed without `attach` and for prompts
             given as merged `inputs_embeds`. It wins over what the model's inputs say.
         config: the model's config, so that sliding-window layers keep their own cache layer; `attach` supplies it.
@@ -175,12 +192,18 @@ class RotateKCache(Cache):
         key_bits: Bits = None,
         value_sparsity: float | None = None,
         value_bits: Bits = None,
+        value_basis: Literal["auto", "none"] = "auto",
+        allocation: Allocation | str = "uniform",
+        basis_per: Literal["prompt", "image"] = "prompt",
         streaming: bool = False,
+        tokens: TokenMethod | str | None = None,
+        budget: str | int | None = None,
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
     ) -> None:
+        rank_open = budget is not None and sparsity is None and rank is None and energy is None
         self.options = FitOptions(
-            sparsity=sparsity,
+            sparsity=DEFAULT_SPARSITY if rank_open else sparsity,
             rank=rank,
             energy=energy,
             query_window=query_window,
@@ -191,14 +214,34 @@ class RotateKCache(Cache):
             key_bits=key_bits,
             value_sparsity=value_sparsity,
             value_bits=value_bits,
+            value_basis=value_basis,
+            allocation=Allocation.of(allocation),
+            basis_per=basis_per,
             streaming=streaming,
         )
+        if tokens is not None and streaming:
+            raise ValueError("tokens cannot be chosen with streaming=True, which seals an image before its end is seen")
         if self.options.is_calibrated:
             load_basis(self.options.basis)
         else:
             key_method(self.options.basis)
+        self.tokens = None if tokens is None else token_method(tokens)
+        self.selection = TokenSelection(self.tokens) if isinstance(self.tokens, AttentionMethod) else None
+        if self.tokens is not None and self.tokens.keep is None:
+            name = type(self.tokens).__name__
+            if budget is None:
+                raise ValueError(f"tokens={name}: keep must be given where no budget is, as in {name}(keep=0.4)")
+            if isinstance(self.tokens, FeatureMethod):
+                raise ValueError(
+                    f"tokens={name} chooses before the prompt's length is known: give it a share, as in "
+                    f"{name}(keep=0.4), and the budget sets the rank"
+                )
+        self.planner = (
+            None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
+        )
         self.ledger = VisualLedger(visual_mask)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
+        self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
         super().__init__(layers=[])
         if config is not None:
@@ -209,10 +252,24 @@ class RotateKCache(Cache):
         if self.layers:
             return
         stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
-        self.layers: list[Any] = [
-            RotateKLayer(self.options, self.ledger, index) if type(layer) is DynamicLayer else layer
+        layers: list[Any] = [
+            RotateKLayer(self.options, self.ledger, index, self.selection) if type(layer) is DynamicLayer else layer
             for index, layer in enumerate(stock)
         ]
+        # All checks come before the layers are kept: a cache that was refused once must be refused again.
+        foreign = [index for index, layer in enumerate(layers) if not isinstance(layer, RotateKLayer)]
+        if foreign and isinstance(self.tokens, FeatureMethod):
+            raise ValueError(
+                f"tokens={self.tokens} leaves placeholders of dropped tokens in the prompt, which layers {foreign} of "
+                "this model would attend to: they keep the stock cache layer (sliding window)"
+            )
+        if self.selection is not None:
+            self.selection.learn_layers([index for index in range(len(layers)) if index not in foreign], len(layers))
+        if self.planner is not None:
+            self.planner.learn_layers(layers, self.selection)
+            for layer in layers:
+                layer.kv.planner = self.planner
+        self.layers: list[Any] = layers
         if self._record_past:
             super().activate_past_recording()
 
@@ -221,6 +278,11 @@ class RotateKCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Append the states ``[B, H, n, D]`` of layer `layer_idx`; returns what its attention is to be handed."""
+        if not self.layers and (self.selection is not None or self.planner is not None):
+            raise RuntimeError(
+                "tokens and budgets are settled for all layers together, and this RotateKCache does not know the "
+                "model's layers: call `rotatek_cache.attach(model)`, or pass RotateKCache(..., config=model.config)"
+            )
         while len(self.layers) <= layer_idx:
             self.layers.append(RotateKLayer(self.options, self.ledger, len(self.layers)))
         layer = self.layers[layer_idx]
@@ -228,6 +290,12 @@ class RotateKCache(Cache):
             if not self.ledger.informed:
                 raise RuntimeError(f"this RotateKCache was not told which positions are visual: {HOW_TO_SWITCH}")
             self.ledger.complete(layer.kv.length + key_states.shape[2], key_states.shape[0])
+            if isinstance(self.tokens, FeatureMethod) and self.ledger.undecided:
+                raise RuntimeError(
+                    f"tokens={self.tokens} are chosen from image features, and those of these visual tokens were not "
+                    "seen: attach(model) and give images as pixel_values (no videos, no inputs_embeds alone, no "
+                    "features computed beforehand)"
+                )
         return layer.update(key_states, value_states, *args, **kwargs)
 
     def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
@@ -309,10 +377,16 @@ class RotateKCache(Cache):
         """
         return storage_bytes(self.tensors())
 
+    def shared_nbytes(self) -> int:
+        """Bytes of the calibrated basis, which all requests of a model share and `nbytes` leaves out; 0 without one."""
+        return load_basis(self.options.basis).nbytes() if self.options.is_calibrated else 0
+
     def report(self) -> CacheReport:
         """Tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
         layers = [_layer_report(index, layer) for index, layer in enumerate(self.layers)]
-        return CacheReport(str(self.options), layers, self.nbytes())
+        chosen = str(self.options) if self.tokens is None else f"{self.options}, tokens={self.tokens}"
+        plan = "" if self.planner is None or self.planner.made is None else str(self.planner.made)
+        return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes(), plan)
 
     def __repr__(self) -> str:
         options = self.options
@@ -356,7 +430,7 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         SegmentReport(
             tokens=int(segment.lengths.sum()),
             rank=_rank(segment.keys, width),
-            stored_rank=segment.keys.data.shape[-1] if segment.keys.code is None else segment.keys.code.channels,
+            stored_rank=segment.keys.channels,
             head_width=width,
             key_bytes=storage_bytes([segment.keys.data]),
             value_bytes=storage_bytes([segment.values.data]),
@@ -367,5 +441,13 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         for segment in kv.segments
     ]
     return LayerReport(
-        index, "RotateKLayer", kv.length, segments, kv.dense_tokens(), stored, dense, list(kv.kept_dense)
+        index,
+        "RotateKLayer",
+        kv.length,
+        segments,
+        kv.dense_tokens(),
+        stored,
+        dense,
+        list(kv.kept_dense),
+        sum(int(counts.sum()) for _, counts in kv.dropped),
     )

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rotatek_cache import FitOptions, __version__
-from rotatek_cache.calibrate_images import calibrate_reader, find_images
-from rotatek_cache.calibration import METHODS
+from rotatek_cache.calibrate_images import calibrate_reader, open_images
+from rotatek_cache.calibration import METHODS, VALUE_METHODS
 from rotatek_cache.demo import (
     ANY_QUESTION,
     READER_PAGE,
@@ -124,7 +124,11 @@ def demo(
 def calibrate(
     *,
     images: Annotated[
-        Path, typer.Option(help="Folder of images, read with its subfolders in the order of their names.")
+        str,
+        typer.Option(
+            help="Folder of images, read with its subfolders in the order of their names, or a dataset: its name "
+            "(owner/name or owner/name/configuration), or a folder that `save_to_disk` wrote."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Basis file to write (.safetensors).")],
     model: Annotated[
@@ -133,8 +137,12 @@ def calibrate(
     question: Annotated[
         list[str] | None, typer.Option(help="Questions to ask in turn; may be given several times.")
     ] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = METHODS[0],
+    method: Annotated[str, typer.Option(help=f"Basis of Keys: {', '.join(METHODS)}.")] = METHODS[0],
+    value_method: Annotated[
+        str, typer.Option(help=f"Basis of Values: {', '.join(VALUE_METHODS)} (weighted by the output projection).")
+    ] = VALUE_METHODS[0],
     most: Annotated[int | None, typer.Option(min=1, help="Use the first so many images only.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
     save_every: Annotated[int, typer.Option(min=1, help="Images between two saves of the state.")] = 64,
     device: Annotated[str, typer.Option(help="Device of torch; auto takes CUDA where there is one.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Dtype of torch for the weights; auto takes the checkpoint's.")] = "auto",
@@ -144,18 +152,19 @@ def calibrate(
     A run that is stopped goes on where it was last saved when it is started again with the same --out.
     """
     try:
-        _check_calibration(out, method)
-        paths = find_images(images)[:most]
+        _check_calibration(out, method, value_method)
+        found = open_images(images, split, most)
         with err.status("loading the model"):
             reader = Reader.load(model, device=device, dtype=dtype)
         with _progress() as progress:
-            task = progress.add_task("calibrating", total=len(paths))
+            task = progress.add_task("calibrating", total=len(found))
             calibrated = calibrate_reader(
                 reader,
-                paths,
+                found,
                 question or list(READER_QUESTIONS if model is None else (ANY_QUESTION,)),
                 out,
                 method=method,
+                value_method=value_method,
                 save_every=save_every,
                 advance=lambda done: progress.update(task, completed=done),
             )
@@ -167,11 +176,13 @@ def calibrate(
         _fail(str(error))
 
 
-def _check_calibration(out: Path, method: str) -> None:
+def _check_calibration(out: Path, method: str, value_method: str) -> None:
     if out.suffix != ".safetensors":
         raise DemoError(f"--out must end in .safetensors, got '{out}'")
     if method not in METHODS:
         raise DemoError(f"--method must be one of {', '.join(METHODS)}, got '{method}'")
+    if value_method not in VALUE_METHODS:
+        raise DemoError(f"--value-method must be one of {', '.join(VALUE_METHODS)}, got '{value_method}'")
 
 
 def _fail(message: str) -> NoReturn:

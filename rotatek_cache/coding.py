@@ -1,19 +1,52 @@
-"""Integer codes for coefficients: bit allocation, uniform quantisation per channel, packing.
+"""Codes of coefficients: bit allocation, uniform quantisation per channel or per token, packing.
 
-A coefficient is ``low + step * code`` with ``low`` and ``step`` per channel, frozen when the segment is sealed. Both
-are folded into the decode basis (`KeyBasis.for_codes`), so that attention multiplies by the bare codes.
+A coefficient is ``low + step * code``. With ``low`` and ``step`` per channel, frozen when the segment is sealed, both
+are folded into the decode basis (`KeyBasis.for_codes`), so that attention multiplies by the bare codes (`CodeLayout`,
+`HeadCodes`). Other codes carry what they need with each token and are the peers' (`TokenCode`, SparK's).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 BITS = (8, 4, 2)
+PLAIN_BITS = 16  # what a number that is not coded counts for in a budget: that of half precision
+FP8 = torch.float8_e4m3fn
+FP8_MOST = 448.0  # largest finite number of FP8
 CHANNEL_BLOCK = 8  # channels of one width come in multiples of this
 # Shares of the full range tried as clip range; a few outliers should not cost everyone else their resolution.
 CLIP_GRID = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+class Code(Protocol):
+    """How stored numbers of a token become coefficients."""
+
+    @property
+    def channels(self) -> int:
+        """Coefficients of a token and head, padding included."""
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Numbers ``[H, ..., channels]`` of what is stored of tokens."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Coefficients as they are, `channels` of a token: a head's part of `HeadCodes`."""
+
+    channels: int
+
+    @property
+    def row_width(self) -> int:
+        """Elements of one token."""
+        return self.channels
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`packed` itself."""
+        return packed
 
 
 @dataclass(frozen=True)
@@ -50,6 +83,8 @@ class CodeLayout:
         """Bytes of one token."""
         return sum(channels * bits // 8 for bits, channels in self.blocks)
 
+    row_width = row_bytes  # in elements of storage
+
     def levels(self, device: torch.device) -> Tensor:
         """Largest code of each channel, float32 ``[channels]``."""
         return torch.cat([torch.full((n,), 2.0**bits - 1, device=device) for bits, n in self.blocks])
@@ -73,34 +108,107 @@ class CodeLayout:
         return torch.cat(codes, -1)
 
 
-def allocate_bits(variance: Tensor, budget: int) -> list[int]:
-    """Reverse water-filling in blocks: bits per channel from 8, 4, 2, 0 that sum to at most `budget`.
+@dataclass(frozen=True)
+class HeadCodes:
+    """A width of its own for each head: a token's rows of all heads lie side by side, so that none is padded.
 
-    Each bit quarters a channel's distortion. Starting from nothing, the step (0 to 2, 2 to 4, 4 to 8 bits) with the
-    largest drop of distortion per bit spent is taken, a block of channels at a time.
+    Storage is ``[1, N, sum of the heads' widths]``; head h begins at ``offsets[h]``.
+    """
+
+    parts: tuple[CodeLayout | Numbers, ...]
+
+    @property
+    def channels(self) -> int:
+        """Coefficients of the widest head; the others are padded with zeros when they are read."""
+        return max(part.channels for part in self.parts)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First element of each head in a token's row, and the row's width at the end."""
+        return tuple(itertools.accumulate((part.row_width for part in self.parts), initial=0))
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Rows ``[R, n, width]`` as ``[H * R, n, channels]``, heads first."""
+        heads = [
+            part.unpack(packed[..., first:last])
+            for part, (first, last) in zip(self.parts, itertools.pairwise(self.offsets), strict=True)
+        ]
+        most = self.channels
+        return torch.cat([torch.nn.functional.pad(head, (0, most - head.shape[-1])) for head in heads])
+
+
+@dataclass(frozen=True)
+class TokenCode:
+    """Codes of `bits` with a range per token, stored with it as two numbers of `dtype`: the peer without rotation."""
+
+    bits: int
+    channels: int
+    dtype: torch.dtype
+
+    @property
+    def _layout(self) -> CodeLayout:
+        return CodeLayout(((self.bits, self.channels),))
+
+    def pack(self, states: Tensor) -> Tensor:
+        """Bytes ``[..., channels * bits / 8 + 2 numbers]`` of finite states ``[..., channels]``."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        low, high = (extreme(states, -1, keepdim=True).to(wide) for extreme in (torch.amin, torch.amax))
+        # Codes are those of the rounded range, which is what reads them.
+        scale = torch.cat([low, (high - low) / (2**self.bits - 1)], -1).to(self.dtype)
+        low, step = scale.to(wide).split(1, -1)
+        codes = ((states.to(wide) - low) / torch.where(step > 0, step, torch.ones_like(step))).round_()
+        codes = codes.clamp_(0, 2**self.bits - 1).to(torch.uint8)
+        return torch.cat([self._layout.pack(codes), scale.view(torch.uint8)], -1)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """States ``[..., channels]``, float32 for half precisions."""
+        codes, scale = packed.split([self._layout.row_bytes, 2 * self.dtype.itemsize], -1)
+        low, step = as_numbers(scale, self.dtype).split(1, -1)
+        return low + step * self._layout.unpack(codes)
+
+
+def as_numbers(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes ``[..., n * itemsize]`` read as n numbers of `dtype`, in float32 for half precisions."""
+    numbers = packed.reshape(-1).view(dtype).view(*packed.shape[:-1], -1)
+    return numbers.to(torch.promote_types(dtype, torch.float32))
+
+
+def allocate_bits(
+    worth: Tensor, budget: int, widths: Sequence[int] = BITS, start: Sequence[Sequence[int]] | None = None
+) -> list[list[int]]:
+    """Reverse water-filling in blocks over one spectrum or many: bits per channel that sum to at most `budget`.
+
+    A bit quarters a channel's distortion. The step to the next width with the largest drop of distortion per bit spent
+    is taken first, a block of channels at a time.
 
     Args:
-        variance: ``[channels]`` of the coefficients, falling (channels a multiple of 8).
+        worth: ``[n, channels]``, what the distortion of each coefficient costs (its variance, or a weight times it),
+            falling in each of the n spectra, which share the budget; channels a multiple of 8.
         budget: bits per token in all.
+        widths: what a channel may have besides nothing.
+        start: bits that are given in any case; they count.
 
     Returns:
-        Bits per channel, falling.
+        Bits per channel of each spectrum, falling.
     """
-    blocks = variance.double().clamp_min(0).view(-1, CHANNEL_BLOCK).sum(-1).tolist()
-    bits = [0] * len(blocks)
-    steps = {0: 2, 2: 4, 4: 8}
-    left = budget // CHANNEL_BLOCK
-    while True:
-        options = []
-        for index, (energy, now) in enumerate(zip(blocks, bits, strict=True)):
-            if now in steps and steps[now] - now <= left and (index == 0 or steps[now] <= bits[index - 1]):
-                spent = steps[now] - now
-                options.append((energy * (4.0**-now - 4.0 ** -steps[now]) / spent, -index))
-        if not options:
-            return [width for width in bits for _ in range(CHANNEL_BLOCK)]
-        chosen = -max(options)[1]
-        left -= steps[bits[chosen]] - bits[chosen]
-        bits[chosen] = steps[bits[chosen]]
+    # A running minimum keeps widths falling within a spectrum whatever rounding did to its order.
+    energy = worth.double().clamp_min(0).unflatten(-1, (-1, CHANNEL_BLOCK)).sum(-1).cummin(-1).values.tolist()
+    bits = [[0] * len(row) for row in energy] if start is None else [list(row[::CHANNEL_BLOCK]) for row in start]
+    levels = [0, *sorted(widths)]
+    left = budget // CHANNEL_BLOCK - sum(map(sum, bits))
+    steps = [
+        (-value * (4.0**-low - 4.0**-high) / (high - low), block, index, high - low)
+        for index, row in enumerate(energy)
+        for block, value in enumerate(row)
+        for low, high in itertools.pairwise(levels)
+        if low >= bits[index][block]
+    ]
+    # Worth falls from block to block and from step to step, so this order never skips one that must come before.
+    for _, block, index, cost in sorted(steps, key=lambda step: step[:2]):
+        if cost <= left:
+            bits[index][block] += cost
+            left -= cost
+    return [[width for width in row for _ in range(CHANNEL_BLOCK)] for row in bits]
 
 
 def quantise(coefficients: Tensor, layout: CodeLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,6 +241,28 @@ def encode_codes(coefficients: Tensor, low: Tensor, step: Tensor, layout: CodeLa
     """uint8 codes ``[H, S, channels]`` with given ``low`` and ``step [H, channels]``; the rest is clipped."""
     levels = layout.levels(coefficients.device).to(coefficients.dtype)
     return _codes(coefficients, low.to(coefficients), step.to(coefficients), levels).to(torch.uint8)
+
+
+def pack_coefficients(
+    coefficients: Tensor, low: Tensor, step: Tensor, code: CodeLayout | HeadCodes | Numbers
+) -> Tensor:
+    """What `code` stores of coefficients ``[H, S, >= channels]`` with given ranges ``low`` and ``step [H, channels]``.
+
+    Returns:
+        ``[H, S, row_bytes]``, or ``[1, S, width]`` where each head has a width of its own.
+    """
+    if isinstance(code, Numbers):
+        return coefficients[..., : code.channels]
+    if isinstance(code, CodeLayout):
+        return code.pack(encode_codes(coefficients[..., : code.channels], low, step, code))
+    rows = []
+    for head, part in enumerate(code.parts):
+        own, n = coefficients[head : head + 1, :, : part.channels], part.channels
+        if isinstance(part, Numbers):
+            rows.append(own[0])
+        else:
+            rows.append(part.pack(encode_codes(own, low[head : head + 1, :n], step[head : head + 1, :n], part))[0])
+    return torch.cat(rows, -1)[None]
 
 
 def _codes(coefficients: Tensor, low: Tensor, step: Tensor, levels: Tensor) -> Tensor:

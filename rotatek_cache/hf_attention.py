@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rotatek_cache.attention import attend
+from rotatek_cache.attention import attend, causal_mask
 from rotatek_cache.cache import LayerHandle
 
 NAME = "rotatek"
@@ -67,15 +67,21 @@ def rotatek_attention_forward(
     with torch.no_grad():
         dense = kv.dense()
         mask = attention_mask
-        if mask is None and query.shape[2] > 1 and (dense is None or kv.length > query.shape[2]):
+        hidden = kv.hidden()
+        if mask is None and (
+            hidden is not None or (query.shape[2] > 1 and (dense is None or kv.length > query.shape[2]))
+        ):
             # sdpa's own causal mask is that of a prompt without a past.
             mask = causal_mask(query.shape[2], kv.length, query.device)
+        if hidden is not None:
+            assert mask is not None
+            mask = hide(mask, hidden)
         if dense is not None:
             output, _ = sdpa_attention_forward(module, query, *dense, mask, scaling=scaling, **kwargs)
         else:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             output, _ = attend(query, kv.views(mask), scale, return_lse=False)
-        kv.observe(query, attention_mask)
+        kv.observe(query, attention_mask, scaling)
     if torch.is_grad_enabled() and query.requires_grad:
         output = _NoBackward.apply(output, query)
     return output, None
@@ -93,10 +99,17 @@ class _NoBackward(torch.autograd.Function):
         raise RuntimeError("RotateKCache is for inference: no gradient flows through it; use another cache for that")
 
 
-def causal_mask(queries: int, tokens: int, device: torch.device) -> Tensor:
-    """bool ``[1, 1, Q, T]`` in which the last query sees all tokens and each earlier one a token less."""
-    mask = torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
-    return mask[None, None]
+def hide(mask: Tensor, hidden: Tensor) -> Tensor:
+    """`mask` with the tokens of bool `hidden` ``[B, T]`` taken from every query's sight but their own.
+
+    A dropped token keeps itself, so that no query is left without any; nobody reads what comes of it.
+    """
+    tokens, queries = mask.shape[-1], mask.shape[-2]
+    own = (
+        torch.arange(tokens, device=mask.device) == torch.arange(tokens - queries, tokens, device=mask.device)[:, None]
+    )
+    gone = hidden.to(mask.device)[:, None, None] & ~own
+    return mask & ~gone if mask.dtype == torch.bool else mask.masked_fill(gone, torch.finfo(mask.dtype).min)
 
 
 def register() -> None:

@@ -7,14 +7,24 @@ others into the *text* segment, which stays dense and grows in place.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import FitOptions
+from rotatek_cache.attention import reference_attention
+from rotatek_cache.basis import FitOptions, compute_dtype
 from rotatek_cache.ledger import SealPlan, VisualLedger
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import SegmentView, TextSegment, VisualSegment
+from rotatek_cache.tokens import TokenSelection
+
+
+class SealPlanner(Protocol):
+    """Something that settles a layer's options once a prompt is known."""
+
+    def prepare(self, layer: "LayerKV", plan: SealPlan) -> None:
+        """Called before a layer seals by `plan`."""
 
 
 @dataclass
@@ -36,18 +46,27 @@ def row_index(index: Tensor | Sequence[int], device: torch.device) -> Tensor:
 class LayerKV:
     """Keys and Values of one layer: dense until an image is complete, compressed from its seal on."""
 
-    def __init__(self, options: FitOptions, ledger: VisualLedger, index: int) -> None:
+    def __init__(
+        self, options: FitOptions, ledger: VisualLedger, index: int, selection: TokenSelection | None = None
+    ) -> None:
         self.options = options
         self.ledger = ledger
         self.index = index
+        self.selection = selection
+        self.planner: SealPlanner | None = None
         self.sealer = Sealer(options, index)
         self.segments: list[VisualSegment] = []
         self.text = TextSegment()
         self.pending: Pending | None = None
         self.length = 0  # logical tokens, padding included
         self.kept_dense: list[tuple[int, int]] = []  # (row at its seal, visual tokens) below break-even
+        self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, visual tokens left out [B]
         self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
         self.dtype: torch.dtype | None = None
+
+    def use(self, options: FitOptions) -> None:
+        """Seal with other options from now on."""
+        self.options, self.sealer = options, Sealer(options, self.index)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take the Keys ``[B, H, n, D]`` and Values ``[B, H, n, D_v]`` of the next n positions."""
@@ -110,8 +129,37 @@ class LayerKV:
             mask=mask,
         )
 
-    def observe(self, query: Tensor, mask: Tensor | None) -> None:
-        """See the queries ``[B, H_q, Q, D]`` of a forward whose attention is done; seal if the images are complete."""
+    def hidden(self) -> Tensor | None:
+        """bool ``[B, T]``: tokens that a token method has dropped, and that this forward must not attend to."""
+        if self.pending is None:
+            return None
+        begin, plan = self.pending.begin, self.ledger.known_plan
+        dropped = self.ledger.dropped_of(begin, self.length)
+        if self.selection is not None and plan is not None and plan.end == self.length:
+            dropped = plan.keeping(self.selection.kept(self.index, plan)).dropped
+        return None if dropped is None else torch.nn.functional.pad(dropped, (begin, 0))
+
+    def pending_attention(self, query: Tensor, visible: Tensor, scale: float) -> Tensor:
+        """Attention of a few queries ``[B, H_q, q, D]`` to the pending tokens: probabilities ``[B, H_q, q, P]``.
+
+        The softmax is over all that the layer holds; `visible` ``[B or 1, q, T]`` says what each query sees.
+        """
+        assert self.pending is not None
+        dtype = compute_dtype(query.dtype)
+        keys = self.pending.keys.to(dtype)
+        _, lse = reference_attention(query, self.views(visible[:, None]), scale)
+        assert lse is not None
+        grouped = (query.to(dtype) * scale).unflatten(1, (keys.shape[1], -1))  # [B, H, G, q, D]
+        logits = (grouped @ keys.mT[:, :, None]).flatten(1, 2)
+        logits = logits.masked_fill(~visible[:, None, :, self.pending.begin :], -torch.inf)
+        return (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+
+    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
+        """See the queries ``[B, H_q, Q, D]`` of a forward whose attention is done; seal if the images are complete.
+
+        `mask` is the model's, bool ``[B or 1, 1, Q, T]`` or additive, None for causal; `scale` the factor on the
+        logits, ``D ** -0.5`` by default.
+        """
         pending = self.pending
         if pending is None:
             return
@@ -119,28 +167,51 @@ class LayerKV:
         # Cloned, or a view would keep the whole prompt's queries alive until the seal.
         pending.window = window[:, :, -self.options.query_window :].clone()
         plan = self.ledger.plan(pending.begin, self.length, mask, wait=not self.options.streaming)
-        if plan is not None:
-            self._seal(pending, plan)
+        if plan is None:
+            return
+        if self.planner is not None:
+            self.planner.prepare(self, plan)
+        if self.selection is None:
+            self._seal(plan)
+            return
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        for layer, kept in self.selection.decide(self, plan, query, mask, scale):
+            layer._seal(plan.keeping(kept))  # noqa: SLF001 (another layer of this cache)
 
-    def _seal(self, pending: Pending, plan: SealPlan) -> None:
-        candidates = [row for row, count in enumerate(plan.counts) if count]
-        rows = self._worth(pending, plan, candidates, None)
-        segment = self._compress(pending, plan, rows) if rows else None
-        while segment is not None and self.options.energy is not None:
-            # Only now is the rank known; rows that it does not pay for stay dense, and the others may need less.
-            worth = self._worth(pending, plan, rows, segment.keys.data.shape[-1])
-            if worth == rows:
-                break
-            rows, segment = worth, self._compress(pending, plan, worth) if worth else None
+    def _seal(self, plan: SealPlan) -> None:
+        pending = self.pending
+        assert pending is not None
+        if plan.dropped is not None:
+            self.dropped.append((plan.begin, plan.dropped.sum(1)))
+            if self.selection is not None:
+                merged = self.selection.method.merged(pending.keys, pending.values, plan.visual, plan.dropped)
+                pending.keys, pending.values = merged
+        parts = plan.images() if self.options.basis_per == "image" else (plan,)
+        compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
+        for part in parts:
+            rows, segment = self._compress_worth(pending, part)
+            self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
+            if segment is not None:
+                compressed.append((part, rows))
+                self.segments.append(segment)
         self.pending = None
-        self.kept_dense += [(row, plan.counts[row]) for row in candidates if row not in rows]
-        if not rows and not self.segments and self.text.alignment is None and plan.all_visible:
+        if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
             # Nothing is compressed and nothing is padding: the tokens keep their logical order.
             self.text.append(pending.keys, pending.values)
             return
-        if segment is not None:
-            self.segments.append(segment)
-        self._append_text(pending, plan, rows)
+        self._append_text(pending, plan, tuple(compressed))
+
+    def _compress_worth(self, pending: Pending, plan: SealPlan) -> tuple[tuple[int, ...], VisualSegment | None]:
+        """A segment of the rows whose visual tokens take fewer bytes in it; which they are."""
+        rows = self._worth(pending, plan, [row for row, count in enumerate(plan.counts) if count], None)
+        segment = self._compress(pending, plan, rows) if rows else None
+        while segment is not None and self.options.energy is not None:
+            # Only now is the rank known; rows that it does not pay for stay dense, and the others may need less.
+            worth = self._worth(pending, plan, rows, segment.keys.channels)
+            if worth == rows:
+                break
+            rows, segment = worth, self._compress(pending, plan, worth) if worth else None
+        return rows, segment
 
     def _worth(self, pending: Pending, plan: SealPlan, rows: Sequence[int], rank: int | None) -> tuple[int, ...]:
         key_width, value_width = pending.keys.shape[-1], pending.values.shape[-1]
@@ -170,10 +241,12 @@ class LayerKV:
             uniform=layout.uniform,
         )
 
-    def _append_text(self, pending: Pending, plan: SealPlan, compressed_rows: tuple[int, ...]) -> None:
+    def _append_text(
+        self, pending: Pending, plan: SealPlan, compressed: tuple[tuple[SealPlan, tuple[int, ...]], ...]
+    ) -> None:
         """Move the pending tokens that stay dense behind the text."""
         keys, values = pending.keys, pending.values
-        order, alignment = plan.text_alignment(compressed_rows, self.text.alignment, self.text.length, keys.device)
+        order, alignment = plan.text_alignment(compressed, self.text.alignment, self.text.length, keys.device)
         if self.text.length:
             text_keys, text_values = self.text.logical()
             keys, values = torch.cat([text_keys, keys], 2), torch.cat([text_values, values], 2)
@@ -190,6 +263,7 @@ class LayerKV:
         for segment in self.segments:
             segment.select_rows(index)
         self.text.select_rows(index)
+        self.dropped = [(begin, counts[index]) for begin, counts in self.dropped]
         if self.pending is not None:
             pending = self.pending
             window = None if pending.window is None else pending.window[index]
@@ -213,6 +287,7 @@ class LayerKV:
                 segment.truncate(length)
             self.segments = [segment for segment in self.segments if bool(segment.lengths.any())]
             self.text.truncate(length)
+            self.dropped = [(begin, counts) for begin, counts in self.dropped if begin < length]
             if length == 0:
                 self.text, self.kept_dense = TextSegment(), []
         self.length = length
@@ -232,4 +307,4 @@ class LayerKV:
         if self.pending is not None:
             window = [] if self.pending.window is None else [self.pending.window]
             held += [self.pending.keys, self.pending.values, *window]
-        return held
+        return held + [counts for _, counts in self.dropped]

@@ -1,6 +1,6 @@
 """What the layers of one cache share: which logical positions are visual, and the index tensors that follow from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,9 +73,14 @@ def align_right(keep: Tensor, positions: Tensor, next_position: int) -> tuple[Te
 class SealPlan:
     """How the pending positions ``begin : end`` divide into visual, text and padding; the same for all layers."""
 
-    def __init__(self, visual: Tensor, visible: Tensor, begin: int, end: int) -> None:
+    def __init__(self, visual: Tensor, visible: Tensor, begin: int, end: int, dropped: Tensor | None = None) -> None:
+        if dropped is not None:
+            # Handled as padding is: stored nowhere, and its queries weigh nothing.
+            visual, visible = visual & ~dropped, visible & ~dropped
         self.visual = visual  # bool [B, P], padding excluded
         self.visible = visible  # bool [B, P]
+        self.dropped = dropped  # bool [B, P], visual tokens that are to be left out; None: none
+        self.prompt_end = end  # later positions hold guesses at the answer
         self.begin = begin
         self.end = end
         self.counts: list[int] = visual.sum(1).tolist()
@@ -85,6 +90,47 @@ class SealPlan:
     def visible_tail(self, window: int, device: torch.device) -> Tensor | None:
         """bool ``[B, window]`` for the last positions; None if none of them is padding."""
         return None if self.all_visible else self.visible[:, -window:].to(device)
+
+    def keeping(self, kept: Tensor | None) -> "SealPlan":
+        """The plan of a layer that keeps of the visual tokens those of bool ``[B, P]``; one object for one `kept`."""
+        if kept is None:
+            return self
+        key = ("keeping", kept)
+        if key not in self._memo:
+            dropped = self.visual & ~kept.to(self.visual.device)
+            self._memo[key] = SealPlan(self.visual, self.visible, self.begin, self.end, dropped)
+        plan = self._memo[key]
+        assert isinstance(plan, SealPlan)
+        return plan
+
+    def queries_behind_visual(self, *, last_only: bool = False) -> Tensor:
+        """bool ``[B, P]``: text behind a row's last visual token, or only the last of it; nothing in rows of text.
+
+        Guesses of assisted decoding, which come with the prompt, are not looked at, unless the prompt ends in an image.
+        """
+        places = torch.arange(1, self.visual.shape[1] + 1, device=self.visual.device)
+        last_visual = (self.visual * places).amax(1, keepdim=True)
+        behind = self.visible & (places > last_visual) & (last_visual > 0)
+        prompt = behind & (places <= self.prompt_end - self.begin)
+        behind = torch.where(prompt.any(1, keepdim=True), prompt, behind)
+        return behind & (places == (behind * places).amax(1, keepdim=True)) if last_only else behind
+
+    def images(self) -> "tuple[SealPlan, ...]":
+        """A plan for each image of a row, the n-th images of all rows together.
+
+        An image is a run of visual tokens; a single token between two of them belongs to it, as breaks between the rows
+        of an image do.
+        """
+        if "images" not in self._memo:
+            seen = self.visual if self.dropped is None else self.visual | self.dropped
+            before, after = (torch.nn.functional.pad(seen, pad) for pad in ((1, -1), (-1, 1)))
+            runs = seen | (before & after)
+            number = (runs & ~torch.nn.functional.pad(runs, (1, -1))).cumsum(1) * seen
+            parts = [self.visual & (number == n) for n in range(1, int(number.max()) + 1)]
+            self._memo["images"] = tuple(
+                SealPlan(part, self.visible, self.begin, self.end) for part in parts if bool(part.any())
+            )
+        return self._memo["images"]  # type: ignore[return-value]
 
     def layout(self, rows: tuple[int, ...], device: torch.device) -> RowLayout:
         """The layout of a segment that holds the visual tokens of batch rows `rows`."""
@@ -120,18 +166,26 @@ class SealPlan:
         )
 
     def text_alignment(
-        self, compressed_rows: tuple[int, ...], previous: Alignment | None, columns: int, device: torch.device
+        self,
+        compressed: "tuple[tuple[SealPlan, tuple[int, ...]], ...]",
+        previous: Alignment | None,
+        columns: int,
+        device: torch.device,
     ) -> tuple[Tensor, Alignment]:
         """Where the text goes: `columns` old columns laid out as `previous`, then the pending ones that stay dense.
 
-        Visual tokens of rows outside `compressed_rows` stay dense. Returns what `align_right` does, over the
-        concatenation of old and pending columns.
+        `compressed` are the plans of which segments were made, this one or those of its images, and the batch rows of
+        each; visual tokens of other rows stay dense. Returns what `align_right` does, over the concatenation of old and
+        pending columns.
         """
-        key = ("text", compressed_rows, previous, columns, device)
+        key = ("text", compressed, previous, columns, device)
         if key not in self._memo:
-            compressed = torch.zeros(len(self.counts), 1, dtype=torch.bool)
-            compressed[list(compressed_rows)] = True
-            keep = (self.visible & ~(self.visual & compressed.to(self.visual.device))).to(device)
+            keep = self.visible.clone()
+            for part, rows in compressed:
+                chosen = torch.zeros(len(self.counts), 1, dtype=torch.bool)
+                chosen[list(rows)] = True
+                keep &= ~(part.visual & chosen.to(part.visual.device))
+            keep = keep.to(device)
             batch = keep.shape[0]
             positions = (torch.arange(keep.shape[1], device=device) + self.begin).expand(batch, -1)
             if columns:
@@ -168,8 +222,10 @@ class VisualLedger:
     def reset(self) -> None:
         """Forget everything but the mask given at construction."""
         self.flags: list[tuple[int, int, Tensor | None]] = []  # (begin, end, bool [B, end - begin] or None: no visual)
+        self.dropped: list[tuple[int, int, Tensor]] = []  # as flags: visual tokens left out before the language model
         self.visible: Tensor | None = None  # bool [B, T]; None while nothing is known to be padding
         self.prompt: Tensor | None = None  # ids [B, n] of the first forward, where they are known
+        self.prompt_end: int | None = None  # where guesses at the answer begin in a forward that brings some
         self.sealed = 0  # positions before it went through a seal, which drops padding
         self.end_forward()
 
@@ -220,6 +276,28 @@ class VisualLedger:
             begin, _, _ = self.flags.pop()  # or every decoded token would lengthen the list
         self.flags.append((begin, end, visual))
 
+    def drop(self, kept: Tensor) -> None:
+        """Learn which visual tokens of the positions announced last stay: bool ``[n]``, row after row."""
+        begin, end, visual = self.flags[-1]
+        if visual is None or int(visual.sum()) != len(kept):
+            found = 0 if visual is None else int(visual.sum())
+            raise ValueError(f"{len(kept)} image features were chosen from, but the prompt has {found} visual tokens")
+        dropped = torch.zeros_like(visual)
+        dropped[visual] = ~kept.to(visual.device)
+        self.dropped = [entry for entry in self.dropped if entry[0] < begin]
+        self.dropped.append((begin, end, dropped))
+
+    @property
+    def undecided(self) -> bool:
+        """Whether visual tokens were announced last of which nobody said which ones stay."""
+        if not self.flags or self.flags[-1][2] is None:
+            return False
+        return not self.dropped or self.dropped[-1][:2] != self.flags[-1][:2]
+
+    def dropped_of(self, begin: int, end: int) -> Tensor | None:
+        """bool ``[B, end - begin]``: which of the positions were dropped before the language model; None: none."""
+        return _overlaid(self.dropped, begin, end)
+
     def complete(self, end: int, batch: int) -> None:
         """Fill in positions up to `end` that nobody announced, from the given mask (text beyond it)."""
         begin = self.end
@@ -247,6 +325,11 @@ class VisualLedger:
             self._plan = ((begin, end), self._make_plan(begin, end, mask, wait))
         return self._plan[1]
 
+    @property
+    def known_plan(self) -> SealPlan | None:
+        """The seal that a layer of this forward has asked for already, if any."""
+        return None if self._plan is None else self._plan[1]
+
     def _make_plan(self, begin: int, end: int, mask: Tensor | None, wait: bool) -> SealPlan | None:
         visual = self._flags_of(begin, end)
         if mask is not None:
@@ -266,18 +349,14 @@ class VisualLedger:
         if wait and not bool(((last_visual == 0) | (last_text > last_visual)).all()):
             return None
         self.sealed = end
-        return SealPlan(visual, visible, begin, end)
+        plan = SealPlan(visual, visible, begin, end, self.dropped_of(begin, end))
+        plan.prompt_end = end if self.prompt_end is None else self.prompt_end
+        return plan
 
     def _flags_of(self, begin: int, end: int) -> Tensor:
-        known = [visual for _, _, visual in self.flags if visual is not None]
-        if not known:
+        flags = _overlaid([(b, e, visual) for b, e, visual in self.flags if visual is not None], begin, end)
+        if flags is None:
             raise RuntimeError("no visual position has been announced")  # pending exists for visual positions only
-        batch, device = known[0].shape[0], known[0].device
-        flags = torch.zeros(batch, end - begin, dtype=torch.bool, device=device)
-        for first, last, visual in self.flags:
-            if visual is not None and first < end and last > begin:
-                low, high = max(first, begin), min(last, end)
-                flags[:, low - begin : high - begin] = visual[:, low - first : high - first].to(device)
         return flags
 
     def gather_mask(self, mask: Tensor, key: object, positions: Callable[[], Tensor]) -> Tensor:
@@ -322,6 +401,7 @@ class VisualLedger:
                 shortened = None if visual is None else visual[:, : length - begin]
                 kept.append((begin, min(end, length), shortened))
         self.flags = kept
+        self.dropped = [(b, min(e, length), d[:, : length - b]) for b, e, d in self.dropped if b < length]
         if length == 0:
             self.visible = self.prompt = None
         if self.visible is not None:
@@ -333,18 +413,33 @@ class VisualLedger:
         """Let batch row b be what row ``index[b]`` was."""
         self.end_forward()
         self.flags = [(b, e, None if v is None else v[index.to(v.device)]) for b, e, v in self.flags]
+        self.dropped = [(b, e, d[index.to(d.device)]) for b, e, d in self.dropped]
         self.visible = None if self.visible is None else self.visible[index.to(self.visible.device)]
         self.prompt = None if self.prompt is None else self.prompt[index.to(self.prompt.device)]
 
     def tensors(self) -> list[Tensor]:
         """Everything held beyond the current forward."""
-        known = [visual for _, _, visual in self.flags] + [self.visible, self.given, self.prompt]
+        known = [entry[2] for entry in (*self.flags, *self.dropped)] + [self.visible, self.given, self.prompt]
         return [tensor for tensor in known if tensor is not None]
 
     def __deepcopy__(self, memo: dict) -> "VisualLedger":
         copy = VisualLedger(self.given)
         copy.flags, copy.visible, copy.prompt, copy.sealed = list(self.flags), self.visible, self.prompt, self.sealed
+        copy.dropped, copy.prompt_end = list(self.dropped), self.prompt_end
         return copy
+
+
+def _overlaid(entries: Sequence[tuple[int, int, Tensor]], begin: int, end: int) -> Tensor | None:
+    """bool ``[B, end - begin]`` of flags that are known for ranges of positions, False elsewhere; None if none is."""
+    if not entries:
+        return None
+    batch, device = entries[0][2].shape[0], entries[0][2].device
+    flags = torch.zeros(batch, end - begin, dtype=torch.bool, device=device)
+    for first, last, known in entries:
+        if first < end and last > begin:
+            low, high = max(first, begin), min(last, end)
+            flags[:, low - begin : high - begin] = known[:, low - first : high - first].to(device)
+    return flags
 
 
 def check_visual_mask(mask: Tensor) -> None:

@@ -20,7 +20,8 @@ class SegmentReport:
 class LayerReport:
     """One layer: logical `tokens` per row, its segments, dense tokens over all rows, bytes stored and dense.
 
-    `kept_dense` lists (row at the seal, visual tokens) that were too few for a basis to save bytes.
+    `kept_dense` lists (row at the seal, visual tokens) that were too few for a basis to save bytes; `dropped` is how
+    many visual tokens of all rows a token method left out.
     """
 
     index: int
@@ -31,15 +32,18 @@ class LayerReport:
     stored_bytes: int
     dense_bytes: int
     kept_dense: list[tuple[int, int]]
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
 class CacheReport:
-    """All layers; `print` it, or read its fields."""
+    """All layers, and how a budget was divided; `print` it, or read its fields."""
 
     options: str
     layers: list[LayerReport]
     stored_bytes: int
+    shared_bytes: int = 0
+    plan: str = ""
 
     @property
     def dense_bytes(self) -> int:
@@ -56,7 +60,7 @@ class CacheReport:
             f"{'layer':>5}  {'tokens':>6}  {'visual':>6}  {'rank':>8}  {'keys':>10}  {'values':>10}  {'basis':>9}  "
             f"{'text':>6}  {'stored':>10}  {'dense':>10}  {'ratio':>5}"
         )
-        lines = [f"RotateK cache, {self.options}", header]
+        lines = [f"RotateK cache, {self.options}", *([self.plan] if self.plan else []), header]
         for layer in self.layers:
             lines += self._layer_lines(layer)
         ratio = self.compression_ratio
@@ -64,10 +68,23 @@ class CacheReport:
         lines.append(
             f"in all {readable_bytes(self.stored_bytes)} stored, {readable_bytes(self.dense_bytes)} dense: {change}"
         )
-        few = {entry for layer in self.layers for entry in layer.kept_dense}
-        for row, tokens in sorted(few):
+        if any(layer.dropped for layer in self.layers):
+            dropped = ", ".join(f"{layer.index}: {layer.dropped}" for layer in self.layers)
+            lines.append(f"visual tokens dropped, by layer: {dropped}")
+        if self.shared_bytes:
             lines.append(
-                f"row {row}: {tokens} visual tokens stayed dense, since a basis would cost more bytes than it saves"
+                f"calibrated basis: {readable_bytes(self.shared_bytes)} once per model, shared by all requests and not "
+                "counted above"
+            )
+        few: dict[int, set[int]] = {}
+        for layer in self.layers:
+            for row, tokens in layer.kept_dense:
+                few.setdefault(row, set()).add(tokens)
+        for row, counts in sorted(few.items()):
+            # A token method may leave each layer another number.
+            span = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
+            lines.append(
+                f"row {row}: {span} visual tokens stayed dense, since a basis would cost more bytes than it saves"
             )
         return "\n".join(lines)
 

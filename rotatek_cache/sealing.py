@@ -16,9 +16,19 @@ from rotatek_cache.basis import (
     rank_for_energy,
     rank_of_share,
 )
-from rotatek_cache.coding import CHANNEL_BLOCK, CodeLayout, allocate_bits, encode_codes, quantise
-from rotatek_cache.methods import BASES, KeyMethod, key_method
-from rotatek_cache.methods.calibrated import StateBasis, load_basis
+from rotatek_cache.coding import (
+    CHANNEL_BLOCK,
+    FP8,
+    FP8_MOST,
+    CodeLayout,
+    Numbers,
+    TokenCode,
+    allocate_bits,
+    pack_coefficients,
+    quantise,
+)
+from rotatek_cache.methods import BASES, BasisMethod, NoRotation, SparK, key_method
+from rotatek_cache.methods.calibrated import CalibratedBasis, HeadBudget, load_basis
 from rotatek_cache.segments import Stored, select_basis
 
 LARGE = 1 << 22  # numbers of a row above which temporaries are made for one head at a time
@@ -31,14 +41,12 @@ class Sealer:
     def __init__(self, options: FitOptions, layer: int) -> None:
         self.options = options
         self.layer = layer
-        self.key_method: KeyMethod
-        self.value_method: KeyMethod
+        self.calibrated: CalibratedBasis | None = None
         if options.is_calibrated:
-            basis = load_basis(options.basis)
-            self.key_method, self.value_method = basis.state(layer, "key"), basis.state(layer, "value")
+            self.calibrated = load_basis(options.basis)
+            self.calibrated.state(layer, "key")
         else:
             self.key_method = key_method(options.basis if options.query_weight else "pca")
-            self.value_method = BASES["pca"]
 
     def is_worth(
         self, tokens: int, key_width: int, value_width: int, dtype: torch.dtype, rank: int | None = None
@@ -52,32 +60,49 @@ class Sealer:
             return True
         if options.is_identity and not options.codes_values:
             return True  # nothing is gained and nothing lost
-        share = options.value_sparsity or 0.0
+        dense = tokens * (key_width + value_width) * dtype.itemsize
+        return self.stored_bytes(tokens, key_width, value_width, dtype, rank) < dense
+
+    def stored_bytes(
+        self, tokens: int, key_width: int, value_width: int, dtype: torch.dtype, rank: int | None = None
+    ) -> int:
+        """Bytes of `tokens` compressed tokens of a head with their bases, at most (a spectrum may need fewer)."""
+        options = self.options
         stored = 0
         if options.is_identity:
             stored += tokens * key_width * dtype.itemsize
         else:
             rank = rank or options.rank_for(key_width) or 1
-            stored += self._bytes(tokens, rank, options.sparsity, key_width, options.key_bits, dtype)
-        if options.codes_values:
+            stored += self._key_bytes(tokens, rank, key_width, dtype)
+        if not options.codes_values:
+            stored += tokens * value_width * dtype.itemsize
+        elif options.value_basis == "none":
+            assert isinstance(options.value_bits, int)
+            stored += tokens * (value_width * options.value_bits // 8 + 2 * dtype.itemsize)
+        else:
+            share = options.value_sparsity or 0.0
             value_rank = rank_of_share(share, value_width)
             stored += self._bytes(tokens, value_rank, share, value_width, options.value_bits, dtype)
-        else:
-            stored += tokens * value_width * dtype.itemsize
-        return stored < tokens * (key_width + value_width) * dtype.itemsize
+        return stored
 
-    def _bytes(
-        self, tokens: int, rank: int | None, sparsity: float | None, width: int, bits: Bits, dtype: torch.dtype
-    ) -> int:
+    def _key_bytes(self, tokens: int, rank: int, width: int, dtype: torch.dtype) -> int:
+        options = self.options
+        if self.calibrated is None and isinstance(self.key_method, SparK):
+            code = self.key_method.code(width, rank, dtype)
+            return tokens * code.row_bytes + width * dtype.itemsize
+        if self.calibrated is None and isinstance(self.key_method, NoRotation):
+            return tokens * _coded_bytes(width, options.key_bits, dtype) + 2 * width * dtype.itemsize
+        return self._bytes(tokens, rank, options.sparsity, width, options.key_bits, dtype)
+
+    def _bytes(self, tokens: int, rank: int, sparsity: float | None, width: int, bits: Bits, dtype: torch.dtype) -> int:
         """Bytes of `tokens` tokens and their basis for one head, at most (a spectrum may need fewer)."""
-        assert rank is not None
         if bits == "auto":
             assert sparsity is not None
             token_bytes = int((1 - sparsity) * 2 * width)
             rank = min(width, max(CHANNEL_BLOCK, token_bytes * 4))  # at 2 bits each
         else:
             rank = padded_rank(rank)
-            token_bytes = rank * dtype.itemsize if bits is None else rank * bits // 8
+            token_bytes = _coded_bytes(rank, bits, dtype)
         matrix = 0 if self.options.is_calibrated else width * rank
         return tokens * token_bytes + (matrix + width) * dtype.itemsize
 
@@ -93,39 +118,51 @@ class Sealer:
         options = self.options
         if options.is_identity:
             return Stored(keys, KeyBasis())
-        rank = options.rank_for(keys.shape[-1])
-        return self._store(
-            "Keys", keys, ranges, self.key_method, rank, options.sparsity, options.key_bits, queries, valid
-        )
+        rank, bits = options.rank_for(keys.shape[-1]), options.key_bits
+        if self.calibrated is not None:
+            return self._store_calibrated("key", keys, ranges, rank, options.sparsity, bits)
+        if isinstance(self.key_method, NoRotation):
+            self._check_finite("Keys", keys)
+            coefficients = [keys[:, start : start + length] for start, length in ranges]
+            return _store_coefficients(coefficients, KeyBasis(), bits)
+        if isinstance(self.key_method, SparK):
+            assert rank is not None
+            self._check_finite("Keys", keys)
+            return _store_sparse(self.key_method, keys, ranges, rank, queries, valid)
+        return self._store_fitted("Keys", keys, ranges, self.key_method, rank, options.sparsity, bits, queries, valid)
 
     def store_values(self, values: Tensor, ranges: Ranges) -> Stored:
         """Store packed Values ``[H, N, D_v]``."""
         options = self.options
         if not options.codes_values:
             return Stored(values)
+        if options.value_basis == "none":
+            assert isinstance(options.value_bits, int)
+            self._check_finite("Values", values)
+            code = TokenCode(options.value_bits, values.shape[-1], values.dtype)
+            return Stored(code.pack(values), code=code)
         share = options.value_sparsity or 0.0
         rank = rank_of_share(share, values.shape[-1])
-        return self._store("Values", values, ranges, self.value_method, rank, share, options.value_bits, None, None)
+        if self.calibrated is not None:
+            return self._store_calibrated("value", values, ranges, rank, share, options.value_bits)
+        return self._store_fitted("Values", values, ranges, BASES["pca"], rank, share, options.value_bits, None, None)
 
-    def _store(
+    def _store_fitted(
         self,
         what: str,
         states: Tensor,
         ranges: Ranges,
-        method: KeyMethod,
+        method: BasisMethod,
         rank: int | None,
         sparsity: float | None,
         bits: Bits,
         queries: Tensor | None,
         valid: Tensor | None,
     ) -> Stored:
+        """Fit a basis to the states and store their coefficients."""
         moments = [_moments(states[:, start : start + length]) for start, length in ranges]
         mean, scatter = (torch.stack(parts, 1) for parts in zip(*moments, strict=True))
-        if not bool(torch.isfinite(scatter).all()):
-            raise ValueError(
-                f"the visual {what} of layer {self.layer} hold NaN or infinity, so no basis can be fitted to them: the "
-                "model's weights, inputs or dtype overflow before they reach the cache"
-            )
+        self._check_finite(what, scatter)
         tokens = torch.tensor([length for _, length in ranges], device=states.device)
         stats = KeyStatistics(mean, scatter, tokens, queries, valid)
         if rank is None:
@@ -135,21 +172,85 @@ class Sealer:
         basis = method.fit(stats, states.shape[-1] if bits == "auto" else rank, self.options.solver, states.dtype)
         kept = states.dtype if bits is None else compute_dtype(states.dtype)
         coefficients = [_encode_row(states, basis, row, span, kept) for row, span in enumerate(ranges)]
-        if bits is None:
-            whole = coefficients[0] if len(coefficients) == 1 else torch.cat(coefficients, 1)
-            return Stored(whole, basis.sealed())
-        budget = int((1 - (sparsity or 0.0)) * 16 * states.shape[-1])
+        if bits != "auto":
+            return _store_coefficients(coefficients, basis, bits)
+        assert sparsity is not None
+        budget = self._bit_budget(what, sparsity, states.shape[-1])
+        variance = torch.stack([part.var(1, correction=0) for part in coefficients], 1)  # [H, R, D]
+        variance, order = variance.sort(-1, descending=True)
+        layout = CodeLayout.from_bits(allocate_bits(variance.mean((0, 1))[None], budget)[0])
+        order = order[..., : layout.channels]
+        coefficients = [
+            part.gather(-1, order[:, row, None].expand(-1, part.shape[1], -1)) for row, part in enumerate(coefficients)
+        ]
+        return _store_codes(coefficients, basis.columns(order), layout)
+
+    def _store_calibrated(
+        self, which: str, states: Tensor, ranges: Ranges, rank: int | None, sparsity: float | None, bits: Bits
+    ) -> Stored:
+        """Store coefficients in the file's basis: what belongs to the request is the codes and its own mean."""
+        assert self.calibrated is not None
+        what = "Keys" if which == "key" else "Values"
+        if bits == "auto":
+            assert sparsity is not None
+            budget = HeadBudget(bits=self._bit_budget(what, sparsity, states.shape[-1]))
+        else:
+            budget = HeadBudget(energy=self.options.energy) if rank is None else HeadBudget(rank=rank)
+        code = self.calibrated.code(self.layer, which, bits, budget, self.options.allocation)
+        state = self.calibrated.state(self.layer, which)
+        mean = torch.stack([_mean(states[:, start : start + length]) for start, length in ranges], 1)
+        self._check_finite(what, mean)
+        basis = state.basis(mean, code.channels, states.dtype)
+        kept = states.dtype if bits is None else compute_dtype(states.dtype)
+        coefficients = [_encode_row(states, basis, row, span, kept) for row, span in enumerate(ranges)]
+        assert basis.delta is not None
+        dtype, device = basis.delta.dtype, basis.delta.device
+        if isinstance(code, Numbers) and bits is None:
+            return Stored(torch.cat(coefficients, 1), basis.sealed())
+        low, step = state.ranges(code, device)
+        if bits == "fp8":
+            step = state.float8_scale(code.channels, device)
+            coefficients = [_float8(part, step) for part in coefficients]
+        stored = torch.cat([pack_coefficients(part, low, step, code) for part in coefficients], 1)
+        decoder, shift = state.scaled_decoder((code, bits), low, step, dtype)
+        shared = KeyBasis(
+            B=decoder[:, None].expand(-1, mean.shape[1], -1, -1),
+            delta=(basis.delta.float() + shift[:, None]).to(dtype),
+            fitted_rank=code.channels,
+            shared=True,
+        )
+        return Stored(stored, shared, None if isinstance(code, Numbers) else code)
+
+    def _bit_budget(self, what: str, sparsity: float, width: int) -> int:
+        """Bits of a token that a share `sparsity` leaves to spend freely; a ValueError where nothing can be done."""
+        budget = int((1 - sparsity) * 16 * width)
         least = 2 * CHANNEL_BLOCK
-        if bits == "auto" and budget < least:
+        if budget < least:
             option = "sparsity" if what == "Keys" else "value_sparsity"
             raise ValueError(
-                f"{option}={sparsity} leaves {budget} bits for a token of head width {states.shape[-1]}; automatic "
-                f"bits need at least {least}, that is {option} of at most {1 - least / (16 * states.shape[-1]):g}"
+                f"{option}={sparsity} leaves {budget} bits for a token of head width {width}; automatic bits need at "
+                f"least {least}, that is {option} of at most {1 - least / (16 * width):g}"
             )
-        if isinstance(method, StateBasis):
-            layout = method.layout(budget) if bits == "auto" else CodeLayout(((bits, coefficients[0].shape[-1]),))
-            return _store_calibrated_codes(coefficients, basis, method, layout)
-        return _store_codes(coefficients, basis, bits, budget)
+        return budget
+
+    def _check_finite(self, what: str, states: Tensor) -> None:
+        if not bool(torch.isfinite(states).all()):
+            raise ValueError(
+                f"the visual {what} of layer {self.layer} hold NaN or infinity, so no basis can be fitted to them: the "
+                "model's weights, inputs or dtype overflow before they reach the cache"
+            )
+
+
+def _coded_bytes(channels: int, bits: Bits, dtype: torch.dtype) -> int:
+    """Bytes of a token's `channels` coefficients of one head."""
+    if bits == "fp8":
+        return channels
+    return channels * dtype.itemsize if bits is None else channels * int(bits) // 8
+
+
+def _mean(states: Tensor) -> Tensor:
+    """Mean over tokens ``[H, D]`` of ``[H, S, D]``, in float32 for half precisions."""
+    return states.mean(1, dtype=compute_dtype(states.dtype))
 
 
 def _moments(states: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,40 +271,46 @@ def _encode_row(states: Tensor, basis: KeyBasis, row: int, span: tuple[int, int]
     return torch.cat([one.head(index).encode(part[index : index + 1])[:, 0].to(dtype) for index in range(len(part))])
 
 
-def _store_codes(coefficients: list[Tensor], basis: KeyBasis, bits: Bits, budget: int) -> Stored:
-    """Codes with ranges (and, for "auto", widths) of this segment's own coefficients ``[H, S, r]`` of each row."""
-    if bits == "auto":
-        variance = torch.stack([part.var(1, correction=0) for part in coefficients], 1)  # [H, R, D]
-        variance, order = variance.sort(-1, descending=True)
-        layout = CodeLayout.from_bits(allocate_bits(variance.mean((0, 1)), budget))
-        order = order[..., : layout.channels]
-        basis = basis.columns(order)
-        coefficients = [
-            part.gather(-1, order[:, row, None].expand(-1, part.shape[1], -1)) for row, part in enumerate(coefficients)
-        ]
-    else:
-        assert isinstance(bits, int)
-        layout = CodeLayout(((bits, coefficients[0].shape[-1]),))
-    coded = [quantise(part, layout) for part in coefficients]
+def _store_coefficients(coefficients: list[Tensor], basis: KeyBasis, bits: Bits) -> Stored:
+    """Store each row's coefficients ``[H, S, r]`` with one width for all: as numbers, as float8 or as codes."""
+    if bits is None:
+        return Stored(coefficients[0] if len(coefficients) == 1 else torch.cat(coefficients, 1), basis.sealed())
+    if bits == "fp8":
+        most = torch.stack([part.abs().amax(1).to(compute_dtype(part.dtype)) for part in coefficients], 1)  # [H, R, r]
+        scale = torch.where(most > 0, most, torch.ones_like(most)) / FP8_MOST
+        stored = torch.cat([_float8(part, scale[:, row]) for row, part in enumerate(coefficients)], 1)
+        dtype = coefficients[0].dtype if basis.B is None else basis.B.dtype
+        scaled = basis.for_codes(torch.zeros_like(scale).to(dtype), scale.to(dtype))
+        return Stored(stored, scaled)
+    assert isinstance(bits, int)
+    return _store_codes(coefficients, basis, CodeLayout(((bits, coefficients[0].shape[-1]),)))
+
+
+def _float8(coefficients: Tensor, scale: Tensor) -> Tensor:
+    """Float8 ``[H, S, r]`` of coefficients over their scale ``[H, r]``."""
+    return (coefficients.to(scale.dtype) / scale[:, None]).clamp_(-FP8_MOST, FP8_MOST).to(FP8)
+
+
+def _store_codes(coefficients: list[Tensor], basis: KeyBasis, layout: CodeLayout) -> Stored:
+    """Codes with ranges of this segment's own coefficients ``[H, S, r]`` of each row."""
+    dtype = coefficients[0].dtype
+    coded = [quantise(part.to(compute_dtype(dtype)), layout) for part in coefficients]
     packed = torch.cat([layout.pack(codes) for codes, _, _ in coded], 1)
-    low, step = (torch.stack([part[i] for part in coded], 1) for i in (1, 2))
+    low, step = (torch.stack([part[i] for part in coded], 1).to(dtype) for i in (1, 2))
     return Stored(packed, basis.for_codes(low, step), layout)
 
 
-def _store_calibrated_codes(
-    coefficients: list[Tensor], basis: KeyBasis, method: StateBasis, layout: CodeLayout
+def _store_sparse(
+    method: SparK, keys: Tensor, ranges: Ranges, rank: int, queries: Tensor | None, valid: Tensor | None
 ) -> Stored:
-    """Codes with the file's ranges, so that the scaled decoder is shared and only delta belongs to the request."""
-    assert basis.delta is not None
-    dtype, device = basis.delta.dtype, basis.delta.device
-    low, step = method.ranges(layout, device)
-    packed = torch.cat(
-        [layout.pack(encode_codes(part[..., : layout.channels], low, step, layout)) for part in coefficients], 1
-    )
-    decoder, shift = method.code_decoder(layout, dtype, device)
-    delta = (basis.delta.float() + shift[:, None]).to(dtype)
-    rows = basis.delta.shape[1]
-    shared = KeyBasis(
-        B=decoder[:, None].expand(-1, rows, -1, -1), delta=delta, fitted_rank=layout.channels, shared=True
-    )
-    return Stored(packed, shared, layout)
+    """Keys of which each token keeps its own channels."""
+    nothing = keys.new_zeros(keys.shape[0], len(ranges), keys.shape[-1], dtype=compute_dtype(keys.dtype))
+    tokens = torch.tensor([length for _, length in ranges], device=keys.device)
+    moment = KeyStatistics(nothing, nothing[..., None], tokens, queries, valid).query_moment()
+    weight = None if moment is None else method.weight(moment)
+    code = method.code(keys.shape[-1], rank, keys.dtype)
+    packed = [
+        method.pack(keys[:, start : start + length], None if weight is None else weight[:, row], code)
+        for row, (start, length) in enumerate(ranges)
+    ]
+    return Stored(torch.cat(packed, 1), method.basis(moment, keys.dtype), code)

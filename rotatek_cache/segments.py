@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import CodeLayout
+from rotatek_cache.coding import Code, HeadCodes
 from rotatek_cache.ledger import Alignment, VisualLedger, align_right, column_positions, own_columns
 
 # Free text columns after the segment had to grow: enough to make growing rare, few enough not to eat what is saved.
@@ -25,9 +25,9 @@ class SegmentView:
     """One segment as attention reads it; it owns nothing.
 
     Attributes:
-        keys: dense Keys, coefficients or packed codes ``[H, N, w]``; row b owns tokens
-            ``starts[b] : starts[b] + lengths[b]``.
-        values: dense Values, coefficients or packed codes ``[H, N, w_v]``.
+        keys: dense Keys, coefficients or packed codes ``[H, N, w]`` (``[1, N, w]`` with `HeadCodes`); row b owns
+            tokens ``starts[b] : starts[b] + lengths[b]``.
+        values: dense Values, coefficients or packed codes, laid out like `keys`.
         starts: int64 ``[B]`` on the device of the Keys.
         lengths: int32 ``[B]``.
         max_length: host-known bound of `lengths`; it sizes grids and buffers.
@@ -54,9 +54,9 @@ class SegmentView:
     basis: KeyBasis | None = None
     basis_rows: Tensor | None = None
     mask: Tensor | None = None
-    key_code: CodeLayout | None = None
+    key_code: Code | None = None
     value_basis: KeyBasis | None = None
-    value_code: CodeLayout | None = None
+    value_code: Code | None = None
     slots: Tensor | None = None
 
     @property
@@ -65,11 +65,22 @@ class SegmentView:
         return self.key_code is not None or self.value_code is not None or self.value_basis is not None
 
     @property
+    def is_diagonal(self) -> bool:
+        """Whether Keys or Values are read through scales of channels that were not rotated."""
+        return any(basis is not None and basis.is_diagonal for basis in (self.basis, self.value_basis))
+
+    @property
+    def heads(self) -> int:
+        """KV heads; where each has a code of its own they share the rows of the storage."""
+        return len(self.key_code.parts) if isinstance(self.key_code, HeadCodes) else self.keys.shape[0]
+
+    @property
     def value_width(self) -> int:
         """D_v of what attention returns."""
-        if self.value_basis is None or self.value_basis.B is None:
-            return self.values.shape[-1]
-        return self.value_basis.B.shape[-2]
+        basis = self.value_basis
+        if basis is not None and basis.B is not None:
+            return basis.B.shape[-1] if basis.is_diagonal else basis.B.shape[-2]
+        return self.values.shape[-1] if self.value_code is None else self.value_code.channels
 
     def _batched(self, packed: Tensor) -> Tensor:
         rows = packed.unflatten(1, (-1, self.row_stride))[:, :, : self.max_length]
@@ -111,7 +122,7 @@ class SegmentView:
         return basis if self.basis_rows is None else select_basis(basis, self.basis_rows)
 
 
-def _numbers(stored: Tensor, code: CodeLayout | None, dtype: torch.dtype) -> Tensor:
+def _numbers(stored: Tensor, code: Code | None, dtype: torch.dtype) -> Tensor:
     return (stored if code is None else code.unpack(stored)).to(dtype)
 
 
@@ -135,7 +146,12 @@ class Stored:
 
     data: Tensor
     basis: KeyBasis | None = None
-    code: CodeLayout | None = None
+    code: Code | None = None
+
+    @property
+    def channels(self) -> int:
+        """Coefficients of a token, padding included."""
+        return self.data.shape[-1] if self.code is None else self.code.channels
 
     def tensors(self) -> list[Tensor]:
         """Everything held."""
@@ -318,9 +334,13 @@ class TextSegment:
         return [t for t in (self.keys, self.values, *layout) if t is not None]
 
 
+def room_for(needed: int) -> int:
+    """Columns that a text segment reserves for `needed` ones."""
+    return needed + max(TEXT_ROOM, needed // TEXT_GROWTH)
+
+
 def _room(source: Tensor, needed: int, filled: int = 0) -> Tensor:
     """A buffer ``[H, B, >= needed, D]`` like `source` with its first `filled` columns copied."""
-    capacity = needed + max(TEXT_ROOM, needed // TEXT_GROWTH)
-    buffer = source.new_zeros(*source.shape[:2], capacity, source.shape[-1])
+    buffer = source.new_zeros(*source.shape[:2], room_for(needed), source.shape[-1])
     buffer[:, :, :filled] = source[:, :, :filled]
     return buffer

@@ -1,5 +1,6 @@
 """`attach(model)`: one call that wires a vision-language model. The only file that knows model families."""
 
+import contextlib
 import functools
 import inspect
 import threading
@@ -15,6 +16,8 @@ from rotatek_cache import hf_attention
 from rotatek_cache.cache import RotateKCache
 from rotatek_cache.calibration import fingerprint
 from rotatek_cache.methods.calibrated import load_basis
+from rotatek_cache.tokens import FeatureMethod
+from rotatek_cache.vision import EncoderTap, choose, tapped
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -25,13 +28,17 @@ class Family:
 
     Args:
         placeholders: config fields with the ids that stand for visual tokens in `input_ids`.
+        encoder: the vision encoder, where its attention can be read and each visual token shows as many of its patches,
+            in order (but see `_feature_order`); None elsewhere.
     """
 
     placeholders: tuple[str, ...] = ("image_token_id",)
+    encoder: str | None = None
 
 
 _IMAGE = Family()
 _IMAGE_AND_VIDEO = Family(("image_token_id", "video_token_id"))
+_QWEN2 = Family(("image_token_id", "video_token_id"), encoder="visual")
 
 # model_type -> facts; each family here is run through generate by the tests.
 FAMILIES: dict[str, Family] = {
@@ -45,15 +52,15 @@ FAMILIES: dict[str, Family] = {
     "idefics3": _IMAGE,
     "internvl": _IMAGE,
     "lighton_ocr": _IMAGE,
-    "llava": _IMAGE,
+    "llava": Family(encoder="vision_tower"),
     "llava_next": _IMAGE,
     "llava_next_video": _IMAGE_AND_VIDEO,
     "llava_onevision": _IMAGE_AND_VIDEO,
     "mistral3": _IMAGE,
     "ovis2": _IMAGE,
     "paligemma": _IMAGE,
-    "qwen2_5_vl": _IMAGE_AND_VIDEO,
-    "qwen2_vl": _IMAGE_AND_VIDEO,
+    "qwen2_5_vl": _QWEN2,
+    "qwen2_vl": _QWEN2,
     "qwen3_vl": _IMAGE_AND_VIDEO,
     "qwen3_vl_moe": _IMAGE_AND_VIDEO,
     "smolvlm": _IMAGE,
@@ -102,6 +109,7 @@ class Attachment:
     previous: list[str | None] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)  # that are in a forward with a RotateKCache
     fingerprint: Tensor | None = None  # of the model, once a calibrated basis asks
+    choosing: dict[int, RotateKCache] = field(default_factory=dict)  # by thread: chooses from what is encoded now
 
     def fingerprint_of(self, module: torch.nn.Module) -> Tensor:
         """The fingerprint of the attached model, taken once."""
@@ -177,13 +185,18 @@ def attach(model: M) -> M:
     ]
     inner._rotatek = attachment  # type: ignore[assignment]
     for name, stand_in in STAND_INS.items():
-        original = getattr(type(top), name, None)
-        if original is not None:
-            # A partial, and no method, since that can be copied and pickled with the model.
-            replacement: Any = functools.partial(stand_in, top)
-            replacement.__wrapped__ = original  # generate looks at the signature
-            setattr(top, name, replacement)
+        if hasattr(type(top), name):
+            _stand_in(top, name, stand_in)
+    if hasattr(inner, "get_image_features"):
+        _stand_in(inner, "get_image_features", _get_image_features)
     return model
+
+
+def _stand_in(module: Any, name: str, stand_in: Any) -> None:
+    # A partial, and no method, since that can be copied and pickled with the model.
+    replacement: Any = functools.partial(stand_in, module)
+    replacement.__wrapped__ = getattr(type(module), name)  # generate looks at the signature
+    setattr(module, name, replacement)
 
 
 def detach(model: M) -> M:
@@ -199,6 +212,7 @@ def detach(model: M) -> M:
     del inner._rotatek
     for name in STAND_INS:
         top.__dict__.pop(name, None)
+    inner.__dict__.pop("get_image_features", None)
     return model
 
 
@@ -314,6 +328,12 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
         elif given.get("position_ids") is None:
             module.rope_deltas = None  # of another conversation
     cache.announce_visual(_visual_positions(module, cache, given, begin), tokens)
+    if isinstance(cache.tokens, FeatureMethod):
+        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is None:
+            module._rotatek.choosing[threading.get_ident()] = cache
+        elif cache.chosen:
+            cache.ledger.drop(_kept(encoded.pooler_output))
     if begin == 0:
         cache.ledger.prompt = ids
 
@@ -328,6 +348,7 @@ def _after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 @torch.compiler.disable
 def _end(module: Any, cache: RotateKCache, output: Any) -> None:
     module._rotatek.restore()
+    module._rotatek.choosing.pop(threading.get_ident(), None)
     cache.ledger.end_forward()
     if output is not None:
         # M-RoPE families keep the position offset of a conversation on the model.
@@ -409,7 +430,117 @@ def _generate_batch(top: Any, *args: Any, **kwargs: Any) -> Any:
     return type(top).generate_batch(top, *args, **kwargs)
 
 
+def _prepare_multimodal_encoder_kwargs_for_generation(top: Any, model_kwargs: dict[str, Any]) -> Any:
+    """Stands in for the model's method: images are encoded here, before any forward."""
+    prepare = type(top)._prepare_multimodal_encoder_kwargs_for_generation
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, RotateKCache) or not isinstance(cache.tokens, FeatureMethod):
+        return prepare(top, model_kwargs)
+    choosing = _inner(top)._rotatek.choosing
+    cache.chosen = False
+    choosing[threading.get_ident()] = cache
+    try:
+        return prepare(top, model_kwargs)
+    finally:
+        del choosing[threading.get_ident()]
+
+
+def _get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's method: lets a cache choose from the features, and marks what it drops by zeros."""
+    encode = functools.partial(type(inner).get_image_features, inner, *args, **kwargs)
+    choosing = inner._rotatek.choosing
+    cache = choosing.get(threading.get_ident()) if choosing else None  # a compiler need not look further than here
+    if cache is None:
+        return encode()
+    method = cache.tokens
+    given = _arguments(type(inner).get_image_features, inner, *args, **kwargs)
+    with encoder_tap(inner, method, given) as tap:
+        output = encode()
+    features = output.pooler_output
+    if isinstance(features, Tensor) and features.ndim != 3:
+        raise ValueError(
+            f"tokens={method} need the features of each image by itself; '{inner.config.model_type}' gives a tensor "
+            f"{list(features.shape)}"
+        )
+    chosen = choose(method, list(features), tap, _feature_order(inner, tap, given))
+    output.pooler_output = torch.stack(chosen) if isinstance(features, Tensor) else type(features)(chosen)
+    cache.chosen = True
+    if inner._rotatek.threads:  # in a forward, whose positions have been announced
+        cache.ledger.drop(_kept(output.pooler_output))
+    return output
+
+
+def _kept(features: Sequence[Tensor]) -> Tensor:
+    """bool ``[total]``: which features were not dropped. The mark survives what generate does to features."""
+    return torch.cat([(image.flatten(0, -2) != 0).any(-1) for image in features])
+
+
+def encoder_tap(inner: Any, method: Any, given: dict[str, Any]) -> contextlib.AbstractContextManager[EncoderTap | None]:
+    """Listens to the encoder's layer that a method reads, if it reads any."""
+    if not method.reads_encoder:
+        return contextlib.nullcontext()
+    config = inner.config
+    name = FAMILIES[config.model_type].encoder if config.model_type in FAMILIES else None
+    if name is None:
+        known = ", ".join(sorted(family for family, facts in FAMILIES.items() if facts.encoder))
+        raise ValueError(
+            f"{type(method).__name__} reads attention of the vision encoder, token by token, which is not known how to "
+            f"do for '{config.model_type}' (it is for {known}): use a method that needs features only (DivPrune), or "
+            "one that reads the language model (FastV, VLCache)"
+        )
+
+    def setting(key: str) -> Any:
+        value = given.get(key)
+        return getattr(config, key, None) if value is None else value
+
+    attention = [
+        module
+        for module in getattr(inner, name).modules()
+        if type(module).__name__.endswith("Attention") and hasattr(module, "config")
+    ]
+    layer = setting("vision_feature_layer")
+    layer = -1 if layer is None else layer
+    if not isinstance(layer, int):
+        raise ValueError(  # noqa: TRY004 - the model is at fault
+            f"{type(method).__name__} needs features of one encoder layer, got vision_feature_layer={layer}"
+        )
+    # Hidden states begin with the embeddings.
+    module = attention[layer if layer < 0 else layer - 1]
+    return tapped(EncoderTap(module, setting("vision_feature_select_strategy") == "default"))
+
+
+def _feature_order(inner: Any, tap: EncoderTap | None, given: dict[str, Any]) -> Tensor | None:
+    """int64: which group of patches, in the encoder's order, each visual token shows; None: in order."""
+    encoder: Any = getattr(inner, "visual", None)
+    if tap is None or not hasattr(encoder, "window_size"):
+        return None
+    from transformers.vision_utils import get_vision_window_index  # noqa: PLC0415 (not there before 5.2x)
+
+    index, _ = get_vision_window_index(
+        given["image_grid_thw"],
+        spatial_merge_size=encoder.spatial_merge_size,
+        window_size=encoder.window_size,
+        patch_size=encoder.patch_size,
+    )
+    return index.argsort()
+
+
+def _get_candidate_generator(top: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's method, which assisted decoding calls once: notes where the prompt ends.
+
+    The first forward brings the first guesses with the prompt, and tokens must not be chosen by the guesses' queries.
+    """
+    original = type(top)._get_candidate_generator
+    given = _arguments(original, top, *args, **kwargs)
+    cache = given["model_kwargs"].get("past_key_values")
+    if isinstance(cache, RotateKCache):
+        cache.ledger.prompt_end = given["input_ids"].shape[1]
+    return original(top, *args, **kwargs)
+
+
 STAND_INS: dict[str, Any] = {
+    "_get_candidate_generator": _get_candidate_generator,
+    "_prepare_multimodal_encoder_kwargs_for_generation": _prepare_multimodal_encoder_kwargs_for_generation,
     "prepare_inputs_for_generation": _prepare_inputs_for_generation,
     "_prepare_position_ids_for_generation": _prepare_position_ids_for_generation,
     "generate_batch": _generate_batch,

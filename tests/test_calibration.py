@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import rotatek_cache
 from rotatek_cache import RotateKCache, attach, calibrate_images
-from rotatek_cache.calibration import Calibration, Moments, calibrate, fingerprint
+from rotatek_cache.calibration import Calibration, Moments, calibrate, fingerprint, output_projections
 from rotatek_cache.cli import app
 from rotatek_cache.demo import open_page
-from rotatek_cache.methods.calibrated import load_basis, same_fingerprint
+from rotatek_cache.methods.calibrated import StateBasis, load_basis, same_fingerprint
 
 IMAGES = 6
 
@@ -63,7 +63,7 @@ def test_static_selection_ranks_channels_by_query_times_key_power():
     moments = Moments(
         torch.diag(torch.tensor([4.0, 9.0, *[0.0] * 6], dtype=torch.float64))[None], 1, torch.zeros(1, 2, 8)
     )
-    moments.query_moment = torch.diag(torch.tensor([3.0, 1.0, *[1.0] * 6], dtype=torch.float64))[None]
+    moments.cost = torch.diag(torch.tensor([3.0, 1.0, *[1.0] * 6], dtype=torch.float64))[None]
     basis = moments.basis("leank")
     assert basis["encoder"][0, :, 0].tolist() == [1, *[0] * 7]
     assert basis["spectrum"][0, :2].tolist() == [12, 9]
@@ -270,10 +270,29 @@ def test_a_stopped_command_goes_on_where_it_was_saved(pages, tmp_path, monkeypat
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_dataset_gives_the_file_that_a_folder_of_its_images_gives(pages, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = sorted(pages.glob("*.png"))  # the broken one first
+    rows = datasets.Dataset.from_dict({"name": [f.name for f in files], "picture": [str(f) for f in files]})
+    rows = rows.cast_column("picture", datasets.Image())
+    datasets.DatasetDict({"seen": rows}).save_to_disk(tmp_path / "saved")
+    assert run("--images", pages, "--out", tmp_path / "folder.safetensors").exit_code == 0
+    result = run("--images", tmp_path / "saved", "--split", "seen", "--out", tmp_path / "dataset.safetensors")
+    assert result.exit_code == 0 and "from 3 images (1 skipped)" in result.output
+    first, second = contents(tmp_path / "folder.safetensors"), contents(tmp_path / "dataset.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    wrong = run("--images", tmp_path / "saved", "--split", "train", "--out", tmp_path / "x.safetensors")
+    assert wrong.exit_code == 2 and "--split must be one of seen, got 'train'" in wrong.output
+    rows.remove_columns("picture").save_to_disk(tmp_path / "words")
+    wrong = run("--images", tmp_path / "words", "--out", tmp_path / "x.safetensors")
+    assert wrong.exit_code == 2 and "has no image column, only name" in wrong.output.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--images", "nowhere", "--out", "x.safetensors"], "--images must be a folder, got 'nowhere'"),
+        (["--images", "nowhere", "--out", "x.safetensors"], "--images must be a folder, or a dataset as owner/name"),
+        (["--images", "/no/where", "--out", "x.safetensors"], "--images must be a folder, or a dataset as owner/name"),
         (["--images", ".", "--out", "basis.pt"], "--out must end in .safetensors"),
         (["--images", ".", "--out", "x.safetensors", "--method", "svd"], "--method must be one of pca, oblique, leank"),
     ],
@@ -282,3 +301,86 @@ def test_the_command_names_bad_arguments(arguments, words):
     result = run(*arguments)
     assert result.exit_code == 2
     assert words in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("bits", "amount"), [("auto", {"sparsity": 0.9}), (4, {"rank": 16}), (None, {"rank": 16})])
+def test_heads_that_are_worth_more_get_more_and_the_whole_budget_is_kept(llava, basis_file, bits, amount):
+    """Bytes come from storage: what one head gives up another has, and no more is stored than for equal parts."""
+    inputs = llava.tiny.inputs(llava.tiny.prompt(20), llava.tiny.prompt(21, text=3))
+    stored = {}
+    for allocation in ("uniform", "layers", ("heads", "gain", 0.0), ("heads", "gain", 0.5)):
+        cache = RotateKCache(
+            basis=str(basis_file), key_bits=bits, allocation=allocation, always_compress=True, **amount
+        )
+        llava.attached(**inputs, past_key_values=cache, use_cache=True)
+        keys = [layer.kv.segments[0].keys for layer in cache.layers]
+        stored[allocation] = sum(part.data.nbytes for part in keys)
+        if isinstance(allocation, tuple):
+            assert all(part.data.shape[0] == 1 for part in keys)  # the heads share a row and none is padded
+    tokens = sum(len(layer.kv.segments[0].positions) for layer in cache.layers)
+    heads = llava.attached.config.text_config.num_key_value_heads
+    budget = int(0.1 * 16 * 32) / 8 if bits == "auto" else 16 * (bits or 32) / 8
+    assert all(size <= tokens * heads * budget for size in stored.values())
+    assert stored["heads", "gain", 0.0] > tokens * heads * (budget - 2)  # what is left is less than a step per head
+
+
+def test_worth_by_hand():
+    state = StateBasis(
+        encoder=torch.eye(8)[None],
+        decoder=torch.eye(8)[None],
+        spectrum=torch.tensor([[4.0, 1.0, *[0.0] * 6]]),
+        gain=torch.tensor([[0.5, 3.0, *[1.0] * 6]]),
+        low={},
+        step={},
+    )
+    assert state.worth("variance")[0, :2].tolist() == [4, 1]
+    assert state.worth("gain")[0, :2].tolist() == [2, 3]
+    assert state.worth("relative")[0, :2].tolist() == pytest.approx([0.8, 0.2])
+    assert state.ranks_for_energy(0.8) == [1] and state.ranks_for_energy(0.81) == [2]
+
+
+def test_gain_is_what_a_unit_of_distortion_costs():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 60, 8, generator=generator) * torch.logspace(0, -1, 8)
+    columns = torch.randn(12, 8, generator=generator, dtype=torch.float64)
+    moments = Moments.of(values, 0, (columns.mT @ columns)[None])
+    basis = moments.basis("pca")
+    outputs = columns @ basis["decoder" if "decoder" in basis else "encoder"][0].double()
+    torch.testing.assert_close(basis["gain"][0].double(), outputs.square().sum(0), rtol=1e-4, atol=1e-4)
+    # Weighted by the projection, the same number of directions leaves less error in the outputs.
+    weighted = moments.basis("output")
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        centred = values[0] - values[0].mean(0)
+        kept = centred @ found["encoder"][0, :, :3] @ found.get("decoder", found["encoder"])[0, :, :3].mT
+        return float(((centred - kept).double() @ columns.mT).square().sum())
+
+    assert error(weighted) < error(basis)
+
+
+def test_the_output_projections_of_the_text_model_are_found(llava):
+    found = output_projections(llava.attached)
+    text = llava.attached.config.text_config
+    assert sorted(found) == list(range(text.num_hidden_layers))
+    width = text.num_attention_heads * text.head_dim
+    assert all(weight.shape == (text.hidden_size, width) for weight in found.values())
+
+
+def test_values_weighted_by_the_output_need_its_projection(state, tmp_path):
+    state.add(0, "key", torch.randn(1, 9, 8))
+    state.add(0, "value", torch.randn(1, 9, 8))
+    state.images = 1
+    with pytest.raises(ValueError, match="value_method='output' needs the output projections"):
+        state.write_basis(tmp_path / "b.safetensors", value_method="output")
+    with pytest.raises(ValueError, match="value_method must be one of pca, output, got 'svd'"):
+        state.write_basis(tmp_path / "b.safetensors", value_method="svd")
+
+
+def test_the_report_names_what_all_requests_share(llava, basis_file):
+    inputs = llava.tiny.inputs(llava.tiny.prompt(20))
+    cache = RotateKCache(basis=str(basis_file), rank=8, always_compress=True)
+    llava.attached(**inputs, past_key_values=cache, use_cache=True)
+    tensors = {name: tensor for name, tensor in contents(basis_file).items() if name != "fingerprint"}
+    assert cache.shared_nbytes() == sum(tensor.nbytes for tensor in tensors.values())
+    assert "once per model, shared by all requests and not counted above" in str(cache.report())
+    assert RotateKCache(rank=8).shared_nbytes() == 0

@@ -6,8 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotatek_cache.attention import attend
-from rotatek_cache.basis import FitOptions, KeyBasis
-from rotatek_cache.coding import CodeLayout, allocate_bits, quantise
+from rotatek_cache.basis import Allocation, FitOptions, KeyBasis
+from rotatek_cache.coding import (
+    CodeLayout,
+    HeadCodes,
+    Numbers,
+    TokenCode,
+    allocate_bits,
+    encode_codes,
+    pack_coefficients,
+    quantise,
+)
 from rotatek_cache.layer import LayerKV
 from rotatek_cache.ledger import VisualLedger
 
@@ -44,19 +53,88 @@ def test_bad_layouts_are_refused(blocks):
 
 def test_bits_go_where_the_variance_is():
     variance = torch.tensor([1e4] * 8 + [1.0] * 8 + [1e-4] * 8)
-    assert allocate_bits(variance, 8 * 8) == [8] * 8 + [0] * 16
-    assert allocate_bits(variance, 8 * 12) == [8] * 8 + [4] * 8 + [0] * 8
-    assert allocate_bits(variance, 0) == [0] * 24
-    assert allocate_bits(variance, 10**6) == [8] * 24
+    assert allocate_bits(variance[None], 8 * 8)[0] == [8] * 8 + [0] * 16
+    assert allocate_bits(variance[None], 8 * 12)[0] == [8] * 8 + [4] * 8 + [0] * 8
+    assert allocate_bits(variance[None], 0)[0] == [0] * 24
+    assert allocate_bits(variance[None], 10**6)[0] == [8] * 24
 
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 999), budget=st.integers(0, 64 * 8))
 def test_allocation_falls_and_keeps_to_the_budget(seed, budget):
     variance = torch.rand(64, generator=torch.Generator().manual_seed(seed)).pow(4).sort(descending=True).values
-    bits = allocate_bits(variance, budget)
+    (bits,) = allocate_bits(variance[None], budget)
     assert sum(bits) <= budget and bits == sorted(bits, reverse=True)
     assert all(len(set(bits[i : i + 8])) == 1 for i in range(0, 64, 8))
+
+
+def test_a_shared_budget_goes_to_the_spectrum_that_is_worth_more():
+    worth = torch.tensor([[100.0] * 8 + [0.5] * 8, [1.0] * 8 + [0.1] * 8])
+    assert allocate_bits(worth, 8 * 4) == [[4] * 8 + [0] * 8, [0] * 16]
+    assert allocate_bits(worth, 8 * 6) == [[4] * 8 + [0] * 8, [2] * 8 + [0] * 8]
+    # What is given in any case counts, and a block goes on from there.
+    start = [[0] * 16, [4] * 8 + [2] * 8]
+    assert allocate_bits(worth, 8 * 10, start=start) == [[4] * 8 + [0] * 8, [4] * 8 + [2] * 8]
+    assert allocate_bits(worth, 8 * 32, (16,)) == [[16] * 8 + [0] * 8, [16] * 8 + [0] * 8]
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 999), budget=st.integers(16 * 8, 3 * 64 * 8))
+def test_no_move_of_bits_between_spectra_lowers_the_distortion(seed, budget):
+    generator = torch.Generator().manual_seed(seed)
+    worth = torch.rand(3, 64, generator=generator, dtype=torch.float64).pow(6).sort(-1, descending=True).values
+    bits = allocate_bits(worth, budget)
+    assert sum(map(sum, bits)) <= budget and all(row == sorted(row, reverse=True) for row in bits)
+    blocks = [(float(worth[n, i : i + 8].sum()), bits[n][i]) for n in range(3) for i in range(0, 64, 8)]
+    up, down = {0: 2, 2: 4, 4: 8}, {2: 0, 4: 2, 8: 4}
+    gains = [(e * (4.0**-b - 4.0 ** -up[b]) / (up[b] - b), up[b] - b) for e, b in blocks if b in up]
+    losses = [(e * (4.0 ** -down[b] - 4.0**-b) / (b - down[b]), b - down[b]) for e, b in blocks if b in down]
+    for gain, cost in gains:
+        assert all(gain <= loss * (1 + 1e-9) for loss, freed in losses if freed == cost)
+
+
+@settings(max_examples=50, deadline=None)
+@given(layouts=st.lists(blocks, min_size=1, max_size=4), rows=st.integers(1, 3), seed=st.integers(0, 99))
+def test_each_head_may_have_codes_of_its_own_and_pays_for_no_other(layouts, rows, seed):
+    code = HeadCodes(tuple(map(CodeLayout, layouts)))
+    generator = torch.Generator().manual_seed(seed)
+    coefficients = torch.rand(len(layouts), 6, code.channels, generator=generator)
+    low, step = torch.zeros(len(layouts), code.channels), torch.full((len(layouts), code.channels), 1 / 255)
+    packed = pack_coefficients(coefficients, low, step, code)
+    assert packed.shape == (1, 6, sum(part.row_bytes for part in code.parts))
+    codes = code.unpack(packed.expand(rows, -1, -1)).unflatten(0, (len(layouts), rows))
+    for head, part in enumerate(code.parts):
+        own = encode_codes(
+            coefficients[head : head + 1, :, : part.channels], low[:1, : part.channels], step[:1, : part.channels], part
+        )
+        assert torch.equal(codes[head, -1, :, : part.channels], own[0])
+        assert not codes[head, :, :, part.channels :].any()
+
+
+def test_numbers_of_a_width_per_head_are_kept_exactly():
+    code = HeadCodes((Numbers(8), Numbers(16)))
+    coefficients = torch.randn(2, 3, 16).half()
+    packed = pack_coefficients(coefficients, torch.zeros(2, 16), torch.ones(2, 16), code)
+    assert packed.shape == (1, 3, 24) and packed.dtype == torch.half
+    assert torch.equal(code.unpack(packed)[1], coefficients[1])
+    assert torch.equal(code.unpack(packed)[0, :, :8], coefficients[0, :, :8])
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_range_per_token_bounds_the_error_of_each(bits, dtype):
+    states = (torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 9)[:, None]).to(
+        dtype
+    )
+    states[0, 0] = 3.0  # a constant token
+    code = TokenCode(bits, 16, dtype)
+    packed = code.pack(states)
+    assert packed.shape == (2, 9, 2 * bits + 2 * dtype.itemsize)
+    span = states.float().amax(-1) - states.float().amin(-1)
+    rounding = states.float().abs().amax(-1) * 4 * torch.finfo(dtype).eps
+    error = (code.unpack(packed) - states.float()).abs().amax(-1)
+    assert (error <= span / (2**bits - 1) / 2 * 1.01 + rounding).all()
+    assert error[0, 0] == 0
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -117,6 +195,10 @@ def filled(options: FitOptions, counts=(200, 150), text=6, dtype=torch.float32) 
         {"sparsity": 0.75, "key_bits": "auto", "value_sparsity": 0.75, "value_bits": "auto"},
         {"sparsity": 0.0, "value_sparsity": 0.5},
         {"sparsity": 0.5, "key_bits": 2},
+        {"sparsity": 0.0, "basis": "none", "key_bits": 4, "value_basis": "none", "value_bits": 2},
+        {"sparsity": 0.5, "key_bits": "fp8", "value_sparsity": 0.5, "value_bits": "fp8"},
+        {"sparsity": 0.5, "basis": "spark"},
+        {"sparsity": 0.5, "basis": "spark_mean", "value_bits": 8},
     ],
     ids=str,
 )
@@ -130,10 +212,11 @@ def test_attention_over_codes_equals_attention_over_what_they_decode_to(options,
         stored = {}
         for name, part in (("keys", segment.keys), ("values", segment.values)):
             numbers = part.data[:, start : start + count]
-            numbers = numbers if part.code is None else part.code.unpack(numbers).float()
+            numbers = (numbers if part.code is None else part.code.unpack(numbers)).float()
             basis = part.basis if part.basis is not None else KeyBasis()
             if not basis.is_identity:
-                rebuilt = numbers @ basis.B[:, row].mT
+                decoder = basis.B[:, row]
+                rebuilt = numbers * decoder[:, None] if basis.is_diagonal else numbers @ decoder.mT
                 numbers = rebuilt if basis.delta is None else rebuilt + basis.delta[:, row, None]
             stored[name] = numbers
         text_keys, text_values = (t[row] for t in kv.text.logical())
@@ -194,12 +277,52 @@ def test_codes_need_finite_values():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"sparsity": 0.5, "key_bits": 3}, "key_bits must be None, 8, 4, 2 or 'auto', got 3"),
+        ({"sparsity": 0.5, "key_bits": 3}, "key_bits must be None, 8, 4, 2, 'fp8' or 'auto', got 3"),
         ({"rank": 8, "key_bits": "auto"}, "key_bits='auto' needs sparsity"),
         ({"sparsity": 0.5, "value_bits": "auto"}, "value_bits='auto' needs value_sparsity"),
+        ({"sparsity": 0.5, "basis": "none", "key_bits": 4}, "basis='none' keeps every channel where it is"),
+        ({"sparsity": 0.5, "basis": "spark", "key_bits": 4}, "it takes sparsity or rank and no key_bits"),
+        ({"energy": 0.9, "basis": "spark_mean"}, "it takes sparsity or rank and no key_bits"),
+        ({"sparsity": 0.5, "value_basis": "svd"}, "value_basis must be 'auto' or 'none', got 'svd'"),
+        ({"sparsity": 0.5, "value_basis": "none"}, "it takes value_bits of 8, 4 or 2"),
+        ({"sparsity": 0.5, "allocation": Allocation("heads")}, "allocation needs a calibrated basis"),
         ({"sparsity": 0.5, "value_sparsity": 1.0}, r"value_sparsity must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_bad_code_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         FitOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ("rows", ValueError, "must be 'uniform', 'layers' or 'heads', got 'rows'"),
+        (("heads", "logit"), ValueError, "worth must be 'gain', 'variance' or 'relative', got 'logit'"),
+        (("heads", "gain", 2), ValueError, r"floor must be in \[0, 1\], got 2"),
+        (3, TypeError, "must be a name or"),
+    ],
+)
+def test_bad_allocations_are_named(given, error, words):
+    with pytest.raises(error, match=words):
+        Allocation.of(given)
+
+
+def test_float8_keeps_three_bits_of_each_coefficient():
+    coded, query = filled(FitOptions(sparsity=0.0, key_bits="fp8", value_bits="fp8"))
+    dense, _ = filled(FitOptions(sparsity=0.0))
+    expected, _ = attend(query, dense.views(None), 0.2)
+    assert (attend(query, coded.views(None), 0.2)[0] - expected).norm() < 0.04 * expected.norm()
+    assert coded.segments[0].keys.data.nbytes * 4 == dense.segments[0].keys.data.nbytes
+
+
+def test_bytes_of_the_peers_are_those_of_their_tokens():
+    kv, _ = filled(FitOptions(sparsity=0.75, basis="spark"), counts=(100, 100), dtype=torch.half)
+    # 16 of 64 channels and one recovered magnitude, a bit per channel, a sign for each of the 48 others.
+    assert kv.segments[0].keys.data.shape == (2, 200, 17 * 2 + 8 + 6)
+    assert [t.shape for t in kv.segments[0].keys.basis.tensors()] == [(2, 2, 64)]
+    kv, _ = filled(
+        FitOptions(sparsity=0, basis="none", key_bits=2, value_basis="none", value_bits=2), (100, 100), dtype=torch.half
+    )
+    assert kv.segments[0].keys.data.shape == (2, 200, 16)
+    assert kv.segments[0].values.data.shape == (2, 200, 16 + 2 * 2)

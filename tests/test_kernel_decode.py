@@ -22,6 +22,7 @@ TOO_LATE = not CUDA and isinstance(triton.language.sum, triton.runtime.JITFuncti
 
 from rotatek_cache.attention import attend, reference_attention  # noqa: E402
 from rotatek_cache.basis import KeyBasis  # noqa: E402
+from rotatek_cache.coding import CodeLayout, HeadCodes, Numbers  # noqa: E402
 from rotatek_cache.segments import SegmentView  # noqa: E402
 from rotatek_kernels import decode  # noqa: E402
 from rotatek_kernels.decode import decode_attention  # noqa: E402
@@ -39,12 +40,17 @@ class Case:
     visual: tuple[tuple[int, ...], ...]
     text: tuple[int, ...] | None
     heads: int = 2
-    group: int = 4
+    group: int = 2
     width: int = 64
     value_width: int = 64
     rank: int = 16
+    queries: int = 1
     mask: str | None = None
     delta: bool = True
+    key_code: tuple[tuple[int, int], ...] | None = None  # blocks of a CodeLayout, in place of numbers of `rank`
+    value_code: tuple[tuple[int, int], ...] | None = None
+    value_rank: int | None = None  # Values as coefficients, in numbers
+    slots: bool = False
     sharpness: float = 1.0  # factor on the scale: how far the logits lie apart
 
     @property
@@ -75,60 +81,119 @@ CASES = {
     "bool-mask": Case(((130, 63),), (9, 20), mask="bool"),
     "additive-mask": Case(((70, 63),), (9, 20), mask="additive"),
     "logits-far-apart": Case(((130, 63),), (9, 70), sharpness=30.0),
+    "codes-4-bit": Case(((130, 63),), (9, 20), width=128, value_width=128, key_code=((4, 32),), value_code=((4, 32),)),
+    "codes-8-bit-group7-width80": Case(
+        ((70, 0),), (5, 3), heads=1, group=7, width=80, value_width=80, key_code=((8, 24),), value_code=((8, 16),)
+    ),
+    "codes-2-bit-no-text": Case(((40, 17),), None, group=1, key_code=((2, 64),), value_code=((2, 8),)),
+    "mixed-widths": Case(((65, 40),), (3, 9), key_code=((8, 8), (4, 24), (2, 32)), value_code=((8, 8), (2, 40))),
+    "coded-keys-plain-values": Case(((40, 66),), (4, 0), key_code=((4, 8),), delta=False),
+    "plain-keys-coded-values": Case(((40, 66),), (4, 2), value_code=((4, 40),), delta=False),
+    "value-coefficients": Case(((40, 66), (9, 0)), (4, 0), value_rank=24, width=96, value_width=96),
+    "coded-keys-value-coefficients": Case(((40, 66),), (4, 2), key_code=((8, 16),), value_rank=8, value_width=256),
+    "codes-behind-masks": Case(
+        ((40, 66), (3, 9)), (4, 2), key_code=((8, 8), (4, 8)), value_code=((4, 16),), mask="additive"
+    ),
+    "pool": Case(((65, 0), (3, 17)), (3, 33), slots=True, mask="bool"),
+    "pool-codes": Case(((40, 66),), (4, 2), slots=True, key_code=((4, 32),), value_code=((4, 16),)),
+    "pool-many-queries": Case(((40, 9),), (4, 12), slots=True, queries=5, mask="bool", key_code=((4, 16),)),
+    "queries-3": Case(((63, 40),), (20, 9), queries=3, group=7, heads=1),
+    "queries-masked": Case(((63, 40),), (20, 9), queries=9, group=2, mask="bool"),
+    "queries-additive-codes": Case(
+        ((63, 40),), (20, 9), queries=7, mask="additive", key_code=((4, 32),), value_code=((4, 8), (2, 24))
+    ),
+    "queries-group16-width256": Case(
+        ((17, 30),), (9, 2), queries=2, heads=1, group=16, width=256, value_width=256, value_rank=40
+    ),
 }
 
 
 def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, list[SegmentView]]:
-    """A query and the segments of `case`; storage that belongs to no row is NaN."""
+    """A query and the segments of `case`; numbers that belong to no row are NaN, bytes are noise."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    def segment(lengths, width, basis=None):
+    def stored(tokens, owned, width, code):
+        if code is not None:
+            return torch.randint(256, (case.heads, tokens, code.row_bytes), generator=generator).byte().to(DEVICE)
+        data = torch.full((case.heads, tokens, width), torch.nan, dtype=torch.float64)
+        for span in owned:
+            data[:, span] = normal(case.heads, span.stop - span.start, width)
+        return data.to(DEVICE, dtype)
+
+    def basis(width, rank, code):
+        decoder = torch.linalg.qr(normal(case.heads, case.batch, width, max(width, rank))).Q[..., :rank]
+        if code is not None:  # the step of the codes is folded in, so that they weigh as much as coefficients
+            decoder = decoder / code.levels(decoder.device) * 3
+            rank = code.channels
+        decoder = decoder.to(DEVICE, dtype).contiguous()
+        delta = normal(case.heads, case.batch, width).to(DEVICE, dtype) if case.delta else None
+        return KeyBasis(decoder, decoder, delta, delta)
+
+    def mask_of(lengths):
+        if not case.mask:
+            return None
+        mask = torch.rand(case.batch, case.queries, max(lengths), generator=generator) > 0.3
+        mask[-1, 0] = False
+        if case.mask == "additive":
+            lowest = torch.where(torch.rand(mask.shape, generator=generator) > 0.5, -torch.inf, torch.finfo(dtype).min)
+            mask = torch.where(mask, normal(*mask.shape), lowest.double()).to(dtype)
+        return mask.to(DEVICE)
+
+    def segment(lengths, compressed):
         gap = 3
         starts = torch.tensor([gap, *(length + gap for length in lengths)]).cumsum(0)
+        owned = [slice(start, start + length) for start, length in zip(starts.tolist(), lengths, strict=False)]
         # Heads lie further apart than their tokens reach, as in a part of a larger buffer.
-        keys = torch.full((case.heads, int(starts[-1]) + 5, width), torch.nan, dtype=torch.float64)
-        values = torch.full((case.heads, int(starts[-1]) + 5, case.value_width), torch.nan, dtype=torch.float64)
-        for start, length in zip(starts.tolist(), lengths, strict=False):
-            keys[:, start : start + length] = normal(case.heads, length, width)
-            values[:, start : start + length] = normal(case.heads, length, case.value_width)
-        mask = None
-        if case.mask:
-            mask = torch.rand(case.batch, 1, max(lengths), generator=generator) > 0.3
-            mask[-1] = False
-            if case.mask == "additive":
-                mask = torch.where(mask, normal(*mask.shape), -torch.inf).to(dtype)
-            mask = mask.to(DEVICE)
-        return SegmentView(
-            keys=keys.to(DEVICE, dtype)[:, :-5],
-            values=values.to(DEVICE, dtype)[:, :-5],
+        tokens = int(starts[-1]) + 5
+        key_code = CodeLayout(case.key_code) if compressed and case.key_code else None
+        value_code = CodeLayout(case.value_code) if compressed and case.value_code else None
+        rank = key_code.channels if key_code else case.rank
+        value_rank = value_code.channels if value_code else case.value_rank if compressed else None
+        view = SegmentView(
+            keys=stored(tokens, owned, rank if compressed else case.width, key_code)[:, :-5],
+            values=stored(tokens, owned, value_rank or case.value_width, value_code)[:, :-5],
             starts=starts[:-1].to(DEVICE),
             lengths=torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
             max_length=max(lengths),
-            basis=basis,
-            mask=mask,
+            basis=basis(case.width, rank, key_code) if compressed else None,
+            key_code=key_code,
+            value_basis=basis(case.value_width, value_rank, value_code) if value_rank else None,
+            value_code=value_code,
+            mask=mask_of(lengths),
         )
+        return scatter(view) if case.slots else view
 
-    segments = []
-    for lengths in case.visual:
-        decoder = torch.linalg.qr(normal(case.heads, case.batch, case.width, case.rank)).Q.contiguous()
-        decoder = decoder.to(DEVICE, dtype)
-        delta = normal(case.heads, case.batch, case.width).to(DEVICE, dtype) if case.delta else None
-        segments.append(segment(lengths, case.rank, KeyBasis(decoder, decoder, delta, delta)))
+    def scatter(view):
+        order = torch.randperm(view.keys.shape[1], generator=generator).to(DEVICE)
+        slots = torch.full((case.batch, view.max_length + 2), -1, device=DEVICE)
+        for row, (start, length) in enumerate(view.row_ranges):
+            slots[row, 1 : 1 + length] = order.argsort()[start : start + length]
+        pools = [packed[:, order].transpose(0, 1).contiguous().transpose(0, 1) for packed in (view.keys, view.values)]
+        ones = torch.ones(case.batch, dtype=torch.int64, device=DEVICE)
+        return dataclasses.replace(view, keys=pools[0], values=pools[1], starts=ones, slots=slots.int())
+
+    segments = [segment(lengths, compressed=True) for lengths in case.visual]
     if case.text is not None:
-        segments.append(segment(case.text, case.width))
-    return normal(case.batch, case.heads * case.group, 1, case.width).to(DEVICE, dtype), segments
+        segments.append(segment(case.text, compressed=False))
+    return normal(case.batch, case.heads * case.group, case.queries, case.width).to(DEVICE, dtype), segments
 
 
 def in_float64(segment: SegmentView) -> SegmentView:
-    basis = segment.basis
-    if basis is not None and not basis.is_identity:
-        basis = KeyBasis(
-            basis.A.double(), basis.B.double(), None, None if basis.delta is None else basis.delta.double()
-        )
-    return dataclasses.replace(segment, keys=segment.keys.double(), values=segment.values.double(), basis=basis)
+    def wide(basis):
+        if basis is None or basis.is_identity:
+            return basis
+        return KeyBasis(None, basis.B.double(), None, None if basis.delta is None else basis.delta.double())
+
+    return dataclasses.replace(
+        segment,
+        keys=segment.keys if segment.key_code else segment.keys.double(),
+        values=segment.values if segment.value_code else segment.values.double(),
+        basis=wide(segment.basis),
+        value_basis=wide(segment.value_basis),
+    )
 
 
 def assert_within_budget(state, query, segments, scale):
@@ -169,14 +234,29 @@ def _poisoned(monkeypatch):
 @pytest.fixture
 def many_splits(monkeypatch):
     """Blocks of 16 tokens, each of them a split."""
-    monkeypatch.setattr(decode, "TILE_BYTES", 1)
+    monkeypatch.setattr(
+        decode, "BLOCK_SIZES", {kind: sizes._replace(tile=1) for kind, sizes in decode.BLOCK_SIZES.items()}
+    )
+    monkeypatch.setattr(decode, "_REMEMBERED", {})
     monkeypatch.setattr(decode, "TOKENS_PER_SPLIT", 16)
     monkeypatch.setattr(decode, "_processors", lambda device: 4096)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def splits_of(query: torch.Tensor, segments: list[SegmentView]) -> list[int]:
+    launches, _, _ = decode.plan(decode.shapes_of(query, segments), query, segments, 1.0, 4096)
+    return [(arguments.place[1] - 3) // 2 for launch in launches[:-1] for arguments in launch.arguments["segments"]]
+
+
+IN_ALL_DTYPES = {"width128-rank32-ragged", "row-with-nothing", "mixed-widths", "pool-many-queries", "additive-mask"}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(name, dtype) for name in CASES for dtype in DTYPES if CUDA or name in IN_ALL_DTYPES or dtype == torch.float16],
+    ids=str,
+)
 def test_agrees_with_the_reference(case, dtype):
+    case = CASES[case]
     query, segments = draw(case, dtype)
     assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
 
@@ -185,17 +265,14 @@ def test_agrees_with_the_reference(case, dtype):
 def test_splits_meet_at_any_boundary(tokens, many_splits):
     case = Case(((tokens, max(tokens - 16, 0)),), (130, tokens), heads=1)
     query, segments = draw(case, torch.float16)
-    launches, _, _ = decode.plan(query, segments, case.scale, 4096)
-    assert launches[0].arguments["compressed_splits"] == math.ceil(tokens / 16)
-    assert launches[0].arguments["dense_splits"] == 9
+    assert splits_of(query, segments) == [math.ceil(tokens / 16), 9]
     assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
 
 
 def test_more_splits_than_one_block_of_the_merge(many_splits):
     case = Case(((300,), (33,)), (70,), heads=1, mask="bool")
     query, segments = draw(case, torch.float32)
-    launches, _, _ = decode.plan(query, segments, case.scale, 4096)
-    assert launches[-1].arguments["total_splits"] == 19 + 3 + 5
+    assert splits_of(query, segments) == [19, 3, 5]
     assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
 
 
@@ -319,15 +396,19 @@ def change_basis(segment: SegmentView, **fields) -> SegmentView:
     return dataclasses.replace(segment, basis=dataclasses.replace(segment.basis, **fields))
 
 
+def narrow(basis: KeyBasis) -> KeyBasis:
+    return KeyBasis(None, basis.B[:, :, :48].contiguous())
+
+
 # name: how (query, visual, text, scale) is spoilt, the error, what its message says
 BAD = {
     "query-no-tensor": (lambda q, v, t, s: ([1.0], [v, t], s), TypeError, "query must be a tensor, got list"),
-    "query-3d": (lambda q, v, t, s: (q[0], [v, t], s), ValueError, r"query must be \[B, H_q, 1, D\]"),
+    "query-3d": (lambda q, v, t, s: (q[0], [v, t], s), ValueError, r"query must be \[B, H_q, Q, D\]"),
     "query-no-rows": (lambda q, v, t, s: (q[:0], [v, t], s), ValueError, "query must be"),
     "query-2-positions": (
         lambda q, v, t, s: (q.repeat(1, 1, 2, 1), [v, t], s),
         ValueError,
-        "one position a row, got 2",
+        r"\[0\].mask must have shape \(2, 2, 130\), got \(2, 1, 130\)",
     ),
     "query-float64": (
         lambda q, v, t, s: (q.double(), [v, t], s),
@@ -335,7 +416,7 @@ BAD = {
         "query must be float16.*got torch.float64",
     ),
     "query-other-dtype": (lambda q, v, t, s: (q.float(), [v, t], s), TypeError, r"\[0\].keys must have .*float32, got"),
-    "query-heads": (lambda q, v, t, s: (q[:, :7], [v, t], s), ValueError, "keys must have KV heads .* 7"),
+    "query-heads": (lambda q, v, t, s: (q[:, :3], [v, t], s), ValueError, "keys must have KV heads .* 3"),
     "query-gradient": (lambda q, v, t, s: (q.clone().requires_grad_(), [v, t], s), ValueError, "query.* no backward"),
     "scale-tensor": (
         lambda q, v, t, s: (q, [v, t], torch.tensor(1.0)),
@@ -344,10 +425,69 @@ BAD = {
     ),
     "scale-nan": (lambda q, v, t, s: (q, [v, t], math.nan), ValueError, "scale must be finite, got nan"),
     "scale-inf": (lambda q, v, t, s: (q, [v, t], math.inf), ValueError, "scale must be finite, got inf"),
-    "packed-codes": (
-        lambda q, v, t, s: (q, [change(v, keys=v.keys.int(), value_basis=v.basis), t], s),
+    "codes-of-no-basis": (
+        lambda q, v, t, s: (q, [v, change(t, keys=t.keys[..., :64].byte(), key_code=CodeLayout(((8, 64),)))], s),
         ValueError,
-        r"segments\[0\] holds integer codes or coded Values",
+        r"segments\[1\].basis must say what the codes of its keys mean",
+    ),
+    "value-codes-of-no-basis": (
+        lambda q, v, t, s: (q, [v, change(t, values=t.values.byte(), value_code=CodeLayout(((8, 64),)))], s),
+        ValueError,
+        r"segments\[1\].value_basis must say what the codes of its values mean",
+    ),
+    "codes-dtype": (
+        lambda q, v, t, s: (q, [change(v, key_code=CodeLayout(((8, 16),))), t], s),
+        ValueError,
+        r"\[0\].keys must hold 16 bytes \(uint8\) a token, packed as \(\(8, 16\),\), got 16 of torch.float16",
+    ),
+    "codes-width": (
+        lambda q, v, t, s: (q, [change(v, keys=v.keys.byte(), key_code=CodeLayout(((4, 16),))), t], s),
+        ValueError,
+        "keys must hold 8 bytes .* got 16 of torch.uint8",
+    ),
+    "code-of-another-type": (
+        lambda q, v, t, s: (q, [change(v, key_code="4 bit"), t], s),
+        TypeError,
+        "keys must be packed as a CodeLayout says, got str",
+    ),
+    "codes-of-each-head": (
+        lambda q, v, t, s: (
+            q,
+            [change(v, keys=v.keys[:1], key_code=HeadCodes((Numbers(8), Numbers(8)))), t],
+            s,
+        ),
+        TypeError,
+        r"\[0\].keys must be packed as a CodeLayout says, got HeadCodes: use impl='torch'",
+    ),
+    "basis-diagonal": (
+        lambda q, v, t, s: (q, [v, change(t, basis=KeyBasis(B=torch.ones(2, 2, 64, device=DEVICE)))], s),
+        ValueError,
+        r"\[1\].basis scales channels and rotates nothing",
+    ),
+    "codes-more-than-decoded": (
+        lambda q, v, t, s: (q, [change(v, keys=v.keys.byte(), key_code=CodeLayout(((4, 32),))), t], s),
+        ValueError,
+        r"\[0\].basis.B must be \[H, R, D, r\] with H 2, D 64 and r 32",
+    ),
+    "value-basis-shape": (
+        lambda q, v, t, s: (q, [change(v, value_basis=v.basis), t], s),
+        ValueError,
+        r"value_basis.B must be \[",
+    ),
+    "value-basis-width": (
+        lambda q, v, t, s: (q, [v, change(t, values=t.values[..., :16], value_basis=narrow(v.basis))], s),
+        ValueError,
+        r"\[1\].values must be as wide as those of segments\[0\] \(64\), not 0, got 48",
+    ),
+    "slots-dtype": (
+        lambda q, v, t, s: (q, [change(v, slots=torch.zeros(2, 130, device=DEVICE)), t], s),
+        TypeError,
+        "slots must be int32 or int64",
+    ),
+    "slots-rows": (
+        lambda q, v, t, s: (q, [change(v, slots=v.starts[:, None].repeat(2, 1)), t], s),
+        ValueError,
+        r"slots must have shape \(2, n\), got \(4, 1\)",
     ),
     "no-segments": (lambda q, v, t, s: (q, [], s), ValueError, "segments must hold at least one"),
     "one-segment-bare": (lambda q, v, t, s: (q, v, s), TypeError, "segments must be a sequence"),
@@ -465,6 +605,9 @@ BAD = {
 def test_bad_input_is_named(spoil, error, message, monkeypatch):
     query, (visual, text) = draw(CASES["bool-mask"], torch.float16)
     arguments = spoil(query, visual, text, 0.125)
+    decode._checked_shapes(
+        query, [visual, text], 0.125
+    )  # what is right is remembered, and must not cover what is wrong
     monkeypatch.setattr(decode, "plan", None)  # nothing is planned, let alone launched
     with torch.enable_grad(), pytest.raises(error, match=message):
         decode_attention(*arguments)

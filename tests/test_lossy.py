@@ -9,11 +9,14 @@ from hosts import Host, build_host
 
 from rotatek_cache import RotateKCache
 from rotatek_cache.calibration import Calibration, calibrate, fingerprint
-from rotatek_cache.methods import BASES
+from rotatek_cache.methods import METHODS
 
 OPTIONS = [
-    *({"rank": 8, "basis": name, "always_compress": True} for name in BASES),
+    *({"rank": 8, "basis": name, "always_compress": True} for name in METHODS if name != "none"),
+    {"sparsity": 0, "basis": "none", "key_bits": 4, "value_basis": "none", "value_bits": 4, "always_compress": True},
+    {"sparsity": 0.5, "key_bits": "fp8", "value_sparsity": 0.5, "value_bits": "fp8", "always_compress": True},
     {"rank": 8, "solver": "eigh", "always_compress": True},
+    {"rank": 8, "basis_per": "image", "always_compress": True},
     {"sparsity": 0.0, "key_bits": 4, "always_compress": True},
     {"sparsity": 0.5, "key_bits": 4, "value_sparsity": 0.5, "value_bits": 4, "always_compress": True},
     {"sparsity": 0.0, "value_sparsity": 0.75, "always_compress": True},
@@ -88,18 +91,25 @@ def test_the_error_of_the_logits_falls_with_the_rank(family, method):
     assert errors[-1] < 1e-4
 
 
-def test_a_calibrated_basis_gives_each_row_its_own_in_any_batch(llava, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.8, "key_bits": "auto", "value_sparsity": 0.8, "value_bits": "auto"},
+        {"sparsity": 0.8, "key_bits": "auto", "value_sparsity": 0.8, "value_bits": "auto", "allocation": "heads"},
+        {"sparsity": 0.8, "key_bits": "auto", "allocation": "layers"},
+        {"sparsity": 0.5, "allocation": "heads"},
+        {"rank": 16, "key_bits": 4, "value_sparsity": 0.5, "value_bits": 8, "allocation": "heads"},
+        {"energy": 0.8, "allocation": "heads"},
+        {"sparsity": 0.5, "key_bits": "fp8", "value_sparsity": 0.25, "value_bits": "fp8"},
+    ],
+    ids=str,
+)
+def test_a_calibrated_basis_gives_each_row_its_own_in_any_batch(llava, tmp_path, options):
     tiny = llava.tiny
     state = Calibration(fingerprint(llava.attached), "llava")
     calibrate(llava.attached, (tiny.inputs(tiny.prompt(seed)) for seed in range(4)), state)
-    state.write_basis(tmp_path / "basis.safetensors")
-    options = {
-        "basis": str(tmp_path / "basis.safetensors"),
-        "sparsity": 0.8,
-        "key_bits": "auto",
-        "value_sparsity": 0.8,
-        "value_bits": "auto",
-    }
+    state.write_basis(tmp_path / "basis.safetensors", value_method="output")
+    options = {**options, "basis": str(tmp_path / "basis.safetensors"), "always_compress": True}
     prompts = [tiny.prompt(11), tiny.prompt(12, images=(0, 0), text=2)]
     tokens = torch.tensor([[20, 30, 40, 50], [21, 31, 41, 51]])
     together = decode(llava, tiny.inputs(*prompts), RotateKCache(**options), tokens)

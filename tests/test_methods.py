@@ -9,6 +9,7 @@ from rotatek_cache.basis import KeyStatistics, key_moments
 from rotatek_cache.methods import BASES, key_method
 from rotatek_cache.methods.oblique import Oblique
 from rotatek_cache.methods.rotatek import RotateK
+from rotatek_cache.methods.spark import SparK, SparseCode
 
 
 def statistics(seed=0, heads=2, group=2, tokens=60, width=16, window=40) -> tuple[KeyStatistics, torch.Tensor]:
@@ -98,5 +99,48 @@ def test_the_query_moment_of_a_group_does_not_cancel_signs():
 
 
 def test_unknown_basis_lists_the_known():
-    with pytest.raises(ValueError, match=r"basis must be one of oblique, pca, .*got 'svd'"):
+    with pytest.raises(ValueError, match=r"basis must be one of none, oblique, pca, .*got 'svd'"):
         key_method("svd")
+
+
+def test_spark_by_hand():
+    # ||q|| = (2, 2, 4, 0.5...): with k^2 = (9, 1, 1, 16) the scores are 18, 2, 4 and 8: channels 0 and 3 are kept.
+    weight = torch.tensor([[2.0, 2.0, 4.0, 0.5]], dtype=torch.float64)
+    keys = torch.tensor([[[3.0, -1.0, 1.0, -4.0]]], dtype=torch.float64)
+    official, signed_mean = SparK(), SparK(signed_mean=True)
+    code = official.code(4, 2, torch.float64)
+    read = code.unpack(official.pack(keys, weight, code)) / weight.sqrt()
+    # Dropped: sqrt(mean(2, 4) / ||q_j||) with the sign it had.
+    assert read.flatten().tolist() == pytest.approx([3, -((3 / 2) ** 0.5), (3 / 4) ** 0.5, -4])
+    code = signed_mean.code(4, 2, torch.float64)
+    assert code.unpack(signed_mean.pack(keys, weight, code)).flatten().tolist() == pytest.approx([3, 0, 0, -4])
+
+
+def test_sparks_weight_is_the_query_norm_over_the_window_and_the_group():
+    moment = torch.diag(torch.tensor([9.0, 1.0, 4.0]))[None, None]
+    assert SparK.weight(moment).flatten().tolist() == pytest.approx([1.5, 0.5, 1.0])
+    assert torch.equal(SparK.weight(torch.zeros(1, 1, 3, 3)), torch.ones(1, 1, 3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.sampled_from([8, 20, 64]),
+    share=st.floats(0.05, 1),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    signs=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_sparse_codes_keep_the_best_channels_of_each_token_exactly(width, share, dtype, signs, seed):
+    rank = max(1, int(share * width))
+    states = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    code = SparseCode(width, rank, dtype, signs)
+    packed = code.pack(states, states.float().square())
+    assert packed.shape == (2, 5, code.row_bytes) and packed.dtype == torch.uint8
+    read = code.unpack(packed)
+    best = states.float().abs().topk(rank, -1).indices
+    assert torch.equal(read.gather(-1, best), states.float().gather(-1, best))
+    if signs and rank < width:
+        dropped = torch.ones_like(read, dtype=torch.bool).scatter_(-1, best, value=False)
+        power = (states.float().square() * dropped).sum(-1) / (width - rank)
+        torch.testing.assert_close((read.square() * dropped).sum(-1) / (width - rank), power, rtol=2e-2, atol=1e-6)
+        assert ((read * states.float() >= 0) | ~dropped).all()

@@ -54,9 +54,11 @@ class StateLayout:
 
     @classmethod
     def of(cls, stored: Stored, dense_width: int, dtype: torch.dtype) -> "StateLayout":
-        """The layout of what a seal stored."""
+        """The layout of what a seal stored; a ValueError where a pool cannot hold it."""
         basis = stored.basis if stored.basis is not None else KeyBasis()
         decoder = basis.B
+        if not (stored.code is None or isinstance(stored.code, CodeLayout)) or basis.is_diagonal:
+            raise ValueError("only rotated coefficients can be served: basis='spark', 'spark_mean' and 'none' cannot")
         return cls(
             width=stored.data.shape[-1],
             dtype=stored.data.dtype,

@@ -1,26 +1,63 @@
-"""Fused decode attention over segment views: checks, grids and launches. The kernel text is in `decode_triton.py`."""
+"""Fused attention over segment views: plans and launches. The kernel text is in `decode_triton.py`."""
 
 import functools
 import math
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from rotatek_cache.basis import RANK_MULTIPLE
+from rotatek_cache.basis import KeyBasis
+from rotatek_cache.coding import Code, CodeLayout
 from rotatek_cache.segments import SegmentView
-from rotatek_kernels.decode_triton import decode_splits, merge_splits
+from rotatek_kernels.checks import check_arguments, check_scale
+from rotatek_kernels.decode_triton import (
+    STATE_ALIGN,
+    Block,
+    MergeArguments,
+    MergeForm,
+    SegmentArguments,
+    SegmentForm,
+    attend_splits,
+    merge_splits,
+)
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SEGMENTS_PER_LAUNCH = 8  # each is a branch of the kernel
+TOKENS_PER_SPLIT = 256  # below this a split costs more than it brings: it projects the queries and merges a state
+MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
+UNIT = STATE_ALIGN.value
+MERGE_SPLITS = 16  # states that it reads at once
+ONE_WARP = 128  # head width up to which one warp holds the output of text
+REMEMBERED = 256  # plans
 
-# Not tuned on hardware yet; chosen so that tiles fit into shared memory and no register spills on sm_80 to sm_100.
-PROGRAMS_PER_PROCESSOR = 6  # two waves of the three programs that one processor holds
-TOKENS_PER_SPLIT = 256  # below this a split costs more than it brings: it writes and merges G x D_v numbers
-TILE_BYTES = 32 * 1024  # Keys and Values of one block of tokens
-MAX_GRID = 65535
+
+class BlockSizes(NamedTuple):
+    """How an attention over segments is cut up.
+
+    Attributes:
+        warps: of a program.
+        rows: most queries (positions times heads of a group) that share a tile of tokens.
+        programs: per multiprocessor: two waves of what its registers and shared memory hold.
+        tokens: most tokens of a block.
+        tile: most bytes of a block's Keys and Values, unpacked.
+        stages: blocks in flight.
+    """
+
+    warps: int
+    rows: int
+    programs: int
+    tokens: int
+    tile: int
+    stages: int
+
+
+BLOCK_SIZES = {
+    "plain": BlockSizes(warps=4, rows=16, programs=6, tokens=64, tile=32 * 1024, stages=3),
+    "codes": BlockSizes(warps=1, rows=16, programs=22, tokens=64, tile=8 * 1024, stages=3),
+    "float32": BlockSizes(warps=8, rows=16, programs=4, tokens=64, tile=32 * 1024, stages=3),
+    "queries": BlockSizes(warps=4, rows=64, programs=4, tokens=32, tile=16 * 1024, stages=2),
+}
 
 
 class Launch(NamedTuple):
@@ -32,334 +69,414 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: float) -> tuple[Tensor, Tensor]:
-    """`rotatek_cache.attention.attend` for single queries, fused: one pass over what the segments store.
+class SegmentShape(NamedTuple):
+    """What follows from the shapes and strides of a segment, whatever its length.
 
-    A compressed segment is read as it lies, r numbers a Key; the query is projected inside. Segments are paired, a
-    compressed with a dense one, into one launch a pair, whose partial states a second kernel merges. Nothing is read
-    on the host, so that a step can be captured in a CUDA graph; a row whose length is negative counts as empty.
+    Attributes:
+        order: which of the segments it is.
+        form, merge_form: what the kernels are compiled for.
+        token_bytes: of one token's Keys and Values in one head.
+        strides: odd, of heads of Keys and of Values and of rows of slots.
+        basis_strides, merge_strides: of the Keys' basis and the Values', odd.
+        packed_rows: whether row tables lie side by side, as the kernels read them.
+    """
+
+    order: int
+    form: SegmentForm
+    merge_form: MergeForm
+    token_bytes: int
+    strides: tuple[int, ...]
+    basis_strides: tuple[int, ...]
+    merge_strides: tuple[int, ...]
+    packed_rows: bool
+
+
+class Shapes(NamedTuple):
+    """What follows from the shapes and strides of query and segments: checked once, used in every step.
+
+    Attributes:
+        segments: those that may hold tokens.
+        programs: wanted per multiprocessor.
+        tiles: of queries.
+        heads: of Keys and Values.
+        value_width: of the output.
+        query_strides: odd, in units of their alignment.
+        constants, merge_constants: of the two kernels.
+        options, merge_options: for Triton.
+    """
+
+    segments: list[SegmentShape]
+    programs: int
+    tiles: int
+    heads: int
+    value_width: int
+    query_strides: tuple[int, ...]
+    constants: dict[str, Any]
+    merge_constants: dict[str, Any]
+    options: dict[str, Any]
+    merge_options: dict[str, Any]
+
+
+def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: float) -> tuple[Tensor, Tensor]:
+    """`rotatek_cache.attention.attend`, fused: one pass over what the segments store.
+
+    A segment is read as it lies, coefficients as numbers or as codes; the queries are projected inside, and coded
+    Values are summed as coefficients, which the merge rotates back once. The segments of a layer share a launch (up to
+    `SEGMENTS_PER_LAUNCH` of them), whose partial states a second kernel merges. Nothing is read on the host, so that a
+    step can be captured in a CUDA graph; a row whose length is negative counts as empty.
 
     Not gained: there is no backward, and float32 runs without tensor cores.
 
     Args:
-        query: ``[B, H_q, 1, D]`` after RoPE; float16, bfloat16 or float32 on a GPU (on the CPU under
+        query: ``[B, H_q, Q, D]`` after RoPE; float16, bfloat16 or float32 on a GPU (on the CPU under
             ``TRITON_INTERPRET=1``).
-        segments: views of what the cache stores, in the query's dtype, last dimensions contiguous; their KV heads
-            divide ``H_q``. Masks are ``[B, 1, max_length]``. Ranks are multiples of 8.
+        segments: views of what the cache stores: numbers in the query's dtype or packed codes, last dimensions
+            contiguous; their KV heads divide ``H_q``. Masks are ``[B, Q, max_length]``. Ranks are multiples of 8.
         scale: factor on ``q . k``.
 
     Returns:
-        Output ``[B, 1, H_q, D_v]`` in the query's dtype and natural log-sum-exp ``[B, H_q, 1]`` in float32. A query
+        Output ``[B, Q, H_q, D_v]`` in the query's dtype and natural log-sum-exp ``[B, H_q, Q]`` in float32. A query
         that sees no token has output 0 and log-sum-exp -inf.
+
+    Raises:
+        TypeError, ValueError: an argument is nothing that the kernel can read; nothing was launched then.
     """
-    check_arguments(query, segments, scale)
-    launches, out, lse = plan(query, segments, scale, _processors(query.device))
+    if isinstance(query, Tensor) and query.dim() and query.stride(-1) != 1:
+        query = query.contiguous()
+    shapes = _checked_shapes(query, segments, scale)
+    launches, out, lse = plan(shapes, query, segments, scale, _processors(query.device))
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(query):
         for launch in launches:
             launch.kernel[launch.grid](**launch.arguments, **launch.options)
-    return out[:, None], lse[..., None]
+    return out, lse
+
+
+_REMEMBERED: dict[Hashable, Shapes] = {}
+
+
+def _checked_shapes(query: Tensor, segments: Sequence[SegmentView], scale: float) -> Shapes:
+    """`shapes_of` checked arguments. All that checks look at, but the scale, is in the key under which it is kept."""
+    try:
+        key = _key(query, segments)
+        shapes = _REMEMBERED.get(key)
+    except (AttributeError, TypeError):
+        key = shapes = None  # something is not of its type, which the checks will name
+    if shapes is not None:
+        check_scale(scale)
+        return shapes
+    check_arguments(query, segments, scale)
+    shapes = shapes_of(query, segments)
+    if key is not None:
+        if len(_REMEMBERED) >= REMEMBERED:
+            _REMEMBERED.clear()
+        _REMEMBERED[key] = shapes
+    return shapes
+
+
+def _key(query: Tensor, segments: Sequence[SegmentView]) -> Hashable:
+    grad = torch.is_grad_enabled()
+    rows, positions = query.shape[0], query.shape[2]
+    key: list[Any] = [type(segments), grad]
+    tensors = [query]
+    for segment in segments:
+        basis, value_basis, mask, length = segment.basis, segment.value_basis, segment.mask, segment.max_length
+        # Lengths and masks differ from step to step: of them the key holds what matters.
+        key += [type(segment), segment.key_code, segment.value_code, type(length), length >> 30, length > 0]
+        tensors += [segment.keys, segment.values, segment.starts, segment.lengths]
+        for optional in (segment.slots, segment.basis_rows):
+            key.append(optional is None)
+            if optional is not None:
+                tensors.append(optional)
+        for one in (basis, value_basis):
+            key.append(None if one is None else (type(one), one.B is None, one.delta is None))
+            if one is not None:
+                tensors += [tensor for tensor in (one.B, one.delta) if tensor is not None]
+        if mask is not None:
+            right = mask.shape == (rows, positions, length)
+            stride = mask.stride(2) if length > 1 else 1
+            gradient = mask.requires_grad and grad
+            key.append((type(mask), mask.dtype, mask.device, stride, gradient, right or mask.shape))
+    key += [(type(t), t.dtype, t.device, t.shape, t.stride(), t.requires_grad and grad) for t in tensors]
+    return tuple(key)
+
+
+def shapes_of(query: Tensor, segments: Sequence[SegmentView]) -> Shapes:
+    """What follows from the shapes and strides of checked arguments."""
+    _, q_heads, positions, width = query.shape
+    heads = segments[0].keys.shape[0]
+    group = q_heads // heads
+    value_width = segments[0].value_width
+    sizes = BLOCK_SIZES[_kind(query, segments)]
+    # Few block sizes, so that few kernels are made: a tile holds as many positions as fit.
+    rows = max(_block(group), min(sizes.rows, _block(positions * group)))
+    tile_queries = rows // group
+    shaped = [
+        _shape_segment(index, segment, sizes, query.dtype)
+        for index, segment in enumerate(segments)
+        if segment.max_length > 0
+    ]
+    widest = max([shape.merge_form.block_w for shape in shaped], default=0)
+    align = _alignment(query, *query.stride()[:3])
+    return Shapes(
+        segments=shaped,
+        programs=sizes.programs,
+        tiles=-(-positions // tile_queries),
+        heads=heads,
+        value_width=value_width,
+        query_strides=tuple(odd(stride // align) for stride in query.stride()[:3]),
+        constants={
+            "SINGLE": positions == 1,
+            "G": group,
+            "D": width,
+            "QUERY_ALIGN": align,
+            "TILE_Q": tile_queries,
+            "BLOCK_M": rows,
+            "BLOCK_D": _block(width),
+        },
+        merge_constants={
+            "G": group,
+            "D_V": value_width,
+            "BLOCK_DV": min(_block(value_width), MERGE_NUMBERS // max(16, widest)),
+            "BLOCK_S": MERGE_SPLITS,
+        },
+        options={"num_warps": sizes.warps, "num_stages": sizes.stages, "enable_fp_fusion": True},
+        merge_options={"num_warps": 4 if widest else 2, "num_stages": 2, "enable_fp_fusion": True},
+    )
 
 
 def plan(
-    query: Tensor, segments: Sequence[SegmentView], scale: float, processors: int
+    shapes: Shapes, query: Tensor, segments: Sequence[SegmentView], scale: float, processors: int
 ) -> tuple[list[Launch], Tensor, Tensor]:
-    """The launches that decode checked arguments, with output ``[B, H_q, D_v]`` and lse ``[B, H_q]`` that they fill."""
-    batch, q_heads, _, width = query.shape
-    heads, _, value_width = segments[0].values.shape
-    group = q_heads // heads
-    if query.stride(-1) != 1:
-        query = query.contiguous()
-
-    segments = [segment for segment in segments if segment.max_length]
-    splits = split_counts(segments, batch * heads, processors)
+    """The launches that decode arguments of `shapes`, with output ``[B, Q, H_q, D_v]`` and lse ``[B, H_q, Q]``."""
+    batch, q_heads, positions, _ = query.shape
+    device, heads = query.device, shapes.heads
+    states_of_split = batch * q_heads * positions
+    splits = split_counts(
+        [(segments[shape.order].max_length, shape.token_bytes) for shape in shapes.segments],
+        shapes.programs * processors,
+        batch * heads * shapes.tiles,
+    )
     total_splits = sum(splits)
-    out = _empty((batch, q_heads, value_width), query.dtype, query.device)
-    lse = _empty((batch, q_heads), torch.float32, query.device)
-    split_out = _empty((batch, heads, total_splits, group, value_width), torch.float32, query.device)
-    split_lse = _empty((batch, heads, total_splits, group), torch.float32, query.device)
-
-    # float32 tiles are multiplied without tensor cores, by code that needs twice the registers.
-    options = {"num_warps": 8 if query.dtype == torch.float32 else 4, "num_stages": 3, "enable_fp_fusion": True}
-    counted = list(zip(segments, splits, strict=True))
-    compressed = [(segment, count) for segment, count in counted if _is_compressed(segment)]
-    dense = [(segment, count) for segment, count in counted if not _is_compressed(segment)]
+    attended, merged, first_split, first_state = [], [], 0, 0
+    for shape, count in zip(shapes.segments, splits, strict=True):
+        place = (2 * first_split + 3, 2 * count + 3, 2 * first_state + 3)  # `odd` numbers
+        attended.append(_segment_arguments(segments[shape.order], shape, place))
+        merged.append(_merge_arguments(segments[shape.order], shape, place))
+        first_split += count
+        first_state += -(-states_of_split * count * shape.form.state_width // UNIT)
+    # One allocation for all that only the kernels see: the states, behind them their log-sum-exps.
+    states = _empty((first_state * UNIT + states_of_split * total_splits,), torch.float32, device)
+    out = _empty((batch, positions, q_heads, shapes.value_width), query.dtype, device)
+    lse = _empty((batch, q_heads, positions), torch.float32, device)
     launches = []
-    first_split = 0
-    pairs = zip_longest(compressed, dense, fillvalue=(None, 0))
-    for (compressed_segment, compressed_splits), (dense_segment, dense_splits) in pairs:
-        block_n = _block_tokens(query.dtype, max(width, value_width))
+    for start in range(0, len(attended), SEGMENTS_PER_LAUNCH):
+        part = slice(start, start + SEGMENTS_PER_LAUNCH)
+        programs, before = sum(splits[part]), sum(splits[:start])
+        integers = (odd(positions), odd(total_splits), odd(first_state), odd(programs), odd(before))
         arguments: dict[str, Any] = {
             "query": query,
-            "split_out": split_out,
-            "split_lse": split_lse,
-            **_segment_arguments("compressed", compressed_segment),
-            **_basis_arguments(compressed_segment),
-            **_segment_arguments("dense", dense_segment),
+            "states": states,
+            "segments": tuple(attended[part]),
             "scale": float(scale),
-            "compressed_splits": compressed_splits,
-            "dense_splits": dense_splits,
-            "first_split": first_split,
-            "total_splits": total_splits,
-            "query_row_stride": query.stride(0),
-            "query_head_stride": query.stride(1),
-            "G": group,
-            "D": width,
-            "D_V": value_width,
-            "BLOCK_G": _block(group),
-            "BLOCK_D": _block(width),
-            "BLOCK_DV": _block(value_width),
-            "BLOCK_N": block_n,
+            "integers": integers + shapes.query_strides,
+            "FORMS": tuple([shape.form for shape in shapes.segments[part]]),
+            **shapes.constants,
         }
-        arguments["BLOCK_R"] = _block(arguments["RANK"])
-        _count_head_strides_in_vectors(arguments)
-        grid = (compressed_splits + dense_splits, heads, batch)
-        launches.append(Launch(decode_splits, grid, arguments, options))
-        first_split += compressed_splits + dense_splits
-    merge = {
-        "split_out": split_out,
-        "split_lse": split_lse,
+        launches.append(Launch(attend_splits, (programs * shapes.tiles, heads, batch), arguments, shapes.options))
+    merge: dict[str, Any] = {
+        "states": states,
         "out": out,
         "lse": lse,
-        "total_splits": total_splits,
-        "G": group,
-        "D_V": value_width,
-        "BLOCK_DV": _block(value_width),
-        "BLOCK_S": 16,
+        "segments": tuple(merged),
+        "integers": (odd(positions), odd(total_splits), odd(first_state)),
+        "FORMS": tuple([shape.merge_form for shape in shapes.segments]),
+        **shapes.merge_constants,
     }
-    launches.append(Launch(merge_splits, (q_heads, batch), merge, {**options, "num_warps": 2}))
+    blocks = -(-shapes.value_width // shapes.merge_constants["BLOCK_DV"])
+    launches.append(Launch(merge_splits, (q_heads * positions, batch, blocks), merge, shapes.merge_options))
     return launches, out, lse
 
 
-def split_counts(segments: Sequence[SegmentView], pairs: int, processors: int) -> list[int]:
-    """Number of programs that share each segment's tokens, per (row, KV head) of which there are `pairs`.
+def split_counts(segments: Sequence[tuple[int, int]], programs: int, pairs: int) -> list[int]:
+    """Number of programs that share each segment's tokens, per (row, KV head, tile of queries).
 
     Follows from numbers that the host knows: programs are dealt out by the bytes that the segments may hold.
+
+    Args:
+        segments: most tokens of a row and bytes of a token, for each segment.
+        programs: wanted in all.
+        pairs: of rows, KV heads and tiles.
     """
-    per_pair = -(-PROGRAMS_PER_PROCESSOR * processors // pairs)
-    numbers = [segment.max_length * (segment.keys.shape[-1] + segment.values.shape[-1]) for segment in segments]
+    wanted = -(-programs // pairs)
+    total = sum(tokens * size for tokens, size in segments)
     return [
-        max(1, min(round(per_pair * number / sum(numbers)), -(-segment.max_length // TOKENS_PER_SPLIT)))
-        for segment, number in zip(segments, numbers, strict=True)
+        max(1, min(round(wanted * tokens * size / total), -(-tokens // TOKENS_PER_SPLIT))) for tokens, size in segments
     ]
 
 
-def check_arguments(query: Tensor, segments: Sequence[SegmentView], scale: float) -> None:
-    """Raise TypeError or ValueError, naming the argument, for what the kernel cannot read; nothing is synchronised."""
-    _check_tensor("query", query, query)
-    if query.dtype not in DTYPES:
-        raise TypeError(f"query must be float16, bfloat16 or float32, got {query.dtype}")
-    if query.dim() != 4 or 0 in query.shape:
-        raise ValueError(f"query must be [B, H_q, 1, D], none of them 0, got shape {tuple(query.shape)}")
-    if query.shape[2] != 1:
-        raise ValueError(
-            f"query must hold one position a row, got {query.shape[2]}: the kernel decodes; use impl='torch' for more"
-        )
-    if query.shape[0] > MAX_GRID:
-        raise ValueError(f"query must have at most {MAX_GRID} rows, got {query.shape[0]}")
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    if isinstance(segments, SegmentView) or not isinstance(segments, Sequence):
-        raise TypeError(f"segments must be a sequence of SegmentView, got {type(segments).__name__}")
-    if not segments:
-        raise ValueError("segments must hold at least one segment, got none")
-    for index, segment in enumerate(segments):
-        if not isinstance(segment, SegmentView):
-            raise TypeError(f"segments[{index}] must be a SegmentView, got {type(segment).__name__}")
-        _check_segment(f"segments[{index}]", segment, query, segments[0])
-    if query.device.type != "cuda" and isinstance(decode_splits, triton.runtime.JITFunction):
-        raise ValueError(
-            f"query must be on a GPU, got {query.device}; on the CPU use impl='torch', or set TRITON_INTERPRET=1 "
-            "before Triton is imported"
-        )
+def odd(integer: int) -> int:
+    """An odd number above 1 for an integer above -1, which Triton does not make a kernel of its own for.
+
+    The kernels take it back; see `decode_triton._plain`.
+    """
+    return 2 * integer + 3
 
 
-def _check_segment(name: str, segment: SegmentView, query: Tensor, first: SegmentView) -> None:
-    if segment.is_coded:
-        raise ValueError(
-            f"{name} holds integer codes or coded Values, which this kernel does not read: use impl='torch'"
-        )
-    if segment.slots is not None:
-        raise ValueError(f"{name}.slots scatter its tokens, which this kernel does not read: use impl='torch'")
-    batch, q_heads = query.shape[:2]
-    for field in ("keys", "values"):
-        tensor = getattr(segment, field)
-        _check_tensor(f"{name}.{field}", tensor, query)
-        if tensor.dim() != 3:
-            raise ValueError(f"{name}.{field} must be [H, N, width], got shape {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name}.{field} must have the query's dtype {query.dtype}, got {tensor.dtype}")
-        _check_contiguous_rows(f"{name}.{field}", tensor)
-    heads = segment.keys.shape[0]
-    if heads == 0 or q_heads % heads or heads != first.keys.shape[0]:
-        raise ValueError(
-            f"{name}.keys must have KV heads that divide the query's {q_heads} and are those of segments[0] "
-            f"({first.keys.shape[0]}), got {heads}"
-        )
-    if segment.values.shape[:2] != segment.keys.shape[:2]:
-        raise ValueError(
-            f"{name}.values must have the heads and tokens of its keys {tuple(segment.keys.shape[:2])}, "
-            f"got {tuple(segment.values.shape[:2])}"
-        )
-    if segment.values.shape[-1] != first.values.shape[-1] or segment.values.shape[-1] == 0:
-        raise ValueError(
-            f"{name}.values must be as wide as those of segments[0] ({first.values.shape[-1]}), not 0, "
-            f"got {segment.values.shape[-1]}"
-        )
-    for field in ("starts", "lengths"):
-        _check_index(f"{name}.{field}", getattr(segment, field), query)
-    if isinstance(segment.max_length, bool) or not isinstance(segment.max_length, int):
-        raise TypeError(f"{name}.max_length must be an int, got {type(segment.max_length).__name__}")
-    if not 0 <= segment.max_length < 2**31:
-        raise ValueError(f"{name}.max_length must be in [0, 2**31), got {segment.max_length}")
-    if segment.mask is not None:
-        _check_tensor(f"{name}.mask", segment.mask, query)
-        if segment.mask.dtype != torch.bool and not segment.mask.is_floating_point():
-            raise TypeError(f"{name}.mask must be bool or floating point, got {segment.mask.dtype}")
-        expected = (batch, 1, segment.max_length)
-        if segment.mask.shape != expected:
-            raise ValueError(f"{name}.mask must have shape {expected}, got {tuple(segment.mask.shape)}")
-    _check_basis(name, segment, query)
+def _kind(query: Tensor, segments: Sequence[SegmentView]) -> str:
+    """The entry of `BLOCK_SIZES` for these arguments."""
+    if query.dtype == torch.float32:
+        return "float32"
+    if query.shape[2] > 1:
+        return "queries"
+    coded = any(segment.key_code or segment.value_code for segment in segments)
+    widest = max(query.shape[3], *(segment.value_width for segment in segments))
+    return "codes" if coded and widest <= ONE_WARP else "plain"
 
 
-def _check_basis(name: str, segment: SegmentView, query: Tensor) -> None:
-    batch, _, _, width = query.shape
-    heads, _, key_width = segment.keys.shape
-    basis = segment.basis
-    if basis is None or basis.is_identity:
-        if key_width != width:
-            raise ValueError(f"{name}.keys must be as wide as the query ({width}) without a basis, got {key_width}")
-        return
-    decoder = basis.B
-    assert decoder is not None  # or it would be the identity
-    _check_tensor(f"{name}.basis.B", decoder, query)
-    if decoder.dim() != 4 or (decoder.shape[0], *decoder.shape[2:]) != (heads, width, key_width):
-        raise ValueError(
-            f"{name}.basis.B must be [H, R, D, r] with H {heads}, D {width} and r {key_width}, "
-            f"got shape {tuple(decoder.shape)}"
-        )
-    if key_width == 0 or key_width % RANK_MULTIPLE:
-        raise ValueError(
-            f"{name}.keys must have a rank that is a multiple of {RANK_MULTIPLE}, got {key_width}; pad it with zeros"
-        )
-    _check_contiguous_rows(f"{name}.basis.B", decoder)
-    if basis.delta is not None:
-        _check_tensor(f"{name}.basis.delta", basis.delta, query)
-        if basis.delta.shape != decoder.shape[:3]:
-            raise ValueError(
-                f"{name}.basis.delta must have shape {tuple(decoder.shape[:3])}, got {tuple(basis.delta.shape)}"
-            )
-        _check_contiguous_rows(f"{name}.basis.delta", basis.delta)
-    for field, tensor in (("B", decoder), ("delta", basis.delta)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}.basis.{field} must be float16, bfloat16 or float32, got {tensor.dtype}")
-    if segment.basis_rows is not None:
-        _check_index(f"{name}.basis_rows", segment.basis_rows, query)
-    elif decoder.shape[1] < batch:
-        raise ValueError(
-            f"{name}.basis_rows must say which of the basis' {decoder.shape[1]} rows the {batch} rows use, got None"
-        )
+def _unpacked(blocks: tuple[Block, ...]) -> int:
+    """Numbers of a token in tiles."""
+    return sum(block.parts * block.padded for block in blocks)
 
 
-def _check_tensor(name: str, tensor: Any, query: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.device != query.device:
-        raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} must not require a gradient: the kernel has no backward; use impl='torch'")
+def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: torch.dtype) -> SegmentShape:
+    keys, values = segment.keys, segment.values
+    key_blocks = _blocks(keys.shape[-1], segment.key_code)
+    value_blocks = _blocks(values.shape[-1], segment.value_code)
+    key_stride, value_stride = _token_stride(keys), _token_stride(values)
+    key_align = _alignment(keys, keys.stride(0), key_stride)
+    value_align = _alignment(values, values.stride(0), value_stride)
+    unpacked = _unpacked(key_blocks + value_blocks) * dtype.itemsize
+    state_width = values.shape[-1] if segment.value_code is None else segment.value_code.channels
+    mask = segment.mask
+    # The lowest finite number stands for "not seen" in additive masks.
+    hidden = None if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
+    key_basis, value_basis = _decoder(segment.basis), _decoder(segment.value_basis)
+    form = SegmentForm(
+        key_blocks=key_blocks,
+        value_blocks=value_blocks,
+        key_stride=key_stride,
+        value_stride=value_stride,
+        key_align=key_align,
+        value_align=value_align,
+        **_basis_form(key_basis),
+        state_width=state_width,
+        mask_stride=0 if mask is None else mask.stride(2) if mask.shape[2] > 1 else 1,
+        hidden=hidden,
+        block_n=max(16, min(sizes.tokens, (1 << (sizes.tile // unpacked).bit_length()) // 2)),
+        stages=sizes.stages,
+    )
+    tables = (segment.starts, segment.lengths, segment.basis_rows)
+    return SegmentShape(
+        order=order,
+        form=form,
+        merge_form=MergeForm(
+            state_width, 0 if value_basis is None else _block(state_width), **_basis_form(value_basis)
+        ),
+        token_bytes=keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size(),
+        strides=(
+            odd(keys.stride(0) // key_align),
+            odd(values.stride(0) // value_align),
+            odd(0 if segment.slots is None else segment.slots.stride(0)),
+        ),
+        basis_strides=_basis_strides(key_basis),
+        merge_strides=_basis_strides(value_basis),
+        packed_rows=all(table is None or table.is_contiguous() for table in tables),
+    )
 
 
-def _check_contiguous_rows(name: str, tensor: Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+def _blocks(columns: int, code: Code | None) -> tuple[Block, ...]:
+    """The blocks of a stored token of `columns` numbers, or of bytes packed as `code` says."""
+    if code is None:
+        return (Block(0, 1, 0, columns, _block(columns), 0, 0),)
+    assert isinstance(code, CodeLayout)
+    blocks: list[Block] = []
+    offset = channel = first_part = 0
+    for bits, channels in code.blocks:
+        parts = 8 // bits
+        width = channels // parts
+        blocks.append(Block(bits, parts, offset, width, _block(width), channel, first_part))
+        offset, channel, first_part = offset + width, channel + channels, first_part + parts
+    return tuple(blocks)
 
 
-def _check_index(name: str, tensor: Any, query: Tensor) -> None:
-    _check_tensor(name, tensor, query)
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
-    if tensor.shape != query.shape[:1]:
-        raise ValueError(f"{name} must have shape ({query.shape[0]},), got {tuple(tensor.shape)}")
+def _decoder(basis: KeyBasis | None) -> KeyBasis | None:
+    return None if basis is None or basis.is_identity else basis
 
 
-def _is_compressed(segment: SegmentView) -> bool:
-    return segment.basis is not None and not segment.basis.is_identity
-
-
-def _segment_arguments(kind: str, segment: SegmentView | None) -> dict[str, Any]:
-    """The arguments of `decode_splits` about what segment `kind` stores; None and 0 where there is none."""
-    keys = values = starts = lengths = mask = None
-    if segment is not None:
-        keys, values = segment.keys, segment.values
-        starts, lengths = segment.starts.contiguous(), segment.lengths.contiguous()
-        if segment.mask is not None:
-            mask = segment.mask[:, 0]
-    is_bool = mask is not None and mask.dtype == torch.bool
+def _basis_form(basis: KeyBasis | None) -> dict[str, int]:
+    if basis is None:
+        return {"decoder_stride": 0, "decoder_align": 1, "delta_align": 1}
+    decoder, delta = basis.B, basis.delta
+    assert decoder is not None
     return {
-        f"{kind}_keys": keys,
-        f"{kind}_values": values,
-        f"{kind}_starts": starts,
-        f"{kind}_lengths": lengths,
-        f"{kind}_mask": mask.view(torch.uint8) if mask is not None and is_bool else mask,
-        f"{kind}_max_length": 0 if segment is None else segment.max_length,
-        f"{kind}_key_head_stride": 0 if keys is None else keys.stride(0),
-        f"{kind}_value_head_stride": 0 if values is None else values.stride(0),
-        f"{kind}_mask_row_stride": 0 if mask is None else mask.stride(0),
-        f"{kind}_mask_stride": 0 if mask is None else mask.stride(1),
-        f"{kind.upper()}_KEY_STRIDE": _token_stride(keys),
-        f"{kind.upper()}_VALUE_STRIDE": _token_stride(values),
-        f"{kind.upper()}_BOOL_MASK": is_bool,
+        "decoder_stride": decoder.stride(2),
+        "decoder_align": _alignment(decoder, *decoder.stride()[:3]),
+        "delta_align": 1 if delta is None else _alignment(delta, *delta.stride()[:2]),
     }
 
 
-def _basis_arguments(segment: SegmentView | None) -> dict[str, Any]:
-    """The arguments of `decode_splits` about a compressed segment's basis."""
-    basis = None if segment is None else segment.basis
+def _basis_strides(basis: KeyBasis | None) -> tuple[int, ...]:
+    """Strides of heads and rows of decoder and delta, odd, in units of their alignment."""
+    form = _basis_form(basis)
+    strides = []
+    decoder, delta = (None, None) if basis is None else (basis.B, basis.delta)
+    for name, tensor in (("decoder", decoder), ("delta", delta)):
+        pair = (0, 0) if tensor is None else tensor.stride()[:2]
+        strides += [odd(stride // form[f"{name}_align"]) for stride in pair]
+    return tuple(strides)
+
+
+def _segment_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[int, int, int]) -> SegmentArguments:
+    mask, basis = segment.mask, segment.basis
+    if mask is None:
+        mask_strides = (3, 3)  # `odd` zeros
+    else:
+        mask_strides = (odd(mask.stride(0)), odd(mask.stride(1)))
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    starts, lengths, rows = segment.starts, segment.lengths, segment.basis_rows
+    if not shape.packed_rows:
+        starts, lengths, rows = starts.contiguous(), lengths.contiguous(), None if rows is None else rows.contiguous()
     decoder = None if basis is None else basis.B
-    delta = None if basis is None else basis.delta
-    rows = None if segment is None or segment.basis_rows is None else segment.basis_rows.contiguous()
-    return {
-        "decoder": decoder,
-        "delta": delta,
-        "basis_rows": rows,
-        "decoder_head_stride": 0 if decoder is None else decoder.stride(0),
-        "decoder_row_stride": 0 if decoder is None else decoder.stride(1),
-        "decoder_stride": 0 if decoder is None else decoder.stride(2),
-        "delta_head_stride": 0 if delta is None else delta.stride(0),
-        "delta_row_stride": 0 if delta is None else delta.stride(1),
-        "RANK": 0 if decoder is None else decoder.shape[-1],
-    }
+    return SegmentArguments(
+        segment.keys,
+        segment.values,
+        segment.slots,
+        starts,
+        lengths,
+        mask,
+        decoder,
+        None if basis is None or decoder is None else basis.delta,
+        None if decoder is None else rows,
+        place,
+        (2 * segment.max_length + 3, *mask_strides, *shape.strides),
+        shape.basis_strides,
+    )
 
 
-def _token_stride(tensor: Tensor | None) -> int:
-    if tensor is None:
-        return 0
+def _merge_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[int, int, int]) -> MergeArguments:
+    basis = segment.value_basis
+    if basis is None or basis.B is None:
+        return MergeArguments(None, None, None, place, shape.merge_strides)
+    rows = segment.basis_rows
+    if rows is not None and not shape.packed_rows:
+        rows = rows.contiguous()
+    return MergeArguments(basis.B, basis.delta, rows, place, shape.merge_strides)
+
+
+def _token_stride(tensor: Tensor) -> int:
     # torch leaves the stride of a dimension of one token arbitrary, and each new one would be a new kernel.
     return tensor.stride(1) if tensor.shape[1] > 1 else tensor.shape[2]
 
 
-def _count_head_strides_in_vectors(arguments: dict[str, Any]) -> None:
-    """Divide the head strides of stored tokens by ALIGN, the largest power of two up to 8 that divides all strides."""
-    head_strides = [f"{kind}_{what}_head_stride" for kind in ("compressed", "dense") for what in ("key", "value")]
-    token_strides = [f"{kind}_{what}_STRIDE" for kind in ("COMPRESSED", "DENSE") for what in ("KEY", "VALUE")]
-    align = math.gcd(RANK_MULTIPLE, *(arguments[name] for name in head_strides + token_strides))
-    arguments["ALIGN"] = align
-    for name in head_strides:
-        arguments[name] //= align
+def _alignment(tensor: Tensor, *strides: int) -> int:
+    """The largest power of two, up to 16 bytes, that divides the strides."""
+    return math.gcd(16 // tensor.element_size(), *strides)
 
 
 def _block(size: int) -> int:
     """The power of two, at least the 16 of a matrix product, that holds `size`."""
-    return max(16, 1 << (size - 1).bit_length()) if size else 16
-
-
-def _block_tokens(dtype: torch.dtype, width: int) -> int:
-    """Tokens of a block, 16 to 64: their dense Keys and Values, each `width` channels, fit into TILE_BYTES."""
-    fitting = TILE_BYTES // (2 * _block(width) * dtype.itemsize)
-    return min(64, max(16, fitting))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

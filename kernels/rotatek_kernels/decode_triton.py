@@ -1,348 +1,590 @@
-"""Kernel text of the fused decode attention; checks, grids and launches are in `decode.py`.
+"""Kernel text of the fused attention over segments; checks, grids and launches are in `decode.py`.
 
-A layer is decoded by `decode_splits`, in which each program reads a share of the tokens of one (row, KV head) and
-leaves a partial state, and `merge_splits`, which adds the states up. Logarithms are base 2 until the merge ends.
-Blocks: G query heads of a KV head, N tokens, D head width, R rank, W key width (R compressed, D dense), DV value width.
+A layer is attended to by `attend_splits`, in which each program reads a share of the tokens of one (row, KV head,
+tile of queries) in one segment and leaves a partial state, and `merge_splits`, which adds the states up. Logarithms are
+base 2 until the merge ends. Blocks: M queries (the heads of a group side by side, position after position), N tokens,
+D head width, W columns that one token stores in one block of its layout.
+
+What differs between segments comes in tuples, an entry each: arguments (`SegmentArguments`, `MergeArguments`) and what
+is decided while the kernel is compiled (`SegmentForm`, `MergeForm`).
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+STATE_ALIGN = tl.constexpr(4)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Block(NamedTuple):
+    """Columns of a stored token: numbers as they are (`bits` 0), or codes of `bits`, ``8 // bits`` to a byte."""
+
+    bits: int
+    parts: int  # codes to a byte
+    offset: int  # first number or byte within the token
+    width: int  # numbers or bytes
+    padded: int  # the power of two that holds `width`
+    channel: int  # first channel; part i of a byte holds channels ``channel + i * width`` and following
+    first_part: int  # parts of the blocks before
+
+
+class SegmentForm(NamedTuple):
+    """What is known of a segment when a kernel is compiled."""
+
+    key_blocks: tuple[Block, ...]
+    value_blocks: tuple[Block, ...]
+    key_stride: int  # from token to token
+    value_stride: int
+    key_align: int  # divides the head stride, which is counted in it, so that rows are known to be aligned
+    value_align: int
+    decoder_stride: int  # of the Keys' basis, from channel to channel
+    decoder_align: int
+    delta_align: int
+    state_width: int  # channels of a partial state: D_v, or the Values' coefficients
+    mask_stride: int  # from token to token
+    hidden: float | None  # masks: numbers up to here hide a token; None: bool, or no mask
+    block_n: int
+    stages: int
+
+
+class SegmentArguments(NamedTuple):
+    """What a segment stores; integers as `odd` numbers. Strides of heads and of basis rows are in units of align."""
+
+    stored_keys: Any  # [H, N, columns]
+    stored_values: Any  # [H, N, columns] (a tuple of Triton has `values` of its own)
+    slots: Any  # [B, n], or None: tokens lie side by side
+    starts: Any  # [B]
+    lengths: Any  # [B]
+    mask: Any  # [B, Q, max_length] uint8 or float, or None
+    decoder: Any  # [H, R, D, channels] of the Keys, or None: they are dense
+    delta: Any  # [H, R, D], or None
+    basis_rows: Any  # [B], or None: row b uses row b of the basis
+    place: tuple[int, ...]  # first split, splits, where its states begin in units of STATE_ALIGN
+    sizes: tuple[int, ...]  # max_length; strides of the mask's rows and queries; of heads of Keys, of Values; of slots
+    basis_strides: tuple[int, ...]  # of heads and rows of the decoder, of delta
+
+
+class MergeForm(NamedTuple):
+    """What is known of a segment's states when the merge is compiled."""
+
+    state_width: int
+    block_w: int  # the power of two that holds it, where it is rotated back
+    decoder_stride: int
+    decoder_align: int
+    delta_align: int
+
+
+class MergeArguments(NamedTuple):
+    """A segment's states, and what its Values mean; integers as `odd` numbers."""
+
+    decoder: Any  # [H, R, D_v, channels], or None: states are outputs
+    delta: Any  # [H, R, D_v], or None
+    basis_rows: Any  # [B], or None
+    place: tuple[int, ...]
+    basis_strides: tuple[int, ...]
+
 
 @triton.jit
-def _share_of_row(starts, lengths, row, max_length, split, splits, BLOCK_N: tl.constexpr):
-    """First token of a batch row in storage (int64), and the tokens ``begin : end`` of the row that a split reads.
+def _plain(odd):
+    """The integers that `decode.odd` made odd.
+
+    Triton makes kernels of their own for integers that are 1 or multiples of 16, which inside of tuples cannot be
+    switched off; lengths and strides that change from step to step must not make new kernels.
+    """
+    return [(integer - 3) >> 1 for integer in odd]
+
+
+@triton.jit
+def _unpack(stored, part: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """A stored tile as numbers: as it is, or part `part` of packed bytes less the centre ``2 ** (BITS - 1)``.
+
+    A code is set into the mantissa of a power of two, which is then subtracted: cheaper than a conversion, and exact.
+    """
+    CENTRE: tl.constexpr = 2.0 ** (BITS - 1)
+    if BITS == 0:
+        numbers = stored
+    else:
+        codes = (stored >> (part * BITS)) & (2**BITS - 1)
+        if DTYPE == tl.float16:
+            numbers = (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + CENTRE)
+        elif DTYPE == tl.bfloat16 and BITS < 8:
+            numbers = (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - (128.0 + CENTRE)
+        else:
+            wide = (codes.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + CENTRE)
+            numbers = wide.to(DTYPE)
+    return numbers
+
+
+@triton.jit
+def _zeros(BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A sum [BLOCK_M, W] for each part of each block."""
+    zeros = ()
+    for index in tl.static_range(len(BLOCKS)):
+        for _ in tl.static_range(BLOCKS[index].parts):
+            zeros = zeros + (tl.zeros([BLOCK_M, BLOCKS[index].padded], tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _add_projections(sums, q, rows, inside, BLOCK: tl.constexpr):
+    """Those of `sums` that belong to a block, and the products of query channels with its part of the decoder.
+
+    `rows` are pointers to these channels' rows of the decoder, `inside` whether they are there.
+    """
+    columns = tl.arange(0, BLOCK.padded)  # [W]
+    projected = ()
+    for part in tl.static_range(BLOCK.parts):
+        decoder = tl.load(  # [BLOCK_K, W]
+            rows[:, None] + (BLOCK.channel + part * BLOCK.width) + columns[None, :],
+            mask=inside[:, None] & (columns[None, :] < BLOCK.width),
+            other=0.0,
+        )
+        if decoder.dtype == q.dtype:
+            product = tl.dot(q, decoder, sums[BLOCK.first_part + part], input_precision="ieee")
+        else:
+            product = tl.dot(
+                q.to(tl.float32), decoder.to(tl.float32), sums[BLOCK.first_part + part], input_precision="ieee"
+            )
+        projected = projected + (product,)
+    return projected
+
+
+@triton.jit
+def _project(
+    query,  # pointers [BLOCK_M]
+    inside_queries,  # [BLOCK_M]
+    seg,
+    head,
+    basis_row,
+    FORM: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Queries as they meet the stored Keys, a tile [BLOCK_M, W] for each part of each block, and what is lost to it.
+
+    Also what is added to all logits, [BLOCK_M]: ``q . delta`` and the centres of the codes. Channels are read a few at
+    a time, or the decoder would fill the registers.
+    """
+    shift = tl.zeros([query.shape[0]], tl.float32)  # [BLOCK_M]
+    sums = _zeros(FORM.key_blocks, query.shape[0])
+    decoder_head_stride, decoder_row_stride, delta_head_stride, delta_row_stride = _plain(seg.basis_strides)
+    decoder = seg.decoder + (head * decoder_head_stride + basis_row * decoder_row_stride) * FORM.decoder_align
+    for first in tl.range(0, D, BLOCK_K, num_stages=1):
+        channels = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        q = tl.load(  # [BLOCK_M, BLOCK_K]
+            query[:, None] + channels[None, :], mask=inside_queries[:, None] & (channels[None, :] < D), other=0.0
+        )
+        if seg.delta is not None:
+            delta = tl.load(  # [BLOCK_K]
+                seg.delta + (head * delta_head_stride + basis_row * delta_row_stride) * FORM.delta_align + channels,
+                mask=channels < D,
+                other=0.0,
+            )
+            shift += tl.sum(q.to(tl.float32) * delta.to(tl.float32)[None, :], 1)
+        rows = decoder + channels * FORM.decoder_stride  # [BLOCK_K]
+        more = ()
+        for index in tl.static_range(len(FORM.key_blocks)):
+            more = more + _add_projections(sums, q, rows, channels < D, FORM.key_blocks[index])
+        sums = more
+    tiles = ()
+    rests = ()
+    for index in tl.static_range(len(FORM.key_blocks)):
+        for part in tl.static_range(FORM.key_blocks[index].parts):
+            projected = sums[FORM.key_blocks[index].first_part + part]
+            if FORM.key_blocks[index].bits > 0:
+                shift += 2.0 ** (FORM.key_blocks[index].bits - 1) * tl.sum(projected, 1)
+            # The projected query is no number of the query's dtype. Rounding it would cost more precision than all else
+            # here; a second product with what the rounding lost costs little.
+            rounded = projected.to(query.dtype.element_ty)
+            tiles = tiles + (rounded,)
+            if rounded.dtype != tl.float32:
+                rests = rests + ((projected - rounded.to(tl.float32)).to(rounded.dtype),)
+    return tiles, rests, shift
+
+
+@triton.jit
+def _add_logits(logits, tiles, rests, rows, inside, BLOCK: tl.constexpr):
+    """`logits` [BLOCK_M, BLOCK_N] and the products of projected queries with one block of the tokens' Keys."""
+    columns = tl.arange(0, BLOCK.padded)  # [W]
+    inside_tile = (columns[:, None] < BLOCK.width) & inside[None, :]  # [W, BLOCK_N]
+    pointers = rows[None, :] + (BLOCK.offset + columns)[:, None]
+    # Codes are finite whatever their bits, and what meets those that are not there is zero: they need no fill.
+    if BLOCK.bits > 0:
+        stored = tl.load(pointers, mask=inside_tile)
+    else:
+        stored = tl.load(pointers, mask=inside_tile, other=0.0)
+    for part in tl.static_range(BLOCK.parts):
+        keys = _unpack(stored, part, BLOCK.bits, tiles[0].dtype)
+        logits = tl.dot(tiles[BLOCK.first_part + part], keys, logits, input_precision="ieee")
+        if len(rests) > 0:
+            logits = tl.dot(rests[BLOCK.first_part + part], keys, logits, input_precision="ieee")
+    return logits
+
+
+@triton.jit
+def _add_values(outs, fade, weights, rows, inside, BLOCK: tl.constexpr):
+    """Those of the sums `outs` [BLOCK_M, W] that belong to a block, faded, and the block's weighted Values."""
+    columns = tl.arange(0, BLOCK.padded)  # [W]
+    inside_tile = inside[:, None] & (columns[None, :] < BLOCK.width)  # [BLOCK_N, W]
+    pointers = rows[:, None] + (BLOCK.offset + columns)[None, :]
+    if BLOCK.bits > 0:
+        stored = tl.load(pointers, mask=inside_tile)
+    else:
+        stored = tl.load(pointers, mask=inside_tile, other=0.0)
+    sums = ()
+    for part in tl.static_range(BLOCK.parts):
+        values = _unpack(stored, part, BLOCK.bits, weights.dtype)
+        faded = outs[BLOCK.first_part + part] * fade[:, None]
+        sums = sums + (tl.dot(weights, values, faded, input_precision="ieee"),)
+    return sums
+
+
+@triton.jit
+def _store_block(states, inside, outs, total, BLOCK: tl.constexpr):
+    """Store a block's channels of the state, [BLOCK_M] pointers, with the centre of its codes put back."""
+    columns = tl.arange(0, BLOCK.padded)  # [W]
+    for part in tl.static_range(BLOCK.parts):
+        out = outs[BLOCK.first_part + part] / total[:, None]
+        if BLOCK.bits > 0:
+            out += 2.0 ** (BLOCK.bits - 1)
+        tl.store(
+            states[:, None] + (BLOCK.channel + part * BLOCK.width + columns)[None, :],
+            out,
+            mask=inside[:, None] & (columns[None, :] < BLOCK.width),
+        )
+
+
+@triton.jit
+def _attend_segment(
+    query,  # pointers of the queries [BLOCK_M]
+    inside_queries,  # [BLOCK_M]
+    positions,  # query position of each row [BLOCK_M]
+    states,
+    lses,
+    seg,
+    state_row,  # (row * heads + head)
+    query_rows,  # index of a query within a state [BLOCK_M]
+    head,
+    row,
+    split,  # within the segment
+    scale_log2,
+    total_splits,
+    all_queries,  # Q * G
+    FORM: tl.constexpr,
+    SINGLE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attend to one share of a segment's tokens and store the state: normalised output and base-2 log-sum-exp.
 
     A row's own length is divided, in whole blocks, so that ragged rows load all programs alike.
     """
-    start = tl.load(starts + row).to(tl.int64)
-    length = tl.load(lengths + row).to(tl.int32)
+    BLOCK_M: tl.constexpr = query.shape[0]
+    BLOCK_N: tl.constexpr = FORM.block_n
+    first_split, splits, first_state = _plain(seg.place)
+    max_length, mask_row_stride, mask_query_stride, key_head_stride, value_head_stride, slot_row_stride = _plain(
+        seg.sizes
+    )
+    start = tl.load(seg.starts + row).to(tl.int64)
+    length = tl.load(seg.lengths + row).to(tl.int32)
     length = tl.maximum(tl.minimum(length, max_length), 0)
     blocks = tl.cdiv(length, BLOCK_N)
-    begin = blocks * split // splits * BLOCK_N
-    end = tl.minimum(blocks * (split + 1) // splits * BLOCK_N, length)
-    return start, begin, end
+    # int64, or blocks times splits could overflow
+    begin = (blocks.to(tl.int64) * split // splits).to(tl.int32) * BLOCK_N
+    end = tl.minimum((blocks.to(tl.int64) * (split + 1) // splits).to(tl.int32) * BLOCK_N, length)
+
+    if seg.decoder is None:
+        channels = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+        q = tl.load(  # [BLOCK_M, BLOCK_D]
+            query[:, None] + channels[None, :], mask=inside_queries[:, None] & (channels[None, :] < D), other=0.0
+        )
+        tiles = (q,)
+        rests = ()
+        shift = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
+    else:
+        basis_row = row
+        if seg.basis_rows is not None:
+            basis_row = tl.load(seg.basis_rows + row).to(tl.int64)
+        tiles, rests, shift = _project(query, inside_queries, seg, head, basis_row, FORM, D, 32)
+        shift *= scale_log2
+
+    tokens = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    keys = seg.stored_keys + head * key_head_stride * FORM.key_align
+    values = seg.stored_values + head * value_head_stride * FORM.value_align
+    if seg.slots is None:
+        keys += (start + begin) * FORM.key_stride
+        values += (start + begin) * FORM.value_stride
+        slots = None
+    else:
+        slots = seg.slots + row * slot_row_stride + start + begin
+    if seg.mask is None:
+        mask = None
+    elif SINGLE:
+        mask = seg.mask + row * mask_row_stride + begin.to(tl.int64) * FORM.mask_stride
+    else:
+        mask = (
+            seg.mask
+            + row * mask_row_stride
+            + positions.to(tl.int64) * mask_query_stride
+            + begin.to(tl.int64) * FORM.mask_stride
+        )
+
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)  # [BLOCK_M]
+    total = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
+    outs = _zeros(FORM.value_blocks, BLOCK_M)
+    for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.stages):
+        inside = first + tokens < end  # [BLOCK_N]
+        if slots is None:
+            key_rows = keys + tokens * FORM.key_stride  # [BLOCK_N]
+            value_rows = values + tokens * FORM.value_stride  # [BLOCK_N]
+        else:
+            slot = tl.load(slots + tokens, mask=inside, other=0).to(tl.int64)  # [BLOCK_N]
+            key_rows = keys + slot * FORM.key_stride
+            value_rows = values + slot * FORM.value_stride
+        logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
+        for index in tl.static_range(len(FORM.key_blocks)):
+            logits = _add_logits(logits, tiles, rests, key_rows, inside, FORM.key_blocks[index])
+        logits = logits * scale_log2 + shift[:, None]
+        if mask is not None:
+            if SINGLE:
+                seen = tl.load(mask + tokens * FORM.mask_stride, mask=inside, other=0)[None, :]
+            else:
+                seen = tl.load(  # [BLOCK_M, BLOCK_N]
+                    mask[:, None] + tokens[None, :] * FORM.mask_stride,
+                    mask=inside_queries[:, None] & inside[None, :],
+                    other=0,
+                )
+            if FORM.hidden is None:
+                logits = tl.where(seen != 0, logits, float("-inf"))
+            else:
+                visible = seen > FORM.hidden
+                logits = tl.where(visible, logits + tl.where(visible, seen, 0.0).to(tl.float32) * LOG2_E, float("-inf"))
+            mask += BLOCK_N * FORM.mask_stride
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+
+        new_highest = tl.maximum(highest, tl.max(logits, 1))  # [BLOCK_M]
+        # A query that saw no token yet has -inf here; any finite number keeps its weights at zero and out of NaN.
+        reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # [BLOCK_M]
+        weights = tl.exp2(logits - reference[:, None])  # [BLOCK_M, BLOCK_N]
+        fade = tl.exp2(highest - reference)  # [BLOCK_M]
+        total = total * fade + tl.sum(weights, 1)
+        rounded_weights = weights.to(query.dtype.element_ty)
+        sums = ()
+        for index in tl.static_range(len(FORM.value_blocks)):
+            sums = sums + _add_values(outs, fade, rounded_weights, value_rows, inside, FORM.value_blocks[index])
+        outs = sums
+        highest = new_highest
+        if slots is None:
+            keys += BLOCK_N * FORM.key_stride
+            values += BLOCK_N * FORM.value_stride
+        else:
+            slots += BLOCK_N
+
+    nothing = total == 0.0  # [BLOCK_M]
+    total = tl.where(nothing, 1.0, total)
+    lse = tl.where(nothing, float("-inf"), highest + tl.log2(total))  # [BLOCK_M]
+    tl.store(
+        lses + (state_row * total_splits + first_split + split) * all_queries + query_rows,
+        lse,
+        mask=inside_queries,
+    )
+    state = ((state_row * splits + split) * all_queries + query_rows) * FORM.state_width  # [BLOCK_M]
+    state += first_state.to(tl.int64) * STATE_ALIGN
+    for index in tl.static_range(len(FORM.value_blocks)):
+        _store_block(states + state, inside_queries, outs, total, FORM.value_blocks[index])
 
 
 @triton.jit
-def _attend_tokens(
-    query,  # [BLOCK_G, BLOCK_W] in the Keys' dtype
-    query_rest,  # [BLOCK_G, BLOCK_W] what `query` lost to rounding, or None
-    shift,  # [BLOCK_G] added to q . k, or None
-    keys,  # pointer to the row's token `begin`, head chosen
-    values,  # the same
-    mask,  # pointer to the row's mask at `begin`, or None
-    begin,
-    end,
-    scale_log2,
-    mask_stride,
-    WIDTH: tl.constexpr,
-    D_V: tl.constexpr,
-    KEY_STRIDE: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr,
-    BOOL_MASK: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Online softmax over tokens ``begin : end``: normalised output [BLOCK_G, BLOCK_DV] and base-2 lse [BLOCK_G]."""
-    tokens = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    channels = tl.arange(0, BLOCK_W)  # [BLOCK_W]
-    value_channels = tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
-    key_offsets = channels[:, None] + tokens[None, :] * KEY_STRIDE  # [BLOCK_W, BLOCK_N]
-    value_offsets = tokens[:, None] * VALUE_STRIDE + value_channels[None, :]  # [BLOCK_N, BLOCK_DV]
-
-    highest = tl.full([BLOCK_G], float("-inf"), tl.float32)  # [BLOCK_G]
-    total = tl.zeros([BLOCK_G], tl.float32)  # [BLOCK_G]
-    out = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)  # [BLOCK_G, BLOCK_DV]
-    for first in tl.range(begin, end, BLOCK_N):
-        inside = first + tokens < end  # [BLOCK_N]
-        key_tile = tl.load(  # [BLOCK_W, BLOCK_N]
-            keys + key_offsets, mask=(channels[:, None] < WIDTH) & inside[None, :], other=0.0
-        )
-        value_tile = tl.load(  # [BLOCK_N, BLOCK_DV]
-            values + value_offsets, mask=inside[:, None] & (value_channels[None, :] < D_V), other=0.0
-        )
-        logits = tl.dot(query, key_tile, input_precision="ieee")  # [BLOCK_G, BLOCK_N]
-        if query_rest is not None:
-            logits = tl.dot(query_rest, key_tile, logits, input_precision="ieee")
-        if shift is not None:
-            logits += shift[:, None]
-        logits *= scale_log2
-        if mask is not None:
-            seen = tl.load(mask + tokens.to(tl.int64) * mask_stride, mask=inside, other=0)  # [BLOCK_N]
-            if BOOL_MASK:
-                inside = inside & (seen != 0)
-            else:
-                logits += seen.to(tl.float32)[None, :] * 1.4426950408889634
-            mask += BLOCK_N * mask_stride
-        logits = tl.where(inside[None, :], logits, float("-inf"))
-
-        new_highest = tl.maximum(highest, tl.max(logits, 1))  # [BLOCK_G]
-        # A head that saw no token yet has -inf here; any finite number keeps its weights at zero and out of NaN.
-        reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # [BLOCK_G]
-        weights = tl.exp2(logits - reference[:, None])  # [BLOCK_G, BLOCK_N]
-        fade = tl.exp2(highest - reference)  # [BLOCK_G]
-        total = total * fade + tl.sum(weights, 1)
-        out = tl.dot(weights.to(value_tile.dtype), value_tile, out * fade[:, None], input_precision="ieee")
-        highest = new_highest
-        keys += BLOCK_N * KEY_STRIDE
-        values += BLOCK_N * VALUE_STRIDE
-
-    nothing = total == 0.0  # [BLOCK_G]
-    out = out / tl.where(nothing, 1.0, total)[:, None]
-    lse = tl.where(nothing, float("-inf"), highest + tl.log2(tl.where(nothing, 1.0, total)))  # [BLOCK_G]
-    return out, lse
-
-
-@triton.jit(
-    # Numbers that change from step to step, or between caches: they must not make new kernels.
-    do_not_specialize=[
-        "compressed_max_length",
-        "dense_max_length",
-        "compressed_splits",
-        "dense_splits",
-        "first_split",
-        "total_splits",
-        "query_row_stride",
-        "query_head_stride",
-        "compressed_key_head_stride",
-        "compressed_value_head_stride",
-        "compressed_mask_row_stride",
-        "compressed_mask_stride",
-        "decoder_head_stride",
-        "decoder_row_stride",
-        "decoder_stride",
-        "delta_head_stride",
-        "delta_row_stride",
-        "dense_key_head_stride",
-        "dense_value_head_stride",
-        "dense_mask_row_stride",
-        "dense_mask_stride",
-    ]
-)
-def decode_splits(
-    query,  # [B, H * G, D]
-    split_out,  # [B, H, total_splits, G, D_V] float32, written
-    split_lse,  # [B, H, total_splits, G] float32, base 2, written
-    # A compressed segment, or None for every pointer.
-    compressed_keys,  # [H, N, RANK]
-    compressed_values,  # [H, N, D_V]
-    compressed_starts,  # [B]
-    compressed_lengths,  # [B]
-    compressed_mask,  # [B, compressed_max_length] or None
-    decoder,  # [H, R, D, RANK]
-    delta,  # [H, R, D] or None
-    basis_rows,  # [B], or None: row b uses row b of the basis
-    # A dense segment, or None for every pointer.
-    dense_keys,  # [H, N, D]
-    dense_values,  # [H, N, D_V]
-    dense_starts,  # [B]
-    dense_lengths,  # [B]
-    dense_mask,  # [B, dense_max_length] or None
+def attend_splits(
+    query,  # [B, H * G, Q, D]
+    states,  # float32, written: each segment's [B, H, splits, Q * G, state_width], and base-2 log-sum-exps
+    segments,  # a SegmentArguments each
     scale,
-    compressed_max_length,
-    dense_max_length,
-    compressed_splits,
-    dense_splits,
-    first_split,
-    total_splits,
-    query_row_stride,
-    query_head_stride,
-    # Head strides of stored tokens count vectors of ALIGN elements: so the compiler knows that rows are aligned.
-    compressed_key_head_stride,
-    compressed_value_head_stride,
-    compressed_mask_row_stride,
-    compressed_mask_stride,
-    decoder_head_stride,
-    decoder_row_stride,
-    decoder_stride,
-    delta_head_stride,
-    delta_row_stride,
-    dense_key_head_stride,
-    dense_value_head_stride,
-    dense_mask_row_stride,
-    dense_mask_stride,
-    COMPRESSED_KEY_STRIDE: tl.constexpr,
-    COMPRESSED_VALUE_STRIDE: tl.constexpr,
-    DENSE_KEY_STRIDE: tl.constexpr,
-    DENSE_VALUE_STRIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    COMPRESSED_BOOL_MASK: tl.constexpr,
-    DENSE_BOOL_MASK: tl.constexpr,
+    integers,  # odd: Q, total_splits, where lses begin, splits of this launch, its first, query strides in QUERY_ALIGN
+    FORMS: tl.constexpr,  # a SegmentForm each
+    SINGLE: tl.constexpr,  # Q is 1
     G: tl.constexpr,
     D: tl.constexpr,
-    D_V: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    QUERY_ALIGN: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
-    """Partial states of up to two segments; grid (compressed_splits + dense_splits, H, B).
-
-    The first `compressed_splits` programs of a (row, head) read the compressed segment, the others the dense one.
-    """
-    split = tl.program_id(0)
+    """Partial states of segments; grid (splits of these segments * tiles of queries, H, B)."""
+    queries, total_splits, first_lse, programs, first_split, row_stride, head_stride, stride = _plain(integers)
+    lses = states + first_lse.to(tl.int64) * STATE_ALIGN  # [B, H, total_splits, Q * G]
+    split = first_split + tl.program_id(0) % programs
+    tile = tl.program_id(0) // programs
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
-    group = tl.arange(0, BLOCK_G)  # [BLOCK_G]
-    channels = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    q = tl.load(  # [BLOCK_G, BLOCK_D]
-        query + row * query_row_stride + (head * G + group[:, None]) * query_head_stride + channels[None, :],
-        mask=(group[:, None] < G) & (channels[None, :] < D),
-        other=0.0,
+    rows = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    positions = tile * TILE_Q + rows // G  # [BLOCK_M]
+    inside = (rows < TILE_Q * G) & (positions < queries)  # [BLOCK_M]
+    pointers = (  # [BLOCK_M]
+        query
+        + row * row_stride * QUERY_ALIGN
+        + (head * G + rows % G) * head_stride * QUERY_ALIGN
+        + positions.to(tl.int64) * stride * QUERY_ALIGN
     )
-    scale_log2 = scale * 1.4426950408889634
-    out = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)  # [BLOCK_G, BLOCK_DV]
-    lse = tl.full([BLOCK_G], float("-inf"), tl.float32)  # [BLOCK_G]
-
-    if compressed_keys is not None:  # noqa: SIM102 - decided while it is compiled, the inner one while it runs
-        if split < compressed_splits:
-            start, begin, end = _share_of_row(
-                compressed_starts, compressed_lengths, row, compressed_max_length, split, compressed_splits, BLOCK_N
-            )
-            basis_row = row
-            if basis_rows is not None:
-                basis_row = tl.load(basis_rows + row).to(tl.int64)
-            ranks = tl.arange(0, BLOCK_R)  # [BLOCK_R]
-            decoder_tile = tl.load(  # [BLOCK_D, BLOCK_R]
-                decoder
-                + head * decoder_head_stride
-                + basis_row * decoder_row_stride
-                + channels[:, None].to(tl.int64) * decoder_stride
-                + ranks[None, :],
-                mask=(channels[:, None] < D) & (ranks[None, :] < RANK),
-                other=0.0,
-            )
-            if decoder_tile.dtype == q.dtype:
-                projected = tl.dot(q, decoder_tile, input_precision="ieee")  # [BLOCK_G, BLOCK_R]
-            else:
-                projected = tl.dot(q.to(tl.float32), decoder_tile.to(tl.float32), input_precision="ieee")
-            # The projected query is no number of the Keys' dtype. Rounding it would cost more precision than all else
-            # here; a second product with what the rounding lost costs little.
-            rounded = projected.to(compressed_keys.dtype.element_ty)  # [BLOCK_G, BLOCK_R]
-            rest = None
-            if compressed_keys.dtype.element_ty != tl.float32:
-                rest = (projected - rounded.to(tl.float32)).to(rounded.dtype)  # [BLOCK_G, BLOCK_R]
-            shift = None
-            if delta is not None:
-                delta_row = tl.load(  # [BLOCK_D]
-                    delta + head * delta_head_stride + basis_row * delta_row_stride + channels,
-                    mask=channels < D,
-                    other=0.0,
-                )
-                shift = tl.sum(q.to(tl.float32) * delta_row.to(tl.float32)[None, :], 1)  # [BLOCK_G]
-            mask = None
-            if compressed_mask is not None:
-                mask = compressed_mask + row * compressed_mask_row_stride + begin.to(tl.int64) * compressed_mask_stride
-            out, lse = _attend_tokens(
-                rounded,
-                rest,
-                shift,
-                compressed_keys + head * compressed_key_head_stride * ALIGN + (start + begin) * COMPRESSED_KEY_STRIDE,
-                compressed_values
-                + head * compressed_value_head_stride * ALIGN
-                + (start + begin) * COMPRESSED_VALUE_STRIDE,
-                mask,
-                begin,
-                end,
-                scale_log2,
-                compressed_mask_stride,
-                RANK,
-                D_V,
-                COMPRESSED_KEY_STRIDE,
-                COMPRESSED_VALUE_STRIDE,
-                COMPRESSED_BOOL_MASK,
-                BLOCK_G,
-                BLOCK_R,
-                BLOCK_DV,
-                BLOCK_N,
-            )
-    if dense_keys is not None:  # noqa: SIM102 - as above
-        if split >= compressed_splits:
-            start, begin, end = _share_of_row(
-                dense_starts, dense_lengths, row, dense_max_length, split - compressed_splits, dense_splits, BLOCK_N
-            )
-            mask = None
-            if dense_mask is not None:
-                mask = dense_mask + row * dense_mask_row_stride + begin.to(tl.int64) * dense_mask_stride
-            out, lse = _attend_tokens(
-                q,
-                None,
-                None,
-                dense_keys + head * dense_key_head_stride * ALIGN + (start + begin) * DENSE_KEY_STRIDE,
-                dense_values + head * dense_value_head_stride * ALIGN + (start + begin) * DENSE_VALUE_STRIDE,
-                mask,
-                begin,
-                end,
-                scale_log2,
-                dense_mask_stride,
+    for index in tl.static_range(len(FORMS)):
+        first_split, splits, _ = _plain(segments[index].place)
+        own = split - first_split
+        if (own >= 0) & (own < splits):
+            _attend_segment(
+                pointers,
+                inside,
+                positions,
+                states,
+                lses,
+                segments[index],
+                row * tl.num_programs(1) + head,
+                positions * G + rows % G,
+                head,
+                row,
+                own,
+                scale * LOG2_E,
+                total_splits,
+                queries * G,
+                FORMS[index],
+                SINGLE,
                 D,
-                D_V,
-                DENSE_KEY_STRIDE,
-                DENSE_VALUE_STRIDE,
-                DENSE_BOOL_MASK,
-                BLOCK_G,
                 BLOCK_D,
-                BLOCK_DV,
-                BLOCK_N,
             )
 
-    state = ((row * tl.num_programs(1) + head) * total_splits + first_split + split) * G + group  # [BLOCK_G]
-    value_channels = tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
-    tl.store(split_lse + state, lse, mask=group < G)
-    tl.store(
-        split_out + state[:, None] * D_V + value_channels[None, :],
-        out,
-        mask=(group[:, None] < G) & (value_channels[None, :] < D_V),
-    )
 
-
-@triton.jit(do_not_specialize=["total_splits"])
-def merge_splits(
-    split_out,  # [B, H, total_splits, G, D_V] float32
-    split_lse,  # [B, H, total_splits, G] float32, base 2
-    out,  # [B, H * G, D_V], written
-    lse,  # [B, H * G] float32, natural, written
+@triton.jit
+def _merge_segment(
+    states,
+    lses,
+    seg,
+    state_row,
+    query_row,
+    head,
+    row,
     total_splits,
+    all_queries,
+    first_channel,
+    FORM: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Channels of a segment's output [BLOCK_DV] and its base-2 log-sum-exp; coefficients are rotated back, once."""
+    channels = first_channel + tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
+    if seg.decoder is None:
+        columns = channels  # [W]
+    else:
+        columns = tl.arange(0, FORM.block_w)  # [W]
+    first_split, splits, first_state = _plain(seg.place)
+    highest = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    merged = tl.zeros([columns.shape[0]], tl.float32)  # [W]
+    for first in tl.range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)  # [BLOCK_S]
+        inside = split < splits
+        lse = tl.load(  # [BLOCK_S]
+            lses + (state_row * total_splits + first_split + split) * all_queries + query_row,
+            mask=inside,
+            other=float("-inf"),
+        )
+        state = ((state_row * splits + split) * all_queries + query_row) * FORM.state_width  # [BLOCK_S]
+        tile = tl.load(  # [BLOCK_S, W]
+            states + first_state.to(tl.int64) * STATE_ALIGN + state[:, None] + columns[None, :],
+            mask=inside[:, None] & (columns[None, :] < FORM.state_width),
+            other=0.0,
+        )
+        new_highest = tl.maximum(highest, tl.max(lse, 0))
+        reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(lse - reference)  # [BLOCK_S]
+        fade = tl.exp2(highest - reference)
+        total = total * fade + tl.sum(weights, 0)
+        merged = merged * fade + tl.sum(weights[:, None] * tile, 0)
+        highest = new_highest
+    nothing = total == 0.0
+    merged = merged / tl.where(nothing, 1.0, total)
+    if seg.decoder is not None:
+        decoder_head_stride, decoder_row_stride, delta_head_stride, delta_row_stride = _plain(seg.basis_strides)
+        basis_row = row
+        if seg.basis_rows is not None:
+            basis_row = tl.load(seg.basis_rows + row).to(tl.int64)
+        decoder = tl.load(  # [BLOCK_DV, W]
+            seg.decoder
+            + (head * decoder_head_stride + basis_row * decoder_row_stride) * FORM.decoder_align
+            + channels[:, None] * FORM.decoder_stride
+            + columns[None, :],
+            mask=(channels[:, None] < D_V) & (columns[None, :] < FORM.state_width),
+            other=0.0,
+        )
+        merged = tl.sum(decoder.to(tl.float32) * merged[None, :], 1)  # [BLOCK_DV]
+        if seg.delta is not None:
+            merged += tl.load(
+                seg.delta + (head * delta_head_stride + basis_row * delta_row_stride) * FORM.delta_align + channels,
+                mask=channels < D_V,
+                other=0.0,
+            ).to(tl.float32)
+    return merged, tl.where(nothing, float("-inf"), highest + tl.log2(tl.where(nothing, 1.0, total)))
+
+
+@triton.jit
+def merge_splits(
+    states,  # float32: each segment's [B, H, splits, Q * G, state_width], and base-2 log-sum-exps
+    out,  # [B, Q, H * G, D_V], written
+    lse,  # [B, H * G, Q] float32, natural, written
+    segments,  # a MergeArguments each
+    integers,  # odd: Q, total_splits, where log-sum-exps begin
+    FORMS: tl.constexpr,  # a MergeForm each
     G: tl.constexpr,
     D_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Add the partial states of a query head up by their log-sum-exp; grid (H * G, B)."""
-    query_head = tl.program_id(0)
-    query_row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + query_head
-    # Query heads of a group stand side by side, so (row, KV head) counts query rows in steps of G.
-    state = query_row // G * total_splits * G + query_head % G  # of split 0
-    splits = tl.arange(0, BLOCK_S)  # [BLOCK_S]
-    value_channels = tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
-
+    """Add the states of a query up by their log-sum-exp; grid (H * G * Q, B, blocks of channels)."""
+    queries, total_splits, first_lse = _plain(integers)
+    lses = states + first_lse.to(tl.int64) * STATE_ALIGN  # [B, H, total_splits, Q * G]
+    position = tl.program_id(0) % queries
+    query_head = tl.program_id(0) // queries
+    heads = tl.num_programs(0) // queries // G
+    row = tl.program_id(1).to(tl.int64)
+    head = (query_head // G).to(tl.int64)
+    first_channel = tl.program_id(2) * BLOCK_DV
     highest = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     merged = tl.zeros([BLOCK_DV], tl.float32)  # [BLOCK_DV]
-    for first in tl.range(0, total_splits, BLOCK_S):
-        inside = first + splits < total_splits  # [BLOCK_S]
-        states = state + (first + splits) * G  # [BLOCK_S]
-        tile_lse = tl.load(split_lse + states, mask=inside, other=float("-inf"))  # [BLOCK_S]
-        tile = tl.load(  # [BLOCK_S, BLOCK_DV]
-            split_out + states[:, None] * D_V + value_channels[None, :],
-            mask=inside[:, None] & (value_channels[None, :] < D_V),
-            other=0.0,
+    for index in tl.static_range(len(FORMS)):
+        segment_out, segment_lse = _merge_segment(
+            states,
+            lses,
+            segments[index],
+            row * heads + head,
+            position * G + query_head % G,
+            head,
+            row,
+            total_splits,
+            queries * G,
+            first_channel,
+            FORMS[index],
+            D_V,
+            BLOCK_DV,
+            BLOCK_S,
         )
-        new_highest = tl.maximum(highest, tl.max(tile_lse, 0))
+        new_highest = tl.maximum(highest, segment_lse)
         reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(tile_lse - reference)  # [BLOCK_S]
+        weight = tl.exp2(segment_lse - reference)
         fade = tl.exp2(highest - reference)
-        total = total * fade + tl.sum(weights, 0)
-        merged = merged * fade + tl.sum(weights[:, None] * tile, 0)
+        total = total * fade + weight
+        merged = merged * fade + weight * segment_out
         highest = new_highest
-
     nothing = total == 0.0
     merged = merged / tl.where(nothing, 1.0, total)
-    natural = (highest + tl.log2(tl.where(nothing, 1.0, total))) * 0.6931471805599453
-    tl.store(lse + query_row, tl.where(nothing, float("-inf"), natural))
-    tl.store(out + query_row * D_V + value_channels, merged.to(out.dtype.element_ty), mask=value_channels < D_V)
+    natural = (highest + tl.log2(tl.where(nothing, 1.0, total))) * LN_2
+    channels = first_channel + tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
+    tl.store(
+        out + ((row * queries + position) * heads * G + query_head) * D_V + channels,
+        merged.to(out.dtype.element_ty),
+        mask=channels < D_V,
+    )
+    if first_channel == 0:
+        tl.store(lse + (row * heads * G + query_head) * queries + position, tl.where(nothing, float("-inf"), natural))

@@ -1,4 +1,4 @@
-"""Key bases by name: one paper, one file. Tests and evals walk through `BASES`."""
+"""Ways to store visual Keys, by name: one paper, one file. Tests and evals walk through these tables."""
 
 from typing import Protocol
 
@@ -9,10 +9,11 @@ from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver
 from rotatek_cache.methods.oblique import Oblique
 from rotatek_cache.methods.pca import UncentredPCA
 from rotatek_cache.methods.rotatek import RotateK
+from rotatek_cache.methods.spark import SparK
 from rotatek_cache.methods.think import ThinK
 
 
-class KeyMethod(Protocol):
+class BasisMethod(Protocol):
     """A way to choose a Key basis."""
 
     def energy_matrix(self, stats: KeyStatistics) -> Tensor:
@@ -22,7 +23,13 @@ class KeyMethod(Protocol):
         """The basis of `rank` columns (padded), stored in `dtype`."""
 
 
-BASES: dict[str, KeyMethod] = {
+class NoRotation:
+    """Keys as they are: with `key_bits` the per-channel codes of KIVI (arXiv 2402.02750), a range per segment."""
+
+
+KeyMethod = BasisMethod | SparK | NoRotation
+
+BASES: dict[str, BasisMethod] = {
     "rotatek": RotateK(),
     "tempered": RotateK(exponent=0.5),
     "pca": RotateK(exponent=0.0),
@@ -30,10 +37,16 @@ BASES: dict[str, KeyMethod] = {
     "oblique": Oblique(),
     "think": ThinK(),
 }
+METHODS: dict[str, KeyMethod] = {
+    **BASES,
+    "spark": SparK(),
+    "spark_mean": SparK(signed_mean=True),
+    "none": NoRotation(),
+}
 
 
 def key_method(name: str) -> KeyMethod:
     """The method called `name`; a ValueError that lists the known ones otherwise."""
-    if name not in BASES:
-        raise ValueError(f"basis must be one of {', '.join(sorted(BASES))}, got {name!r}")
-    return BASES[name]
+    if name not in METHODS:
+        raise ValueError(f"basis must be one of {', '.join(sorted(METHODS))}, got {name!r}")
+    return METHODS[name]

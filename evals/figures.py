@@ -1,0 +1,255 @@
+"""Pictures of results: each function takes stored numbers and returns a matplotlib figure."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+mpl.use("Agg")
+
+WIDTH = 9.0  # inches
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
+NAMES = {
+    "rotatek": "RotateK",
+    "tempered": "RotateK, weights^0.5",
+    "pca": "PCA",
+    "pca_uncentred": "PCA, not centred",
+    "oblique": "oblique",
+    "think": "ThinK",
+}
+
+
+def new(rows: int = 1, columns: int = 1, height: float = 3.0, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its axes ``[rows, columns]``."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, axes
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file holds it."""
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    # 128 colours show the same in a third of the bytes.
+    Image.open(drawn).convert("RGB").quantize(128).save(packed, format="PNG", optimize=True)
+    return packed.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(figure))
+
+
+def rounded(value: Any, digits: int = 5) -> Any:
+    """`value` with its floats rounded to significant digits, for files that people read."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, Mapping):
+        return {name: rounded(part, digits) for name, part in value.items()}
+    return [rounded(part, digits) for part in value] if isinstance(value, list | tuple) else value
+
+
+def heat_maps(layers: Mapping[int, tuple[Tensor, Tensor]]) -> Figure:
+    """Absolute Keys before and after the rotation, tokens down, channels across; a column for each layer."""
+    figure, axes = new(2, len(layers), 2.6, sharex=True, sharey=True)
+    for column, (layer, states) in enumerate(layers.items()):
+        for row, (part, label) in enumerate(zip(states, ("Keys", "rotated"), strict=True)):
+            size = part.abs().cpu().numpy()
+            axis = axes[row, column]
+            axis.imshow(size, aspect="auto", cmap="magma", vmax=np.quantile(size, 0.995), interpolation="nearest")
+            axis.set_title(f"layer {layer}, {label}")
+            axis.grid(visible=False)
+        axes[1, column].set_xlabel("channel")
+    for row in range(2):
+        axes[row, 0].set_ylabel("visual token")
+    return figure
+
+
+def diagnostics(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """The pictures of `evals/diagnostics.py` by name."""
+    drawn = {
+        "variance": _variance(result),
+        "angles": _angles(result),
+        "errors": _errors(result),
+    }
+    if "ablations" in result:
+        drawn["ablations"] = _ablations(result["ablations"])
+    return drawn
+
+
+def _variance(result: Mapping[str, Any]) -> Figure:
+    layers = result["geometry"]["layers"]
+    figure, axes = new(1, 2, 3.2, sharey=True)
+    for axis, name, title in zip(
+        axes[0], ("explained_variance", "logit_energy"), ("variance of the Keys", "logit energy"), strict=True
+    ):
+        for index, layer in enumerate(layers):
+            for head, curve in enumerate(layer[name]):
+                axis.plot(
+                    range(1, len(curve) + 1), curve, color=f"C{index}", lw=1, label=None if head else f"layer {index}"
+                )
+        axis.axhline(0.99, color="grey", lw=0.8, ls=":")
+        axis.set(title=f"cumulative {title}", xlabel="rank", xscale="log")
+    axes[0, 0].set_ylabel("share kept")
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def _angles(result: Mapping[str, Any]) -> Figure:
+    layers = result["geometry"]["layers"]
+    pairs = list(layers[0]["angles"])
+    figure, axes = new(1, len(pairs), 3.0, sharey=True)
+    for axis, pair in zip(axes[0], pairs, strict=True):
+        ranks = list(layers[0]["angles"][pair])
+        for index, layer in enumerate(layers):
+            shared = [np.mean(layer["angles"][pair][rank]["shared"]) for rank in ranks]
+            axis.plot([int(rank) for rank in ranks], shared, "o-", color=f"C{index}", ms=3, label=f"layer {index}")
+        axis.plot(
+            [int(rank) for rank in ranks], [int(rank) / result["head_width"] for rank in ranks], "k:", label="by chance"
+        )
+        axis.set(title=pair, xlabel="dimensions compared", ylim=(0, 1))
+    axes[0, 0].set_ylabel("mean squared cosine")
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def _errors(result: Mapping[str, Any]) -> Figure:
+    layers = result["geometry"]["layers"]
+    figure, axes = new(1, 2, 3.2)
+    titled = (("keys", "Keys"), ("logits", "the answers' logits"))
+    for axis, (what, title) in zip(axes[0], titled, strict=True):
+        for basis in layers[0]["errors"]:
+            ranks = [int(rank) for rank in layers[0]["errors"][basis]]
+            error = [
+                np.sqrt(np.mean([layer["errors"][basis][str(rank)][what] ** 2 for layer in layers])) for rank in ranks
+            ]
+            axis.plot(ranks, error, "o-", ms=3, label=NAMES.get(basis, basis))
+        axis.set(title=f"relative error of {title}", xlabel="rank", xscale="log", yscale="log")
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def _ablations(table: Mapping[str, Any]) -> Figure:
+    names = [name for name in table if name != "dense"]
+    figure, axes = new(1, 2, 0.22 * len(names) + 1, sharey=True)
+    places = np.arange(len(names))[::-1]
+    loss = np.array([100 * table[name]["second"]["loss"] for name in names])
+    bounds = np.array([[100 * bound for bound in table[name]["second"]["loss_95"]] for name in names])
+    axes[0, 0].errorbar(loss, places, xerr=np.abs(bounds.T - loss), fmt="o", ms=4, capsize=2)
+    axes[0, 0].set(title="points of exact match lost", yticks=places, yticklabels=names)
+    axes[0, 1].plot([table[name]["second"]["kl"] for name in names], places, "o", ms=4)
+    axes[0, 1].set(title="KL against the dense cache", xscale="log")
+    return figure
+
+
+def family(options: Mapping[str, Any]) -> str:
+    """What a method's options of `RotateKCache` prune."""
+    identity = options.get("sparsity") == 0 and not options.get("key_bits")
+    if options.get("tokens"):
+        return "tokens only" if identity else "tokens and channels"
+    return "coded" if options.get("key_bits") or options.get("value_bits") else "channels only"
+
+
+def _label(options: Mapping[str, Any]) -> str:
+    """The method without its budget."""
+    basis = options.get("basis", "rotatek")
+    name = NAMES.get(basis, {"spark": "SparK"}.get(basis, Path(str(basis)).stem))
+    tokens = str(options.get("tokens") or "").split(":")[0]
+    bits = options.get("key_bits")
+    if family(options) == "tokens only":
+        return tokens
+    return name + (f", {bits} bit" if bits else "") + (f" + {tokens}" if tokens else "")
+
+
+def _grid(tasks: Mapping[str, Any]) -> tuple[Figure, list[Any]]:
+    columns = min(3, len(tasks))
+    figure, axes = new(-(-len(tasks) // columns), columns, 2.9)
+    flat = list(axes.flat)
+    for axis in flat[len(tasks) :]:
+        axis.set_axis_off()
+    return figure, flat
+
+
+MARKERS = {"channels only": "o", "coded": "D", "tokens only": "s", "tokens and channels": "^"}
+
+
+def trade_off(result: Mapping[str, Any]) -> Figure:
+    """Score against the bytes of the cache, a panel for each task."""
+    figure, axes = _grid(result["tasks"])
+    colours: dict[str, str] = {}
+    for axis, (task, found) in zip(axes, result["tasks"].items(), strict=False):
+        dense = found["methods"]["dense"]
+        axis.axhline(100 * dense["mean"], color="grey", lw=0.8, ls=":", label="dense")
+        lines: dict[str, list[tuple[float, float, float, str]]] = {}
+        for row in found["methods"].values():
+            if row.get("options") is not None and row["mean"] is not None:
+                share = 100 * row["cache_bytes"] / dense["cache_bytes"]
+                entry = (share, 100 * row["mean"], 100 * (row["se"] or 0), family(row["options"]))
+                lines.setdefault(_label(row["options"]), []).append(entry)
+        for label, entries in lines.items():
+            colour = colours.setdefault(label, f"C{len(colours) % 10}")
+            shares, means, errors, kinds = zip(*sorted(entries), strict=True)
+            axis.errorbar(
+                shares,
+                means,
+                yerr=errors,
+                fmt=f"{MARKERS[kinds[0]]}-",
+                ms=4,
+                lw=1,
+                color=colour,
+                capsize=2,
+                label=label,
+            )
+        axis.set(title=f"{task}, n = {found['samples']}", xlabel="bytes of the dense cache, %")
+    axes[0].set_ylabel("score")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def robustness(result: Mapping[str, Any]) -> Figure | None:
+    """Score against sparsity, a curve for each basis that was swept; None if none was."""
+    swept: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for task, found in result["tasks"].items():
+        for row in found["methods"].values():
+            options = row.get("options")
+            if options is not None and options.get("sparsity") and family(options) == "channels only":
+                entry = (options["sparsity"], 100 * row["mean"], 100 * (row["se"] or 0))
+                swept.setdefault(task, {}).setdefault(_label(options), []).append(entry)
+    if not any(len(curve) > 1 for curves in swept.values() for curve in curves.values()):
+        return None
+    figure, axes = _grid(swept)
+    for axis, (task, curves) in zip(axes, swept.items(), strict=False):
+        axis.axhline(100 * result["tasks"][task]["methods"]["dense"]["mean"], color="grey", lw=0.8, ls=":")
+        for label, curve in curves.items():
+            shares, means, errors = zip(*sorted(curve), strict=True)
+            axis.errorbar(shares, means, yerr=errors, fmt="o-", ms=4, lw=1, capsize=2, label=label)
+        axis.set(title=task, xlabel="share of Key channels removed")
+    axes[0].set_ylabel("score")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def latency(rows: list[Mapping[str, Any]]) -> Figure:
+    """Decode step and cache bytes against prompt length, at batch 1."""
+    single = [row for row in rows if row["batch"] == 1] or rows
+    figure, axes = new(1, 2, 3.4)
+    for method in dict.fromkeys(row["method"] for row in single):
+        own = [row for row in single if row["method"] == method]
+        lengths = [row["context"] for row in own]
+        step = np.array([[row["token_ms"][name] for name in ("median", "least", "most")] for row in own])
+        errors = np.abs(step[:, 1:].T - step[:, 0])
+        axes[0, 0].errorbar(lengths, step[:, 0], yerr=errors, fmt="o-", ms=3, lw=1, capsize=2, label=method)
+        axes[0, 1].plot(lengths, [row["cache_bytes"] / 2**20 for row in own], "o-", ms=3, lw=1)
+    for axis, title in zip(axes[0], ("decode step, ms", "cache, MiB"), strict=True):
+        axis.set(title=title, xlabel="tokens of the prompt", xscale="log", yscale="log")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure

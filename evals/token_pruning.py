@@ -1,0 +1,338 @@
+"""Fewer tokens, fewer channels, or both? Answers of the reader at matched bytes, per token method and budget.
+
+    python -m evals.token_pruning --seeds report --pages 384 --out evals/results/token_pruning.json
+
+Every token method runs alone and joint with channel methods. At each budget the share of tokens is set so that all
+variants hold the same bytes of visual Keys and Values, read from storage, bases, deltas and row tables included; a
+method that cannot get so small (FastV keeps its first layers whole) has no row there. Each page gets two questions:
+the first is in the prompt, so that methods that look at attention know it; the second comes after the compression.
+Differences are paired by page, with 95 % bounds of the bootstrap. Keys and Values are sealed in half precision.
+
+Images are encoded once. Methods that act during the prefill (FastV, VisionZip, DivPrune) have a prefill of their own;
+the others seal the states of one dense prefill, as in `fidelity.py`.
+
+The reader was trained on pages of which it saw, with 2 of 9 patches of each cell mostly shown, the rest hidden: it
+learned to read from few patches, which is kind to methods that drop tokens.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from evals import figures
+from evals.fidelity import (
+    SEEDS,
+    Batch,
+    RecordingCache,
+    Scores,
+    bootstrap,
+    fill,
+    load,
+    make_batch,
+    replay,
+    score,
+)
+from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS
+from rotatek_cache import FastV, RotateKCache, VisionZip
+from rotatek_cache.cache import storage_bytes
+from rotatek_cache.layer import LayerKV
+from rotatek_cache.ledger import SealPlan
+from rotatek_cache.token_specs import token_method
+from rotatek_cache.tokens import FeatureMethod, TokenMethod
+from rotatek_cache.vision import choose
+from rotatek_cache.wiring import encoder_tap
+
+METHODS = Path(__file__).with_suffix(".yaml")
+QUESTIONS = ("first", "second")
+
+
+class HalfCache(RotateKCache):
+    """Seals in half precision what the model computes in float32."""
+
+    def learn_config(self, config: Any) -> None:
+        """Build the layers; they seal half-precision states."""
+        fresh = not self.layers
+        super().learn_config(config)
+        if fresh:
+            for layer in self.layers:
+                layer.kv.__class__ = _HalfKV
+
+
+class _HalfKV(LayerKV):
+    def _seal(self, plan: SealPlan) -> None:
+        assert self.pending is not None
+        self.pending.keys, self.pending.values = self.pending.keys.half(), self.pending.values.half()
+        super()._seal(plan)
+
+
+@dataclass
+class Variant:
+    """One row: a token method (None: all tokens stay) with options for the channels, and what it scored."""
+
+    tokens: str
+    channels: str
+    budget: float | None
+    method: TokenMethod | None
+    options: dict[str, Any]
+    share: float = 1.0  # of the dense bytes, measured
+    scores: Scores = field(default_factory=Scores)
+
+    def cache(self) -> RotateKCache:
+        """A fresh cache."""
+        return HalfCache(**self.options, tokens=self.method)
+
+
+def visual_share(cache: RotateKCache, pages: int) -> float:
+    """Bytes of all that is held for visual tokens, over those of dense ones in half precision."""
+    layers = [layer.kv for layer in cache.layers]
+    held = storage_bytes([tensor for kv in layers for segment in kv.segments for tensor in segment.tensors()])
+    _, heads, width, value_width = layers[0].shape
+    tokens = sum(int(visual.sum()) for _, _, visual in cache.ledger.flags if visual is not None)
+    assert all(not kv.kept_dense for kv in layers), f"visual tokens of {pages} pages stayed dense and were not counted"
+    return held / (tokens * heads * (width + value_width) * 2 * len(layers))
+
+
+def prefill(model: Any, batch: Batch, cache: RotateKCache) -> torch.Tensor:
+    """Read the prompts; returns the logits of the next token."""
+    output = model(**batch.prompt, position_ids=batch.positions()[0], past_key_values=cache, use_cache=True)
+    return output.logits[:, -1]
+
+
+class Prompts:
+    """A batch whose images are encoded once, and whose dense prefill is read once, for all variants."""
+
+    def __init__(self, model: Any, batch: Batch) -> None:
+        self.model, self.batch = model, batch
+        with encoder_tap(model.model, VisionZip(1.0), {}) as self.tap:
+            self.features = model.model.get_image_features(batch.prompt["pixel_values"], return_dict=True).pooler_output
+        self.dense = RecordingCache()
+        self.dense_logits = self._prefill(self.dense, self.features)
+
+    def _prefill(self, cache: RotateKCache, features: list[torch.Tensor]) -> torch.Tensor:
+        """Read the prompts with features in place of the images, as generate does."""
+        prompt = {name: tensor for name, tensor in self.batch.prompt.items() if name != "pixel_values"}
+        encoded = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        return prefill(
+            self.model, dataclasses.replace(self.batch, prompt=prompt | {"mm_encoder_outputs": encoded}), cache
+        )
+
+    def read(self, variant: Variant) -> tuple[RotateKCache, torch.Tensor]:
+        """The variant's cache after the prompts, and the logits of the next token."""
+        cache = variant.cache()
+        if isinstance(variant.method, FeatureMethod):
+            chosen = choose(variant.method, self.features, self.tap if variant.method.reads_encoder else None, None)
+            cache.chosen = True
+            return cache, self._prefill(cache, chosen)
+        if isinstance(variant.method, FastV):
+            return cache, self._prefill(cache, self.features)
+        fill(cache, self.model.config, self.batch, self.dense)
+        return cache, self.dense_logits
+
+
+def variants(config: dict[str, Any], model: Any, batch: Batch, only: list[str] | None) -> Iterator[Variant]:
+    """All rows, with shares of tokens that give the budgets' bytes on the pages of `batch`."""
+    prompts = Prompts(model, batch)
+
+    def measured(variant: Variant) -> Variant:
+        cache, _ = prompts.read(variant)
+        variant.share = visual_share(cache, len(batch))
+        return variant
+
+    yield measured(Variant("none", "dense", None, None, {"sparsity": 0}))
+    for channels, options in config["alone"].items():
+        yield measured(Variant("none", channels, None, None, options))
+    for tokens, spec in config["tokens"].items():
+        if only and not any(word in tokens for word in only):
+            continue
+        for channels, options in config["channels"].items():
+            low, high = 0.2, 0.8
+            ends = [
+                measured(Variant(tokens, channels, None, _with_keep(spec, keep), options)).share for keep in (low, high)
+            ]
+            for budget in config["budgets"]:
+                # Bytes are linear in the share of tokens, but for rounding to whole tokens.
+                keep = low + (budget - ends[0]) / (ends[1] - ends[0]) * (high - low)
+                if 0.01 < keep <= 1:
+                    yield measured(Variant(tokens, channels, budget, _with_keep(spec, keep), options))
+
+
+def _with_keep(spec: str, keep: float) -> TokenMethod:
+    method = token_method(spec if ":" in spec or spec != "visionzip" else "visionzip:contextual=0")
+    if spec == "visionzip":
+        # The paper's share of contextual tokens, but never more than a quarter of what is kept.
+        return token_method(f"visionzip:{keep:.6f},contextual={min(0.05, keep / 4):.6f}")
+    return method.with_keep(keep)
+
+
+def run(args: argparse.Namespace) -> tuple[list[Variant], dict[str, float]]:
+    """Score all variants on all pages; also how much longer a prefill takes with each token method."""
+    torch.set_num_threads(args.threads)
+    reader = load(None)
+    model = reader.model
+    config = yaml.safe_load(args.methods.read_text())
+    seeds = SEEDS[args.seeds][args.skip : args.skip + args.pages]
+    with torch.inference_mode():
+        sample = make_batch(reader.processor, CHOOSE_SEEDS[:2], args.level, ADDRESS_KINDS)
+        rows = list(variants(config, model, sample, args.only))
+        starts = tqdm(range(0, len(seeds), args.batch), desc="batches", mininterval=5)
+        with contextlib.suppress(KeyboardInterrupt):  # what has been scored by then is reported
+            for start in starts:
+                batch = make_batch(reader.processor, seeds[start : start + args.batch], args.level, ADDRESS_KINDS)
+                for row, scores in zip(rows, score_batch(model, batch, rows), strict=True):
+                    row.scores.extend(scores)
+        times = prefill_times(config, model, sample, args.only, args.timed) if args.timed else {}
+    return rows, times
+
+
+def score_batch(model: Any, batch: Batch, rows: list[Variant]) -> list[Scores]:
+    """Scores of all variants on one batch; the first is the dense one."""
+    prompts = Prompts(model, batch)
+    dense, all_scores = None, []
+    for row in rows:
+        cache, next_logits = prompts.read(row)
+        found = replay(model, cache, batch, next_logits)
+        dense = found if dense is None else dense
+        scores = Scores()
+        score(scores, batch, found, dense)
+        all_scores.append(scores)
+    return all_scores
+
+
+def prefill_times(
+    config: dict[str, Any], model: Any, batch: Batch, only: list[str] | None, rounds: int
+) -> dict[str, float]:
+    """Median over rounds of a prefill's time with each token method (0.3 kept) over that without any, just before."""
+    ratios: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for tokens, spec in config["tokens"].items():
+            if only and not any(word in tokens for word in only):
+                continue
+            taken = []
+            for method in (None, _with_keep(spec, 0.3)):
+                begin = time.perf_counter()
+                prefill(model, batch, RotateKCache(sparsity=0, tokens=method))
+                taken.append(time.perf_counter() - begin)
+            ratios.setdefault(tokens, []).append(taken[1] / taken[0])
+    return {tokens: statistics.median(found) for tokens, found in ratios.items()}
+
+
+def summary(row: Variant, dense: Variant, alone: Variant | None) -> dict[str, Any]:
+    """Exact match and losses of a row against the dense cache and against the same tokens' method alone, paired."""
+    found: dict[str, Any] = {
+        "tokens": row.tokens,
+        "channels": row.channels,
+        "budget": row.budget,
+        "keep": None if row.method is None else row.method.share,
+        "bytes_share": row.share,
+        "method": str(row.method),
+        "options": row.options,
+    }
+    for index, which in enumerate(QUESTIONS):
+        exact = np.array(row.scores.exact[index])
+        part = {"pages": len(exact), "exact_match": float(exact.mean())}
+        part["kl"] = float(np.mean(row.scores.divergence[index]))
+        for name, other in (("loss", dense), ("loss_to_tokens_only", alone)):
+            if other is not None and other is not row:
+                difference = np.array(other.scores.exact[index]) - exact
+                part[name] = float(difference.mean())
+                part[f"{name}_95"] = list(bootstrap(difference))
+        found[which] = part
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line a row."""
+    lines = [
+        "| tokens | channels | kept | bytes | first question | second question | second: over tokens only, points |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        second, kept = row["second"], row["keep"]
+        gain = ""
+        if "loss_to_tokens_only" in second:
+            low, high = (-100 * bound for bound in second["loss_to_tokens_only_95"][::-1])
+            gain = f"{-100 * second['loss_to_tokens_only']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        lines.append(
+            f"| {row['tokens']} | {row['channels']} | {'all' if kept is None else f'{100 * kept:.1f} %'} | "
+            f"{row['bytes_share']:.3f} | {row['first']['exact_match']:.3f} | {second['exact_match']:.3f} | {gain} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Exact match of both questions against bytes: a panel a channel option, a line a token method."""
+    channels = list(dict.fromkeys(row["channels"] for row in result["rows"] if row["budget"] is not None))
+    figure, axes = figures.new(2, len(channels), 3.2, sharex=True, sharey=True)
+    names = list(dict.fromkeys(row["tokens"] for row in result["rows"] if row["budget"] is not None))
+    for column, channel in enumerate(channels):
+        for line, which in enumerate(QUESTIONS):
+            axis = axes[line, column]
+            for number, name in enumerate(names):
+                rows = [row for row in result["rows"] if (row["tokens"], row["channels"]) == (name, channel)]
+                points = sorted((row["bytes_share"], row[which]["exact_match"]) for row in rows)
+                style = {"marker": "osD^v<>P"[number % 8], "color": f"C{number}", "markersize": 4}
+                axis.plot(*(zip(*points, strict=True) if points else ([], [])), label=name, **style)
+            for row in result["rows"]:
+                if row["budget"] is None and row["channels"] != "dense":
+                    axis.plot(row["bytes_share"], row[which]["exact_match"], marker="*", color="black", linestyle="")
+            axis.set_title(f"{channel}: {which} question", fontsize=9)
+            axis.axhline(result["rows"][0][which]["exact_match"], color="grey", linestyle=":", linewidth=1)
+        axes[1, column].set_xlabel("bytes of the visual KV, dense = 1")
+    for line in range(2):
+        axes[line, 0].set_ylabel("exact match")
+    axes[0, -1].legend(fontsize=6)
+    figures.save(figure, path)
+
+
+def main() -> None:
+    """Parse, run, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", type=Path, default=METHODS, help="YAML: tokens, channels, budgets, alone")
+    parser.add_argument("--only", nargs="*", help="token methods whose name holds one of these words")
+    parser.add_argument("--level", choices=sorted(LEVELS), default="hard")
+    parser.add_argument("--seeds", choices=sorted(SEEDS), default="choose", help="report: for reported figures only")
+    parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--pages", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16, help="pages that are scored at once")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--timed", type=int, default=9, help="rounds of timed prefills; 0 times none")
+    parser.add_argument("--out", type=Path, help="JSON file to write; a PNG of the same name is drawn beside it")
+    args = parser.parse_args()
+    rows, times = run(args)
+    alone = {(row.tokens, row.budget): row for row in rows if row.channels == "tokens only"}
+    result = {
+        "rows": [summary(row, rows[0], alone.get((row.tokens, row.budget))) for row in rows],
+        "prefill_time_ratio": times,
+        "setting": {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": args.pages},
+        "model": "reader",
+        "hardware": f"{platform.machine()}, one process of {args.threads} threads",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    print(table(result["rows"]))
+    for tokens, ratio in times.items():
+        print(f"prefill with {tokens}: {ratio:.2f} times as long")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(figures.rounded(result), indent=1) + "\n")
+        draw(result, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The lmms-eval model "rotatek": any vision-language model of transformers, answering from a `RotateKCache`.
+
+    lmms-eval --model rotatek --model_args pretrained=Qwen/Qwen2.5-VL-7B-Instruct,sparsity=0.75 --tasks chartqa \
+        --batch_size 8
+
+Model arguments beside those of `RotateK` are the options of `RotateKCache`; a comma inside one is written as a
+semicolon (`tokens=vl_cache:0.4;uniform=0.8`). `cache=dense` answers from the dense cache, for comparison.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval import utils
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+from transformers import Cache, DynamicCache
+
+from rotatek_cache import RotateKCache
+from rotatek_lmms_eval.chat import Chat
+
+# What tasks give to `generate`; the rest of their settings is about other ways of answering.
+PASSED = ("temperature", "top_p", "num_beams", "do_sample")
+
+
+def manifest() -> ModelManifest:
+    """What lmms-eval's entry point asks for."""
+    return ModelManifest("rotatek", chat_class_path=f"{__name__}.RotateK")
+
+
+class RotateK(lmms):
+    """A model of transformers with a compressed cache.
+
+    Args:
+        pretrained: name or path of the model.
+        device: a torch device; "auto" is this process's GPU where there is one.
+        batch_size: requests answered at once.
+        dtype: "auto" (the checkpoint's) or the name of a torch dtype.
+        cache: "rotatek", or "dense" for the model's usual cache.
+        max_new_tokens: longest answer of tasks that set none.
+        attn_implementation: of the vision tower and of dense attention.
+        trust_remote_code: run code that comes with a checkpoint.
+        options: those of `RotateKCache`.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str | None = "auto",
+        batch_size: int | str = 1,
+        dtype: str = "auto",
+        cache: str = "rotatek",
+        max_new_tokens: int = 1024,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        max_batch_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if cache not in ("rotatek", "dense"):
+            raise ValueError(f"cache must be 'rotatek' or 'dense', got {cache!r}")
+        if cache == "dense" and options:
+            raise ValueError(f"cache=dense takes no options of RotateKCache, got {', '.join(options)}")
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise ValueError(f"batch_size must be a positive number, got {batch_size!r}")
+        self.options = {
+            name: value.replace(";", ",") if isinstance(value, str) else value for name, value in options.items()
+        }
+        self.dense = cache == "dense"
+        self.batch_size = int(batch_size)
+        self.max_new_tokens = int(max_new_tokens)
+        wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        where = self.accelerator.device if device in (None, "auto", "cuda") else torch.device(str(device))
+        if not self.dense:
+            RotateKCache(**self.options)  # wrong options should not wait for the model
+        self.chat = Chat.load(
+            pretrained,
+            dtype=wanted,
+            device=where,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes; lmms-eval deals the requests out to them."""
+        return self._world_size
+
+    def _new_cache(self) -> Cache:
+        if self.dense:
+            return DynamicCache(config=self.chat.model.config.get_text_config(decoder=True))
+        return RotateKCache(**self.options)
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """Answers to requests of any tasks, in their order."""
+        # Requests with other settings of `generate` go into other batches.
+        ordered = utils.Collator(
+            [request.args for request in requests],
+            lambda arguments: (arguments[4], arguments[3]),
+            group_fn=lambda arguments: arguments[2],
+            grouping=True,
+        )
+        answers: list[str] = []
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as progress:
+            for chunk in ordered.get_batched(n=self.batch_size, batch_fn=None):
+                contexts, to_messages, settings, documents, tasks, splits = zip(*chunk, strict=True)
+                messages = [
+                    ChatMessages(messages=make(self.task_dict[task][split][document])).to_hf_messages()
+                    for make, document, task, split in zip(to_messages, documents, tasks, splits, strict=True)
+                ]
+                given = dict(settings[0])
+                batch = self.chat.begin_with(
+                    messages,
+                    self._new_cache(),
+                    max_new_tokens=int(given.get("max_new_tokens", self.max_new_tokens)),
+                    **_sampling(given),
+                )
+                for context, answer in zip(contexts, batch.answers, strict=True):
+                    cut = _until(answer, given.get("until"))
+                    answers.append(cut)
+                    self.cache_hook.add_partial("generate_until", (context, settings[0]), cut)
+                progress.update(len(chunk))
+        return ordered.get_original(answers)
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Refused."""
+        raise NotImplementedError("the model 'rotatek' generates; tasks with log-likelihoods need another model")
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Refused."""
+        raise NotImplementedError("the model 'rotatek' answers single questions; tasks of several rounds are not run")
+
+
+def _sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`; greedy at temperature 0, which tasks set together with arguments of sampling."""
+    chosen = {name: given[name] for name in PASSED if given.get(name) is not None}
+    if chosen.get("do_sample", True) and chosen.get("temperature", 0) > 0:
+        return chosen | {"do_sample": True}
+    return {"do_sample": False, "num_beams": chosen.get("num_beams", 1)}
+
+
+def _until(answer: str, ends: str | Sequence[str] | None) -> str:
+    """The answer up to the first of the texts that end it."""
+    for end in [ends] if isinstance(ends, str) else ends or []:
+        answer = answer.split(end, maxsplit=1)[0]
+    return answer.strip()

@@ -1,0 +1,228 @@
+"""What a launch takes of a GPU, read out of what Triton compiles for it; no GPU is needed."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from rotatek_cache.basis import KeyBasis
+from rotatek_cache.coding import CodeLayout
+from rotatek_cache.segments import SegmentView
+from rotatek_kernels.decode import Launch, plan, shapes_of
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+PROCESSORS = 132  # of an H200, for plans
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes.
+
+    Attributes:
+        registers: of a thread.
+        spills: instructions that move registers to local memory and back (on AMD: registers spilled).
+        shared: bytes of shared memory of a program.
+        loads: of stored tokens and bases, by their size in bytes (asynchronous copies, where the target has them).
+        loops: instructions of each innermost loop with matrix products, one warp's.
+        instructions: of all.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    loads: dict[int, int]
+    loops: list[int]
+    instructions: int
+
+
+class _Driver:
+    """Claims a GPU of a kind, as far as compiling asks."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_device(self) -> str:
+        return self.name  # kernels are kept by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+
+@contextmanager
+def pretend(target: str) -> Iterator[None]:
+    """Let Triton compile for `target`, a name in `TARGETS`."""
+    before = driver._active  # noqa: SLF001 - its own reset fails where there is no GPU
+    driver.set_active(_Driver(target))
+    try:
+        yield
+    finally:
+        driver._active = before  # noqa: SLF001
+
+
+def compile_launch(launch: Launch, target: str) -> Any:
+    """The kernel that `launch` would run on `target`, compiled as a launch compiles it."""
+    with pretend(target):
+        return launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options)
+
+
+def resources(launch: Launch, target: str) -> Resources:
+    """What `launch` takes on `target`."""
+    compiled = compile_launch(launch, target)
+    if TARGETS[target].backend == "hip":
+        return _amd(compiled.asm["amdgcn"], compiled.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as cubin:
+        cubin.write(compiled.asm["cubin"])
+    try:
+        usage = _run("cuobjdump", "-res-usage", cubin.name)
+        code = _run("nvdisasm", "-c", cubin.name)
+    finally:
+        Path(cubin.name).unlink()
+    return _nvidia(usage, code, compiled.metadata.shared)
+
+
+def _run(program: str, *arguments: str) -> str:
+    command = [str(BINARIES / program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603 - Triton's own
+
+
+def _nvidia(usage: str, code: str, shared: int) -> Resources:
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in code.splitlines():
+        label = re.match(r"\s*(\.L_\w+):", line)
+        instruction = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        elif instruction:
+            instructions.append(instruction[1])
+    loads: dict[int, int] = {}
+    for text in instructions:
+        load = re.search(r"\b(?:LDGSTS|LDG)\.(\S*)", text)
+        # Row tables, lengths and single numbers of a mask are no streams; a copy past the cache (LDGSTS) always is.
+        if load:
+            size = next((int(bits) // 8 for bits in re.findall(r"\b(64|128)\b", load[1].replace(".", " "))), 4)
+            size = 1 if "U8" in load[1] else 2 if "U16" in load[1] else size
+            loads[size] = loads.get(size, 0) + 1
+    jumps = [
+        (labels[target[1]], index + 1)
+        for index, text in enumerate(instructions)
+        if (target := re.search(r"BRA.*?`\((\.L_\w+)\)", text)) and labels.get(target[1], index + 1) <= index
+    ]
+    loops = [
+        end - begin
+        for begin, end in jumps
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in jumps)
+        and any("MMA" in text or "FFMA" in text for text in instructions[begin:end])
+    ]
+    return Resources(
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        spills=sum(bool(re.search(r"\b(?:STL|LDL)\b", text)) for text in instructions)
+        + sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
+        shared=shared,
+        loads=loads,
+        loops=loops,
+        instructions=len(instructions),
+    )
+
+
+def _amd(code: str, shared: int) -> Resources:
+    def count(name: str) -> int:
+        return sum(int(number) for number in re.findall(rf"\.{name}:\s*(\d+)", code))
+
+    sizes = {"ubyte": 1, "sbyte": 1, "ushort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+    loads: dict[int, int] = {}
+    for kind in re.findall(r"(?:global|buffer)_load_(\w+)", code):
+        size = next((sizes[name] for name in (kind, kind.split("_")[0]) if name in sizes), 0)
+        loads[size] = loads.get(size, 0) + 1
+    return Resources(
+        registers=count("vgpr_count"),
+        spills=count("vgpr_spill_count") + count("sgpr_spill_count") + count("private_segment_fixed_size"),
+        shared=shared,
+        loads=loads,
+        loops=[],
+        instructions=len(re.findall(r"^\t[a-z]", code, re.MULTILINE)),
+    )
+
+
+def segment_of_shape(
+    batch: int,
+    heads: int,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    rank: int | None = None,
+    key_code: CodeLayout | None = None,
+    value_rank: int | None = None,
+    value_code: CodeLayout | None = None,
+    slots: bool = False,
+    mask: tuple[int, torch.dtype] | None = None,
+) -> SegmentView:
+    """A segment without storage, for plans: `tokens` in each of `batch` rows.
+
+    Args:
+        batch, heads, tokens, width: its shape.
+        dtype: of numbers.
+        rank: of the Keys; None for dense ones, unless `key_code` says how they are packed.
+        key_code: packing of the Keys.
+        value_rank, value_code: the same for Values.
+        slots: whether tokens are read through a table.
+        mask: queries and dtype of a mask.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def stored(code: CodeLayout | None, channels: int | None) -> tuple[Tensor, KeyBasis | None]:
+        channels = channels if code is None else code.channels
+        basis = None
+        if channels is not None:
+            decoder, delta = empty(heads, batch, width, channels), empty(heads, batch, width)
+            basis = KeyBasis(B=decoder, delta=delta)
+        if code is not None:
+            return empty(heads, batch * tokens, code.row_bytes, dtype=torch.uint8), basis
+        return empty(heads, batch * tokens, channels or width), basis
+
+    keys, basis = stored(key_code, rank)
+    values, value_basis = stored(value_code, value_rank)
+    return SegmentView(
+        keys=keys,
+        values=values,
+        starts=empty(batch, dtype=torch.int64),
+        lengths=empty(batch, dtype=torch.int32),
+        max_length=tokens,
+        basis=basis,
+        basis_rows=empty(batch, dtype=torch.int64) if basis or value_basis else None,
+        key_code=key_code,
+        value_basis=value_basis,
+        value_code=value_code,
+        slots=empty(batch, tokens, dtype=torch.int32) if slots else None,
+        mask=None if mask is None else empty(batch, mask[0], tokens, dtype=mask[1]),
+    )
+
+
+def plan_of_shape(segments: Sequence[SegmentView], group: int, width: int, queries: int = 1) -> list[Launch]:
+    """The launches over segments without storage, by a query of their dtype."""
+    heads, batch = segments[0].keys.shape[0], segments[0].starts.shape[0]
+    dtype = next((s.keys.dtype for s in segments if s.key_code is None), torch.bfloat16)
+    query = torch.empty(batch, heads * group, queries, width, dtype=dtype, device="meta")
+    return plan(shapes_of(query, segments), query, segments, width**-0.5, PROCESSORS)[0]

@@ -1,0 +1,208 @@
+"""Budgets: what the planner chooses fits, within one per cent, whatever is open, and what cannot fit is refused."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import ways
+from hosts import Host, build_host
+from tiny_models import visual_positions
+
+from rotatek_cache import RotateKCache
+from rotatek_cache.budget import Budget
+from rotatek_cache.calibration import Calibration, calibrate, fingerprint
+
+
+@pytest.fixture(scope="module")
+def basis(tmp_path_factory) -> Path:
+    host = build_host("llava")
+    state = Calibration(fingerprint(host.attached), "llava")
+    calibrate(host.attached, (host.tiny.inputs(host.tiny.prompt(seed)) for seed in range(4)), state)
+    path = tmp_path_factory.mktemp("budget") / "basis.safetensors"
+    state.write_basis(path)
+    return path
+
+
+def images(host: Host, *counts: int):
+    return host.tiny.inputs(*(host.tiny.prompt(seed, images=(0,) * count) for seed, count in enumerate(counts)))
+
+
+def filled(host: Host, inputs, **options) -> RotateKCache:
+    cache = RotateKCache(**options)
+    host.attached(**inputs, past_key_values=cache)
+    return cache
+
+
+OPEN = [
+    {"budget": "0.4x", "sparsity": 0, "tokens": "vl_cache"},
+    {"budget": "0.4x", "sparsity": 0.75, "tokens": "vl_cache"},
+    {"budget": "0.5x", "tokens": "vl_cache:uniform=0.8"},
+    {"budget": "0.7x", "sparsity": 0.5, "tokens": "fastv:layer=1"},
+    {"budget": "0.15x", "sparsity": 0.5, "key_bits": 4, "value_sparsity": 0.5, "value_bits": 8, "tokens": "vl_cache"},
+    {"budget": "0.45x", "basis": "spark", "sparsity": 0.5, "tokens": "vl_cache"},
+]
+RANKS_ONLY = [
+    {"budget": "0.8x"},
+    {"budget": "0.85x", "tokens": "vl_cache"},
+    {"budget": "0.5x", "tokens": "vl_cache:0.55"},
+    {"budget": "0.5x", "tokens": "divprune:0.6"},
+]
+
+
+@pytest.mark.parametrize("counts", [(8,), (6, 8)])
+@pytest.mark.parametrize("options", OPEN, ids=str)
+def test_the_cache_has_the_bytes_of_its_budget(llava: Host, options, counts):
+    inputs = images(llava, *counts)
+    dense = filled(llava, inputs, sparsity=0).report().dense_bytes
+    cache = filled(llava, inputs, **options)
+    assert cache.nbytes() == pytest.approx(float(options["budget"][:-1]) * dense, rel=0.01)
+    plan = cache.planner.made
+    assert plan.planned_bytes == pytest.approx(cache.nbytes(), rel=0.01)
+    assert f"budget {options['budget']} = " in str(cache.report())
+
+
+@pytest.mark.parametrize("counts", [(8,), (6, 8)])
+@pytest.mark.parametrize("options", RANKS_ONLY, ids=str)
+def test_ranks_come_as_near_as_eight_channels_of_a_layer_allow(llava: Host, options, counts):
+    inputs = images(llava, *counts)
+    dense = filled(llava, inputs, sparsity=0).report().dense_bytes
+    cache = filled(llava, inputs, **options)
+    budget = float(options["budget"][:-1]) * dense
+    step = 8 / 64 / 3 * dense
+    assert budget - step < cache.nbytes() < 1.01 * budget
+    assert cache.planner.made.planned_bytes == pytest.approx(cache.nbytes(), rel=0.01)
+
+
+def test_a_calibrated_basis_costs_the_budget_nothing(llava: Host, basis: Path):
+    inputs = images(llava, 8)
+    dense = filled(llava, inputs, sparsity=0).report().dense_bytes
+    for options in ({}, {"sparsity": 0.75, "key_bits": "auto", "value_sparsity": 0.75, "value_bits": "auto"}):
+        cache = filled(llava, inputs, basis=basis, budget="0.2x", tokens="vl_cache", **options)
+        assert cache.nbytes() == pytest.approx(0.2 * dense, rel=0.01)
+
+
+def test_budgets_in_bytes_and_in_tokens(llava: Host):
+    inputs = images(llava, 6, 8)
+    for budget, expected in (("300KiB", 300 * 1024), ("0.25 MiB", 2**18), (250, 250 * 2 * 3 * 2 * 64 * 4)):
+        cache = filled(llava, inputs, budget=budget, tokens="vl_cache")
+        assert cache.nbytes() == pytest.approx(expected, rel=0.01), budget
+
+
+def test_channels_go_before_tokens(llava: Host):
+    inputs = images(llava, 8)
+    plans = {
+        budget: filled(llava, inputs, budget=budget, tokens="vl_cache").planner.made for budget in ("0.9x", "0.5x")
+    }
+    assert plans["0.9x"].keep == 1
+    assert set(plans["0.9x"].ranks.values()) <= {16, 24, 32}
+    assert plans["0.5x"].keep < 1
+    assert set(plans["0.5x"].ranks.values()) == {8}
+
+
+def test_ranks_differ_between_layers_where_they_have_to(llava: Host):
+    inputs = images(llava, 8)
+    cache = filled(llava, inputs, budget="0.78x")
+    ranks = [layer.segments[0].stored_rank for layer in cache.report().layers]
+    assert ranks == list(cache.planner.made.ranks.values())
+    assert len(set(ranks)) == 2
+    assert ranks == sorted(ranks, reverse=True)
+
+
+def test_a_budget_that_is_enough_keeps_everything(llava: Host):
+    inputs = images(llava, 4)
+    cache = filled(llava, inputs, sparsity=0, budget="2x", tokens="vl_cache")
+    dense = filled(llava, inputs, sparsity=0)
+    assert cache.planner.made.keep == 1
+    assert cache.nbytes() == pytest.approx(dense.nbytes(), rel=0.01)
+
+
+def test_a_second_image_gets_what_is_left(llava: Host):
+    inputs = ways.one(llava.tiny)
+    cache = RotateKCache(sparsity=0, budget="160KiB", tokens="vl_cache", always_compress=True)
+    ways.generate(llava.attached, inputs, cache)
+    first = cache.planner.made
+    ids, content = llava.tiny.image(0, torch.Generator().manual_seed(77))
+    new = llava.tiny.inputs(ways.Prompt([*ways.words(3, 1), *ids, *ways.words(4, 2)], [content]))
+    del new["attention_mask"]
+    assert first.keep < 1
+    with pytest.raises(ValueError, match=r"budget='160KiB' is 160\.0 KiB for this prompt.*raise the budget"):
+        llava.attached(**new, past_key_values=cache)
+
+
+def test_a_copy_plans_for_itself(llava: Host):
+    inputs = images(llava, 6)
+    cache = RotateKCache(budget="0.5x", tokens="vl_cache", config=llava.attached.config)
+    twin = copy.deepcopy(cache)
+    llava.attached(**inputs, past_key_values=twin)
+    assert cache.planner.made is None
+    assert twin.nbytes() == pytest.approx(filled(llava, inputs, budget="0.5x", tokens="vl_cache").nbytes())
+    twin.reset()
+    llava.attached(**images(llava, 8), past_key_values=twin)
+    expected = filled(llava, images(llava, 8), budget="0.5x", tokens="vl_cache")
+    assert twin.nbytes() == pytest.approx(expected.nbytes(), rel=1e-3)
+
+
+@pytest.mark.parametrize("way", ["padded_batch", "beams", "second_turn_padded", "prompt_lookup", "all_image"])
+def test_budgets_run_everywhere(way):
+    host = build_host("qwen2_5_vl")
+    for result in ways.WAYS[way](host.tiny, host.attached, lambda: RotateKCache(budget="0.9x", tokens="vl_cache")):
+        assert result.isfinite().all()
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"budget": "0.5"}, ValueError, r"budget must be such as '0.25x', '512MiB' or 2048 \(tokens\), got '0.5'"),
+        ({"budget": "half"}, ValueError, "got 'half'"),
+        ({"budget": 0.5}, TypeError, "got float"),
+        ({"budget": True}, TypeError, "got bool"),
+        ({"budget": "0x"}, ValueError, "budget must be positive"),
+        ({"budget": -3}, ValueError, "budget must be positive"),
+        ({"budget": "0.5x", "energy": 0.9}, ValueError, "budget and energy cannot both"),
+        ({"budget": "0.5x", "basis_per": "image"}, ValueError, "budget needs basis_per='prompt'"),
+        ({"budget": "0.5x", "sparsity": 0.5}, ValueError, "nothing left to choose"),
+        ({"budget": "0.5x", "sparsity": 0.5, "tokens": "vl_cache:0.5"}, ValueError, "nothing left to choose"),
+        ({"budget": "0.5x", "key_bits": "auto"}, ValueError, "key_bits='auto' does not have"),
+        ({"budget": "0.5x", "tokens": "visionzip"}, ValueError, "chooses before the prompt's length is known"),
+        (
+            {"sparsity": 0.5, "tokens": "vl_cache"},
+            ValueError,
+            r"keep must be given where no budget is, as in VLCache\(",
+        ),
+    ],
+)
+def test_budgets_that_cannot_be(options, error, message):
+    with pytest.raises(error, match=message):
+        RotateKCache(**options)
+
+
+@pytest.mark.parametrize("options", [{"tokens": "vl_cache"}, {"tokens": "vl_cache", "sparsity": 0.5}, {}])
+def test_a_budget_below_the_text(llava: Host, options):
+    inputs = images(llava, 2)
+    text = int((~visual_positions(inputs["input_ids"])).sum())
+    with pytest.raises(
+        ValueError, match=r"budget=3 is .* for this prompt, of which all but visual tokens takes .* raise"
+    ):
+        filled(llava, inputs, budget=3, **options)
+    assert text > 3
+
+
+def test_fastv_cannot_go_below_its_first_layers(llava: Host):
+    with pytest.raises(ValueError, match="raise the budget"):
+        filled(llava, images(llava, 4), sparsity=0, budget="0.5x", tokens="fastv")
+
+
+def test_layers_with_a_stock_cache():
+    host = build_host("gemma3")
+    with pytest.raises(ValueError, match=r"a budget cannot be kept where layers \[.*\] have the stock cache layer"):
+        filled(host, ways.one(host.tiny), budget="0.5x")
+
+
+def test_budget_amounts():
+    assert Budget("0.25x").bytes_of(1000, 10) == 250
+    assert Budget("1.5KiB").bytes_of(1000, 10) == 1536
+    assert Budget(7).bytes_of(1000, 10) == 70
