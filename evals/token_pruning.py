@@ -1,6 +1,6 @@
 """Fewer tokens, fewer channels, or both? Answers of the reader at matched bytes, per token method and budget.
 
-    python evals/token_pruning.py --seeds report --pages 384 --out evals/results/token_pruning.json
+    python -m evals.token_pruning --seeds report --pages 384 --out evals/results/token_pruning.json
 
 Every token method runs alone and joint with channel methods. At each budget the share of tokens is set so that all
 variants hold the same bytes of visual Keys and Values, read from storage, bases, deltas and row tables included; a
@@ -8,14 +8,16 @@ method that cannot get so small (FastV keeps its first layers whole) has no row 
 the first is in the prompt, so that methods that look at attention know it; the second comes after the compression.
 Differences are paired by page, with 95 % bounds of the bootstrap. Keys and Values are sealed in half precision.
 
-Methods that act during the prefill (FastV, VisionZip, DivPrune) have a prefill of their own; the others seal the states
-of one dense prefill, as in `fidelity.py`.
+Images are encoded once. Methods that act during the prefill (FastV, VisionZip, DivPrune) have a prefill of their own;
+the others seal the states of one dense prefill, as in `fidelity.py`.
 
 The reader was trained on pages of which it saw, with 2 of 9 patches of each cell mostly shown, the rest hidden: it
 learned to read from few patches, which is kind to methods that drop tokens.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -31,6 +33,7 @@ import numpy as np
 import torch
 import yaml
 from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evals import figures
 from evals.fidelity import (
@@ -46,12 +49,14 @@ from evals.fidelity import (
     score,
 )
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS
-from rotatek_cache import FastV, RotateKCache
+from rotatek_cache import FastV, RotateKCache, VisionZip
 from rotatek_cache.cache import storage_bytes
 from rotatek_cache.layer import LayerKV
 from rotatek_cache.ledger import SealPlan
 from rotatek_cache.token_specs import token_method
 from rotatek_cache.tokens import FeatureMethod, TokenMethod
+from rotatek_cache.vision import choose
+from rotatek_cache.wiring import encoder_tap
 
 METHODS = Path(__file__).with_suffix(".yaml")
 QUESTIONS = ("first", "second")
@@ -88,11 +93,6 @@ class Variant:
     share: float = 1.0  # of the dense bytes, measured
     scores: Scores = field(default_factory=Scores)
 
-    @property
-    def own_prefill(self) -> bool:
-        """Whether the prefill itself differs from the dense one."""
-        return isinstance(self.method, FeatureMethod | FastV)
-
     def cache(self) -> RotateKCache:
         """A fresh cache."""
         return HalfCache(**self.options, tokens=self.method)
@@ -114,29 +114,43 @@ def prefill(model: Any, batch: Batch, cache: RotateKCache) -> torch.Tensor:
     return output.logits[:, -1]
 
 
-def record(model: Any, batch: Batch) -> tuple[RecordingCache, torch.Tensor]:
-    """States and logits of the dense prefill."""
-    recorder = RecordingCache()
-    return recorder, prefill(model, batch, recorder)
+class Prompts:
+    """A batch whose images are encoded once, and whose dense prefill is read once, for all variants."""
 
+    def __init__(self, model: Any, batch: Batch) -> None:
+        self.model, self.batch = model, batch
+        with encoder_tap(model.model, VisionZip(1.0), {}) as self.tap:
+            self.features = model.model.get_image_features(batch.prompt["pixel_values"], return_dict=True).pooler_output
+        self.dense = RecordingCache()
+        self.dense_logits = self._prefill(self.dense, self.features)
 
-def filled(
-    model: Any, batch: Batch, variant: Variant, recorder: RecordingCache, logits: torch.Tensor
-) -> tuple[RotateKCache, torch.Tensor]:
-    """The variant's cache after the prompt, and the logits of the next token."""
-    cache = variant.cache()
-    if variant.own_prefill:
-        return cache, prefill(model, batch, cache)
-    fill(cache, model.config, batch, recorder)
-    return cache, logits
+    def _prefill(self, cache: RotateKCache, features: list[torch.Tensor]) -> torch.Tensor:
+        """Read the prompts with features in place of the images, as generate does."""
+        prompt = {name: tensor for name, tensor in self.batch.prompt.items() if name != "pixel_values"}
+        encoded = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        return prefill(
+            self.model, dataclasses.replace(self.batch, prompt=prompt | {"mm_encoder_outputs": encoded}), cache
+        )
+
+    def read(self, variant: Variant) -> tuple[RotateKCache, torch.Tensor]:
+        """The variant's cache after the prompts, and the logits of the next token."""
+        cache = variant.cache()
+        if isinstance(variant.method, FeatureMethod):
+            chosen = choose(variant.method, self.features, self.tap if variant.method.reads_encoder else None, None)
+            cache.chosen = True
+            return cache, self._prefill(cache, chosen)
+        if isinstance(variant.method, FastV):
+            return cache, self._prefill(cache, self.features)
+        fill(cache, self.model.config, self.batch, self.dense)
+        return cache, self.dense_logits
 
 
 def variants(config: dict[str, Any], model: Any, batch: Batch, only: list[str] | None) -> Iterator[Variant]:
     """All rows, with shares of tokens that give the budgets' bytes on the pages of `batch`."""
-    recorder, logits = record(model, batch)
+    prompts = Prompts(model, batch)
 
     def measured(variant: Variant) -> Variant:
-        cache, _ = filled(model, batch, variant, recorder, logits)
+        cache, _ = prompts.read(variant)
         variant.share = visual_share(cache, len(batch))
         return variant
 
@@ -176,17 +190,28 @@ def run(args: argparse.Namespace) -> tuple[list[Variant], dict[str, float]]:
     with torch.inference_mode():
         sample = make_batch(reader.processor, CHOOSE_SEEDS[:2], args.level, ADDRESS_KINDS)
         rows = list(variants(config, model, sample, args.only))
-        for start in tqdm(range(0, len(seeds), args.batch), desc="batches", mininterval=5):
-            batch = make_batch(reader.processor, seeds[start : start + args.batch], args.level, ADDRESS_KINDS)
-            recorder, logits = record(model, batch)
-            dense = None
-            for row in rows:
-                cache, next_logits = filled(model, batch, row, recorder, logits)
-                found = replay(model, cache, batch, next_logits)
-                dense = found if dense is None else dense
-                score(row.scores, batch, found, dense)
+        starts = tqdm(range(0, len(seeds), args.batch), desc="batches", mininterval=5)
+        with contextlib.suppress(KeyboardInterrupt):  # what has been scored by then is reported
+            for start in starts:
+                batch = make_batch(reader.processor, seeds[start : start + args.batch], args.level, ADDRESS_KINDS)
+                for row, scores in zip(rows, score_batch(model, batch, rows), strict=True):
+                    row.scores.extend(scores)
         times = prefill_times(config, model, sample, args.only, args.timed) if args.timed else {}
     return rows, times
+
+
+def score_batch(model: Any, batch: Batch, rows: list[Variant]) -> list[Scores]:
+    """Scores of all variants on one batch; the first is the dense one."""
+    prompts = Prompts(model, batch)
+    dense, all_scores = None, []
+    for row in rows:
+        cache, next_logits = prompts.read(row)
+        found = replay(model, cache, batch, next_logits)
+        dense = found if dense is None else dense
+        scores = Scores()
+        score(scores, batch, found, dense)
+        all_scores.append(scores)
+    return all_scores
 
 
 def prefill_times(

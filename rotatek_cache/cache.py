@@ -252,16 +252,24 @@ class RotateKCache(Cache):
         if self.layers:
             return
         stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
-        self.layers: list[Any] = [
+        layers: list[Any] = [
             RotateKLayer(self.options, self.ledger, index, self.selection) if type(layer) is DynamicLayer else layer
             for index, layer in enumerate(stock)
         ]
+        # All checks come before the layers are kept: a cache that was refused once must be refused again.
+        foreign = [index for index, layer in enumerate(layers) if not isinstance(layer, RotateKLayer)]
+        if foreign and isinstance(self.tokens, FeatureMethod):
+            raise ValueError(
+                f"tokens={self.tokens} leaves placeholders of dropped tokens in the prompt, which layers {foreign} of "
+                "this model would attend to: they keep the stock cache layer (sliding window)"
+            )
         if self.selection is not None:
-            self.selection.learn_layers([layer.kv.index for layer in self._compressed_layers()], len(stock))
+            self.selection.learn_layers([index for index in range(len(layers)) if index not in foreign], len(layers))
         if self.planner is not None:
-            self.planner.learn_layers(self.layers, self.selection)
-            for layer in self.layers:
+            self.planner.learn_layers(layers, self.selection)
+            for layer in layers:
                 layer.kv.planner = self.planner
+        self.layers: list[Any] = layers
         if self._record_past:
             super().activate_past_recording()
 

@@ -1,6 +1,7 @@
 """What a vision encoder shows to token methods that choose before the language model, and what they make of it."""
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from rotatek_cache.attention import MAX_SCORES
 from rotatek_cache.tokens import FeatureMethod
 
 NAME = "rotatek_encoder"
+_TAPPING = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -29,6 +31,7 @@ class EncoderTap:
 
     module: Any
     has_class_token: bool
+    thread: int = field(default_factory=threading.get_ident)
     scores: list[Tensor] = field(default_factory=list)  # [patches], summed over heads and queries
     keys: list[Tensor] = field(default_factory=list)  # [patches, all heads]
 
@@ -51,7 +54,15 @@ class EncoderTap:
 
 @contextlib.contextmanager
 def tapped(tap: EncoderTap) -> Iterator[EncoderTap]:
-    """Let `tap` listen to its module, which attends by sdpa meanwhile; the rest of the encoder is left as it is."""
+    """Let `tap` listen to its module, which attends by sdpa meanwhile; the rest of the encoder is left as it is.
+
+    One tap at a time; what other threads encode meanwhile is not heard.
+    """
+    with _TAPPING:
+        yield from _listen(tap)
+
+
+def _listen(tap: EncoderTap) -> Iterator[EncoderTap]:
     config, module = tap.module.config, tap.module
     previous: list[str | None] = []
 
@@ -79,7 +90,9 @@ def _tapped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     scale = kwargs.get("scaling")
-    module._rotatek_tap.hear(query, key, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+    tap = getattr(module, "_rotatek_tap", None)  # none in other modules, which another thread may be in
+    if tap is not None and tap.thread == threading.get_ident():
+        tap.hear(query, key, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

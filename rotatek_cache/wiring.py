@@ -454,7 +454,7 @@ def _get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
         return encode()
     method = cache.tokens
     given = _arguments(type(inner).get_image_features, inner, *args, **kwargs)
-    with _encoder_tap(inner, method, given) as tap:
+    with encoder_tap(inner, method, given) as tap:
         output = encode()
     features = output.pooler_output
     if isinstance(features, Tensor) and features.ndim != 3:
@@ -475,9 +475,7 @@ def _kept(features: Sequence[Tensor]) -> Tensor:
     return torch.cat([(image.flatten(0, -2) != 0).any(-1) for image in features])
 
 
-def _encoder_tap(
-    inner: Any, method: Any, given: dict[str, Any]
-) -> contextlib.AbstractContextManager[EncoderTap | None]:
+def encoder_tap(inner: Any, method: Any, given: dict[str, Any]) -> contextlib.AbstractContextManager[EncoderTap | None]:
     """Listens to the encoder's layer that a method reads, if it reads any."""
     if not method.reads_encoder:
         return contextlib.nullcontext()

@@ -287,6 +287,25 @@ def test_everything_kept_is_dynamic_cache_in_every_family(family):
         torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-5)
 
 
+SLIDING = ("gemma3", "aya_vision", "cohere2_vision")
+
+
+@pytest.mark.parametrize("method", [VLCache(0.4), DivPrune(0.4)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fewer_tokens_in_every_family(family, method):
+    host = build_host(family)
+    cache = make(method)()
+    if family in SLIDING and isinstance(method, FeatureMethod):
+        for _ in range(2):  # a refusal is not forgotten
+            with pytest.raises(ValueError, match=r"which layers \[0.*\] of this model would attend to"):
+                ways.padded_batch(host.tiny, host.attached, lambda: cache)
+        return
+    assert all(result.isfinite().all() for result in ways.padded_batch(host.tiny, host.attached, lambda: cache))
+    tokens = int(visual_positions(ways.padded(host.tiny)["input_ids"]).sum())
+    dropped = [layer.dropped for layer in cache.report().layers if layer.kind == "RotateKLayer"]
+    assert sum(dropped) == pytest.approx(0.6 * tokens * len(dropped), abs=2 * len(dropped))
+
+
 @pytest.mark.parametrize("way", SOME_WAYS)
 @pytest.mark.parametrize("method", [FastV(0.3), VLCache(0.3), VisionZip(0.3), DivPrune(0.3)], ids=str)
 def test_fewer_tokens_run_everywhere(method, way):
