@@ -83,6 +83,7 @@ class Results:
     diagnostics: dict[str, dict[str, Any]] = field(default_factory=dict)
     latency: dict[str, dict[str, Any]] = field(default_factory=dict)
     fidelity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
     other: dict[str, dict[str, Any]] = field(default_factory=dict)
     pictures: dict[str, Path] = field(default_factory=dict)
 
@@ -94,6 +95,8 @@ class Results:
             return self.diagnostics
         if "rows" in stored and "largest" in stored:
             return self.latency
+        if "rows" in stored and all("tokens" in row and "channels" in row for row in stored["rows"]):
+            return self.tokens
         methods = stored.get("methods")
         if isinstance(methods, Mapping) and all("second" in row and "kv_ratio" in row for row in methods.values()):
             return self.fidelity
@@ -116,7 +119,7 @@ def read(folders: Iterable[Path]) -> Results:
                 name = path.parent.name if path.name == "scores.json" else path.stem
                 if path.name != "run.json":
                     results.kind_of(stored)[name] = stored
-        results.pictures |= {path.stem: path for path in sorted(folder.rglob("*_heat.png"))}
+        results.pictures |= {path.stem: path for path in sorted(folder.rglob("*.png"))}
     return results
 
 
@@ -207,7 +210,10 @@ def fidelity_sections(results: Results) -> Iterable[Section]:
         ]
         head = ["method", "Keys", "Values", "both", "second question", "against dense", "KL"]
         caption = f"Exact match of the second question after compression, n = {count}; bytes of the visual part"
-        yield Section(f"Fidelity: {name}", [Table(caption, head, rows)])
+        section = Section(f"Fidelity: {name}", [Table(caption, head, rows)])
+        if name in results.pictures:
+            section.blocks.append(Picture(name, "Exact match against bytes.", results.pictures[name].read_bytes()))
+        yield section
 
 
 def _negated(bounds: Sequence[float]) -> list[float]:
@@ -216,6 +222,35 @@ def _negated(bounds: Sequence[float]) -> list[float]:
 
 def _count(turn: Mapping[str, Any]) -> int:
     return int(turn.get("images", turn.get("pages", 0)))
+
+
+def tokens_sections(results: Results) -> Iterable[Section]:
+    """Tables of token pruning at matched bytes."""
+    for name, stored in results.tokens.items():
+        rows = []
+        for row in stored["rows"]:
+            second, kept = row["second"], row["keep"]
+            gain = ""
+            if "loss_to_tokens_only" in second:
+                gain = interval(-second["loss_to_tokens_only"], _negated(second["loss_to_tokens_only_95"]))
+            rows.append(
+                [
+                    row["tokens"],
+                    row["channels"],
+                    "all" if kept is None else f"{100 * kept:.0f} %",
+                    f"{row['bytes_share']:.3f}",
+                    points(row["first"]["exact_match"]),
+                    points(second["exact_match"]),
+                    gain,
+                ]
+            )
+        head = ["tokens", "channels", "kept", "bytes", "first question", "second question", "over tokens only"]
+        count = _count(stored["rows"][0]["second"]) if stored["rows"] else 0
+        caption = f"Exact match at matched bytes of the visual Keys and Values (dense: 1), n = {count}"
+        section = Section(f"Tokens and channels: {name}", [Table(caption, head, rows)])
+        if name in results.pictures:
+            section.blocks.append(Picture(name, "Exact match against bytes.", results.pictures[name].read_bytes()))
+        yield section
 
 
 def diagnostics_sections(results: Results) -> Iterable[Section]:
@@ -339,7 +374,7 @@ def _flat(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
 def provenance(results: Results) -> Section:
     """Commands, hardware, versions and dates."""
     rows = []
-    kinds = (results.accuracy, results.diagnostics, results.latency, results.fidelity, results.other)
+    kinds = (results.accuracy, results.diagnostics, results.latency, results.fidelity, results.tokens, results.other)
     for name, stored in ((name, stored) for kind in kinds for name, stored in kind.items()):
         environment = stored.get("environment", {})
         hardware = environment.get("device", stored.get("hardware", ""))
@@ -359,6 +394,7 @@ def verdicts(results: Results) -> list[Verdict]:
         _beats_think,
         _level_with_spark,
         _beats_tokens,
+        _joint_beats_tokens,
         _low_rank,
         _weight_helps,
         _stable_subspace,
@@ -459,6 +495,21 @@ def _beats_tokens(results: Results) -> Verdict:
                         f"{best['ratio']:.2f}x"
                     )
     return Verdict(claim, all(wins) if wins else None, "; ".join(said))
+
+
+def _joint_beats_tokens(results: Results) -> Verdict:
+    claim = "At the same bytes, tokens and rotated Keys together answer better than tokens alone"
+    bounds = [
+        _negated(row["second"]["loss_to_tokens_only_95"])
+        for stored in results.tokens.values()
+        for row in stored["rows"]
+        if row["channels"].startswith("RotateK 1/4") and "loss_to_tokens_only_95" in row["second"]
+    ]
+    if not bounds:
+        return Verdict(claim, None, "")
+    better, worse = sum(low > 0 for low, _ in bounds), sum(high < 0 for _, high in bounds)
+    said = f"second question, beyond the 95 % interval: better in {better}, worse in {worse} of {len(bounds)} pairs"
+    return Verdict(claim, better > 0 and worse == 0, said)
 
 
 def _family(row: Mapping[str, Any]) -> str:
@@ -584,6 +635,7 @@ def compose(results: Results, papers: Mapping[str, Any]) -> list[Section]:
         *accuracy_sections(results),
         paper_section(papers),
         *fidelity_sections(results),
+        *tokens_sections(results),
         *diagnostics_sections(results),
         *latency_sections(results),
         *other_sections(results),

@@ -88,6 +88,16 @@ def diagnostics(kept=0.995, shared=0.8, kl_without=0.5):
     }  # fmt: skip
 
 
+def tokens(gain=0.1):
+    def row(channels, **more):
+        turn = {"pages": 50, "exact_match": 0.5, "kl": 0.1, "loss": 0.1, "loss_95": [0.0, 0.2]}
+        both = {"first": turn, "second": turn | more}
+        return {"tokens": "FastV", "channels": channels, "budget": 0.3, "keep": 0.4, "bytes_share": 0.3} | both
+
+    paired = {"loss_to_tokens_only": -gain, "loss_to_tokens_only_95": [-gain - 0.05, -gain + 0.05]}
+    return {"rows": [row("tokens only"), row("RotateK 1/4", **paired)], "setting": {}}
+
+
 def says(results):
     return {verdict.claim.split(" (")[0]: verdict.words() for verdict in verdicts(results)}
 
@@ -101,12 +111,14 @@ def test_verdicts_follow_the_numbers():
         accuracy={"a": accuracy({"dense": 40, "rotatek": 40, "think": 20, "spark": 40, "tokens": 10})},
         diagnostics={"d": diagnostics()},
         latency={"l": latency()},
+        tokens={"t": tokens()},
     )
     assert set(says(good).values()) == {"holds"}, says(good)
     bad = Results(
         accuracy={"a": accuracy({"dense": 40, "rotatek": 20, "think": 20, "spark": 40, "tokens": 30})},
         diagnostics={"d": diagnostics(kept=0.7, shared=0.1, kl_without=0.1)},
         latency={"l": latency(step=3.9, share=0.2)},
+        tokens={"t": tokens(gain=-0.1)},
     )
     assert set(says(bad).values()) == {"does not hold"}, says(bad)
 
@@ -125,6 +137,7 @@ def folder(tmp_path):
     (home / "accuracy_x" / "scores.json").write_text(json.dumps(accuracy(right)))
     (home / "accuracy_x" / "run.json").write_text("{}")
     (home / "diagnostics_x.json").write_text(json.dumps(diagnostics()))
+    (home / "token_x.json").write_text(json.dumps(tokens()))
     (home / "latency_x.json").write_text(json.dumps(latency()))
     (home / "bench_x.json").write_text(json.dumps({"milliseconds": {"ours <fast>": 1.25}, "n": [1, 2]}))
     return home
@@ -139,6 +152,7 @@ def test_one_page_holds_everything(folder, tmp_path):
         assert text in page, text
     assert "Not run: other. it needs a thing" in page and "n = 40" in page
     text = (tmp_path / "out" / "report.md").read_text()
+    assert "| FastV | RotateK 1/4 | 40 % | 0.300 | 50.0 | 50.0 | +10.0 [5.0, 15.0] |" in text
     pictures = re.findall(r"\]\((figures/[^)]*)\)", text)
     assert len(pictures) == page.count("<img") >= 6
     assert all((tmp_path / "out" / picture).stat().st_size > 3000 for picture in pictures)
@@ -152,6 +166,7 @@ def test_results_are_known_by_what_they_hold(folder):
     found = read([folder])
     assert (list(found.accuracy), list(found.diagnostics)) == (["accuracy_x"], ["diagnostics_x"])
     assert (list(found.latency), list(found.other)) == (["latency_x"], ["bench_x"])
+    assert list(found.tokens) == ["token_x"]
     assert "fidelity_reader" in read([RESULTS]).fidelity
 
 
