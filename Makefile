@@ -10,6 +10,8 @@ ARGS ?= -n auto --maxprocesses=8
 # Where `test-sglang` keeps SGLang and its versions of everything, and its arguments for pytest.
 SGLANG_VENV ?= .venv-sglang
 SGLANG_ARGS ?=
+# Where `evals-quick` writes; results are never overwritten.
+QUICK := $(or $(QUICK),runs/quick-$(shell date +%Y%m%d-%H%M%S))
 # The demo's own: IMAGE=page.png QUESTION="row 3?" MODEL=name-or-path SPARSITY=0.75 OUT=folder
 export IMAGE QUESTION MODEL SPARSITY OUT
 
@@ -17,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sglang lint format clean
+.PHONY: help demo demo-sglang test test-sglang evals-quick report lint format clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,9 +32,23 @@ demo: $(VENV)/.demo  ## Read a page with the dense cache and with RotateKCache; 
 test: $(VENV)/.dev  ## Run the tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
 
+demo-sglang:  ## Serve a tiny random model with SGLang on the CPU, compressed, and ask it about an image
+	PYTHON="$(PYTHON)" tests/sglang/make_env.sh "$(SGLANG_VENV)"
+	$(SGLANG_VENV)/bin/python -m rotatek_sglang.demo
+
 test-sglang:  ## Run the tests of the SGLang plug-in, servers on the CPU included
 	PYTHON="$(PYTHON)" tests/sglang/make_env.sh "$(SGLANG_VENV)"
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(SGLANG_VENV)/bin/python -m pytest tests/sglang $(SGLANG_ARGS)
+
+evals-quick: $(VENV)/.evals  ## Accuracy, diagnostics and latency of the reader with a report, in some minutes
+	$(BIN)/python -m evals.accuracy --config evals/quick.yaml --out $(QUICK)/accuracy_reader
+	$(BIN)/python -m evals.diagnostics --samples 8 --pages 64 --out $(QUICK)/diagnostics_reader.json --figures $(QUICK)
+	$(BIN)/python -m evals.latency --shape four-layers --contexts 512 1024 --tokens 16 --rounds 3 --device cpu \
+		--out $(QUICK)/latency_four_layers.json
+	$(BIN)/python -m evals.report --results $(QUICK) --out $(QUICK)/report
+
+report: $(VENV)/.evals  ## One page, report/report.html, out of the stored results
+	$(BIN)/python -m evals.report --results evals/results --out report
 
 lint: $(VENV)/.dev  ## Check style and types
 	$(BIN)/ruff check
@@ -43,7 +59,7 @@ format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff format
 
 clean:  ## Remove what these commands made
-	rm -rf $(VENV) $(SGLANG_VENV) build dist demo_output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) build dist demo_output report *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # The CPU build of torch saves gigabytes where no NVIDIA driver could use the CUDA build. In order: a wheel at hand in a
 # folder that pip is configured to look into, PyTorch's CPU index if it answers, the default index.
@@ -63,7 +79,7 @@ $(VENV)/.torch: constraints.txt
 	fi
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo $(VENV)/.evals $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	@echo 'Installing into $(VENV), some minutes the first time'
 	$(PIP) install --quiet --quiet -c constraints.txt -e ".[$*]"
 	@touch $@

@@ -1,6 +1,6 @@
 """Calibrate the shipped reader on pages drawn from its training seeds, all levels in turn, and write basis files.
 
-    python evals/calibrate_reader.py --pages 768
+    python -m evals.calibrate_reader --pages 768
 
 writes runs/reader_basis.safetensors (PCA of Keys and Values), runs/reader_oblique.safetensors (Keys weighted by
 queries, Values by the output projection) and runs/reader_leank.safetensors (static channels), the files that

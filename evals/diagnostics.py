@@ -175,11 +175,19 @@ def mean_of(tensors: Sequence[Tensor]) -> list[Any]:
 def geometry(samples: Sequence[list[Heard]], ranks: Sequence[int]) -> dict[str, Any]:
     """All numbers of the module's first half, from what was heard of each sample in each layer."""
     layers = range(len(samples[0]))
-    result: dict[str, Any] = {"samples": len(samples), "layers": []}
+    result: dict[str, Any] = {
+        "samples": len(samples),
+        "answer_queries": sum(sample[0].answer.shape[1] for sample in samples),
+        "layers": [],
+    }
     for layer in layers:
         heard = [sample[layer] for sample in samples]
+        text, windows, answers = (
+            torch.cat([getattr(one, name) for one in heard], 1) for name in ("text", "window", "answer")
+        )
         variance = [spectrum(one.stats.scatter[:, 0]) for one in heard]
-        energy = [spectrum(logit_energy(one.stats.scatter[:, 0], one.answer)) for one in heard]
+        # The queries of all samples: those of one answer are too few to span anything.
+        energy = [spectrum(logit_energy(one.stats.scatter[:, 0], answers)) for one in heard]
         row: dict[str, Any] = {
             "explained_variance": mean_of(variance),
             "logit_energy": mean_of(energy),
@@ -191,9 +199,6 @@ def geometry(samples: Sequence[list[Heard]], ranks: Sequence[int]) -> dict[str, 
                 for share in SHARES
             },
         }
-        text, windows, answers = (
-            torch.cat([getattr(one, name) for one in heard], 1) for name in ("text", "window", "answer")
-        )
         row["angles"] = {
             # Neighbours in a ring, so that each image meets two others.
             "images": {

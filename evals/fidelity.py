@@ -1,7 +1,7 @@
 """Does the compressed cache still read the page? Exact match and KL per method and budget, first and second question.
 
-    python evals/fidelity.py --pages 512 --out evals/results/fidelity.json
-    python evals/fidelity.py --model name-or-path --images folder --question "What is it?" --question "Where?"
+    python -m evals.fidelity --pages 512 --out evals/results/fidelity.json
+    python -m evals.fidelity --model name-or-path --images folder --question "What is it?" --question "Where?"
 
 Every image gets two questions. The prompt (image and first question) is prefilled once, densely; each method then seals
 the same Keys and Values, with the first question's queries as its window, and answers both questions from the
@@ -378,17 +378,22 @@ def draw(result: dict[str, Any], path: Path) -> None:
             capsize=3,
             linewidth=1,
         )
+    points = [-0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    highest = max(100 * row["second"]["loss_95"][1] for rows in families.values() for row in rows)
     for axis, title in zip(axes, titles.values(), strict=True):
-        axis.set(xscale="log", xlabel=title)
         axis.set_yscale("symlog", linthresh=1)
-        axis.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+        axis.set_yticks(points, [f"{point:g}" for point in points])
+        axis.set_ylim(-0.6, max(1.0, 1.2 * highest))
+        axis.set(xscale="log", xlabel=title)
+        axis.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
         axis.minorticks_off()
         axis.axhline(0.5, color="grey", linestyle=":", linewidth=1)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    axes[0].set_ylabel("second question, points lost")
+            axis.legend(fontsize=7, loc="upper left")
+    axes[0].set_ylabel("points of exact match lost, second question (dotted: half a point)")
     count = result["methods"]["dense"]["second"]["images"]
-    figure.suptitle(f"{result['model']}, {count} images, {result['setting']}", fontsize=9)
+    setting = ", ".join(f"{name} {value}" for name, value in result["setting"].items())
+    figure.suptitle(f"{result['model']}, {count} images: {setting}; bars are 95 % intervals", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

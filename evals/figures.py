@@ -1,5 +1,6 @@
 """Pictures of results: each function takes stored numbers and returns a matplotlib figure."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 mpl.use("Agg")
@@ -31,10 +33,19 @@ def new(rows: int = 1, columns: int = 1, height: float = 3.0, **options: Any) ->
     return figure, axes
 
 
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file holds it."""
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    # 128 colours show the same in a third of the bytes.
+    Image.open(drawn).convert("RGB").quantize(128).save(packed, format="PNG", optimize=True)
+    return packed.getvalue()
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    path.write_bytes(png(figure))
 
 
 def rounded(value: Any, digits: int = 5) -> Any:
@@ -136,4 +147,109 @@ def _ablations(table: Mapping[str, Any]) -> Figure:
     axes[0, 0].set(title="points of exact match lost", yticks=places, yticklabels=names)
     axes[0, 1].plot([table[name]["second"]["kl"] for name in names], places, "o", ms=4)
     axes[0, 1].set(title="KL against the dense cache", xscale="log")
+    return figure
+
+
+def family(options: Mapping[str, Any]) -> str:
+    """What a method's options of `RotateKCache` prune."""
+    identity = options.get("sparsity") == 0 and not options.get("key_bits")
+    if options.get("tokens"):
+        return "tokens only" if identity else "tokens and channels"
+    return "coded" if options.get("key_bits") or options.get("value_bits") else "channels only"
+
+
+def _label(options: Mapping[str, Any]) -> str:
+    """The method without its budget."""
+    basis = options.get("basis", "rotatek")
+    name = NAMES.get(basis, {"spark": "SparK"}.get(basis, Path(str(basis)).stem))
+    tokens = str(options.get("tokens") or "").split(":")[0]
+    bits = options.get("key_bits")
+    if family(options) == "tokens only":
+        return tokens
+    return name + (f", {bits} bit" if bits else "") + (f" + {tokens}" if tokens else "")
+
+
+def _grid(tasks: Mapping[str, Any]) -> tuple[Figure, list[Any]]:
+    columns = min(3, len(tasks))
+    figure, axes = new(-(-len(tasks) // columns), columns, 2.9)
+    flat = list(axes.flat)
+    for axis in flat[len(tasks) :]:
+        axis.set_axis_off()
+    return figure, flat
+
+
+MARKERS = {"channels only": "o", "coded": "D", "tokens only": "s", "tokens and channels": "^"}
+
+
+def trade_off(result: Mapping[str, Any]) -> Figure:
+    """Score against the bytes of the cache, a panel for each task."""
+    figure, axes = _grid(result["tasks"])
+    colours: dict[str, str] = {}
+    for axis, (task, found) in zip(axes, result["tasks"].items(), strict=False):
+        dense = found["methods"]["dense"]
+        axis.axhline(100 * dense["mean"], color="grey", lw=0.8, ls=":", label="dense")
+        lines: dict[str, list[tuple[float, float, float, str]]] = {}
+        for row in found["methods"].values():
+            if row.get("options") is not None and row["mean"] is not None:
+                share = 100 * row["cache_bytes"] / dense["cache_bytes"]
+                entry = (share, 100 * row["mean"], 100 * (row["se"] or 0), family(row["options"]))
+                lines.setdefault(_label(row["options"]), []).append(entry)
+        for label, entries in lines.items():
+            colour = colours.setdefault(label, f"C{len(colours) % 10}")
+            shares, means, errors, kinds = zip(*sorted(entries), strict=True)
+            axis.errorbar(
+                shares,
+                means,
+                yerr=errors,
+                fmt=f"{MARKERS[kinds[0]]}-",
+                ms=4,
+                lw=1,
+                color=colour,
+                capsize=2,
+                label=label,
+            )
+        axis.set(title=f"{task}, n = {found['samples']}", xlabel="bytes of the dense cache, %")
+    axes[0].set_ylabel("score")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def robustness(result: Mapping[str, Any]) -> Figure | None:
+    """Score against sparsity, a curve for each basis that was swept; None if none was."""
+    swept: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for task, found in result["tasks"].items():
+        for row in found["methods"].values():
+            options = row.get("options")
+            if options is not None and options.get("sparsity") and family(options) == "channels only":
+                entry = (options["sparsity"], 100 * row["mean"], 100 * (row["se"] or 0))
+                swept.setdefault(task, {}).setdefault(_label(options), []).append(entry)
+    if not any(len(curve) > 1 for curves in swept.values() for curve in curves.values()):
+        return None
+    figure, axes = _grid(swept)
+    for axis, (task, curves) in zip(axes, swept.items(), strict=False):
+        axis.axhline(100 * result["tasks"][task]["methods"]["dense"]["mean"], color="grey", lw=0.8, ls=":")
+        for label, curve in curves.items():
+            shares, means, errors = zip(*sorted(curve), strict=True)
+            axis.errorbar(shares, means, yerr=errors, fmt="o-", ms=4, lw=1, capsize=2, label=label)
+        axis.set(title=task, xlabel="share of Key channels removed")
+    axes[0].set_ylabel("score")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def latency(rows: list[Mapping[str, Any]]) -> Figure:
+    """Decode step and cache bytes against prompt length, at batch 1."""
+    single = [row for row in rows if row["batch"] == 1] or rows
+    figure, axes = new(1, 2, 3.4)
+    for method in dict.fromkeys(row["method"] for row in single):
+        own = [row for row in single if row["method"] == method]
+        lengths = [row["context"] for row in own]
+        step = np.array([[row["token_ms"][name] for name in ("median", "least", "most")] for row in own])
+        errors = np.abs(step[:, 1:].T - step[:, 0])
+        axes[0, 0].errorbar(lengths, step[:, 0], yerr=errors, fmt="o-", ms=3, lw=1, capsize=2, label=method)
+        axes[0, 1].plot(lengths, [row["cache_bytes"] / 2**20 for row in own], "o-", ms=3, lw=1)
+    for axis, title in zip(axes[0], ("decode step, ms", "cache, MiB"), strict=True):
+        axis.set(title=title, xlabel="tokens of the prompt", xscale="log", yscale="log")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure

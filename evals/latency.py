@@ -1,6 +1,6 @@
 """How fast, how large: prefill, basis fit, decode step, cache bytes and peak memory of a whole model.
 
-    python -m evals.latency --shape two-layers --contexts 1024 4096 --out runs/latency.json
+    python -m evals.latency --shape four-layers --contexts 1024 4096 --out runs/latency.json
     python -m evals.latency --shape llava-next-8b --contexts 1024 4096 16384 65536 131072 --batches 1 4 16 \
         --largest 65536 --device cuda --out evals/results/latency_llava_next_8b.json
     python -m evals.latency --model llava-hf/llama3-llava-next-8b-hf --contexts 16384 --tokens 100 --device cuda ...

@@ -1,6 +1,6 @@
 """Fewer tokens, fewer channels, or both? Answers of the reader at matched bytes, per token method and budget.
 
-    python evals/token_pruning.py --seeds report --pages 384 --out evals/results/token_pruning.json
+    python -m evals.token_pruning --seeds report --pages 384 --out evals/results/token_pruning.json
 
 Every token method runs alone and joint with channel methods. At each budget the share of tokens is set so that all
 variants hold the same bytes of visual Keys and Values, read from storage, bases, deltas and row tables included; a

@@ -161,19 +161,19 @@ def test_reader_samples_are_the_same_every_time_and_ask_what_they_say():
         first, again, other = task.sample(3), task.sample(3), task.sample(4)
         assert first.images == again.images and first.turns == again.turns
         assert first.images != other.images
-        kinds = {turn.kind for index in range(24) for turn in task.sample(index).turns}
-        what = name.split("-")[2]
+        what = name.split("-", 2)[2]
+        samples = [task.sample(index) for index in range(24)]
+        kinds = {turn.kind for sample in samples for turn in sample.turns if turn.scored}
         expected = {
             "cell": {"glyph", "colour"}, "count": {"count"}, "compare": {"compare"}, "where": {"where"},
             "row": {"row", "column", "row_colours", "column_colours"}, "conversation": {"row"},
         }  # fmt: skip
-        assert kinds == expected.get(what, kinds)
+        assert kinds == expected.get(what.removeprefix("then-"), kinds)
         scored = [turn.scored for turn in first.turns]
-        assert (
-            scored == [True]
-            if what not in ("second", "conversation")
-            else scored == [False] + [True] * (len(scored) - 1)
-        )
+        later = what in ("second", "conversation") or what.startswith("then-")
+        assert scored == [not later] + [True] * (len(scored) - 1) and (len(scored) > 1) == later
+        if what == "second":
+            assert all(sample.turns[0].kind != sample.turns[1].kind for sample in samples)
     with pytest.raises(TaskError, match="sample must lie in"):
         task.sample(100_000)
 

@@ -14,7 +14,7 @@ from evals import latency
 from evals.latency import NotHereError, build, draw_prompt, held_bytes, largest, make_cache, measure, switch_attention
 
 SHAPE = {
-    "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 64, "vocab_size": 99,
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ def test_every_method_of_the_file_is_measured_or_says_why_not(model):
         assert (row["fit_share"] is None) == row["method"].startswith("dense")
         assert row["fit_share"] is None or 0 < row["fit_share"] < 1
     held = {row["method"]: row["cache_bytes"] for row in rows if "cache_bytes" in row}
-    dense = 2 * 2 * 2 * 2 * (200 + 2) * 32 * 4  # layers, states, rows, heads, tokens, width, bytes
+    dense = 3 * 2 * 2 * 2 * (200 + 2) * 32 * 4  # layers, states, rows, heads, tokens, width, bytes
     assert held["dense, sdpa"] == dense
     assert held["RotateK r=32"] < 0.75 * dense and held["RotateK r=32, 4 bit"] < held["RotateK r=32"]
 
@@ -87,12 +87,12 @@ def test_the_largest_that_fits_is_found(most):
 
 def test_the_command_writes_what_it_measured_and_refuses_what_it_cannot(tmp_path, monkeypatch, capsys):
     out = tmp_path / "l.json"
-    small = ["latency", "--shape", "two-layers", "--contexts", "128", "--tokens", "2", "--rounds", "1", "--text", "8"]
+    small = ["latency", "--shape", "four-layers", "--contexts", "128", "--tokens", "2", "--rounds", "1", "--text", "8"]
     monkeypatch.setattr(sys, "argv", [*small, "--device", "cpu", "--only", "RotateK r=32", "--out", str(out)])
     latency.main()
     stored = json.loads(out.read_text())
     assert {"command", "environment", "rows", "setting"} <= set(stored)
-    assert "RotateK r=32, 4 bit" in capsys.readouterr().out and len(stored["rows"]) == 3
+    assert "RotateK r=32, 4 bit" in capsys.readouterr().out and len(stored["rows"]) == 4
     monkeypatch.setattr(sys, "argv", [*small, "--largest", "1024", "--device", "cpu"])
     with pytest.raises(SystemExit):
         latency.main()

@@ -244,12 +244,19 @@ def many_splits(monkeypatch):
 
 def splits_of(query: torch.Tensor, segments: list[SegmentView]) -> list[int]:
     launches, _, _ = decode.plan(decode.shapes_of(query, segments), query, segments, 1.0, 4096)
-    return [(arguments.splits - 3) // 2 for launch in launches[:-1] for arguments in launch.arguments["segments"]]
+    return [(arguments.place[1] - 3) // 2 for launch in launches[:-1] for arguments in launch.arguments["segments"]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+IN_ALL_DTYPES = {"width128-rank32-ragged", "row-with-nothing", "mixed-widths", "pool-many-queries", "additive-mask"}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(name, dtype) for name in CASES for dtype in DTYPES if CUDA or name in IN_ALL_DTYPES or dtype == torch.float16],
+    ids=str,
+)
 def test_agrees_with_the_reference(case, dtype):
+    case = CASES[case]
     query, segments = draw(case, dtype)
     assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
 

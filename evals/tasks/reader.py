@@ -1,10 +1,12 @@
 """Tasks for the reader that ships with the package: pages drawn from seeds, so they need no network.
 
 A name is "reader-<level>-<what>". What is asked: `cell` (the glyph or colour at an address), `row` (a whole row or
-column), `address` (either), `count`, `compare`, `where`; `second` asks another question about the same page when the
-first one is answered, on the same cache, and counts that one; `conversation` asks for every row of the page in turn
-(some forty tokens read from one compressed cache) and counts all but the first; `images` shows two pages and asks
-about the first.
+column), `address` (either), `count`, `compare`, `where`. The first token of a first answer comes from the prefill,
+which attends to dense Keys: answers of one word (`cell`, `count`, `compare`, `where`) say nothing about a cache that
+is compressed after it. `then-cell` and so on ask the same when a first question is answered, on the same cache, and
+count that second answer only; `second` is `then-` any other question by address; `conversation` asks for every row of
+the page in turn (some forty tokens read from one compressed cache) and counts all but the first; `images` shows two
+pages and asks about the first.
 """
 
 import itertools
@@ -34,8 +36,13 @@ def _one_of(*kinds: str) -> What:
     return What(lambda page, rng: [ask(page, rng, str(rng.choice(kinds)))])
 
 
-def _two_questions(page: Page, rng: np.random.Generator) -> list[Question]:
-    return [ask(page, rng, str(kind)) for kind in rng.choice(ADDRESS_KINDS, 2, replace=False)]
+def _then(*kinds: str) -> What:
+    def ask_twice(page: Page, rng: np.random.Generator) -> list[Question]:
+        first = str(rng.choice(ADDRESS_KINDS))
+        others = [kind for kind in kinds if kind != first] or list(kinds)
+        return [ask(page, rng, first), ask(page, rng, str(rng.choice(others)))]
+
+    return What(ask_twice, first_counts=False)
 
 
 def _every_row(page: Page, rng: np.random.Generator) -> list[Question]:
@@ -43,14 +50,20 @@ def _every_row(page: Page, rng: np.random.Generator) -> list[Question]:
     return [Question("row", f"row {row + 1}?", " ".join(page.glyphs[row])) for row in rows]
 
 
+CELL = ("glyph", "colour")
+LINE = ("row", "column", "row_colours", "column_colours")
+KINDS = {
+    "cell": CELL,
+    "row": LINE,
+    "address": ADDRESS_KINDS,
+    "count": ("count",),
+    "compare": ("compare",),
+    "where": ("where",),
+}
 WHAT = {
-    "cell": _one_of("glyph", "colour"),
-    "row": _one_of("row", "column", "row_colours", "column_colours"),
-    "address": _one_of(*ADDRESS_KINDS),
-    "count": _one_of("count"),
-    "compare": _one_of("compare"),
-    "where": _one_of("where"),
-    "second": What(_two_questions, first_counts=False),
+    **{name: _one_of(*kinds) for name, kinds in KINDS.items()},
+    **{f"then-{name}": _then(*kinds) for name, kinds in KINDS.items() if name != "address"},
+    "second": _then(*ADDRESS_KINDS),
     "conversation": What(_every_row, first_counts=False),
     "images": What(_one_of(*ADDRESS_KINDS).ask, pages=2),
 }
@@ -74,7 +87,7 @@ class ReaderTask:
     @classmethod
     def named(cls, name: str) -> "ReaderTask":
         """The task of that name."""
-        _, level, what = name.split("-")
+        _, level, what = name.split("-", 2)
         return cls(name, level, WHAT[what])
 
     def __len__(self) -> int:

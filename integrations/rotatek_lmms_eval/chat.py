@@ -57,9 +57,10 @@ class Chat:
         if getattr(processor, "tokenizer", None) is None:
             raise ChatError(f"{type(processor).__name__} has no tokenizer: this is no vision-language model")
         if not getattr(processor, "chat_template", None):
+            name = getattr(model, "name_or_path", "") or type(model).__name__
             raise ChatError(
-                f"the processor of '{getattr(model, 'name_or_path', type(model).__name__)}' has no chat template, so "
-                "nobody knows how it is asked: give it one (`processor.chat_template`)"
+                f"the processor of '{name}' has no chat template, so nobody knows how it is asked: give it one "
+                "(`processor.chat_template`)"
             )
         self.model = model
         self.processor = processor
@@ -137,6 +138,12 @@ class Chat:
         """Ask each conversation another question; `batch.answers` are those to it, `batch.cache` holds it too."""
         tokenizer = self.processor.tokenizer
         device = batch.ids.device
+        kinds = set(getattr(self.model.config.get_text_config(decoder=True), "layer_types", None) or [])
+        if len(questions) > 1 and kinds - {"full_attention"}:
+            raise ChatError(
+                f"this model has {', '.join(sorted(kinds - {'full_attention'}))} layers, in whose window the padding "
+                "between answers and later questions would count: hold its conversations one at a time (batch 1)"
+            )
         follow = [tokenizer(self._follow_up(text), add_special_tokens=False)["input_ids"] for text in questions]
         # The template closes an answer with the token that has ended it already, unless it was cut short.
         follow = [ids[1:] if ids[:1] == [end] else ids for ids, end in zip(follow, batch.ends, strict=True)]

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from rotatek_kernels.decode_triton import (
 SEGMENTS_PER_LAUNCH = 8  # each is a branch of the kernel
 TOKENS_PER_SPLIT = 256  # below this a split costs more than it brings: it projects the queries and merges a state
 MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
+UNIT = STATE_ALIGN.value
 MERGE_SPLITS = 16  # states that it reads at once
 ONE_WARP = 128  # head width up to which one warp holds the output of text
 REMEMBERED = 256  # plans
@@ -69,40 +69,48 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class SegmentShape:
+class SegmentShape(NamedTuple):
     """What follows from the shapes and strides of a segment, whatever its length.
 
     Attributes:
+        order: which of the segments it is.
         form, merge_form: what the kernels are compiled for.
         token_bytes: of one token's Keys and Values in one head.
-        strides: of `SegmentArguments`, without those of the mask.
-        merge_strides: of `MergeArguments`.
+        strides: odd, of heads of Keys and of Values and of rows of slots.
+        basis_strides, merge_strides: of the Keys' basis and the Values', odd.
+        packed_rows: whether row tables lie side by side, as the kernels read them.
     """
 
+    order: int
     form: SegmentForm
     merge_form: MergeForm
     token_bytes: int
-    strides: dict[str, int]
-    merge_strides: dict[str, int]
+    strides: tuple[int, ...]
+    basis_strides: tuple[int, ...]
+    merge_strides: tuple[int, ...]
+    packed_rows: bool
 
 
-@dataclass(frozen=True)
-class Shapes:
+class Shapes(NamedTuple):
     """What follows from the shapes and strides of query and segments: checked once, used in every step.
 
     Attributes:
-        segments: by index, those that may hold tokens.
-        tiles: tiles of queries.
+        segments: those that may hold tokens.
+        programs: wanted per multiprocessor.
+        tiles: of queries.
+        heads: of Keys and Values.
+        value_width: of the output.
+        query_strides: odd, in units of their alignment.
         constants, merge_constants: of the two kernels.
         options, merge_options: for Triton.
     """
 
-    segments: dict[int, SegmentShape]
+    segments: list[SegmentShape]
     programs: int
     tiles: int
-    group: int
+    heads: int
     value_width: int
+    query_strides: tuple[int, ...]
     constants: dict[str, Any]
     merge_constants: dict[str, Any]
     options: dict[str, Any]
@@ -200,36 +208,40 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView]) -> Shapes:
     group = q_heads // heads
     value_width = segments[0].value_width
     sizes = BLOCK_SIZES[_kind(query, segments)]
-    tile_queries = max(1, min(positions, sizes.rows // group))
-    shaped = {
-        index: _shape_segment(segment, sizes, query.dtype)
+    # Few block sizes, so that few kernels are made: a tile holds as many positions as fit.
+    rows = max(_block(group), min(sizes.rows, _block(positions * group)))
+    tile_queries = rows // group
+    shaped = [
+        _shape_segment(index, segment, sizes, query.dtype)
         for index, segment in enumerate(segments)
         if segment.max_length > 0
-    }
-    widest = max([shape.merge_form.block_w for shape in shaped.values() if shape.merge_form.block_w], default=16)
+    ]
+    widest = max([shape.merge_form.block_w for shape in shaped], default=0)
+    align = _alignment(query, *query.stride()[:3])
     return Shapes(
         segments=shaped,
         programs=sizes.programs,
         tiles=-(-positions // tile_queries),
-        group=group,
+        heads=heads,
         value_width=value_width,
+        query_strides=tuple(odd(stride // align) for stride in query.stride()[:3]),
         constants={
             "SINGLE": positions == 1,
             "G": group,
             "D": width,
-            "QUERY_ALIGN": _alignment(query, *query.stride()[:3]),
+            "QUERY_ALIGN": align,
             "TILE_Q": tile_queries,
-            "BLOCK_M": _block(tile_queries * group),
+            "BLOCK_M": rows,
             "BLOCK_D": _block(width),
         },
         merge_constants={
             "G": group,
             "D_V": value_width,
-            "BLOCK_DV": min(_block(value_width), MERGE_NUMBERS // widest),
+            "BLOCK_DV": min(_block(value_width), MERGE_NUMBERS // max(16, widest)),
             "BLOCK_S": MERGE_SPLITS,
         },
         options={"num_warps": sizes.warps, "num_stages": sizes.stages, "enable_fp_fusion": True},
-        merge_options={"num_warps": 4 if widest > 16 else 2, "num_stages": 2, "enable_fp_fusion": True},
+        merge_options={"num_warps": 4 if widest else 2, "num_stages": 2, "enable_fp_fusion": True},
     )
 
 
@@ -238,53 +250,47 @@ def plan(
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches that decode arguments of `shapes`, with output ``[B, Q, H_q, D_v]`` and lse ``[B, H_q, Q]``."""
     batch, q_heads, positions, _ = query.shape
-    group = shapes.group
-    heads = q_heads // group
-    device = query.device
-    queries = positions * group
-    present = [(segments[index], shape) for index, shape in shapes.segments.items()]
+    device, heads = query.device, shapes.heads
+    states_of_split = batch * q_heads * positions
     splits = split_counts(
-        [(segment.max_length, shape.token_bytes) for segment, shape in present],
+        [(segments[shape.order].max_length, shape.token_bytes) for shape in shapes.segments],
         shapes.programs * processors,
         batch * heads * shapes.tiles,
     )
     total_splits = sum(splits)
     attended, merged, first_split, first_state = [], [], 0, 0
-    for (segment, shape), count in zip(present, splits, strict=True):
-        place = {"first_split": odd(first_split), "splits": odd(count), "first_state": odd(first_state)}
-        attended.append(_segment_arguments(segment, shape, place))
-        merged.append(_merge_arguments(segment, shape, place))
+    for shape, count in zip(shapes.segments, splits, strict=True):
+        place = (2 * first_split + 3, 2 * count + 3, 2 * first_state + 3)  # `odd` numbers
+        attended.append(_segment_arguments(segments[shape.order], shape, place))
+        merged.append(_merge_arguments(segments[shape.order], shape, place))
         first_split += count
-        first_state += -(-batch * heads * count * queries * shape.form.state_width // STATE_ALIGN.value)
-    states = _empty((first_state * STATE_ALIGN.value,), torch.float32, device)
-    lses = _empty((batch * heads * total_splits * queries,), torch.float32, device)
+        first_state += -(-states_of_split * count * shape.form.state_width // UNIT)
+    # One allocation for all that only the kernels see: the states, behind them their log-sum-exps.
+    states = _empty((first_state * UNIT + states_of_split * total_splits,), torch.float32, device)
     out = _empty((batch, positions, q_heads, shapes.value_width), query.dtype, device)
     lse = _empty((batch, q_heads, positions), torch.float32, device)
     launches = []
-    for start in range(0, len(present), SEGMENTS_PER_LAUNCH):
+    for start in range(0, len(attended), SEGMENTS_PER_LAUNCH):
         part = slice(start, start + SEGMENTS_PER_LAUNCH)
         programs, before = sum(splits[part]), sum(splits[:start])
-        strides = (stride // shapes.constants["QUERY_ALIGN"] for stride in query.stride()[:3])
-        integers = (positions, total_splits, programs, before, *strides)
+        integers = (odd(positions), odd(total_splits), odd(first_state), odd(programs), odd(before))
         arguments: dict[str, Any] = {
             "query": query,
             "states": states,
-            "lses": lses,
             "segments": tuple(attended[part]),
             "scale": float(scale),
-            "integers": tuple(odd(integer) for integer in integers),
-            "FORMS": tuple(shape.form for _, shape in present[part]),
+            "integers": integers + shapes.query_strides,
+            "FORMS": tuple([shape.form for shape in shapes.segments[part]]),
             **shapes.constants,
         }
         launches.append(Launch(attend_splits, (programs * shapes.tiles, heads, batch), arguments, shapes.options))
     merge: dict[str, Any] = {
         "states": states,
-        "lses": lses,
         "out": out,
         "lse": lse,
         "segments": tuple(merged),
-        "integers": (odd(positions), odd(total_splits)),
-        "FORMS": tuple(shape.merge_form for _, shape in present),
+        "integers": (odd(positions), odd(total_splits), odd(first_state)),
+        "FORMS": tuple([shape.merge_form for shape in shapes.segments]),
         **shapes.merge_constants,
     }
     blocks = -(-shapes.value_width // shapes.merge_constants["BLOCK_DV"])
@@ -312,7 +318,7 @@ def split_counts(segments: Sequence[tuple[int, int]], programs: int, pairs: int)
 def odd(integer: int) -> int:
     """An odd number above 1 for an integer above -1, which Triton does not make a kernel of its own for.
 
-    The kernels take it back; see `decode_triton._even`.
+    The kernels take it back; see `decode_triton._plain`.
     """
     return 2 * integer + 3
 
@@ -333,7 +339,7 @@ def _unpacked(blocks: tuple[Block, ...]) -> int:
     return sum(block.parts * block.padded for block in blocks)
 
 
-def _shape_segment(segment: SegmentView, sizes: BlockSizes, dtype: torch.dtype) -> SegmentShape:
+def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: torch.dtype) -> SegmentShape:
     keys, values = segment.keys, segment.values
     key_blocks = _blocks(keys.shape[-1], segment.key_code)
     value_blocks = _blocks(values.shape[-1], segment.value_code)
@@ -360,19 +366,22 @@ def _shape_segment(segment: SegmentView, sizes: BlockSizes, dtype: torch.dtype) 
         block_n=max(16, min(sizes.tokens, (1 << (sizes.tile // unpacked).bit_length()) // 2)),
         stages=sizes.stages,
     )
+    tables = (segment.starts, segment.lengths, segment.basis_rows)
     return SegmentShape(
+        order=order,
         form=form,
         merge_form=MergeForm(
             state_width, 0 if value_basis is None else _block(state_width), **_basis_form(value_basis)
         ),
         token_bytes=keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size(),
-        strides={
-            "key_head_stride": odd(keys.stride(0) // key_align),
-            "value_head_stride": odd(values.stride(0) // value_align),
-            "slot_row_stride": odd(0 if segment.slots is None else segment.slots.stride(0)),
-            **_basis_strides(key_basis),
-        },
+        strides=(
+            odd(keys.stride(0) // key_align),
+            odd(values.stride(0) // value_align),
+            odd(0 if segment.slots is None else segment.slots.stride(0)),
+        ),
+        basis_strides=_basis_strides(key_basis),
         merge_strides=_basis_strides(value_basis),
+        packed_rows=all(table is None or table.is_contiguous() for table in tables),
     )
 
 
@@ -407,49 +416,52 @@ def _basis_form(basis: KeyBasis | None) -> dict[str, int]:
     }
 
 
-def _basis_strides(basis: KeyBasis | None) -> dict[str, int]:
-    """Strides of heads and rows, in units of their alignment."""
-    strides = {}
-    for name, tensor in (
-        ("decoder", None if basis is None else basis.B),
-        ("delta", None if basis is None else basis.delta),
-    ):
-        align = _basis_form(basis)[f"{name}_align"]
-        for dimension, what in enumerate(("head", "row")):
-            strides[f"{name}_{what}_stride"] = odd(0 if tensor is None else tensor.stride(dimension) // align)
-    return strides
+def _basis_strides(basis: KeyBasis | None) -> tuple[int, ...]:
+    """Strides of heads and rows of decoder and delta, odd, in units of their alignment."""
+    form = _basis_form(basis)
+    strides = []
+    decoder, delta = (None, None) if basis is None else (basis.B, basis.delta)
+    for name, tensor in (("decoder", decoder), ("delta", delta)):
+        pair = (0, 0) if tensor is None else tensor.stride()[:2]
+        strides += [odd(stride // form[f"{name}_align"]) for stride in pair]
+    return tuple(strides)
 
 
-def _segment_arguments(segment: SegmentView, shape: SegmentShape, place: dict[str, int]) -> SegmentArguments:
-    mask, basis = segment.mask, _decoder(segment.basis)
-    mask_strides = (0, 0, 0) if mask is None else mask.stride()
+def _segment_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[int, int, int]) -> SegmentArguments:
+    mask, basis = segment.mask, segment.basis
+    if mask is None:
+        mask_strides = (3, 3)  # `odd` zeros
+    else:
+        mask_strides = (odd(mask.stride(0)), odd(mask.stride(1)))
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    starts, lengths, rows = segment.starts, segment.lengths, segment.basis_rows
+    if not shape.packed_rows:
+        starts, lengths, rows = starts.contiguous(), lengths.contiguous(), None if rows is None else rows.contiguous()
+    decoder = None if basis is None else basis.B
     return SegmentArguments(
-        stored_keys=segment.keys,
-        stored_values=segment.values,
-        slots=segment.slots,
-        starts=segment.starts.contiguous(),
-        lengths=segment.lengths.contiguous(),
-        mask=mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask,
-        decoder=None if basis is None else basis.B,
-        delta=None if basis is None else basis.delta,
-        basis_rows=None if basis is None or segment.basis_rows is None else segment.basis_rows.contiguous(),
-        max_length=odd(segment.max_length),
-        mask_row_stride=odd(mask_strides[0]),
-        mask_query_stride=odd(mask_strides[1]),
-        **place,
-        **shape.strides,
+        segment.keys,
+        segment.values,
+        segment.slots,
+        starts,
+        lengths,
+        mask,
+        decoder,
+        None if basis is None or decoder is None else basis.delta,
+        None if decoder is None else rows,
+        place,
+        (2 * segment.max_length + 3, *mask_strides, *shape.strides),
+        shape.basis_strides,
     )
 
 
-def _merge_arguments(segment: SegmentView, shape: SegmentShape, place: dict[str, int]) -> MergeArguments:
-    basis = _decoder(segment.value_basis)
-    return MergeArguments(
-        decoder=None if basis is None else basis.B,
-        delta=None if basis is None else basis.delta,
-        basis_rows=None if basis is None or segment.basis_rows is None else segment.basis_rows.contiguous(),
-        **place,
-        **shape.merge_strides,
-    )
+def _merge_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[int, int, int]) -> MergeArguments:
+    basis = segment.value_basis
+    if basis is None or basis.B is None:
+        return MergeArguments(None, None, None, place, shape.merge_strides)
+    rows = segment.basis_rows
+    if rows is not None and not shape.packed_rows:
+        rows = rows.contiguous()
+    return MergeArguments(basis.B, basis.delta, rows, place, shape.merge_strides)
 
 
 def _token_stride(tensor: Tensor) -> int:

@@ -62,19 +62,9 @@ class SegmentArguments(NamedTuple):
     decoder: Any  # [H, R, D, channels] of the Keys, or None: they are dense
     delta: Any  # [H, R, D], or None
     basis_rows: Any  # [B], or None: row b uses row b of the basis
-    max_length: int
-    first_split: int
-    splits: int
-    first_state: int  # where it begins in `states`, in units of STATE_ALIGN
-    key_head_stride: int
-    value_head_stride: int
-    slot_row_stride: int
-    mask_row_stride: int
-    mask_query_stride: int
-    decoder_head_stride: int
-    decoder_row_stride: int
-    delta_head_stride: int
-    delta_row_stride: int
+    place: tuple[int, ...]  # first split, splits, where its states begin in units of STATE_ALIGN
+    sizes: tuple[int, ...]  # max_length; strides of the mask's rows and queries; of heads of Keys, of Values; of slots
+    basis_strides: tuple[int, ...]  # of heads and rows of the decoder, of delta
 
 
 class MergeForm(NamedTuple):
@@ -93,23 +83,18 @@ class MergeArguments(NamedTuple):
     decoder: Any  # [H, R, D_v, channels], or None: states are outputs
     delta: Any  # [H, R, D_v], or None
     basis_rows: Any  # [B], or None
-    first_split: int
-    splits: int
-    first_state: int
-    decoder_head_stride: int
-    decoder_row_stride: int
-    delta_head_stride: int
-    delta_row_stride: int
+    place: tuple[int, ...]
+    basis_strides: tuple[int, ...]
 
 
 @triton.jit
-def _even(odd):
-    """The integer that `decode.odd` made odd.
+def _plain(odd):
+    """The integers that `decode.odd` made odd.
 
     Triton makes kernels of their own for integers that are 1 or multiples of 16, which inside of tuples cannot be
     switched off; lengths and strides that change from step to step must not make new kernels.
     """
-    return (odd - 3) >> 1
+    return [(integer - 3) >> 1 for integer in odd]
 
 
 @triton.jit
@@ -185,7 +170,8 @@ def _project(
     """
     shift = tl.zeros([query.shape[0]], tl.float32)  # [BLOCK_M]
     sums = _zeros(FORM.key_blocks, query.shape[0])
-    decoder = head * _even(seg.decoder_head_stride) + basis_row * _even(seg.decoder_row_stride)
+    decoder_head_stride, decoder_row_stride, delta_head_stride, delta_row_stride = _plain(seg.basis_strides)
+    decoder = seg.decoder + (head * decoder_head_stride + basis_row * decoder_row_stride) * FORM.decoder_align
     for first in tl.range(0, D, BLOCK_K, num_stages=1):
         channels = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
         q = tl.load(  # [BLOCK_M, BLOCK_K]
@@ -193,14 +179,12 @@ def _project(
         )
         if seg.delta is not None:
             delta = tl.load(  # [BLOCK_K]
-                seg.delta
-                + (head * _even(seg.delta_head_stride) + basis_row * _even(seg.delta_row_stride)) * FORM.delta_align
-                + channels,
+                seg.delta + (head * delta_head_stride + basis_row * delta_row_stride) * FORM.delta_align + channels,
                 mask=channels < D,
                 other=0.0,
             )
             shift += tl.sum(q.to(tl.float32) * delta.to(tl.float32)[None, :], 1)
-        rows = seg.decoder + decoder * FORM.decoder_align + channels * FORM.decoder_stride  # [BLOCK_K]
+        rows = decoder + channels * FORM.decoder_stride  # [BLOCK_K]
         more = ()
         for index in tl.static_range(len(FORM.key_blocks)):
             more = more + _add_projections(sums, q, rows, channels < D, FORM.key_blocks[index])
@@ -300,10 +284,13 @@ def _attend_segment(
     """
     BLOCK_M: tl.constexpr = query.shape[0]
     BLOCK_N: tl.constexpr = FORM.block_n
-    splits = _even(seg.splits)
+    first_split, splits, first_state = _plain(seg.place)
+    max_length, mask_row_stride, mask_query_stride, key_head_stride, value_head_stride, slot_row_stride = _plain(
+        seg.sizes
+    )
     start = tl.load(seg.starts + row).to(tl.int64)
     length = tl.load(seg.lengths + row).to(tl.int32)
-    length = tl.maximum(tl.minimum(length, _even(seg.max_length)), 0)
+    length = tl.maximum(tl.minimum(length, max_length), 0)
     blocks = tl.cdiv(length, BLOCK_N)
     # int64, or blocks times splits could overflow
     begin = (blocks.to(tl.int64) * split // splits).to(tl.int32) * BLOCK_N
@@ -325,23 +312,23 @@ def _attend_segment(
         shift *= scale_log2
 
     tokens = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    keys = seg.stored_keys + head * _even(seg.key_head_stride) * FORM.key_align
-    values = seg.stored_values + head * _even(seg.value_head_stride) * FORM.value_align
+    keys = seg.stored_keys + head * key_head_stride * FORM.key_align
+    values = seg.stored_values + head * value_head_stride * FORM.value_align
     if seg.slots is None:
         keys += (start + begin) * FORM.key_stride
         values += (start + begin) * FORM.value_stride
         slots = None
     else:
-        slots = seg.slots + row * _even(seg.slot_row_stride) + start + begin
+        slots = seg.slots + row * slot_row_stride + start + begin
     if seg.mask is None:
         mask = None
     elif SINGLE:
-        mask = seg.mask + row * _even(seg.mask_row_stride) + begin.to(tl.int64) * FORM.mask_stride
+        mask = seg.mask + row * mask_row_stride + begin.to(tl.int64) * FORM.mask_stride
     else:
         mask = (
             seg.mask
-            + row * _even(seg.mask_row_stride)
-            + positions.to(tl.int64) * _even(seg.mask_query_stride)
+            + row * mask_row_stride
+            + positions.to(tl.int64) * mask_query_stride
             + begin.to(tl.int64) * FORM.mask_stride
         )
 
@@ -400,12 +387,12 @@ def _attend_segment(
     total = tl.where(nothing, 1.0, total)
     lse = tl.where(nothing, float("-inf"), highest + tl.log2(total))  # [BLOCK_M]
     tl.store(
-        lses + (state_row * total_splits + _even(seg.first_split) + split) * all_queries + query_rows,
+        lses + (state_row * total_splits + first_split + split) * all_queries + query_rows,
         lse,
         mask=inside_queries,
     )
     state = ((state_row * splits + split) * all_queries + query_rows) * FORM.state_width  # [BLOCK_M]
-    state += _even(seg.first_state).to(tl.int64) * STATE_ALIGN
+    state += first_state.to(tl.int64) * STATE_ALIGN
     for index in tl.static_range(len(FORM.value_blocks)):
         _store_block(states + state, inside_queries, outs, total, FORM.value_blocks[index])
 
@@ -413,11 +400,10 @@ def _attend_segment(
 @triton.jit
 def attend_splits(
     query,  # [B, H * G, Q, D]
-    states,  # float32, written: each segment's [B, H, splits, Q * G, state_width]
-    lses,  # [B, H, total_splits, Q * G] float32, base 2, written
+    states,  # float32, written: each segment's [B, H, splits, Q * G, state_width], and base-2 log-sum-exps
     segments,  # a SegmentArguments each
     scale,
-    integers,  # odd: Q, total_splits, splits of this launch, its first, query strides in units of QUERY_ALIGN
+    integers,  # odd: Q, total_splits, where lses begin, splits of this launch, its first, query strides in QUERY_ALIGN
     FORMS: tl.constexpr,  # a SegmentForm each
     SINGLE: tl.constexpr,  # Q is 1
     G: tl.constexpr,
@@ -428,10 +414,9 @@ def attend_splits(
     BLOCK_D: tl.constexpr,
 ):
     """Partial states of segments; grid (splits of these segments * tiles of queries, H, B)."""
-    queries = _even(integers[0])
-    total_splits = _even(integers[1])
-    programs = _even(integers[2])
-    split = _even(integers[3]) + tl.program_id(0) % programs
+    queries, total_splits, first_lse, programs, first_split, row_stride, head_stride, stride = _plain(integers)
+    lses = states + first_lse.to(tl.int64) * STATE_ALIGN  # [B, H, total_splits, Q * G]
+    split = first_split + tl.program_id(0) % programs
     tile = tl.program_id(0) // programs
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -440,13 +425,14 @@ def attend_splits(
     inside = (rows < TILE_Q * G) & (positions < queries)  # [BLOCK_M]
     pointers = (  # [BLOCK_M]
         query
-        + row * _even(integers[4]) * QUERY_ALIGN
-        + (head * G + rows % G) * _even(integers[5]) * QUERY_ALIGN
-        + positions.to(tl.int64) * _even(integers[6]) * QUERY_ALIGN
+        + row * row_stride * QUERY_ALIGN
+        + (head * G + rows % G) * head_stride * QUERY_ALIGN
+        + positions.to(tl.int64) * stride * QUERY_ALIGN
     )
     for index in tl.static_range(len(FORMS)):
-        own = split - _even(segments[index].first_split)
-        if (own >= 0) & (own < _even(segments[index].splits)):
+        first_split, splits, _ = _plain(segments[index].place)
+        own = split - first_split
+        if (own >= 0) & (own < splits):
             _attend_segment(
                 pointers,
                 inside,
@@ -492,7 +478,7 @@ def _merge_segment(
         columns = channels  # [W]
     else:
         columns = tl.arange(0, FORM.block_w)  # [W]
-    splits = _even(seg.splits)
+    first_split, splits, first_state = _plain(seg.place)
     highest = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     merged = tl.zeros([columns.shape[0]], tl.float32)  # [W]
@@ -500,13 +486,13 @@ def _merge_segment(
         split = first + tl.arange(0, BLOCK_S)  # [BLOCK_S]
         inside = split < splits
         lse = tl.load(  # [BLOCK_S]
-            lses + (state_row * total_splits + _even(seg.first_split) + split) * all_queries + query_row,
+            lses + (state_row * total_splits + first_split + split) * all_queries + query_row,
             mask=inside,
             other=float("-inf"),
         )
         state = ((state_row * splits + split) * all_queries + query_row) * FORM.state_width  # [BLOCK_S]
         tile = tl.load(  # [BLOCK_S, W]
-            states + _even(seg.first_state).to(tl.int64) * STATE_ALIGN + state[:, None] + columns[None, :],
+            states + first_state.to(tl.int64) * STATE_ALIGN + state[:, None] + columns[None, :],
             mask=inside[:, None] & (columns[None, :] < FORM.state_width),
             other=0.0,
         )
@@ -520,12 +506,13 @@ def _merge_segment(
     nothing = total == 0.0
     merged = merged / tl.where(nothing, 1.0, total)
     if seg.decoder is not None:
+        decoder_head_stride, decoder_row_stride, delta_head_stride, delta_row_stride = _plain(seg.basis_strides)
         basis_row = row
         if seg.basis_rows is not None:
             basis_row = tl.load(seg.basis_rows + row).to(tl.int64)
         decoder = tl.load(  # [BLOCK_DV, W]
             seg.decoder
-            + (head * _even(seg.decoder_head_stride) + basis_row * _even(seg.decoder_row_stride)) * FORM.decoder_align
+            + (head * decoder_head_stride + basis_row * decoder_row_stride) * FORM.decoder_align
             + channels[:, None] * FORM.decoder_stride
             + columns[None, :],
             mask=(channels[:, None] < D_V) & (columns[None, :] < FORM.state_width),
@@ -534,9 +521,7 @@ def _merge_segment(
         merged = tl.sum(decoder.to(tl.float32) * merged[None, :], 1)  # [BLOCK_DV]
         if seg.delta is not None:
             merged += tl.load(
-                seg.delta
-                + (head * _even(seg.delta_head_stride) + basis_row * _even(seg.delta_row_stride)) * FORM.delta_align
-                + channels,
+                seg.delta + (head * delta_head_stride + basis_row * delta_row_stride) * FORM.delta_align + channels,
                 mask=channels < D_V,
                 other=0.0,
             ).to(tl.float32)
@@ -545,12 +530,11 @@ def _merge_segment(
 
 @triton.jit
 def merge_splits(
-    states,  # float32: each segment's [B, H, splits, Q * G, state_width]
-    lses,  # [B, H, total_splits, Q * G] float32, base 2
+    states,  # float32: each segment's [B, H, splits, Q * G, state_width], and base-2 log-sum-exps
     out,  # [B, Q, H * G, D_V], written
     lse,  # [B, H * G, Q] float32, natural, written
     segments,  # a MergeArguments each
-    integers,  # odd: Q, total_splits
+    integers,  # odd: Q, total_splits, where log-sum-exps begin
     FORMS: tl.constexpr,  # a MergeForm each
     G: tl.constexpr,
     D_V: tl.constexpr,
@@ -558,8 +542,8 @@ def merge_splits(
     BLOCK_S: tl.constexpr,
 ):
     """Add the states of a query up by their log-sum-exp; grid (H * G * Q, B, blocks of channels)."""
-    queries = _even(integers[0])
-    total_splits = _even(integers[1])
+    queries, total_splits, first_lse = _plain(integers)
+    lses = states + first_lse.to(tl.int64) * STATE_ALIGN  # [B, H, total_splits, Q * G]
     position = tl.program_id(0) % queries
     query_head = tl.program_id(0) // queries
     heads = tl.num_programs(0) // queries // G

@@ -1,0 +1,178 @@
+"""The report: everything on one page, and verdicts that follow the numbers."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from evals import report
+from evals.accuracy import score
+from evals.report import ReportError, Results, build, read, verdicts
+
+RESULTS = Path(report.__file__).parent / "results"
+QUARTER = {"sparsity": 0.75}
+OPTIONS = {
+    "rotatek": QUARTER,
+    "think": QUARTER | {"basis": "think"},
+    "spark": QUARTER | {"basis": "spark"},
+    "tokens": {"sparsity": 0, "tokens": "fastv:0.6"},
+}
+
+
+def accuracy(right, count=40):
+    """Stored scores in which method m has its first right[m] of `count` samples right, for invented bytes."""
+    held = {"dense": 100.0, "rotatek": 62.0, "think": 62.0, "spark": 70.0, "tokens": 65.0}
+    table = {}
+    for method, hits in right.items():
+        table[method] = [
+            {
+                "turns": [
+                    {
+                        "prediction": "x" if index < hits else "y",
+                        "reference": {"answers": ["x"]},
+                        "kind": "",
+                        "scored": True,
+                    }
+                ],
+                "cache_bytes": held[method],
+            }
+            for index in range(count)
+        ]
+    task = {"metric": "exact_match"} | score("exact_match", table, {m: OPTIONS[m] for m in right if m != "dense"})
+    return {
+        "settings": {},
+        "model": {"name": "a/model", "dtype": "bfloat16"},
+        "command": "python -m evals.accuracy",
+        "environment": {"device": "CPU, 1 core", "versions": {"torch": "2"}, "date": "2026-01-01"},
+        "tasks": {"task": task},
+    }
+
+
+def latency(device="NVIDIA X", step=2.0, share=0.01):
+    def row(method, token, fit):
+        times = {"median": token, "least": token, "most": token}
+        return {
+            "method": method, "context": 16384, "batch": 1, "fit_share": fit, "prefill_ms": times, "token_ms": times,
+            "cache_bytes": 1 << 20, "peak_bytes": None, "end_to_end_ms": times,
+        }  # fmt: skip
+
+    rows = [row("dense, sdpa", 4.0, None), row("RotateK r=32", step, share)]
+    rows.append({"method": "other", "context": 16384, "batch": 1, "skipped": "it needs a thing"})
+    return {
+        "model": "m", "dtype": "bfloat16", "command": "c", "rows": rows, "largest": [],
+        "environment": {"device": device, "versions": {}, "date": ""},
+    }  # fmt: skip
+
+
+def diagnostics(kept=0.995, shared=0.8, kl_without=0.5):
+    curve = [[min(1.0, kept if rank >= 31 else kept * rank / 31) for rank in range(128)]]
+    angles = {
+        pair: {"8": {"shared": [shared], "degrees": [1.0] * 8}}
+        for pair in ("images", "visual and text", "window and answer queries")
+    }
+    layer = {
+        "explained_variance": curve, "logit_energy": curve, "angles": angles,
+        "rank_for": {"0.99": {"variance": [30.0], "logit_energy": [12.0]}},
+        "errors": {"pca": {"8": {"keys": 0.5, "logits": 0.4}}},
+    }  # fmt: skip
+
+    def row(loss, kl):
+        turn = {"images": 9, "exact_match": 1 - loss, "loss": loss, "loss_95": [loss, loss], "kl": kl}
+        return {"second": turn, "kv_ratio": 1.5}
+
+    ablations = {"dense": row(0, 0), "r=8, the paper": row(0.1, 0.2), "r=8, no query weight": row(0.1, kl_without)}
+    return {
+        "geometry": {"samples": 2, "answer_queries": 40, "layers": [layer]}, "ablations": ablations, "head_width": 128,
+        "visual_tokens": 324, "setting": {"task": "t"}, "command": "c", "environment": {"device": "d", "versions": {}},
+    }  # fmt: skip
+
+
+def tokens(gain=0.1):
+    def row(channels, **more):
+        turn = {"pages": 50, "exact_match": 0.5, "kl": 0.1, "loss": 0.1, "loss_95": [0.0, 0.2]}
+        both = {"first": turn, "second": turn | more}
+        return {"tokens": "FastV", "channels": channels, "budget": 0.3, "keep": 0.4, "bytes_share": 0.3} | both
+
+    paired = {"loss_to_tokens_only": -gain, "loss_to_tokens_only_95": [-gain - 0.05, -gain + 0.05]}
+    return {"rows": [row("tokens only"), row("RotateK 1/4", **paired)], "setting": {}}
+
+
+def says(results):
+    return {verdict.claim.split(" (")[0]: verdict.words() for verdict in verdicts(results)}
+
+
+def test_nothing_measured_says_so():
+    assert set(says(Results()).values()) == {"not measured"}
+
+
+def test_verdicts_follow_the_numbers():
+    good = Results(
+        accuracy={"a": accuracy({"dense": 40, "rotatek": 40, "think": 20, "spark": 40, "tokens": 10})},
+        diagnostics={"d": diagnostics()},
+        latency={"l": latency()},
+        tokens={"t": tokens()},
+    )
+    assert set(says(good).values()) == {"holds"}, says(good)
+    bad = Results(
+        accuracy={"a": accuracy({"dense": 40, "rotatek": 20, "think": 20, "spark": 40, "tokens": 30})},
+        diagnostics={"d": diagnostics(kept=0.7, shared=0.1, kl_without=0.1)},
+        latency={"l": latency(step=3.9, share=0.2)},
+        tokens={"t": tokens(gain=-0.1)},
+    )
+    assert set(says(bad).values()) == {"does not hold"}, says(bad)
+
+
+def test_speed_on_a_cpu_says_nothing_about_gpus():
+    found = {verdict.claim: verdict for verdict in verdicts(Results(latency={"l": latency(device="CPU, 2 cores")}))}
+    (speed,) = [verdict for claim, verdict in found.items() if "GPU" in claim]
+    assert speed.holds is None and speed.evidence == "no result from a GPU is stored"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    home = tmp_path / "results"
+    (home / "accuracy_x").mkdir(parents=True)
+    right = {"dense": 40, "rotatek": 39, "think": 20, "spark": 40, "tokens": 10}
+    (home / "accuracy_x" / "scores.json").write_text(json.dumps(accuracy(right)))
+    (home / "accuracy_x" / "run.json").write_text("{}")
+    (home / "diagnostics_x.json").write_text(json.dumps(diagnostics()))
+    (home / "token_x.json").write_text(json.dumps(tokens()))
+    (home / "latency_x.json").write_text(json.dumps(latency()))
+    (home / "bench_x.json").write_text(json.dumps({"milliseconds": {"ours <fast>": 1.25}, "n": [1, 2]}))
+    return home
+
+
+def test_one_page_holds_everything(folder, tmp_path):
+    build([folder, RESULTS], tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert sources and all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    for text in ("accuracy_x", "+ ", "fidelity_reader", "FastV .40 + RotateK .25", "ours &lt;fast&gt;", "1.25"):
+        assert text in page, text
+    assert "Not run: other. it needs a thing" in page and "n = 40" in page
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| FastV | RotateK 1/4 | 40 % | 0.300 | 50.0 | 50.0 | +10.0 [5.0, 15.0] |" in text
+    pictures = re.findall(r"\]\((figures/[^)]*)\)", text)
+    assert len(pictures) == page.count("<img") >= 6
+    assert all((tmp_path / "out" / picture).stat().st_size > 3000 for picture in pictures)
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.endswith("|")
+    assert "| rotatek | 97.5 ± 2.5 | 1.61x | -2.5 [" in text
+
+
+def test_results_are_known_by_what_they_hold(folder):
+    found = read([folder])
+    assert (list(found.accuracy), list(found.diagnostics)) == (["accuracy_x"], ["diagnostics_x"])
+    assert (list(found.latency), list(found.other)) == (["latency_x"], ["bench_x"])
+    assert list(found.tokens) == ["token_x"]
+    assert "fidelity_reader" in read([RESULTS]).fidelity
+
+
+def test_what_cannot_be_read_is_named(folder, tmp_path):
+    with pytest.raises(ReportError, match=r"there is no folder '.*nowhere'"):
+        read([tmp_path / "nowhere"])
+    (folder / "broken.json").write_text("{")
+    with pytest.raises(ReportError, match=r"broken.json' is no JSON"):
+        read([folder])
