@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> tuple[list[Variant], dict[str, float]]:
     seeds = SEEDS[args.seeds][args.skip : args.skip + args.pages]
     with torch.inference_mode():
         sample = make_batch(reader.processor, CHOOSE_SEEDS[:2], args.level, ADDRESS_KINDS)
-        rows = list(variants(config, model, sample, args.only))
+        rows = list(variants(config, model, sample, args.only)) if args.pages else []
         starts = tqdm(range(0, len(seeds), args.batch), desc="batches", mininterval=5)
         with contextlib.suppress(KeyboardInterrupt):  # what has been scored by then is reported
             for start in starts:
@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--level", choices=sorted(LEVELS), default="hard")
     parser.add_argument("--seeds", choices=sorted(SEEDS), default="choose", help="report: for reported figures only")
     parser.add_argument("--skip", type=int, default=0)
-    parser.add_argument("--pages", type=int, default=64)
+    parser.add_argument("--pages", type=int, default=64, help="0: only time prefills")
     parser.add_argument("--batch", type=int, default=16, help="pages that are scored at once")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timed", type=int, default=9, help="rounds of timed prefills; 0 times none")
@@ -320,7 +320,12 @@ def main() -> None:
     result = {
         "rows": [summary(row, rows[0], alone.get((row.tokens, row.budget))) for row in rows],
         "prefill_time_ratio": times,
-        "setting": {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": len(rows[0].scores.exact[0])},
+        "setting": {
+            "level": args.level,
+            "seeds": args.seeds,
+            "skip": args.skip,
+            "pages": len(rows[0].scores.exact[0]) if rows else 0,
+        },
         "model": "reader",
         "hardware": f"{platform.machine()}, one process of {args.threads} threads",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
@@ -332,7 +337,8 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(figures.rounded(result), indent=1) + "\n")
-        draw(result, args.out.with_suffix(".png"))
+        if rows:
+            draw(result, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
