@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sglang evals-quick report lint format clean
+.PHONY: help demo demo-sglang test test-sglang evals-quick report lint format clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,6 +31,10 @@ demo: $(VENV)/.demo  ## Read a page with the dense cache and with RotateKCache; 
 
 test: $(VENV)/.dev  ## Run the tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+demo-sglang:  ## Serve a tiny random model with SGLang on the CPU, compressed, and ask it about an image
+	PYTHON="$(PYTHON)" tests/sglang/make_env.sh "$(SGLANG_VENV)"
+	$(SGLANG_VENV)/bin/python -m rotatek_sglang.demo
 
 test-sglang:  ## Run the tests of the SGLang plug-in, servers on the CPU included
 	PYTHON="$(PYTHON)" tests/sglang/make_env.sh "$(SGLANG_VENV)"

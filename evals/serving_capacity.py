@@ -54,7 +54,7 @@ def compressed(
     """Our pools, sized as the plug-in sizes them."""
     sealers = [Sealer(FitOptions(rank=rank), index) for index in range(layers)]
     layout = find_layout(sealers, heads, torch.bfloat16, "cpu")
-    plan = Plan.make(sealers, layout, text_share, requests, context)
+    plan = Plan.make(sealers, layout, text_share, 2 * requests, requests, context)
     tokens = (budget - plan.fixed_bytes) // plan.slot_bytes
     before = resident()
     text, visual = plan.rows(tokens)
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=32, help="requests at once, each with room for a basis")
+    parser.add_argument("--requests", type=int, default=32, help="requests at once; twice as many bases fit")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--text-shares", type=float, nargs="+", default=[0.1, 0.25, 0.5])
     parser.add_argument("--out", type=Path, default=Path("evals/results/serving_capacity.json"))

@@ -58,7 +58,8 @@ class FitOptions:
     Args:
         sparsity: share of Key channels removed, in [0, 1): ``r = D - int(D * sparsity)``. 0 is the identity basis.
         rank: coefficients kept per Key, from 1 to the head width.
-        energy: share in (0, 1] of the (query-weighted) variance that a layer must keep; its rank follows.
+        energy: share in (0, 1] of the (query-weighted) variance that each head of a layer must keep; the layer's rank
+            follows, for each row of a batch on its own.
         query_window: number of queries that weigh the channels: the last ones seen when the segment is sealed, which
             are the prompt's last unless a chunked prefill ends a chunk between an image and the end (the paper: 32).
         query_weight: weigh Key channels by the norm of the window's queries (the paper: on).
@@ -176,6 +177,11 @@ class FitOptions:
     def is_calibrated(self) -> bool:
         """Whether `basis` names a basis file."""
         return self.basis.endswith(".safetensors")
+
+    @property
+    def follows_content(self) -> bool:
+        """Whether what a token is stored as follows from the states themselves, so that rows may differ in it."""
+        return not self.is_calibrated and (self.energy is not None or "auto" in (self.key_bits, self.value_bits))
 
     @property
     def codes_values(self) -> bool:

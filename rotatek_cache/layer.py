@@ -187,6 +187,9 @@ class LayerKV:
                 merged = self.selection.method.merged(pending.keys, pending.values, plan.visual, plan.dropped)
                 pending.keys, pending.values = merged
         parts = plan.images() if self.options.basis_per == "image" else (plan,)
+        if self.options.follows_content:
+            # A segment has one layout, and that of a row must not depend on its batch.
+            parts = tuple(row for part in parts for row in part.rows())
         compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
         for part in parts:
             rows, segment = self._compress_worth(pending, part)
@@ -205,12 +208,11 @@ class LayerKV:
         """A segment of the rows whose visual tokens take fewer bytes in it; which they are."""
         rows = self._worth(pending, plan, [row for row, count in enumerate(plan.counts) if count], None)
         segment = self._compress(pending, plan, rows) if rows else None
-        while segment is not None and self.options.energy is not None:
-            # Only now is the rank known; rows that it does not pay for stay dense, and the others may need less.
+        if segment is not None and self.options.energy is not None:
+            # Only now is the rank known; rows that it does not pay for stay dense.
             worth = self._worth(pending, plan, rows, segment.keys.channels)
-            if worth == rows:
-                break
-            rows, segment = worth, self._compress(pending, plan, worth) if worth else None
+            if worth != rows:
+                rows, segment = worth, self._compress(pending, plan, worth) if worth else None
         return rows, segment
 
     def _worth(self, pending: Pending, plan: SealPlan, rows: Sequence[int], rank: int | None) -> tuple[int, ...]:

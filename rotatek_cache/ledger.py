@@ -132,6 +132,17 @@ class SealPlan:
             )
         return self._memo["images"]  # type: ignore[return-value]
 
+    def rows(self) -> "tuple[SealPlan, ...]":
+        """A plan for each batch row with visual tokens."""
+        if "rows" not in self._memo:
+            index = torch.arange(len(self.counts), device=self.visual.device)[:, None]
+            self._memo["rows"] = tuple(
+                SealPlan(self.visual & (index == row), self.visible, self.begin, self.end)
+                for row, count in enumerate(self.counts)
+                if count
+            )
+        return self._memo["rows"]  # type: ignore[return-value]
+
     def layout(self, rows: tuple[int, ...], device: torch.device) -> RowLayout:
         """The layout of a segment that holds the visual tokens of batch rows `rows`."""
         key = ("layout", rows, device)

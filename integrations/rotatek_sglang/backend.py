@@ -94,6 +94,9 @@ class RotateKBackend(AttentionBackend):
         requests, lengths = self.ledger.requests, batch.seq_lens_cpu.tolist()
         if len(requests) != len(lengths):
             raise RuntimeError(f"rows were given to {len(requests)} requests, {len(lengths)} are decoded")
+        for request, length in zip(requests, lengths, strict=True):
+            if request in self.ledger.moved:
+                self._read_slots(request, length)
         self.new_rows = self.pool.table.rows[batch.out_cache_loc].long()
         self.rows_of[batch.req_pool_indices, batch.seq_lens - 1] = self.new_rows.int()
         self.table = self._segment_table(batch.req_pool_indices, requests, lengths)
@@ -131,12 +134,10 @@ class RotateKBackend(AttentionBackend):
         slots = self.slots_of[request, : prefix + count]
         before = None
         if prefix:
-            rows, self.ledger.segments[request] = table.layout(slots[:prefix])
-            self.rows_of[request, :prefix] = rows
+            self._read_slots(request, prefix)
             index = torch.tensor([request], device=self.rows_of.device)
             before = self._segment_table(index, [request], [prefix])
-        rows, self.ledger.segments[request] = table.layout(slots)
-        self.rows_of[request, : prefix + count] = rows
+        self._read_slots(request, prefix + count)
         new = table.rows[slots[prefix:].long()].long()
         is_visual = new < 0
         if not bool(is_visual.any()):
@@ -150,6 +151,12 @@ class RotateKBackend(AttentionBackend):
             basis=self.ledger.segments[request][-1].basis,
             prefix=before,
         )
+
+    def _read_slots(self, request: int, length: int) -> None:
+        """Find the rows of a request's first tokens, from its slots."""
+        rows, self.ledger.segments[request] = self.pool.table.layout(self.slots_of[request, :length])
+        self.rows_of[request, :length] = rows
+        self.ledger.moved.discard(request)
 
     def forward_extend(
         self,

@@ -175,11 +175,17 @@ class Plan:
 
     @classmethod
     def make(
-        cls, sealers: Sequence[Sealer], layout: CacheLayout, text_share: float, requests: int, context: int
+        cls,
+        sealers: Sequence[Sealer],
+        layout: CacheLayout,
+        text_share: float,
+        bases: int,
+        requests: int,
+        context: int,
     ) -> "Plan":
         """The plan for so many requests at once, of up to `context` tokens each."""
         table = requests * context * ROW_NUMBER_BYTES  # the rows of each request
-        return cls(sealers, layout, text_share, requests, requests * layout.basis_bytes + table)
+        return cls(sealers, layout, text_share, bases, bases * layout.basis_bytes + table)
 
     @property
     def slot_bytes(self) -> int:

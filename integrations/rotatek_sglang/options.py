@@ -18,22 +18,7 @@ SWITCHES = ("sparsity", "rank", "energy")
 
 @dataclass(frozen=True)
 class ServingOptions:
-    """How a server compresses; the first fields are those of `rotatek_cache.FitOptions`.
-
-    Args:
-        sparsity: share of Key channels removed from visual tokens, in [0, 1).
-        rank: coefficients kept per visual Key.
-        energy: share of the calibrated Key variance that each layer keeps; needs a calibrated basis.
-        basis: how Keys are rotated, by name, or the path of a calibrated basis file.
-        query_window: how many of the prompt's last queries weigh the channels.
-        solver: "subspace" or "eigh".
-        key_bits: None, 8, 4, 2, or (with a calibrated basis) "auto".
-        value_sparsity: share of Value channels removed; None keeps Values dense.
-        value_bits: as `key_bits`, for Values.
-        always_compress: compress images too small to earn their basis back (for studies).
-        text_share: share of the tokens that are text, in (0, 1]: it splits the memory between rows for text and rows
-            for visual tokens.
-    """
+    """How a server compresses; `HELP` says what each field means, `rotatek_cache.FitOptions` more of most of them."""
 
     sparsity: float | None = None
     rank: int | None = None
@@ -46,10 +31,13 @@ class ServingOptions:
     value_bits: Bits = None
     always_compress: bool = False
     text_share: float = 0.25
+    bases: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.text_share <= 1:
             raise ValueError(f"text_share must be in (0, 1], got {self.text_share}")
+        if self.bases is not None and self.bases < 1:
+            raise ValueError(f"bases must be at least 1, got {self.bases}")
         fit = self.fit  # checks the rest
         if not fit.is_calibrated:
             if self.energy is not None:
@@ -88,18 +76,22 @@ def _flag(text: str) -> bool:
     return text in ("True", "1")
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {
-    "sparsity": float,
-    "rank": int,
-    "energy": float,
-    "basis": str,
-    "query_window": int,
-    "solver": str,
-    "key_bits": _bits,
-    "value_sparsity": float,
-    "value_bits": _bits,
-    "always_compress": _flag,
-    "text_share": float,
+HELP: dict[str, tuple[Callable[[str], Any], str]] = {
+    "sparsity": (float, "share of Key channels removed from visual tokens, in [0, 1)"),
+    "rank": (int, "coefficients kept per visual Key"),
+    "energy": (float, "share of the calibrated Key variance that each layer keeps; needs a calibrated basis"),
+    "basis": (str, "how Keys are rotated: a name (default: rotatek), or the path of a calibrated basis file"),
+    "query_window": (int, "how many of a prompt's last queries weigh the channels (default: 32)"),
+    "solver": (str, "subspace (default) or eigh"),
+    "key_bits": (_bits, "code coefficients of Keys with 8, 4 or 2 bits, or, with a calibrated basis, auto"),
+    "value_sparsity": (float, "share of Value channels removed from visual tokens (default: Values stay dense)"),
+    "value_bits": (_bits, "as key-bits, for Values"),
+    "always_compress": (_flag, "compress images too small to earn their basis back, too"),
+    "text_share": (
+        float,
+        "share of the tokens that are text, in (0, 1], for which memory is set aside (default: 0.25)",
+    ),
+    "bases": (int, "prompts whose images can be held, in use or cached (default: twice the requests that run at once)"),
 }
 
 
@@ -115,11 +107,11 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> ServingOpti
         if not name.startswith(PREFIX):
             continue
         option = name.removeprefix(PREFIX).lower()
-        if option not in PARSERS:
-            known = ", ".join(PREFIX + known.upper() for known in PARSERS)
+        if option not in HELP:
+            known = ", ".join(PREFIX + known.upper() for known in HELP)
             raise ValueError(f"unknown option {name} in the environment; known are {known}")
         try:
-            given[option] = PARSERS[option](value)
+            given[option] = HELP[option][0](value)
         except ValueError as error:
             raise ValueError(f"{name}={value!r} in the environment: {error}") from None
     return ServingOptions(**given)
@@ -127,18 +119,8 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> ServingOpti
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Offer every option as a flag; those not given stay out of the namespace."""
-    notes = (ServingOptions.__doc__ or "").partition("Args:")[2].split("\n        ")
-    described = {}
-    for note in notes:
-        name, colon, text = note.strip().partition(": ")
-        if colon and name in PARSERS:
-            described[name] = text
-            last = name
-        elif described and note.strip():
-            described[last] += " " + note.strip()
-    for name, parse in PARSERS.items():
+    for name, (parse, text) in HELP.items():
         flag = "--" + name.replace("_", "-")
-        text = described[name].replace("%", "%%")
         if parse is _flag:
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         else:

@@ -42,6 +42,8 @@ REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("enable_dp_attention", (False,), "data-parallel attention"),
     ("enable_memory_saver", (False,), "the memory saver"),
     ("dllm_algorithm", (None,), "diffusion language models"),
+    ("tp_size", (1,), "tensor parallelism"),
+    ("dp_size", (1,), "data parallelism in one server"),
     ("pp_size", (1,), "pipeline parallelism"),
     ("dcp_size", (1,), "decode context parallelism"),
     ("attn_cp_size", (1,), "context parallelism"),
@@ -62,9 +64,6 @@ def refuse_unsupported(args: Any) -> None:
 def switch_off(args: Any) -> None:
     """Switch off what is on by default and not supported, and say so."""
     off = []
-    if not args.disable_radix_cache:
-        args.disable_radix_cache = True
-        off.append("prefix reuse (radix cache)")
     if args.chunked_prefill_size is None or args.chunked_prefill_size > 0:
         args.chunked_prefill_size = -1
         off.append("chunked prefill")

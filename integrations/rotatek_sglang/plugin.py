@@ -2,15 +2,18 @@
 
 import importlib.metadata
 import os
+from typing import Any
 
 from rotatek_sglang import SGLANG_VERSION, options
 
 BACKEND = "rotatek"
 
-# Around what SGLang offers no seam for: how its memory is planned, and which requests are let in.
+# Around what SGLang offers no seam for: how its memory is planned, which requests are let in, which slots they have.
 POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
 ADD_REQUEST = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
 ALLOCATE_PROMPT = "sglang.srt.managers.schedule_batch.alloc_for_extend"
+WRITE_SLOTS = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.write"
+BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
 LIMIT_REQUEST = "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens"
 
 
@@ -61,6 +64,8 @@ def register() -> None:
     HookRegistry.register(POOL_CONFIGURATOR + ".__init__", _plan_memory, HookType.AFTER)
     HookRegistry.register(ADD_REQUEST, _admit, HookType.AROUND)
     HookRegistry.register(ALLOCATE_PROMPT, _assign_prompt, HookType.AFTER)
+    HookRegistry.register(WRITE_SLOTS, _note_new_slots, HookType.AFTER)
+    HookRegistry.register(BEAM_SEARCH, _refuse_beams, HookType.REPLACE)
     HookRegistry.register(LIMIT_REQUEST, _refuse_too_large, HookType.AFTER)
 
 
@@ -83,6 +88,17 @@ def _assign_prompt(allocated: object, *args: object, **kwargs: object) -> None:
     from rotatek_sglang.requests import assign_prompt  # noqa: PLC0415
 
     assign_prompt(allocated, *args, **kwargs)
+
+
+def _note_new_slots(result: object, *args: Any, **kwargs: Any) -> None:
+    from rotatek_sglang.requests import note_new_slots  # noqa: PLC0415
+
+    note_new_slots(*args, **kwargs)
+
+
+def _refuse_beams(*args: object, **kwargs: object) -> str:
+    """The error for a request that asks for beam search, whose beams trade slots behind everyone's back."""
+    return "rotatek_sglang does not support beam search"
 
 
 def _refuse_too_large(result: object, *args: object, **kwargs: object) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_parallel, get_schedule
 from torch import Tensor
@@ -19,6 +20,7 @@ from rotatek_sglang.storage import LayerStorage, build_storage
 
 log = logging.getLogger(__name__)
 
+BASES_PER_REQUEST = 2  # half of them for images that are only cached
 NO_DENSE_KEYS = (
     "the KV pool holds coefficients, which only the attention backend 'rotatek' reads; start the server with "
     "--attention-backend rotatek and without what reads or moves dense Keys"
@@ -38,7 +40,9 @@ def plan_for(configurator: Any) -> Plan:
     )
     sealers = [Sealer(asked.fit, index) for index in range(layers.start_layer, layers.end_layer)]
     layout = find_layout(sealers, heads, configurator.kv_cache_dtype, configurator.device)
-    return Plan.make(sealers, layout, asked.text_share, get_schedule().max_running_requests, model.context_len)
+    requests = get_schedule().max_running_requests
+    bases = asked.bases or BASES_PER_REQUEST * requests
+    return Plan.make(sealers, layout, asked.text_share, bases, requests, model.context_len)
 
 
 def plan_memory(configurator: Any, sizes: Any) -> None:
@@ -68,7 +72,7 @@ class RotateKPool(MHATokenToKVPool):
         self.layers = build_storage(plan.layout, text + 1, visual, plan.bases, self.device)
         self.sealers = plan.sealers
         self.worth = Worth(plan.layout, plan.sealers)
-        self.ledger = RequestLedger(self.size)
+        self.ledger = RequestLedger(self.size, self.publish)
         self.gauges: Gauges | None = None  # set by the attention backend if metrics are on
         self.k_buffer: list[Tensor] = []
         self.v_buffer: list[Tensor] = []
@@ -112,6 +116,16 @@ def describe(plan: Plan, pool: RotateKPool) -> str:
     )
 
 
+def make_room(allocator: Any, tree_cache: Any, text: int, visual: int, bases: int) -> bool:
+    """Whether so many rows and bases are free, once cached prefixes that nobody uses had to go if they are not."""
+    table: SlotTable = allocator.table
+    while not table.fits(text, visual, bases):
+        short = max(text - table.text.free, visual - table.visual.free, allocator.page_size)
+        if tree_cache is None or not tree_cache.evict(EvictParams(num_tokens=short)).num_tokens_evicted:
+            return False
+    return True
+
+
 class RotateKAllocator(PagedTokenToKVPoolAllocator):
     """Gives rows to the slots that it hands out for decoding, and takes rows back with the slots.
 
@@ -143,6 +157,7 @@ class RotateKAllocator(PagedTokenToKVPoolAllocator):
         """Everything is free."""
         super().clear()
         self.table.clear()
+        self._kvcache.publish()
 
     def check_decode_capacity(
         self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None
@@ -151,4 +166,4 @@ class RotateKAllocator(PagedTokenToKVPoolAllocator):
         slots = super().check_decode_capacity(
             num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
         )
-        return slots and (num_tokens if requests is None else len(requests)) <= self.table.text.free
+        return slots and make_room(self, tree_cache, num_tokens if requests is None else len(requests), 0, 0)

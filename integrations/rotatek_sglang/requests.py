@@ -6,7 +6,7 @@ import torch
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
 from torch import Tensor
 
-from rotatek_sglang.pool import RotateKPool
+from rotatek_sglang.pool import RotateKPool, make_room
 from rotatek_sglang.rows import SlotTable
 
 
@@ -46,7 +46,7 @@ def rows_of_prompt(pool: RotateKPool, req: Any) -> tuple[int, int]:
 def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a request wait while rows for its prompt and its answer are short; runs around `PrefillAdder.add_one_req`."""
     allocator = adder.token_to_kv_pool_allocator
-    table, pool = allocator.table, allocator.get_kvcache()
+    pool = allocator.get_kvcache()
     text, visual = rows_of_prompt(pool, req)
     bases = int(visual > 0)
     left = max(0, req.sampling_params.max_new_tokens - len(req.output_ids))
@@ -61,9 +61,17 @@ def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> 
         # What SGLang expects running requests to decode yet, and a row for the step in flight.
         offset = adder._get_running_request_total_token_offset  # noqa: SLF001 (its own estimate, not a second one)
         text += sum(1 + max(0, int(offset(running))) for running in adder.running_batch.reqs)
-    if not table.fits(text, visual, bases):
-        return AddReqResult.NO_TOKEN
+    with adder._lock_node(req.last_node):  # noqa: SLF001 (what is cached of this request must stay)
+        if not make_room(allocator, adder.tree_cache, text, visual, bases):
+            return AddReqResult.NO_TOKEN
     return add_one_req(adder, req, *args, **kwargs)
+
+
+def note_new_slots(pool: Any, indices: Any, values: Tensor) -> None:
+    """Note that a request's slots are others now; runs after `ReqToTokenPool.write`."""
+    request = indices[0]
+    if isinstance(request, int) and pool._aux_cache is not None:  # noqa: SLF001 (our ledger, attached by the backend)
+        pool._aux_cache.moved.add(request)  # noqa: SLF001
 
 
 def refuse_too_large(scheduler: Any, req: Any) -> None:

@@ -8,6 +8,7 @@ Rows follow their slots. A basis belongs to the visual rows that were encoded wi
 them, so that requests which share a prefix share its rows and its basis.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -154,17 +155,21 @@ class RequestLedger:
     Attributes:
         segments: the visual segments of each request, by its number in SGLang's request pool.
         requests: the requests of the batch that runs next, in order.
+        moved: requests to whom SGLang gave other slots of the same contents: those of a prefix that is cached.
         dense_capacity: tokens that can be scheduled, which SGLang asks for.
+        changed: called when a request is over.
     """
 
-    def __init__(self, dense_capacity: int) -> None:
+    def __init__(self, dense_capacity: int, changed: Callable[[], None] = lambda: None) -> None:
         self.dense_capacity = dense_capacity
+        self.changed = changed
         self.clear()
 
     def clear(self) -> None:
         """No request is known."""
         self.segments: dict[int, list[Segment]] = {}
         self.requests: list[int] = []
+        self.moved: set[int] = set()
 
     reset_allocator = clear
 
@@ -180,3 +185,5 @@ class RequestLedger:
     def free(self, request: int) -> None:
         """The request is over, or retracted."""
         self.segments.pop(int(request), None)
+        self.moved.discard(int(request))
+        self.changed()

@@ -35,13 +35,10 @@ def _inputs(processor, messages):
     return processor(text=[text], images=images or None, return_tensors="pt")
 
 
-def greedy_logprobs(folder, messages, tokens=10, **options):
-    """Log-probabilities of the greedy tokens with `RotateKCache(**options)`."""
-    model, processor = _model(folder)
-    inputs = _inputs(processor, messages)
+def _generate(model, inputs, cache, tokens):
     out = model.generate(
         **inputs,
-        past_key_values=RotateKCache(**options),
+        past_key_values=cache,
         max_new_tokens=tokens,
         do_sample=False,
         output_logits=True,
@@ -50,6 +47,22 @@ def greedy_logprobs(folder, messages, tokens=10, **options):
     chosen = out.sequences[0, inputs["input_ids"].shape[1] :]
     steps = torch.stack(out.logits, 1)[0].float().log_softmax(-1)
     return tuple(steps[range(tokens), chosen].tolist())
+
+
+def greedy_logprobs(folder, messages, tokens=10, **options):
+    """Log-probabilities of the greedy tokens with `RotateKCache(**options)`."""
+    model, processor = _model(folder)
+    return _generate(model, _inputs(processor, messages), RotateKCache(**options), tokens)
+
+
+def second_question_logprobs(folder, first, second, kept, tokens=10, **options):
+    """The same for `second`, which goes on from the first `kept` tokens of what `first` left in the cache."""
+    model, processor = _model(folder)
+    cache = RotateKCache(**options)
+    _generate(model, _inputs(processor, first), cache, tokens)
+    cache.crop(kept - cache.get_seq_length())
+    inputs = _inputs(processor, second)  # the image is in what is kept
+    return _generate(model, {name: inputs[name] for name in ("input_ids", "attention_mask")}, cache, tokens)
 
 
 def calibrate_basis(folder, requests, path):

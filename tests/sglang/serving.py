@@ -2,16 +2,10 @@
 
 import base64
 import concurrent.futures
-import contextlib
 import io
 import json
-import os
 import random
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -20,13 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-START_SECONDS = 300
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from rotatek_sglang.process import running
 
 
 def picture(seed=0, width=224, height=224):
@@ -60,51 +48,23 @@ class Answer:
     text: str
     logprobs: tuple[float, ...] = ()
     prompt_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class Server:
     """An SGLang server on 127.0.0.1, ended with the `with` block."""
 
     def __init__(self, module, *arguments, log, environment=None):
-        self.port, self.log = free_port(), Path(log)
-        environment = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            **(environment or {}),
-        }
-        command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port), *arguments]
-        self.started = time.monotonic()
-        with self.log.open("w", encoding="utf-8") as output:
-            self.process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=environment, start_new_session=True
-            )
+        self.log = Path(log)
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
+        self.starting = running([module, *arguments], self.log, environment)
 
     def __enter__(self):
-        while "ready to roll" not in (text := self.log.read_text(encoding="utf-8")):
-            failed = self.process.poll() is not None or "Scheduler hit an exception" in text
-            if failed or time.monotonic() > self.started + START_SECONDS:
-                self.stop()
-                raise RuntimeError(f"the server did not start:\n{text[-6000:]}")
-            time.sleep(0.2)
+        self.port = self.starting.__enter__()
         return self
 
-    def __exit__(self, *_):
-        self.stop()
-
-    def stop(self):
-        """End the server and every process it started (they share a session)."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def failure(self):
-        """The message with which a server that must not start ends."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(START_SECONDS)
-        self.stop()
-        return self.log.read_text(encoding="utf-8")
+    def __exit__(self, *stopped):
+        return self.starting.__exit__(*stopped)
 
     def request(self, body, path="/v1/chat/completions", timeout=120):
         return urllib.request.Request(
@@ -131,7 +91,9 @@ class Server:
             return Answer(error.code, error.read().decode())
         choice = answer["choices"][0]
         logprobs = tuple(token["logprob"] for token in choice["logprobs"]["content"])
-        return Answer(200, choice["message"]["content"], logprobs, answer["usage"]["prompt_tokens"])
+        usage = answer["usage"]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        return Answer(200, choice["message"]["content"], logprobs, usage["prompt_tokens"], cached)
 
     def ask_all(self, requests, workers=16):
         """Answers to many requests (positional and keyword arguments of `ask`), sent at once."""
@@ -142,21 +104,31 @@ class Server:
         with urllib.request.urlopen(self.request(None, path), timeout=30) as reply:
             return reply.read().decode()
 
+    def flush(self, seconds=20):
+        """Forget cached prefixes; waits for requests that are still running."""
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                with urllib.request.urlopen(self.request(b"", "/flush_cache"), timeout=30):
+                    return
+            except urllib.error.HTTPError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+
     def metrics(self):
         """Our metrics, by name."""
         found = re.findall(r"^(rotatek_\w+)\{[^}]*\} (\S+)$", self.get("/metrics"), re.MULTILINE)
         return {name: float(value) for name, value in found}
 
-    def settled(self, seconds=20):
-        """Our metrics once no row is in use, or after so many seconds."""
-        until = time.monotonic() + seconds
-        while (now := self.metrics())["rotatek_text_rows_used"] and time.monotonic() < until:
-            time.sleep(0.1)
-        return now
+    def settled(self):
+        """Our metrics once no request runs and no prefix is cached."""
+        self.flush()
+        return self.metrics()
 
     def resident_bytes(self):
-        """Memory of the server's processes."""
+        """Memory of the server's processes, which are this one's children."""
         import psutil
 
-        main = psutil.Process(self.process.pid)
-        return sum(process.memory_info().rss for process in [main, *main.children(recursive=True)])
+        processes = psutil.Process().children(recursive=True)
+        return sum(process.memory_info().rss for process in processes if process.is_running())

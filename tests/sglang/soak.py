@@ -98,6 +98,7 @@ def main():
         with Server("rotatek_sglang.launch", *arguments, log=Path(folder) / "log") as server:
             probe = message("what is in this image?", picture(1))
             soak(server, 50, seed="warm")
+            server.flush()
             before, resident = server.ask(probe, 16), server.resident_bytes()
             started = time.monotonic()
             outcomes = soak(server, given.requests, workers=given.workers)
@@ -116,7 +117,7 @@ def main():
 
 SMALL_POOL = [
     *("--dtype", "float32", "--max-total-tokens", "1200", "--mem-fraction-static", "0.3", "--random-seed", "0"),
-    *("--max-running-requests", "12", "--enable-metrics"),
+    *("--max-running-requests", "12", "--enable-metrics", "--enable-cache-report"),
     # Lets requests in on the hope that others end early, so that SGLang has to take some back.
     *("--schedule-conservativeness", "0.05"),
 ]

@@ -30,6 +30,7 @@ def server(tiny, logs, basis):
 def test_answers_are_those_of_the_cache_in_transformers(server, tiny, basis, images):
     request = message("what is in this image?", *(picture(60 + each, 256, 320) for each in range(images)))
     expected = greedy_logprobs(tiny("qwen3_vl"), request, basis=basis, **OPTIONS)
+    server.flush()
     assert server.ask(request).logprobs == pytest.approx(expected, abs=5e-5)
 
 

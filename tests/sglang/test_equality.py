@@ -6,7 +6,7 @@ from serving import Server, message, picture
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 COMMON = ["--dtype", "float32", "--device", "cpu", "--max-total-tokens", "8192", "--mem-fraction-static", "0.3"]
-LIMITS = ["--max-running-requests", "16", "--random-seed", "0"]
+LIMITS = ["--max-running-requests", "16", "--random-seed", "0", "--enable-cache-report"]
 REQUESTS = {
     "text": message("hello"),
     "long text": message("the quick brown fox jumps over the lazy dog " * 12),
@@ -14,6 +14,7 @@ REQUESTS = {
     "wide image": message("describe the picture, please.", picture(2, 448, 140)),
     "small image": message("and this one?", picture(3, 56, 56)),
     "two images": message("what changed?", picture(4), picture(5, 168, 252)),
+    "another question": message("is there a red circle on a blue square?", picture(1)),  # on the image of "image"
     "second turn": [
         *message("what is in this image?", picture(6)),
         {"role": "assistant", "content": [{"type": "text", "text": "a red circle"}]},
@@ -27,8 +28,8 @@ def dense(tiny, logs):
     """Answers of dense SGLang, one after the other."""
     arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--attention-backend", "torch_native"]
     environment = {"SGLANG_PLATFORM": "rotatek"}
-    with Server("sglang.launch_server", *arguments, log=logs / "dense.log", environment=environment) as server:
-        return {name: server.ask(request, 16) for name, request in REQUESTS.items()}
+    with Server("sglang.launch_server", *arguments, log=logs / "dense.log", environment=environment) as running:
+        return {name: running.ask(request, 16) for name, request in REQUESTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,18 @@ def test_alone(server, dense, name):
     assert answer.text == dense[name].text
 
 
-def test_in_mixed_batches(server, dense):
+def test_a_cached_image_is_used_again(server, dense):
+    server.flush()
+    assert server.ask(REQUESTS["image"], 16).cached_tokens == 0
+    again = server.ask(REQUESTS["another question"], 16)
+    assert again.cached_tokens >= 64  # the tokens of the image
+    assert again.logprobs == pytest.approx(dense["another question"].logprobs, abs=5e-5)
+
+
+@pytest.mark.parametrize("flushed", [True, False], ids=["nothing cached", "cached"])
+def test_in_mixed_batches(server, dense, flushed):
+    if flushed:
+        server.flush()
     names = [*REQUESTS, *reversed(REQUESTS)]
     answers = server.ask_all([((REQUESTS[name], 16), {}) for name in names])
     for name, answer in zip(names, answers, strict=True):

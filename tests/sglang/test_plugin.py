@@ -33,7 +33,7 @@ def test_every_option_is_a_flag():
     assert vars(given) == {"rank": 8, "always_compress": True, "value_bits": 4}
     assert rest == ["--tp", "2"]
     assert "share of Key channels removed" in parser.format_help()
-    assert set(options.PARSERS) == set(ServingOptions.__dataclass_fields__)
+    assert set(options.HELP) == set(ServingOptions.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(

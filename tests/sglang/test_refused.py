@@ -1,0 +1,76 @@
+"""What cannot be served is refused at the start, by name."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+
+FLAGS = {
+    "speculative decoding": ["--speculative-algorithm", "NGRAM"],
+    "disaggregation of prefill and decoding": ["--disaggregation-mode", "prefill"],
+    "quantised KV caches": ["--kv-cache-dtype", "fp8_e5m2"],
+    "mixed chunks": ["--enable-mixed-chunk"],
+    "HiCache": ["--enable-hierarchical-cache"],
+    "tensor parallelism": ["--tp-size", "2"],
+    "pipeline parallelism": ["--pp-size", "2"],
+    "another attention backend": ["--attention-backend", "triton"],
+    "another attention backend for decoding": ["--decode-attention-backend", "triton"],
+}
+# One process for all: importing SGLang takes longer than everything else here.
+SCRIPT = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+from sglang.srt.arg_groups.overrides import resolution_result
+said = {}
+for name, flags in json.loads(sys.argv[2]).items():
+    try:
+        args = prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu", *flags])
+        args.resolve_once()
+        said[name] = {field: str(resolution_result(args, field)) for field in ("attention_backend", "page_size")}
+    except Exception as error:
+        said[name] = str(error)
+
+import torch
+from rotatek_sglang.backend import check_model
+from sglang.srt.layers.radix_attention import RadixAttention
+layers = {"sliding-window layers": {"sliding_window_size": 128}, "softcapped logits": {"logit_cap": 30.0},
+          "cross-attention layers": {"is_cross_attention": True}, "nothing special": {}}
+for name, options in layers.items():
+    try:
+        check_model(torch.nn.ModuleList([RadixAttention(4, 64, 0.1, 2, layer_id=0, **options)]), on_gpu=False)
+        said[name] = "served"
+    except ValueError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tiny):
+    environment = {**os.environ, "ROTATEK_RANK": "16", "HF_HUB_OFFLINE": "1"}
+    cases = json.dumps({**FLAGS, "no flags": []})
+    command = [sys.executable, "-c", SCRIPT, tiny("qwen2_5_vl"), cases]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("feature", FLAGS)
+def test_a_feature_is_refused_by_name(said, feature):
+    assert f"rotatek_sglang does not support {feature}" in said[feature]
+
+
+@pytest.mark.parametrize("kind", ["sliding-window layers", "softcapped logits", "cross-attention layers"])
+def test_a_model_is_refused_by_what_it_has(said, kind):
+    assert f"does not serve models with {kind}" in said[kind]
+
+
+def test_all_else_is_served(said):
+    assert said["nothing special"] == "served"
+    assert said["no flags"] == {"attention_backend": "rotatek", "page_size": "2"}

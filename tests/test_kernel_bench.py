@@ -1,0 +1,103 @@
+"""The kernel's benchmark as far as it goes without a GPU: bytes, bounds, its check of what it times, its figure."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "evals.bench_kernel", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+def test_rehearsal_takes_the_way_of_a_measurement_up_to_the_clock():
+    run = bench("--device", "rehearsal")
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert [line.split("  ")[0] for line in run.stdout.splitlines()] == [
+        "r = 16",
+        "r = 32",
+        "r = 64",
+        "r = 128",
+        "4 bit",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+def test_without_a_device_nothing_is_timed():
+    run = bench("--device", "cuda")
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].startswith("--device cuda needs a CUDA device")
+
+
+def test_cpu_bench_agrees_before_it_times(tmp_path):
+    out = tmp_path / "bench.json"
+    run = bench(
+        "--device", "cpu", "--visual", "160", "--rounds", "1", "--q-heads", "4", "--kv-heads", "2", "--out", str(out)
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "over the best dense" in run.stdout
+    assert out.exists()
+
+
+def test_bytes_that_must_move_are_counted_by_hand():
+    from evals.bench_cuda import Setting, dense_bytes, draw, must_move
+
+    setting = Setting(2, 40, q_heads=4, kv_heads=2, width=128, text=5, dtype=torch.bfloat16, device="cpu")
+    states = 2 * (2 * 4 * 128)  # query and output
+    text = 2 * 2 * 5 * 2 * 128 * 2  # rows, heads, tokens, Keys and Values, channels, bytes
+    basis = 2 * 2 * (128 * 32 + 128) * 2
+    assert must_move(*draw(setting, "r = 32")) == 2 * states + text + basis + 2 * 2 * 40 * (32 + 128) * 2
+    assert must_move(*draw(setting, "4 bit")) == 2 * states + text + 2 * basis + 2 * 2 * 40 * 32
+    assert dense_bytes(setting) == 2 * 45 * 2 * 2 * 128 * 2
+
+
+def test_a_wrong_answer_reports_no_speed(monkeypatch):
+    from evals import bench_cuda
+
+    setting = bench_cuda.Setting(1, 8, dtype=torch.float32, device="cpu", q_heads=4, kv_heads=2)
+    monkeypatch.setattr(bench_cuda.torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+    monkeypatch.setattr(bench_cuda, "right_decodes", lambda *_: ({"dense": lambda: None}, {}))
+    monkeypatch.setattr(bench_cuda, "times", lambda _: {"eager ms": 1.0, "graph ms": 1.0})
+    monkeypatch.setattr(bench_cuda, "ours_error", lambda *_: 0.5)
+    with pytest.raises(SystemExit, match=r"no speed is reported: relative error 0\.5 of r = 32"):
+        bench_cuda.measure(setting, ("r = 32",), 1e12)
+
+
+def test_rows_and_figure(tmp_path):
+    from evals.bench_cuda import KINDS, draw_figure, line
+
+    def row(batch, tokens):
+        one = {"graph ms": 0.1, "share of copy": 0.875, "over best dense": 1.5}
+        dense = {"sdpa, flash": {"graph ms": 0.15}}
+        return {
+            "batch": batch,
+            "tokens": tokens,
+            "best dense": "sdpa, flash",
+            "dense": dense,
+            "ours": dict.fromkeys(KINDS, one),
+        }
+
+    skipped = {"batch": 64, "tokens": 131072, "skipped": "dense cache of 256 GiB, 130 GiB free", "ours": {}}
+    assert "r = 32: 100.0 us, 88% of copy, 1.50x" in line(row(1, 1024))
+    assert line(skipped).endswith("skipped: dense cache of 256 GiB, 130 GiB free")
+    path = tmp_path / "bench.png"
+    draw_figure({"rows": [row(1, 1024), row(1, 4096), row(8, 1024), skipped]}, path)
+    assert path.stat().st_size > 1000
+
+
+def test_roofline_by_hand():
+    from evals.roofline import H200, Bound
+
+    assert H200.issue_rate == pytest.approx(132 * 4 * 1.98e9)
+    assert Bound(32, 14.0, 6.7e-12, 13.4e-12).seconds == 13.4e-12
