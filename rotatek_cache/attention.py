@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from typing import Literal
@@ -14,6 +15,8 @@ from rotatek_cache.coding import CodeLayout
 from rotatek_cache.segments import SegmentView
 
 Implementation = Literal["auto", "torch", "triton"]
+
+OLDEST_TRITON = (3, 9)  # the kernels take tuples of tuples, which 3.6 does not compile
 
 # Scores of one chunk of queries, in numbers: 256 MiB of float32.
 MAX_SCORES = 1 << 26
@@ -34,7 +37,7 @@ def attend(
         segments: views of what the cache stores; their KV heads divide ``H_q``.
         scale: factor on ``q . k``.
         impl: "torch" is the reference, "triton" the kernel (an error where it cannot run), "auto" the kernel
-            on CUDA where Triton is installed and the reference otherwise.
+            on CUDA where Triton (3.9 or newer) is installed and the reference otherwise.
         return_lse: whether the caller needs the log-sum-exp; None may stand in its place otherwise.
 
     Returns:
@@ -68,7 +71,10 @@ def _kernel_reads(query: Tensor, segments: Sequence[SegmentView]) -> bool:
 
 @functools.cache
 def _kernel_is_installed() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("triton", "rotatek_kernels"))
+    if any(importlib.util.find_spec(name) is None for name in ("triton", "rotatek_kernels")):
+        return False
+    version = importlib.metadata.version("triton").split(".")
+    return (int(version[0]), int(version[1])) >= OLDEST_TRITON
 
 
 def reference_attention(

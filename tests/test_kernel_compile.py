@@ -148,6 +148,15 @@ except ValueError as error:
     assert "TRITON_INTERPRET=1" in message
 
 
+@needs_triton
+@pytest.mark.parametrize(("version", "used"), [("3.6.0", False), ("3.9.0", True), ("3.10.1+git", True), ("4.0", True)])
+def test_a_triton_that_cannot_compile_the_kernel_is_not_used(version, used, monkeypatch):
+    from rotatek_cache import attention
+
+    monkeypatch.setattr(attention.importlib.metadata, "version", lambda name: version)
+    assert attention._kernel_is_installed.__wrapped__() is used
+
+
 def test_importing_the_package_imports_neither_triton_nor_torch():
     loaded = run("import sys, rotatek_kernels; print(sorted({'triton', 'torch'} & set(sys.modules)))")
     assert loaded.strip() == "[]"

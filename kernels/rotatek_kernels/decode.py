@@ -42,6 +42,7 @@ class BlockSizes(NamedTuple):
         tokens: most tokens of a block.
         tile: most bytes of a block's Keys and Values, unpacked.
         stages: blocks in flight.
+        registers: of a thread, at most (NVIDIA); where left to itself, the compiler spills one to hold more programs.
     """
 
     warps: int
@@ -50,13 +51,23 @@ class BlockSizes(NamedTuple):
     tokens: int
     tile: int
     stages: int
+    registers: int | None
 
 
+# Chosen by what the compiler reports (`tests/test_kernel_compile.py -s`: registers, spills, shared memory; instructions
+# per token by `python -m evals.bench_kernel --roofline`), the same for sm_80, sm_90 and sm_100 and for all ranks. None
+# of it has been timed on a GPU.
 BLOCK_SIZES = {
-    "plain": BlockSizes(warps=4, rows=16, programs=6, tokens=64, tile=32 * 1024, stages=3),
-    "codes": BlockSizes(warps=1, rows=16, programs=22, tokens=64, tile=8 * 1024, stages=3),
-    "float32": BlockSizes(warps=8, rows=16, programs=4, tokens=64, tile=32 * 1024, stages=3),
-    "queries": BlockSizes(warps=4, rows=64, programs=4, tokens=32, tile=16 * 1024, stages=2),
+    # Bound by bytes, so instructions may be spent: 18 a token at D 128, r 32 against 70 that the bytes leave time for.
+    # At most 168 registers and 70 KiB let three programs share a processor.
+    "plain": BlockSizes(warps=4, rows=16, programs=6, tokens=64, tile=32 * 1024, stages=3, registers=168),
+    # Bound by instructions: several warps would each unpack all codes (14 a token with one warp, 26 with two, 52 with
+    # four, at 4 bits and r 32). Larger tiles spill beside a text segment of D 128, which then has 16 tokens a block.
+    "codes": BlockSizes(warps=1, rows=16, programs=22, tokens=64, tile=8 * 1024, stages=3, registers=None),
+    # Without tensor cores; with four warps the dense segment needs twice the registers.
+    "float32": BlockSizes(warps=8, rows=16, programs=4, tokens=64, tile=32 * 1024, stages=3, registers=None),
+    # 64 rows by 64 tokens spill (976 instructions of it at D 128 with a mask), 64 by 32 do not.
+    "queries": BlockSizes(warps=4, rows=64, programs=4, tokens=32, tile=16 * 1024, stages=2, registers=None),
 }
 
 
@@ -240,7 +251,12 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView]) -> Shapes:
             "BLOCK_DV": min(_block(value_width), MERGE_NUMBERS // max(16, widest)),
             "BLOCK_S": MERGE_SPLITS,
         },
-        options={"num_warps": sizes.warps, "num_stages": sizes.stages, "enable_fp_fusion": True},
+        options={
+            "num_warps": sizes.warps,
+            "num_stages": sizes.stages,
+            "enable_fp_fusion": True,
+            **({"maxnreg": sizes.registers} if sizes.registers and torch.version.hip is None else {}),
+        },
         merge_options={"num_warps": 4 if widest else 2, "num_stages": 2, "enable_fp_fusion": True},
     )
 
@@ -329,7 +345,7 @@ def _kind(query: Tensor, segments: Sequence[SegmentView]) -> str:
         return "float32"
     if query.shape[2] > 1:
         return "queries"
-    coded = any(segment.key_code or segment.value_code for segment in segments)
+    coded = any(segment.key_code and segment.value_code for segment in segments)
     widest = max(query.shape[3], *(segment.value_width for segment in segments))
     return "codes" if coded and widest <= ONE_WARP else "plain"
 

@@ -292,9 +292,10 @@ def _attend_segment(
     length = tl.load(seg.lengths + row).to(tl.int32)
     length = tl.maximum(tl.minimum(length, max_length), 0)
     blocks = tl.cdiv(length, BLOCK_N)
-    # int64, or blocks times splits could overflow
-    begin = (blocks.to(tl.int64) * split // splits).to(tl.int32) * BLOCK_N
-    end = tl.minimum((blocks.to(tl.int64) * (split + 1) // splits).to(tl.int32) * BLOCK_N, length)
+    share = blocks // splits
+    more = blocks % splits  # splits that read a block more than the others
+    begin = (split * share + tl.minimum(split, more)) * BLOCK_N
+    end = tl.minimum(begin + (share + tl.where(split < more, 1, 0)) * BLOCK_N, length)
 
     if seg.decoder is None:
         channels = tl.arange(0, BLOCK_D)  # [BLOCK_D]

@@ -80,8 +80,11 @@ def pretend(target: str) -> Iterator[None]:
 
 def compile_launch(launch: Launch, target: str) -> Any:
     """The kernel that `launch` would run on `target`, compiled as a launch compiles it."""
+    options = dict(launch.options)
+    if TARGETS[target].backend == "hip":
+        options.pop("maxnreg", None)  # a launch there has none
     with pretend(target):
-        return launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options)
+        return launch.kernel.warmup(**launch.arguments, grid=launch.grid, **options)
 
 
 def resources(launch: Launch, target: str) -> Resources:
