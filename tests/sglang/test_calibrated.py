@@ -49,8 +49,8 @@ def test_in_one_batch(server, tiny, basis):
 def test_codes_take_few_bytes_and_a_basis_only_its_means(server):
     said = re.search(r"a text token takes ([\d,]+) bytes, a visual one ([\d,]+), a basis ([\d,]+);", server.log_text())
     text, visual, basis = (int(number.replace(",", "")) for number in said.groups())
-    # 2 KV heads, 3 layers: dense, 4 bytes for each of 64 + 64 channels; coded, at most 204 bits each for Keys and Values,
-    # spent on whole blocks of channels.
+    # 2 KV heads, 3 layers; dense, 4 bytes for each of 64 + 64 channels; coded, at most 204 bits for Keys and 204 for
+    # Values, spent on whole blocks of channels.
     assert text == 2 * 3 * 128 * 4
     assert 2 * 3 * 2 * 20 < visual <= 2 * 3 * 2 * 204 // 8
     assert basis == 2 * 3 * 128 * 4  # the means
