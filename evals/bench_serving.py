@@ -163,6 +163,7 @@ def main() -> None:
             model = str(folder / "model")
         common = ["--model-path", model, "--dtype", given.dtype, "--mem-fraction-static", given.mem_fraction_static]
         common += ["--max-running-requests", str(given.max_running_requests), "--enable-metrics"]
+        common += ["--decode-log-interval", "8"]  # the metrics are as old as the log's last line
         dense = [] if on_gpu else ["--device", "cpu", "--attention-backend", "torch_native"]
         platform_name = {} if on_gpu else {"SGLANG_PLATFORM": "rotatek"}
         options = ["--sparsity", str(given.sparsity), "--text-share", str(given.text_share)]

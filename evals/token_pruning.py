@@ -266,8 +266,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         second, kept = row["second"], row["keep"]
         gain = ""
         if "loss_to_tokens_only" in second:
-            low, high = (-100 * bound for bound in second["loss_to_tokens_only_95"][::-1])
-            gain = f"{-100 * second['loss_to_tokens_only']:+.1f} [{low:+.1f}, {high:+.1f}]"
+            bounds = second["loss_to_tokens_only_95"]
+            points, low, high = (0.0 - 100 * loss for loss in (second["loss_to_tokens_only"], bounds[1], bounds[0]))
+            gain = f"{points:+.1f} [{low:+.1f}, {high:+.1f}]"
         lines.append(
             f"| {row['tokens']} | {row['channels']} | {'all' if kept is None else f'{100 * kept:.1f} %'} | "
             f"{row['bytes_share']:.3f} | {row['first']['exact_match']:.3f} | {second['exact_match']:.3f} | {gain} |"
@@ -319,7 +320,7 @@ def main() -> None:
     result = {
         "rows": [summary(row, rows[0], alone.get((row.tokens, row.budget))) for row in rows],
         "prefill_time_ratio": times,
-        "setting": {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": args.pages},
+        "setting": {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": len(rows[0].scores.exact[0])},
         "model": "reader",
         "hardware": f"{platform.machine()}, one process of {args.threads} threads",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},

@@ -66,6 +66,9 @@ class Server:
     def __exit__(self, *stopped):
         return self.starting.__exit__(*stopped)
 
+    def log_text(self):
+        return self.log.read_text(encoding="utf-8")
+
     def request(self, body, path="/v1/chat/completions", timeout=120):
         return urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",

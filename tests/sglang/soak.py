@@ -104,7 +104,7 @@ def main():
             outcomes = soak(server, given.requests, workers=given.workers)
             seconds = time.monotonic() - started
             free = server.settled()
-            after, log = server.ask(probe, 16), server.log.read_text(encoding="utf-8")
+            after, log = server.ask(probe, 16), server.log_text()
             for (kind, status), number in sorted(outcomes.items(), key=str):
                 print(f"{number:6} {kind}: {status}")
             print(f"{given.requests} requests in {seconds:.0f} s, {log.count('Retract requests')} retractions")

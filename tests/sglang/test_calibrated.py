@@ -1,5 +1,7 @@
 """A calibrated basis with coded Keys and Values, on another family, asked through plain SGLang's server."""
 
+import re
+
 import pytest
 from oracle import calibrate_basis, greedy_logprobs
 from serving import Server, message, picture
@@ -45,6 +47,10 @@ def test_in_one_batch(server, tiny, basis):
 
 
 def test_codes_take_few_bytes_and_a_basis_only_its_means(server):
-    # 2 KV heads, 3 layers: at most 0.2 * 16 bits for each of 64 + 64 channels; dense, 4 bytes each.
-    log = server.log.read_text(encoding="utf-8")
-    assert "a text token takes 3,072 bytes, a visual one 300, a basis 3,072;" in log
+    said = re.search(r"a text token takes ([\d,]+) bytes, a visual one ([\d,]+), a basis ([\d,]+);", server.log_text())
+    text, visual, basis = (int(number.replace(",", "")) for number in said.groups())
+    # 2 KV heads, 3 layers: dense, 4 bytes for each of 64 + 64 channels; coded, at most 204 bits each for Keys and Values,
+    # spent on whole blocks of channels.
+    assert text == 2 * 3 * 128 * 4
+    assert 2 * 3 * 2 * 20 < visual <= 2 * 3 * 2 * 204 // 8
+    assert basis == 2 * 3 * 128 * 4  # the means

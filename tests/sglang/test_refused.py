@@ -14,7 +14,7 @@ FLAGS = {
     "disaggregation of prefill and decoding": ["--disaggregation-mode", "prefill"],
     "quantised KV caches": ["--kv-cache-dtype", "fp8_e5m2"],
     "mixed chunks": ["--enable-mixed-chunk"],
-    "HiCache": ["--enable-hierarchical-cache"],
+    "the hierarchical cache (HiCache)": ["--enable-hierarchical-cache"],
     "tensor parallelism": ["--tp-size", "2"],
     "pipeline parallelism": ["--pp-size", "2"],
     "another attention backend": ["--attention-backend", "triton"],

@@ -74,7 +74,7 @@ def test_an_image_that_does_not_pay_for_a_basis_stays_dense(server, tiny):
 
 
 def test_the_log_and_the_metrics_say_what_is_stored(server):
-    log = server.log.read_text(encoding="utf-8")
+    log = server.log_text()
     assert "ranks Keys 16 of 64, Values 64 of 64" in log
     # 2 KV heads, 2 layers, 4 bytes: 64 + 64 numbers, or 16 + 64; a basis has 64 x 16 numbers and a mean.
     assert "a text token takes 2,048 bytes, a visual one 1,280, a basis 17,408" in log
@@ -162,11 +162,11 @@ def test_requests_taken_back_under_pressure_are_answered_all_the_same(server, un
     # Not `ignore_eos`: SGLang lets no more of those in than it is sure to have room for.
     requests = [((message(f"fox {index}"), 100), {"ignore_eos": False, "min_tokens": 100}) for index in range(12)]
     alone = server.ask(*requests[0][0], **requests[0][1])
-    before = server.log.read_text(encoding="utf-8").count("Retract requests")
+    before = server.log_text().count("Retract requests")
     answers = server.ask_all(requests)
     assert [len(answer.logprobs) for answer in answers] == [100] * 12
     assert answers[0].logprobs == pytest.approx(alone.logprobs, abs=5e-5)
-    assert server.log.read_text(encoding="utf-8").count("Retract requests") > before
+    assert server.log_text().count("Retract requests") > before
 
 
 def test_clients_that_hang_up(server, untouched):
