@@ -310,7 +310,7 @@ def _memory(samples: Sequence[float]) -> dict[str, float] | None:
 
 
 def environment(device: str, processes: int = 1) -> dict[str, Any]:
-    """Hardware, versions and date, as every result names them."""
+    """Hardware, how busy it was, versions and date, as every result names them."""
     packages = ("torch", "transformers", "datasets", "triton", "numpy")
     versions = {"python": platform.python_version()}
     for name in packages:
@@ -323,6 +323,7 @@ def environment(device: str, processes: int = 1) -> dict[str, Any]:
         "device": gpu or f"CPU, {platform.machine()}, {psutil.cpu_count(logical=False)} cores",
         "threads": torch.get_num_threads(),
         "processes": processes,
+        "load_average": round(os.getloadavg()[0], 1),
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }

@@ -378,6 +378,8 @@ def provenance(results: Results) -> Section:
     for name, stored in ((name, stored) for kind in kinds for name, stored in kind.items()):
         environment = stored.get("environment", {})
         hardware = environment.get("device", stored.get("hardware", ""))
+        if "load_average" in environment:
+            hardware += f", load average {environment['load_average']:g}"
         versions = environment.get("versions", stored.get("versions", {}))
         packages = ", ".join(f"{package} {version}" for package, version in versions.items())
         date = environment.get("date", stored.get("date", ""))
