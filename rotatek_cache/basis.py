@@ -122,6 +122,9 @@ class FitOptions:
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("query_weight", "always_compress", "streaming"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.solver not in ("subspace", "eigh"):
             raise ValueError(f"solver must be 'subspace' or 'eigh', got {self.solver!r}")
         if not isinstance(self.basis, str):
@@ -132,7 +135,7 @@ class FitOptions:
             raise ValueError(f"streaming needs a calibrated basis (a .safetensors file), got basis={self.basis!r}")
         for name, share in (("key_bits", self.sparsity), ("value_bits", self.value_sparsity)):
             bits = getattr(self, name)
-            if bits not in (None, 8, 4, 2, "fp8", "auto") or isinstance(bits, float):
+            if bits is not None and (type(bits) not in (int, str) or bits not in (8, 4, 2, "fp8", "auto")):
                 raise ValueError(f"{name} must be None, 8, 4, 2, 'fp8' or 'auto', got {bits!r}")
             if bits == "auto" and share is None:
                 budget = "sparsity" if name == "key_bits" else "value_sparsity"
@@ -141,11 +144,13 @@ class FitOptions:
 
     def _check_combination(self) -> None:
         """Refuse options that do not go together."""
-        if self.basis == "none" and (self.sparsity != 0 or self.key_bits == "auto"):
+        if self.basis == "none" and (self.sparsity != 0 or self.key_bits in ("auto", "fp8")):
             raise ValueError(
-                "basis='none' keeps every channel where it is: it takes sparsity=0, with key_bits of 8, 4, 2 or 'fp8', "
+                "basis='none' keeps every channel where it is: it takes sparsity=0, with key_bits of 8, 4 or 2, "
                 f"got {self}"
             )
+        if self.allocation.over == "layers" and self.energy is not None:
+            raise ValueError("energy is kept by each head or layer on its own: allocation must be 'uniform' or 'heads'")
         if self.basis in ("spark", "spark_mean") and (self.key_bits is not None or self.energy is not None):
             raise ValueError(
                 f"basis={self.basis!r} keeps channels of each token as they are: it takes sparsity or "
@@ -259,21 +264,30 @@ class KeyBasis:
         encoder = self.A if self.A is self.B else None
         return KeyBasis(A=encoder, B=self.B, delta=self.delta, fitted_rank=self.fitted_rank, shared=self.shared)
 
-    def for_codes(self, low: Tensor, step: Tensor) -> "KeyBasis":
+    def for_codes(self, low: Tensor, step: Tensor, middle: Tensor) -> "KeyBasis":
         """The sealed basis that reads integer codes in place of coefficients ``low + step * code``.
+
+        Codes are large numbers beside their spread, so what rounding does to the scaled decoder would shift all tokens
+        alike: delta takes back what it does to the middle of the codes.
 
         Args:
             low, step: ``[H, R, r]``.
+            middle: code in the middle of each range, ``[r]``.
         """
         dtype = step.dtype if self.B is None else self.B.dtype
         wide = compute_dtype(dtype)
         low, step = low.to(wide), step.to(wide)
+        middle = middle.to(wide)
         if self.B is None:
-            scaled, shift = step, low
+            exact, shift = step, low
+            rounded = exact.to(dtype)
+            shift = shift + (exact - rounded.to(wide)) * middle
         else:
-            scaled, shift = self.B.to(wide) * step[..., None, :], (self.B.to(wide) @ low[..., None])[..., 0]
+            exact = self.B.to(wide) * step[..., None, :]
+            rounded = exact.to(dtype)
+            shift = (self.B.to(wide) @ low[..., None])[..., 0] + (exact - rounded.to(wide)) @ middle
         delta = shift if self.delta is None else self.delta.to(wide) + shift
-        return KeyBasis(B=scaled.to(dtype), delta=delta.to(dtype), fitted_rank=self.fitted_rank)
+        return KeyBasis(B=rounded, delta=delta.to(dtype), fitted_rank=self.fitted_rank)
 
     def head(self, index: int) -> "KeyBasis":
         """The basis of one KV head, with a head dimension of 1."""

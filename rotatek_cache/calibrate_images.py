@@ -1,11 +1,14 @@
 """Calibration from a folder of images or a dataset: what `rotatek calibrate` does."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
+from torch import Tensor
 
 from rotatek_cache.calibration import Calibration, calibrate, fingerprint
 from rotatek_cache.demo import DemoError, Reader, open_page
@@ -24,6 +27,10 @@ class Calibrated:
 class Images(Protocol):
     """Images by number."""
 
+    @property
+    def description(self) -> str:
+        """Which images they are: the same for the same ones only."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Image.Image:
@@ -34,7 +41,14 @@ class Images(Protocol):
 class ImageFiles:
     """Image files, opened when they are asked for."""
 
+    folder: Path
     paths: Sequence[Path]
+
+    @property
+    def description(self) -> str:
+        """Their number, and a digest of names and sizes."""
+        listed = "\n".join(f"{path.relative_to(self.folder)} {path.stat().st_size}" for path in self.paths)
+        return f"{len(self.paths)} files, {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -49,6 +63,11 @@ class DatasetImages:
 
     rows: Any
     column: str
+
+    @property
+    def description(self) -> str:
+        """The dataset's own fingerprint."""
+        return f"{len(self.rows)} rows of a dataset, column {self.column}, {self.rows._fingerprint}"  # noqa: SLF001
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,7 +103,7 @@ def open_images(source: str, split: str = "train", most: int | None = None) -> I
     folder = Path(source)
     saved = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
     if folder.is_dir() and not saved:
-        return ImageFiles(find_images(folder)[:most])
+        return ImageFiles(folder, find_images(folder)[:most])
     if not saved and (source.startswith((".", "/", "~")) or source.count("/") not in (1, 2)):
         raise DemoError(f"--images must be a folder, or a dataset as owner/name, got '{source}'")
     try:
@@ -139,7 +158,12 @@ def calibrate_reader(
     mark = fingerprint(reader.model)
     saved = out.with_name(out.name + ".state")
     try:
-        state = Calibration.load(saved, mark) if saved.exists() else Calibration(mark, reader.model.config.model_type)
+        source = f"{images.description}; asked {json.dumps(list(questions))}"
+        if saved.exists():
+            state = _resumed(saved, mark, source)
+        else:
+            state = Calibration(mark, reader.model.config.model_type, source)
+            state.save(saved)  # before the work: where this fails, the basis could not be written either
         for number in range(state.images + state.skipped, len(images)):
             try:
                 image = images[number]
@@ -150,10 +174,21 @@ def calibrate_reader(
             if (number + 1) % save_every == 0:
                 state.save(saved)
             advance(number + 1)
-        state.write_basis(out, source=f"{state.images} images", method=method, value_method=value_method)
+        state.write_basis(out, source=source, method=method, value_method=value_method)
     except ValueError as error:
         raise DemoError(str(error)) from error
     except OSError as error:
         raise DemoError(f"'{out}' cannot be written: {error}") from error
     saved.unlink(missing_ok=True)
     return Calibrated(state.images, state.skipped)
+
+
+def _resumed(saved: Path, mark: Tensor, source: str) -> Calibration:
+    """The state saved at `saved`; a ValueError if it was begun with something else."""
+    state = Calibration.load(saved, mark)
+    if state.source != source:
+        raise ValueError(
+            f"'{saved}' was begun with other images or questions ({state.source}; now {source}): delete it, or give "
+            "another --out"
+        )
+    return state

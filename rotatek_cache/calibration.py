@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -100,9 +101,10 @@ class Moments:
 class Calibration:
     """Moments of all layers, which can be stored, added to and turned into a basis file."""
 
-    def __init__(self, fingerprint: Tensor, model_type: str) -> None:
+    def __init__(self, fingerprint: Tensor, model_type: str, source: str = "") -> None:
         self.fingerprint = fingerprint
         self.model_type = model_type
+        self.source = source  # what the images are, for whoever goes on
         self.images = 0
         self.skipped = 0  # images that could not be read
         self.moments: dict[tuple[int, str], Moments] = {}
@@ -127,6 +129,7 @@ class Calibration:
             "model_type": self.model_type,
             "images": self.images,
             "skipped": self.skipped,
+            "source": self.source,
         }
         _write(tensors, {"format": STATE_FORMAT, "provenance": json.dumps(provenance)}, path)
 
@@ -136,7 +139,7 @@ class Calibration:
         tensors, provenance = read_tensors(path, STATE_FORMAT, "calibration state")
         if not same_fingerprint(tensors.pop("fingerprint"), fingerprint):
             raise ValueError(f"calibration state {path} belongs to another model ({provenance['model_type']})")
-        state = cls(fingerprint, provenance["model_type"])
+        state = cls(fingerprint, provenance["model_type"], provenance["source"])
         state.images, state.skipped = provenance["images"], provenance["skipped"]
         for name, tensor in tensors.items():
             _, layer, which, part = name.split(".")
@@ -186,7 +189,10 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Pat
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
+    try:
+        save_file(tensors, partial, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     partial.replace(target)
 
 

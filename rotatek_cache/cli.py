@@ -152,7 +152,7 @@ def calibrate(
     A run that is stopped goes on where it was last saved when it is started again with the same --out.
     """
     try:
-        _check_calibration(out, method, value_method)
+        _check_calibration(out, method, value_method, question or [])
         found = open_images(images, split, most)
         with err.status("loading the model"):
             reader = Reader.load(model, device=device, dtype=dtype)
@@ -176,7 +176,9 @@ def calibrate(
         _fail(str(error))
 
 
-def _check_calibration(out: Path, method: str, value_method: str) -> None:
+def _check_calibration(out: Path, method: str, value_method: str, questions: list[str]) -> None:
+    if not all(text.strip() for text in questions):
+        raise DemoError("--question must not be empty: a cache seals an image once text follows it")
     if out.suffix != ".safetensors":
         raise DemoError(f"--out must end in .safetensors, got '{out}'")
     if method not in METHODS:

@@ -176,10 +176,10 @@ def as_numbers(packed: Tensor, dtype: torch.dtype) -> Tensor:
 def allocate_bits(
     worth: Tensor, budget: int, widths: Sequence[int] = BITS, start: Sequence[Sequence[int]] | None = None
 ) -> list[list[int]]:
-    """Reverse water-filling in blocks over one spectrum or many: bits per channel that sum to at most `budget`.
+    """Greedy reverse water-filling in blocks over one spectrum or many: bits per channel that sum to at most `budget`.
 
     A bit quarters a channel's distortion. The step to the next width with the largest drop of distortion per bit spent
-    is taken first, a block of channels at a time.
+    is taken first, a block of channels at a time; bits too few for a step of a block are not spent.
 
     Args:
         worth: ``[n, channels]``, what the distortion of each coefficient costs (its variance, or a weight times it),
@@ -241,6 +241,16 @@ def encode_codes(coefficients: Tensor, low: Tensor, step: Tensor, layout: CodeLa
     """uint8 codes ``[H, S, channels]`` with given ``low`` and ``step [H, channels]``; the rest is clipped."""
     levels = layout.levels(coefficients.device).to(coefficients.dtype)
     return _codes(coefficients, low.to(coefficients), step.to(coefficients), levels).to(torch.uint8)
+
+
+def middle_codes(code: CodeLayout | HeadCodes | Numbers, device: torch.device) -> Tensor:
+    """The code in the middle of each channel's range, ``[channels]`` or, with `HeadCodes`, ``[H, channels]``."""
+    if isinstance(code, CodeLayout):
+        return code.levels(device) / 2
+    if isinstance(code, Numbers):
+        return torch.zeros(code.channels, device=device)
+    parts = [middle_codes(part, device) for part in code.parts]
+    return torch.stack([torch.nn.functional.pad(part, (0, code.channels - len(part))) for part in parts])
 
 
 def pack_coefficients(

@@ -16,7 +16,7 @@ from rotatek_cache.attention import reference_attention
 from rotatek_cache.basis import FitOptions, compute_dtype
 from rotatek_cache.ledger import SealPlan, VisualLedger
 from rotatek_cache.sealing import Sealer
-from rotatek_cache.segments import SegmentView, TextSegment, VisualSegment
+from rotatek_cache.segments import SegmentView, TextSegment, VisualSegment, join_segments
 from rotatek_cache.tokens import TokenSelection
 
 
@@ -186,17 +186,17 @@ class LayerKV:
             if self.selection is not None:
                 merged = self.selection.method.merged(pending.keys, pending.values, plan.visual, plan.dropped)
                 pending.keys, pending.values = merged
-        parts = plan.images() if self.options.basis_per == "image" else (plan,)
-        if self.options.follows_content:
-            # A segment has one layout, and that of a row must not depend on its batch.
-            parts = tuple(row for part in parts for row in part.rows())
         compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
-        for part in parts:
-            rows, segment = self._compress_worth(pending, part)
-            self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
-            if segment is not None:
-                compressed.append((part, rows))
-                self.segments.append(segment)
+        for image in plan.images() if self.options.basis_per == "image" else (plan,):
+            made: list[VisualSegment] = []
+            # A segment has one layout, and that of a row must not depend on its batch.
+            for part in image.rows() if self.options.follows_content else (image,):
+                rows, segment = self._compress_worth(pending, part)
+                self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
+                if segment is not None:
+                    compressed.append((part, rows))
+                    made.append(segment)
+            self.segments += join_segments(made)
         self.pending = None
         if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
             # Nothing is compressed and nothing is padding: the tokens keep their logical order.

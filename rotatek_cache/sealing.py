@@ -24,6 +24,7 @@ from rotatek_cache.coding import (
     Numbers,
     TokenCode,
     allocate_bits,
+    middle_codes,
     pack_coefficients,
     quantise,
 )
@@ -212,7 +213,7 @@ class Sealer:
             step = state.float8_scale(code.channels, device)
             coefficients = [_float8(part, step) for part in coefficients]
         stored = torch.cat([pack_coefficients(part, low, step, code) for part in coefficients], 1)
-        decoder, shift = state.scaled_decoder((code, bits), low, step, dtype)
+        decoder, shift = state.scaled_decoder((code, bits), low, step, middle_codes(code, device), dtype)
         shared = KeyBasis(
             B=decoder[:, None].expand(-1, mean.shape[1], -1, -1),
             delta=(basis.delta.float() + shift[:, None]).to(dtype),
@@ -280,7 +281,8 @@ def _store_coefficients(coefficients: list[Tensor], basis: KeyBasis, bits: Bits)
         scale = torch.where(most > 0, most, torch.ones_like(most)) / FP8_MOST
         stored = torch.cat([_float8(part, scale[:, row]) for row, part in enumerate(coefficients)], 1)
         dtype = coefficients[0].dtype if basis.B is None else basis.B.dtype
-        scaled = basis.for_codes(torch.zeros_like(scale).to(dtype), scale.to(dtype))
+        nothing = torch.zeros_like(scale)
+        scaled = basis.for_codes(nothing.to(dtype), scale.to(dtype), nothing[0, 0])
         return Stored(stored, scaled)
     assert isinstance(bits, int)
     return _store_codes(coefficients, basis, CodeLayout(((bits, coefficients[0].shape[-1]),)))
@@ -297,7 +299,7 @@ def _store_codes(coefficients: list[Tensor], basis: KeyBasis, layout: CodeLayout
     coded = [quantise(part.to(compute_dtype(dtype)), layout) for part in coefficients]
     packed = torch.cat([layout.pack(codes) for codes, _, _ in coded], 1)
     low, step = (torch.stack([part[i] for part in coded], 1).to(dtype) for i in (1, 2))
-    return Stored(packed, basis.for_codes(low, step), layout)
+    return Stored(packed, basis.for_codes(low, step, middle_codes(layout, packed.device)), layout)
 
 
 def _store_sparse(

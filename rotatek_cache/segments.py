@@ -6,6 +6,7 @@ have different numbers of them.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -225,6 +226,59 @@ class VisualSegment:
     def __deepcopy__(self, memo: dict) -> "VisualSegment":
         # Sealed storage is immutable, so copies of a cache share it; what may change is only ever replaced.
         return dataclasses.replace(self)
+
+
+def join_segments(segments: Sequence[VisualSegment]) -> list[VisualSegment]:
+    """The segments of disjoint batch rows, those that store alike made one: attention goes over fewer of them."""
+    alike: dict[object, list[VisualSegment]] = {}
+    for segment in segments:
+        parts = (segment.keys, segment.values)
+        form = tuple((part.code, part.data.dtype, part.channels, part.basis is None) for part in parts)
+        alike.setdefault(form, []).append(segment)
+    return [_joined(group) for group in alike.values()]
+
+
+def _joined(segments: list[VisualSegment]) -> VisualSegment:
+    if len(segments) == 1:
+        return segments[0]
+    starts, lengths, basis_rows = (
+        torch.zeros_like(t) for t in (segments[0].starts, segments[0].lengths, segments[0].starts)
+    )
+    tokens = rows = 0
+    for segment in segments:
+        owned = segment.lengths > 0
+        starts = torch.where(owned, segment.starts + tokens, starts)
+        lengths = torch.where(owned, segment.lengths, lengths)
+        basis_rows = torch.where(owned, segment.basis_rows + rows, basis_rows)
+        tokens += len(segment.positions)
+        rows += int(owned.sum())
+    return VisualSegment(
+        keys=_joined_states([segment.keys for segment in segments]),
+        values=_joined_states([segment.values for segment in segments]),
+        positions=torch.cat([segment.positions for segment in segments]),
+        starts=starts,
+        lengths=lengths,
+        basis_rows=basis_rows,
+        max_length=max(segment.max_length for segment in segments),
+        uniform=False,
+    )
+
+
+def _joined_states(parts: list[Stored]) -> Stored:
+    data = torch.cat([part.data for part in parts], 1)
+    bases = [part.basis for part in parts if part.basis is not None]
+    if not bases:
+        return Stored(data, None, parts[0].code)
+
+    def join(name: str) -> Tensor | None:
+        held = [getattr(basis, name) for basis in bases]
+        return None if held[0] is None else torch.cat(held, 1)
+
+    decoder = join("B")
+    encoder = decoder if bases[0].A is bases[0].B else join("A")
+    fitted = max(basis.fitted_rank or 0 for basis in bases) or None
+    basis = KeyBasis(encoder, decoder, join("offset"), join("delta"), fitted, bases[0].shared)
+    return Stored(data, basis, parts[0].code)
 
 
 class TextSegment:

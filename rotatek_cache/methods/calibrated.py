@@ -118,16 +118,21 @@ class StateBasis:
         most = low.abs().maximum((low + 255 * step).abs())
         return (torch.where(most > 0, most, torch.ones_like(most)) / FP8_MOST).to(device)
 
-    def scaled_decoder(self, key: object, low: Tensor, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def scaled_decoder(
+        self, key: object, low: Tensor, step: Tensor, middle: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """The decoder ``[H, D, channels]`` with `step` folded in and what `low` adds to delta, ``[H, D]``.
 
-        They belong to all requests and are made once for each `key`, which must say what `low` and `step` are.
+        They belong to all requests and are made once for each `key`, which must say what `low` and `step` are. See
+        `KeyBasis.for_codes`.
         """
         memo = ("decoder", key, dtype, low.device)
         if memo not in self._memo:
             columns = self.decoder[..., : low.shape[-1]].to(low.device)
-            scaled = (columns * step[:, None]).to(dtype).contiguous()
-            self._memo[memo] = scaled, (columns @ low[..., None])[..., 0]
+            exact = columns * step[:, None]
+            scaled = exact.to(dtype).contiguous()
+            shift = columns @ low[..., None] + (exact - scaled.float()) @ middle[..., None]
+            self._memo[memo] = scaled, shift[..., 0]
         return self._memo[memo]
 
 
@@ -240,7 +245,7 @@ def read_tensors(path: str | Path, expected: str, what: str) -> tuple[dict[str, 
         raise ValueError(f"{what} {path} cannot be read (truncated, or no safetensors file): {error}") from None
     if metadata.get("format") != expected:
         raise ValueError(f"{path} is no {what} of this version: expected {expected!r}, got {metadata.get('format')!r}")
-    return tensors, json.loads(metadata["provenance"])
+    return tensors, json.loads(metadata.get("provenance", "{}"))
 
 
 def same_fingerprint(one: Tensor, other: Tensor) -> bool:
@@ -260,6 +265,13 @@ def load_basis(path: str | Path) -> CalibratedBasis:
 def _load(path: str, modified: int) -> CalibratedBasis:
     del modified  # part of the memo's key only
     tensors, provenance = read_tensors(path, FORMAT, "basis file")
+    try:
+        return _layers(path, tensors, provenance)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"basis file {path} is incomplete or holds something else: {error}") from None
+
+
+def _layers(path: str, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> CalibratedBasis:
     fingerprint = tensors.pop("fingerprint")
     layers: dict[int, dict[str, StateBasis]] = {}
     for index in sorted({int(name.split(".")[1]) for name in tensors}):
@@ -267,6 +279,10 @@ def _load(path: str, modified: int) -> CalibratedBasis:
         for which in STATES:
             part = f"layers.{index}.{which}."
             encoder = tensors[part + "encoder"]
+            heads, width, _ = encoder.shape
+            for name in ("spectrum", "gain", *(f"{range_}{bits}" for range_ in ("low", "step") for bits in BITS)):
+                if tensors[part + name].shape != (heads, width):
+                    raise ValueError(f"{part}{name} has shape {tuple(tensors[part + name].shape)}")
             layers[index][which] = StateBasis(
                 encoder,
                 tensors.get(part + "decoder", encoder),
