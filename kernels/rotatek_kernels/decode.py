@@ -229,6 +229,8 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView]) -> Shapes:
     ]
     widest = max([shape.merge_form.block_w for shape in shaped], default=0)
     align = _alignment(query, *query.stride()[:3])
+    # With a slot table the compiler keeps within them by itself, and spills where it is told to.
+    registers = None if any(segment.slots is not None for segment in segments) else sizes.registers
     return Shapes(
         segments=shaped,
         programs=sizes.programs,
@@ -255,7 +257,7 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView]) -> Shapes:
             "num_warps": sizes.warps,
             "num_stages": sizes.stages,
             "enable_fp_fusion": True,
-            **({"maxnreg": sizes.registers} if sizes.registers and torch.version.hip is None else {}),
+            **({} if registers is None or torch.version.hip else {"maxnreg": registers}),
         },
         merge_options={"num_warps": 4 if widest else 2, "num_stages": 2, "enable_fp_fusion": True},
     )
