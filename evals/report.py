@@ -95,7 +95,7 @@ class Results:
             return self.diagnostics
         if "rows" in stored and "largest" in stored:
             return self.latency
-        if "rows" in stored and all("tokens" in row and "channels" in row for row in stored["rows"]):
+        if stored.get("rows") and all("tokens" in row and "channels" in row for row in stored["rows"]):
             return self.tokens
         methods = stored.get("methods")
         if isinstance(methods, Mapping) and all("second" in row and "kv_ratio" in row for row in methods.values()):
