@@ -284,15 +284,43 @@ def read_methods(path: Path, only: Sequence[str] | None = None) -> dict[str, dic
     return {name: options for name, options in named.items() if not only or any(word in name for word in only)}
 
 
+def chosen_methods(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The rows to run, dense first; a ValueError that names the row where one cannot be."""
+    methods = read_methods(args.methods, args.only)
+    if args.images is not None:
+        # Rows of the reader's own files have no meaning for another model.
+        reader_basis = "runs/reader_basis.safetensors"
+        files = {name for name, options in methods.items() if str(options.get("basis")).endswith(".safetensors")}
+        kept = {name for name in files if args.basis and methods[name]["basis"] == reader_basis}
+        if files - kept:
+            print(f"left out: {len(files - kept)} rows with a calibrated basis of the reader; --basis gives another")
+        methods = {
+            name: {**options, "basis": str(args.basis)} if name in kept else options
+            for name, options in methods.items()
+            if name not in files - kept
+        }
+    if not methods:
+        raise ValueError(f"no row of {args.methods} is left to run")
+    for name, options in methods.items():
+        try:
+            RotateKCache(**options)
+        except (TypeError, ValueError) as error:
+            hint = "; python -m evals.calibrate_reader makes the reader's" if "does not exist" in str(error) else ""
+            raise ValueError(f"row '{name}': {error}{hint}") from error
+    return {"dense": {"sparsity": 0}, **methods}
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Score every method on every image, batches dealt out to processes."""
-    methods = {"dense": {"sparsity": 0}, **read_methods(args.methods, args.only)}
+    methods = chosen_methods(args)
     parts: list[Any]
     if args.images is None:
         seeds = SEEDS[args.seeds][args.skip : args.skip + args.pages]
         parts = [seeds[start : start + args.batch] for start in range(0, len(seeds), args.batch)]
     else:
         parts = [[path] for path in find_images(args.images)[args.skip : args.skip + args.pages]]
+    if not parts:
+        raise ValueError(f"no image is left behind the first {args.skip}")
     results = {name: Scores() for name in methods}
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(tqdm(total=sum(map(len, parts)), desc="images", mininterval=5))
@@ -398,31 +426,46 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def natural(text: str) -> int:
+    """A number from 0 on, of a flag."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A number from 1 on, of a flag."""
+    if natural(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name or path; by default the shipped reader")
     parser.add_argument("--images", type=Path, help="folder of images, in place of drawn pages")
     parser.add_argument("--question", action="append", help="with --images: give it twice")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer, with --images")
+    parser.add_argument("--basis", type=Path, help="with --images: file of `rotatek calibrate` for the calibrated rows")
+    parser.add_argument("--max-new-tokens", type=positive, default=32, help="longest answer, with --images")
     parser.add_argument("--methods", type=Path, default=METHODS, help="YAML: family -> variant -> RotateKCache options")
     parser.add_argument("--only", nargs="*", help='methods whose "family: variant" holds one of these words')
-    parser.add_argument("--level", choices=sorted(LEVELS), default="hard")
+    parser.add_argument("--level", choices=sorted(LEVELS), default="hard", help="of drawn pages")
     parser.add_argument("--seeds", choices=sorted(SEEDS), default="choose", help="report: for reported figures only")
-    parser.add_argument("--skip", type=int, default=0)
-    parser.add_argument("--pages", type=int, default=512, help="number of pages or images")
-    parser.add_argument("--batch", type=int, default=32, help="pages that are scored at once")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--skip", type=natural, default=0)
+    parser.add_argument("--pages", type=positive, default=512, help="number of pages or images")
+    parser.add_argument("--batch", type=positive, default=32, help="drawn pages that are scored at once")
+    parser.add_argument("--workers", type=positive, default=2, help="processes")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of each")
     parser.add_argument("--out", type=Path, help="JSON file to write; a PNG of the same name is drawn beside it")
     args = parser.parse_args(arguments)
     if args.images is not None and len(args.question or ()) != 2:
         parser.error(f"--images needs two --question, got {len(args.question or ())}")
-    if args.images is None and (args.question or args.model):
-        parser.error("--model and --question need --images: drawn pages are the shipped reader's")
+    if args.images is None and (args.question or args.model or args.basis):
+        parser.error("--model, --question and --basis need --images: drawn pages are the shipped reader's")
     try:
         result = run(args)
-    except DemoError as error:
+    except (DemoError, OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     drawn = {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": args.pages}
     asked = {"images": str(args.images), "questions": args.question, "skip": args.skip, "most": args.pages}

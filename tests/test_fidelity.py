@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "rotatek_cache" / "reader" / "pages"
 
 
-@pytest.mark.parametrize("name", ["fidelity.yaml", "fidelity_choice.yaml"])
+@pytest.mark.parametrize("name", ["fidelity.yaml", "fidelity_choice.yaml", "fidelity_allocation.yaml"])
 def test_every_row_of_the_table_is_a_valid_cache(name):
     methods = fidelity.read_methods(ROOT / "evals" / name)
     for options in methods.values():
@@ -65,6 +65,14 @@ def test_drawn_pages_and_folders_of_images_are_scored(tmp_path):
     [
         (["--images", str(PAGES)], "--images needs two --question, got 0"),
         (["--question", "row 3?"], "need --images"),
+        (["--pages", "0"], "argument --pages: expected a whole number from 1 on, got '0'"),
+        (["--skip", "-3"], "argument --skip: expected a whole number from 0 on, got '-3'"),
+        (["--only", "nosuch"], "no row of"),
+        (["--methods", "nowhere.yaml"], "nowhere.yaml"),
+        (
+            ["--only", "rotatek", "--images", str(PAGES), "--question", "a", "--question", "b", "--skip", "99"],
+            "no image is left",
+        ),
         (["--images", "nowhere", "--question", "a", "--question", "b"], "--images must be a folder"),
     ],
 )
@@ -72,6 +80,21 @@ def test_bad_arguments_are_named(arguments, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
     assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_built_is_named_before_any_work(tmp_path, capsys):
+    methods = tmp_path / "methods.yaml"
+    methods.write_text("a:\n  lost: {sparsity: 0.5, basis: nowhere.safetensors}\n")
+    with pytest.raises(SystemExit):
+        run("--methods", str(methods))
+    assert "row 'a: lost': basis file nowhere.safetensors does not exist; python -m evals" in capsys.readouterr().err
+
+
+def test_another_models_images_leave_the_readers_bases_out(tmp_path, capsys):
+    arguments = fidelity.argparse.Namespace(methods=fidelity.METHODS, only=None, images=PAGES, basis=None)
+    rows = fidelity.chosen_methods(arguments)
+    assert not any(str(options.get("basis")).endswith(".safetensors") for options in rows.values())
+    assert "rows with a calibrated basis of the reader" in capsys.readouterr().out
 
 
 def test_the_interval_is_that_of_paired_differences():
