@@ -287,7 +287,7 @@ class KeyBasis:
             rounded = exact.to(dtype)
             shift = (self.B.to(wide) @ low[..., None])[..., 0] + (exact - rounded.to(wide)) @ middle
         delta = shift if self.delta is None else self.delta.to(wide) + shift
-        return KeyBasis(B=rounded, delta=delta.to(dtype), fitted_rank=self.fitted_rank)
+        return KeyBasis(B=rounded, delta=delta.to(coded_delta_dtype(dtype)), fitted_rank=self.fitted_rank)
 
     def head(self, index: int) -> "KeyBasis":
         """The basis of one KV head, with a head dimension of 1."""
@@ -339,6 +339,11 @@ class KeyBasis:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for half precisions, else the dtype itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def coded_delta_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How delta is stored beside codes: it holds the low ends of their ranges, for which bfloat16 is too coarse."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def padded_rank(rank: int) -> int:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from rotatek_cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.layer import LayerKV, row_index
 from rotatek_cache.ledger import VisualLedger
 from rotatek_cache.methods import key_method
-from rotatek_cache.methods.calibrated import load_basis
+from rotatek_cache.methods.calibrated import CalibratedBasis, load_basis
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
 from rotatek_cache.segments import Stored
 from rotatek_cache.token_specs import token_method
@@ -210,7 +211,7 @@ class RotateKCache(Cache):
             query_weight=query_weight,
             solver=solver,
             always_compress=always_compress,
-            basis=str(basis) if isinstance(basis, os.PathLike) else basis,
+            basis=_absolute(basis),
             key_bits=key_bits,
             value_sparsity=value_sparsity,
             value_bits=value_bits,
@@ -221,8 +222,9 @@ class RotateKCache(Cache):
         )
         if tokens is not None and streaming:
             raise ValueError("tokens cannot be chosen with streaming=True, which seals an image before its end is seen")
+        self.calibrated: CalibratedBasis | None = None
         if self.options.is_calibrated:
-            load_basis(self.options.basis)
+            self.calibrated = load_basis(self.options.basis)
         else:
             key_method(self.options.basis)
         self.tokens = None if tokens is None else token_method(tokens)
@@ -379,7 +381,7 @@ class RotateKCache(Cache):
 
     def shared_nbytes(self) -> int:
         """Bytes of the calibrated basis, which all requests of a model share and `nbytes` leaves out; 0 without one."""
-        return load_basis(self.options.basis).nbytes() if self.options.is_calibrated else 0
+        return 0 if self.calibrated is None else self.calibrated.nbytes()
 
     def report(self) -> CacheReport:
         """Tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
@@ -397,6 +399,14 @@ class RotateKCache(Cache):
         )
         tokens, held = self.get_seq_length(), self.nbytes()
         return f"RotateKCache({chosen}, layers={len(self.layers)}, tokens={tokens}, bytes={held:,})"
+
+
+def _absolute(basis: Any) -> Any:
+    """A basis file by its whole path, so that the working directory may change; anything else as it is."""
+    if isinstance(basis, os.PathLike):
+        basis = os.fspath(basis)
+    is_file = isinstance(basis, str) and basis.endswith(".safetensors")
+    return str(Path(basis).expanduser().absolute()) if is_file else basis
 
 
 def _rank(stored: Stored, width: int) -> int:

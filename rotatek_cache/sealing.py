@@ -10,6 +10,7 @@ from rotatek_cache.basis import (
     FitOptions,
     KeyBasis,
     KeyStatistics,
+    coded_delta_dtype,
     compute_dtype,
     key_moments,
     padded_rank,
@@ -92,7 +93,8 @@ class Sealer:
             code = self.key_method.code(width, rank, dtype)
             return tokens * code.row_bytes + width * dtype.itemsize
         if self.calibrated is None and isinstance(self.key_method, NoRotation):
-            return tokens * _coded_bytes(width, options.key_bits, dtype) + 2 * width * dtype.itemsize
+            scales = width * (dtype.itemsize + coded_delta_dtype(dtype).itemsize)
+            return tokens * _coded_bytes(width, options.key_bits, dtype) + scales
         return self._bytes(tokens, rank, options.sparsity, width, options.key_bits, dtype)
 
     def _bytes(self, tokens: int, rank: int, sparsity: float | None, width: int, bits: Bits, dtype: torch.dtype) -> int:
@@ -105,7 +107,8 @@ class Sealer:
             rank = padded_rank(rank)
             token_bytes = _coded_bytes(rank, bits, dtype)
         matrix = 0 if self.options.is_calibrated else width * rank
-        return tokens * token_bytes + (matrix + width) * dtype.itemsize
+        delta = dtype if bits is None else coded_delta_dtype(dtype)
+        return tokens * token_bytes + matrix * dtype.itemsize + width * delta.itemsize
 
     def store_keys(self, keys: Tensor, ranges: Ranges, queries: Tensor | None, valid: Tensor | None) -> Stored:
         """Store packed Keys ``[H, N, D]``.
@@ -120,6 +123,7 @@ class Sealer:
         if options.is_identity:
             return Stored(keys, KeyBasis())
         rank, bits = options.rank_for(keys.shape[-1]), options.key_bits
+        _check_width("key_bits", bits, keys.shape[-1])
         if self.calibrated is not None:
             return self._store_calibrated("key", keys, ranges, rank, options.sparsity, bits)
         if isinstance(self.key_method, NoRotation):
@@ -137,6 +141,7 @@ class Sealer:
         options = self.options
         if not options.codes_values:
             return Stored(values)
+        _check_width("value_bits", options.value_bits, values.shape[-1])
         if options.value_basis == "none":
             assert isinstance(options.value_bits, int)
             self._check_finite("Values", values)
@@ -216,7 +221,7 @@ class Sealer:
         decoder, shift = state.scaled_decoder((code, bits), low, step, middle_codes(code, device), dtype)
         shared = KeyBasis(
             B=decoder[:, None].expand(-1, mean.shape[1], -1, -1),
-            delta=(basis.delta.float() + shift[:, None]).to(dtype),
+            delta=(basis.delta.float() + shift[:, None]).to(coded_delta_dtype(dtype)),
             fitted_rank=code.channels,
             shared=True,
         )
@@ -240,6 +245,11 @@ class Sealer:
                 f"the visual {what} of layer {self.layer} hold NaN or infinity, so no basis can be fitted to them: the "
                 "model's weights, inputs or dtype overflow before they reach the cache"
             )
+
+
+def _check_width(option: str, bits: Bits, width: int) -> None:
+    if bits not in (None, "fp8") and width % CHANNEL_BLOCK:
+        raise ValueError(f"{option}={bits!r} needs a head width that is a multiple of {CHANNEL_BLOCK}, got {width}")
 
 
 def _coded_bytes(channels: int, bits: Bits, dtype: torch.dtype) -> int:

@@ -270,6 +270,53 @@ def test_a_stopped_command_goes_on_where_it_was_saved(pages, tmp_path, monkeypat
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_stopped_command_refuses_other_images_and_questions(pages, tmp_path, monkeypatch):
+    out = tmp_path / "basis.safetensors"
+
+    def stop(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate_images, "open_page", stop)
+    assert run("--images", pages, "--out", out).exit_code != 0
+    monkeypatch.undo()
+    (pages / "broken.png").unlink()
+    for arguments in (["--images", pages], ["--images", pages, "--question", "row 1?"]):
+        result = run(*arguments, "--out", out)
+        assert result.exit_code == 2
+        assert "was begun with other images or questions" in result.output.replace("\n", " ")
+    out.with_name("basis.safetensors.state").unlink()
+    assert run("--images", pages, "--out", out).exit_code == 0
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(pages, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    result = run("--images", pages, "--out", tmp_path / "file" / "basis.safetensors")
+    assert result.exit_code == 2 and "cannot be written" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("lost", ["fingerprint", "layers.0.key.spectrum", "layers.0.value.low4"])
+def test_a_basis_file_that_lacks_something_is_named(basis_file, tmp_path, lost):
+    with safe_open(str(basis_file), framework="pt") as file:
+        metadata = file.metadata()
+    tensors = contents(basis_file)
+    del tensors[lost]
+    save_file(tensors, tmp_path / "less.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match="is incomplete or holds something else"):
+        load_basis(tmp_path / "less.safetensors")
+    save_file({**contents(basis_file), "extra": torch.zeros(1)}, tmp_path / "more.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match="is incomplete or holds something else"):
+        load_basis(tmp_path / "more.safetensors")
+
+
+def test_the_working_directory_may_change(llava, basis_file, monkeypatch):
+    monkeypatch.chdir(basis_file.parent)
+    cache = RotateKCache(basis=basis_file.name, rank=8)
+    monkeypatch.chdir("/")
+    llava.attached(**llava.tiny.inputs(llava.tiny.prompt(1)), past_key_values=cache, use_cache=True)
+    cache.reset()
+    assert "once per model" in str(cache.report())
+
+
 def test_a_dataset_gives_the_file_that_a_folder_of_its_images_gives(pages, tmp_path):
     datasets = pytest.importorskip("datasets")
     files = sorted(pages.glob("*.png"))  # the broken one first

@@ -326,3 +326,32 @@ def test_bytes_of_the_peers_are_those_of_their_tokens():
     )
     assert kv.segments[0].keys.data.shape == (2, 200, 16)
     assert kv.segments[0].values.data.shape == (2, 200, 16 + 2 * 2)
+
+
+def test_rounding_of_the_decoder_shifts_no_mean():
+    """Codes of 8 bits lie around 127, so a decoder rounded to bfloat16 would shift all tokens alike."""
+    generator = torch.Generator().manual_seed(0)
+    decoder = torch.linalg.qr(torch.randn(1, 1, 64, 64, generator=generator)).Q.bfloat16()
+    step = torch.rand(1, 1, 64, generator=generator) / 127.5
+    low = -127.5 * step
+    codes = torch.randint(256, (1, 1, 500, 64), generator=generator)
+    exact = (low[:, :, None] + step[:, :, None] * codes) @ decoder.float().mT
+
+    def shift(middle: float) -> torch.Tensor:
+        basis = KeyBasis(B=decoder).for_codes(low, step, torch.full((64,), middle))
+        return (basis.reconstruct(codes.float()) - exact).mean(2).norm()
+
+    assert shift(127.5) < 0.1 * shift(0.0)
+
+
+def test_head_widths_that_do_not_pack_are_named():
+    ledger = VisualLedger()
+    ledger.announce(0, 201, (torch.arange(201) < 200)[None])
+    for options, words in (
+        ({"key_bits": 4}, "key_bits=4 needs a head width"),
+        ({"value_bits": 2}, "value_bits=2 needs"),
+    ):
+        kv = LayerKV(FitOptions(sparsity=0.5, **options), ledger, 0)
+        kv.append(torch.randn(1, 1, 201, 20), torch.randn(1, 1, 201, 20))
+        with pytest.raises(ValueError, match=words):
+            kv.observe(torch.randn(1, 1, 201, 20), None)

@@ -48,5 +48,7 @@ METHODS: dict[str, KeyMethod] = {
 def key_method(name: str) -> KeyMethod:
     """The method called `name`; a ValueError that lists the known ones otherwise."""
     if name not in METHODS:
-        raise ValueError(f"basis must be one of {', '.join(sorted(METHODS))}, got {name!r}")
+        raise ValueError(
+            f"basis must be one of {', '.join(sorted(METHODS))}, or the path of a .safetensors file, got {name!r}"
+        )
     return METHODS[name]
