@@ -38,9 +38,9 @@ class StateLayout:
         code: how codes are packed; None if numbers are stored.
         rank: columns of the decoder; None if dense states are stored.
         shared: the decoder ``[H, 1, D, r]`` of the model; None if each basis has its own.
-        has_delta: whether a basis has a delta.
+        delta_dtype: of a basis' delta; None if it has none.
         dense_width: D.
-        basis_dtype: of decoder and delta.
+        basis_dtype: of the decoder.
     """
 
     width: int
@@ -48,7 +48,7 @@ class StateLayout:
     code: CodeLayout | None
     rank: int | None
     shared: Tensor | None
-    has_delta: bool
+    delta_dtype: torch.dtype | None
     dense_width: int
     basis_dtype: torch.dtype
 
@@ -66,7 +66,7 @@ class StateLayout:
             rank=None if decoder is None else decoder.shape[-1],
             # One row of the calibrated decoder is all of it; a copy would keep the probe alive.
             shared=decoder[:, :1] if basis.shared and decoder is not None else None,
-            has_delta=basis.delta is not None,
+            delta_dtype=None if basis.delta is None else basis.delta.dtype,
             dense_width=dense_width,
             basis_dtype=dtype,
         )
@@ -77,10 +77,10 @@ class StateLayout:
         return self.width * self.dtype.itemsize
 
     @property
-    def basis_numbers(self) -> int:
-        """Numbers that one basis adds, per head."""
-        matrix = 0 if self.rank is None or self.shared is not None else self.dense_width * self.rank
-        return matrix + (self.dense_width if self.has_delta else 0)
+    def basis_bytes(self) -> int:
+        """Bytes that one basis adds, per head."""
+        matrix = 0 if self.rank is None or self.shared is not None else self.rank * self.basis_dtype.itemsize
+        return self.dense_width * (matrix + (0 if self.delta_dtype is None else self.delta_dtype.itemsize))
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class CacheLayout:
     @property
     def text_bytes(self) -> int:
         """Bytes of a text token: what a dense cache takes."""
-        return self._per_head(self.heads.key_width + self.heads.value_width) * len(self.layers)
+        numbers = self.heads.key_width + self.heads.value_width
+        return self.heads.kv_heads * numbers * self.dtype.itemsize * len(self.layers)
 
     @property
     def visual_bytes(self) -> int:
@@ -112,10 +113,7 @@ class CacheLayout:
     @property
     def basis_bytes(self) -> int:
         """Bytes of one basis."""
-        return self._per_head(sum(layer.keys.basis_numbers + layer.values.basis_numbers for layer in self.layers))
-
-    def _per_head(self, numbers: int) -> int:
-        return self.heads.kv_heads * numbers * self.dtype.itemsize
+        return self.heads.kv_heads * sum(layer.keys.basis_bytes + layer.values.basis_bytes for layer in self.layers)
 
     def ranks(self) -> str:
         """Ranks of the Keys and Values, over the layers."""

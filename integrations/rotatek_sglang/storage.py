@@ -25,8 +25,8 @@ class StatePool:
             else:
                 table = torch.zeros(bases, kv_heads, layout.dense_width, layout.rank, dtype=layout.basis_dtype)
                 self.decoder = table.to(device).transpose(0, 1)
-        if layout.has_delta:
-            table = torch.zeros(bases, kv_heads, layout.dense_width, dtype=layout.basis_dtype)
+        if layout.delta_dtype is not None:
+            table = torch.zeros(bases, kv_heads, layout.dense_width, dtype=layout.delta_dtype)
             self.delta = table.to(device).transpose(0, 1)
         self.basis = KeyBasis(
             B=self.decoder, delta=self.delta, fitted_rank=layout.rank, shared=layout.shared is not None
