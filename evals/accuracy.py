@@ -55,7 +55,7 @@ class Settings:
     """What determines the scores of a run.
 
     Attributes:
-        model: name or path for `from_pretrained`.
+        model: name or path for `from_pretrained`; "reader" is the one that comes with the package.
         tasks: name -> options of the task.
         methods: name -> keyword arguments of `RotateKCache`.
         limit: samples of each task.
@@ -65,7 +65,7 @@ class Settings:
         max_new_tokens: longest answer; None leaves it to the task.
     """
 
-    model: str = str(READER)
+    model: str = "reader"
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     limit: int = 500
@@ -256,7 +256,8 @@ def run(settings: Settings, folder: Path, device: str = "auto", *, quiet: bool =
     tasks = {name: load_task(name, options) for name, options in settings.tasks.items()}
     started = time.monotonic()
     progress_of = Run(folder, settings, state)
-    chat = Chat.load(settings.model, dtype=settings.torch_dtype, device=state.device if device == "auto" else device)
+    source = str(READER) if settings.model == "reader" else settings.model
+    chat = Chat.load(source, dtype=settings.torch_dtype, device=state.device if device == "auto" else device)
     methods: dict[str, dict[str, Any] | None] = {DENSE: None, **settings.methods}
     orders = {name: sample_order(task, settings.limit, settings.seed) for name, task in tasks.items()}
     batches = [

@@ -16,7 +16,7 @@ from rotatek_cache.segments import SegmentView
 
 Implementation = Literal["auto", "torch", "triton"]
 
-OLDEST_TRITON = (3, 9)  # the kernels take tuples of tuples, which 3.6 does not compile
+OLDEST_TRITON = (3, 6)  # of those that the kernels were compiled with
 
 # Scores of one chunk of queries, in numbers: 256 MiB of float32.
 MAX_SCORES = 1 << 26
@@ -37,7 +37,7 @@ def attend(
         segments: views of what the cache stores; their KV heads divide ``H_q``.
         scale: factor on ``q . k``.
         impl: "torch" is the reference, "triton" the kernel (an error where it cannot run), "auto" the kernel
-            on CUDA where Triton (3.9 or newer) is installed and the reference otherwise.
+            on CUDA where Triton (3.6 or newer) is installed and the reference otherwise.
         return_lse: whether the caller needs the log-sum-exp; None may stand in its place otherwise.
 
     Returns:

@@ -149,8 +149,8 @@ except ValueError as error:
 
 
 @needs_triton
-@pytest.mark.parametrize(("version", "used"), [("3.6.0", False), ("3.9.0", True), ("3.10.1+git", True), ("4.0", True)])
-def test_a_triton_that_cannot_compile_the_kernel_is_not_used(version, used, monkeypatch):
+@pytest.mark.parametrize(("version", "used"), [("3.5.1", False), ("3.6.0", True), ("3.10.1+git", True), ("4.0", True)])
+def test_a_triton_older_than_the_kernel_was_compiled_with_is_not_used(version, used, monkeypatch):
     from rotatek_cache import attention
 
     monkeypatch.setattr(attention.importlib.metadata, "version", lambda name: version)

@@ -87,6 +87,24 @@ class MergeArguments(NamedTuple):
     basis_strides: tuple[int, ...]
 
 
+def _form(forms, index, _semantic=None):
+    """Entry `index` of `FORMS`, as a tuple of Triton: before 3.9 it does not make those of tuples of tuples itself."""
+    form = forms[index]
+    interpreted = _semantic is None  # and takes tuples as they are
+    return form if interpreted or isinstance(form, tl.tuple) else _static(form)
+
+
+_form.__triton_builtin__ = True  # type: ignore[attr-defined]  # Python, called while a kernel is compiled
+
+
+def _static(value):
+    """A number, or tuples of numbers however deep, as a kernel holds what is known when it is compiled."""
+    if not isinstance(value, tuple):
+        return tl.constexpr(value)
+    entries = [_static(entry) for entry in value]
+    return tl.tuple(entries, tl.tuple_type([entry.type for entry in entries], getattr(value, "_fields", None)))
+
+
 @triton.jit
 def _plain(odd):
     """The integers that `decode.odd` made odd.
@@ -449,7 +467,7 @@ def attend_splits(
                 scale * LOG2_E,
                 total_splits,
                 queries * G,
-                FORMS[index],
+                _form(FORMS, index),
                 SINGLE,
                 D,
                 BLOCK_D,
@@ -566,7 +584,7 @@ def merge_splits(
             total_splits,
             queries * G,
             first_channel,
-            FORMS[index],
+            _form(FORMS, index),
             D_V,
             BLOCK_DV,
             BLOCK_S,
