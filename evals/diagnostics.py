@@ -285,7 +285,7 @@ def answers_without(args: argparse.Namespace) -> dict[str, Any]:
                 fidelity.fill(cache, model.config, batch, recorder)
                 if change is not None:
                     change(cache)
-                keys, values = fidelity.visual_bytes(cache)
+                keys, values = fidelity.visual_bytes(cache, recorder.visual)
                 found = fidelity.replay(model, cache, batch, prefill.logits[:, -1])
                 dense = found if dense is None else dense
                 fidelity.score(scores[name], batch, found, dense)

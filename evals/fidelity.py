@@ -15,6 +15,13 @@ cache's own greedy answers stand for the true ones.
 Keys and Values are held in half precision, and bytes are those of storage: of the visual Keys and Values of a request
 with everything it owns (coefficients or codes, means, scales folded into bases, an online basis). A calibrated basis is
 counted once per model and reported beside.
+
+A row of the methods file holds options of RotateKCache, or names another cache and holds the options of that one, as in
+`{cache: quantized, backend: quanto, nbits: 4}` for transformers' QuantizedCache. Such a cache is filled with the same
+states and read through the model's own sdpa. It knows nothing of images: it compresses the text too, every position
+alike, so that the visual tokens' share of the prompt is their share of its bytes, and its ratio that of the whole
+prompt. QuantizedCache compresses a whole prompt at once; its window of full precision (`residual_length`) holds what
+comes later, here both answers and the second question. Its fp8 backend has one scale a layer for a whole batch.
 """
 
 import argparse
@@ -39,18 +46,19 @@ import torch
 import yaml
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import AutoConfig, Cache, DynamicCache, QuantizedCache
 
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
 from rotatek_cache import RotateKCache
 from rotatek_cache.attention import causal_mask
 from rotatek_cache.cache import RotateKLayer, storage_bytes
 from rotatek_cache.calibrate_images import find_images
-from rotatek_cache.demo import DemoError, Reader, open_page
+from rotatek_cache.demo import READER, DemoError, Reader, open_page
 from rotatek_cache.layer import LayerKV
 
 METHODS = Path(__file__).parent / "fidelity.yaml"
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}
+OTHER_CACHES: dict[str, type[Cache]] = {"quantized": QuantizedCache}
 
 
 class RecordingCache(RotateKCache):
@@ -186,8 +194,41 @@ class Scores:
         self.shared_bytes = max(self.shared_bytes, other.shared_bytes)
 
 
-def visual_bytes(cache: RotateKCache) -> tuple[int, int]:
-    """Bytes that the requests of a cache own for visual Keys and Values."""
+def new_cache(options: dict[str, Any], config: Any) -> Cache:
+    """The empty cache of a row, for a model of that config: RotateKCache, or the other cache that it names."""
+    options = dict(options)
+    if "cache" not in options:
+        # Also where the basis costs more bytes than it saves: what is asked here is what a method loses.
+        return RotateKCache(**{"always_compress": True, **options})
+    name = options.pop("cache")
+    if name not in OTHER_CACHES:
+        raise ValueError(f"cache must be one of {', '.join(OTHER_CACHES)}, or left out for RotateKCache, got {name!r}")
+    return OTHER_CACHES[name](config=config, **options)
+
+
+def stored_tensors(held: Any) -> list[Tensor]:
+    """The plain tensors in nested containers and behind wrapper subclasses, such as packed data and scales."""
+    if isinstance(held, dict):
+        held = list(held.values())
+    if isinstance(held, (list, tuple)):
+        return [tensor for part in held for tensor in stored_tensors(part)]
+    if not isinstance(held, Tensor):
+        return []
+    if hasattr(held, "__tensor_flatten__"):
+        return stored_tensors([getattr(held, name) for name in held.__tensor_flatten__()[0]])
+    return [held]
+
+
+def visual_bytes(cache: Cache, visual: Tensor) -> tuple[float, float]:
+    """Bytes that the requests of a cache own for visual Keys and Values; `visual`, bool ``[B, T]``, says which are."""
+    if not isinstance(cache, RotateKCache):
+        share = visual.double().mean().item()
+        of_kind = [
+            [getattr(layer, name, None) for layer in cache.layers for name in (kind, f"_quantized_{kind}")]
+            for kind in ("keys", "values")
+        ]
+        keys, values = (storage_bytes(stored_tensors(held)) for held in of_kind)
+        return share * keys, share * values
     layers = [layer for layer in cache.layers if isinstance(layer, RotateKLayer)]
     segments = [segment for layer in layers for segment in layer.kv.segments]
     keys = storage_bytes([t for segment in segments for t in segment.keys.tensors()])
@@ -195,11 +236,12 @@ def visual_bytes(cache: RotateKCache) -> tuple[int, int]:
     return keys, values
 
 
-def fill(cache: RotateKCache, config: Any, batch: Batch, recorder: RecordingCache) -> None:
+def fill(cache: Cache, config: Any, batch: Batch, recorder: RecordingCache) -> None:
     """Give a cache the prompt's recorded states, as its prefill would have."""
-    cache.learn_config(config)
     mask = batch.prompt["attention_mask"].bool()
-    cache.announce_visual(recorder.visual, mask.shape[1])
+    if isinstance(cache, RotateKCache):
+        cache.learn_config(config)
+        cache.announce_visual(recorder.visual, mask.shape[1])
     seen = mask[:, None, None, :] & causal_mask(mask.shape[1], mask.shape[1], mask.device)
     for index, layer in enumerate(recorder.layers):
         if index not in recorder.seen:
@@ -207,10 +249,13 @@ def fill(cache: RotateKCache, config: Any, batch: Batch, recorder: RecordingCach
             continue
         keys, values, query, scale = recorder.seen[index]
         handle, _ = cache.update(keys, values, index)
-        handle.kv.observe(query, seen, scale)
+        if isinstance(cache, RotateKCache):
+            handle.kv.observe(query, seen, scale)
+        else:
+            cache.layers[index].dtype = query.dtype  # what it returns; half precision is what it was given to store
 
 
-def replay(model: Any, cache: RotateKCache, batch: Batch, first_logits: Tensor) -> Tensor:
+def replay(model: Any, cache: Cache, batch: Batch, first_logits: Tensor) -> Tensor:
     """Log-probabilities ``[B, n, V]`` that predict each token of `batch.rest`, from the cache of its prompt."""
     mask = torch.cat([batch.prompt["attention_mask"], batch.rest_mask], 1)
     logits = model(
@@ -264,16 +309,15 @@ def score_part(
         first_logits = prefill.logits[:, -1]
         dense: Tensor | None = None
         for name, options in methods.items():
-            # Also where the basis costs more bytes than it saves: what is asked here is what a method loses.
-            cache = RotateKCache(**{"always_compress": True, **options})
+            cache = new_cache(options, model.config)
             fill(cache, model.config, batch, recorder)
-            keys, values = visual_bytes(cache)
+            keys, values = visual_bytes(cache, recorder.visual)
             found = replay(model, cache, batch, first_logits)
             dense = found if dense is None else dense
             score(scores[name], batch, found, dense)
             scores[name].key_bytes += [keys / len(batch)] * len(batch)
             scores[name].value_bytes += [values / len(batch)] * len(batch)
-            scores[name].shared_bytes = cache.shared_nbytes()
+            scores[name].shared_bytes = cache.shared_nbytes() if isinstance(cache, RotateKCache) else 0
     return scores
 
 
@@ -299,14 +343,23 @@ def chosen_methods(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             for name, options in methods.items()
             if name not in files - kept
         }
-    if not methods:
-        raise ValueError(f"no row of {args.methods} is left to run")
+    config = AutoConfig.from_pretrained(READER)
     for name, options in methods.items():
         try:
-            RotateKCache(**options)
-        except (TypeError, ValueError) as error:
+            new_cache(options, config)
+        except (ImportError, TypeError, ValueError) as error:
             hint = "; python -m evals.calibrate_reader makes the reader's" if "does not exist" in str(error) else ""
             raise ValueError(f"row '{name}': {error}{hint}") from error
+    if args.model is not None:
+        config = AutoConfig.from_pretrained(args.model)
+        for name in [name for name, options in methods.items() if "cache" in options]:
+            try:
+                new_cache(methods[name], config)
+            except ValueError as error:
+                print(f"left out: row '{name}': {error}")
+                del methods[name]
+    if not methods:
+        raise ValueError(f"no row of {args.methods} is left to run")
     return {"dense": {"sparsity": 0}, **methods}
 
 
