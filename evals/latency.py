@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from evals.accuracy import environment
+from evals.fidelity import stored_tensors
 from evals.figures import rounded
 from rotatek_cache import RotateKCache, attach, detach
 from rotatek_cache.cache import storage_bytes
@@ -101,21 +102,7 @@ def held_bytes(cache: Cache) -> int:
     """Bytes of all storage that a cache's layers hold."""
     if isinstance(cache, RotateKCache):
         return cache.nbytes()
-    found: list[Tensor] = []
-
-    def collect(value: Any) -> None:
-        if isinstance(value, Tensor):
-            # Quantised tensors are wrappers around their parts.
-            inner = getattr(value, "__tensor_flatten__", None)
-            names = inner()[0] if inner is not None else []
-            found.extend(getattr(value, name) for name in names) if names else found.append(value)
-        elif isinstance(value, list | tuple):
-            for part in value:
-                collect(part)
-
-    for layer in cache.layers:
-        collect(list(vars(layer).values()))
-    return storage_bytes(found)
+    return storage_bytes(stored_tensors([list(vars(layer).values()) for layer in cache.layers]))
 
 
 def switch_attention(model: Any, options: Mapping[str, Any]) -> None:
