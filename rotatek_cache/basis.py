@@ -170,6 +170,11 @@ class FitOptions:
                 "value_basis='none' quantises Values per token as they are: it takes value_bits of 8, 4 or 2 and no "
                 f"value_sparsity, got {self}"
             )
+        if self.is_calibrated and (self.solver, self.query_window) != (FitOptions.solver, FitOptions.query_window):
+            raise ValueError(
+                "solver and query_window fit a basis to a prompt; a calibrated basis is fitted already: leave them out, "
+                f"got {self}"
+            )
         if self.basis_bits is not None and (type(self.basis_bits) is not int or self.basis_bits != 8):
             raise ValueError(f"basis_bits must be None or 8, got {self.basis_bits!r}")
         if self.basis_bits is not None and not self.owns_basis:

@@ -292,6 +292,8 @@ def test_codes_need_finite_values():
         ({"sparsity": 0.5, "value_basis": "svd"}, "value_basis must be 'auto' or 'none', got 'svd'"),
         ({"sparsity": 0.5, "value_basis": "none"}, "it takes value_bits of 8, 4 or 2"),
         ({"sparsity": 0.5, "allocation": Allocation("heads")}, "allocation needs a calibrated basis"),
+        ({"sparsity": 0.5, "basis": "a.safetensors", "solver": "eigh"}, "a calibrated basis is fitted already"),
+        ({"sparsity": 0.5, "basis": "a.safetensors", "query_window": 8}, "got sparsity=0.5, query_window=8"),
         ({"sparsity": 0.5, "basis_bits": 4}, "basis_bits must be None or 8, got 4"),
         ({"sparsity": 0.5, "basis_bits": True}, "basis_bits must be None or 8, got True"),
         ({"sparsity": 0.5, "basis": "spark", "basis_bits": 8}, "basis_bits codes the basis that a request owns"),
