@@ -55,6 +55,18 @@ class LayerHandle:
         )
 
 
+class MaskedStates:
+    """Keys and Values ``[B, H, T, D]`` of a stock layer, for the attention function, with those that nobody may see.
+
+    `hidden` is bool ``[B, T]``: placeholders of visual tokens that were dropped before the language model.
+    """
+
+    __slots__ = ("hidden", "keys", "values")
+
+    def __init__(self, keys: Tensor, values: Tensor, hidden: Tensor) -> None:
+        self.keys, self.values, self.hidden = keys, values, hidden
+
+
 class RotateKLayer(CacheLayerMixin):
     """A full-attention layer of a `RotateKCache`."""
 
@@ -260,11 +272,6 @@ class RotateKCache(Cache):
         ]
         # All checks come before the layers are kept: a cache that was refused once must be refused again.
         foreign = [index for index, layer in enumerate(layers) if not isinstance(layer, RotateKLayer)]
-        if foreign and isinstance(self.tokens, FeatureMethod):
-            raise ValueError(
-                f"tokens={self.tokens} leaves placeholders of dropped tokens in the prompt, which layers {foreign} of "
-                "this model would attend to: they keep the stock cache layer (sliding window)"
-            )
         if self.selection is not None:
             self.selection.learn_layers([index for index in range(len(layers)) if index not in foreign], len(layers))
         if self.planner is not None:
@@ -298,7 +305,15 @@ class RotateKCache(Cache):
                     "seen: attach(model) and give images as pixel_values (no videos, no inputs_embeds alone, no "
                     "features computed beforehand)"
                 )
-        return layer.update(key_states, value_states, *args, **kwargs)
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        if isinstance(layer, RotateKLayer) or not isinstance(self.tokens, FeatureMethod):
+            return keys, values
+        end = layer.get_seq_length()
+        hidden = self.ledger.dropped_of(end - keys.shape[2], end)
+        if hidden is None:
+            return keys, values
+        masked = MaskedStates(keys, values, hidden)
+        return masked, masked
 
     def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
         """Say which of the next `tokens` positions are visual: bool ``[rows, tokens]``, None for none of them.

@@ -307,7 +307,7 @@ class VisualLedger:
 
     def dropped_of(self, begin: int, end: int) -> Tensor | None:
         """bool ``[B, end - begin]``: which of the positions were dropped before the language model; None: none."""
-        return _overlaid(self.dropped, begin, end)
+        return _overlaid([entry for entry in self.dropped if entry[0] < end and entry[1] > begin], begin, end)
 
     def complete(self, end: int, batch: int) -> None:
         """Fill in positions up to `end` that nobody announced, from the given mask (text beyond it)."""

@@ -96,17 +96,22 @@ class FeatureMethod(TokenMethod, abc.ABC):
     reads_encoder: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def choose(self, features: Tensor, scores: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The tokens of one image that stay, and what they are.
+    def choose(self, features: Tensor, scores: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The tokens of one image that stay, and the ones that take the others in.
 
         Args:
             features: ``[n, d]``, one of each placeholder.
-            scores: attention in the encoder ``[n]``, if the method reads it.
-            keys: of the same layer, all heads side by side, ``[n, k]``.
+            scores: attention in the encoder ``[n]``, if the method reads it; -inf for tokens that show no patch.
+            keys: of the same layer, averaged over heads, ``[n, k]``.
 
         Returns:
-            bool ``[n]`` and features ``[n, d]``, of which those of kept tokens matter.
+            bool ``[n]``, and int64 ``[n]``: which kept token takes a dropped one in, -1 where none does; None where
+            nothing is merged.
         """
+
+    def merged(self, features: Tensor, taken_by: Tensor) -> Tensor:
+        """Features ``[n, d]`` of which kept tokens have taken in others, as `choose` says; dropped ones matter not."""
+        raise NotImplementedError(f"{type(self).__name__} merges nothing")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """`attach(model)`: one call that wires a vision-language model. The only file that knows model families."""
 
-import contextlib
 import functools
 import inspect
 import threading
@@ -15,9 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rotatek_cache import hf_attention
 from rotatek_cache.cache import RotateKCache
 from rotatek_cache.calibration import fingerprint
+from rotatek_cache.encoders import encoder_tap, note_packing, token_signal
 from rotatek_cache.methods.calibrated import load_basis
 from rotatek_cache.tokens import FeatureMethod
-from rotatek_cache.vision import EncoderTap, choose, tapped
+from rotatek_cache.vision import Choice, EncoderTap, choose
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -28,17 +28,13 @@ class Family:
 
     Args:
         placeholders: config fields with the ids that stand for visual tokens in `input_ids`.
-        encoder: the vision encoder, where its attention can be read and each visual token shows as many of its patches,
-            in order (but see `_feature_order`); None elsewhere.
     """
 
     placeholders: tuple[str, ...] = ("image_token_id",)
-    encoder: str | None = None
 
 
 _IMAGE = Family()
 _IMAGE_AND_VIDEO = Family(("image_token_id", "video_token_id"))
-_QWEN2 = Family(("image_token_id", "video_token_id"), encoder="visual")
 
 # model_type -> facts; each family here is run through generate by the tests.
 FAMILIES: dict[str, Family] = {
@@ -52,15 +48,15 @@ FAMILIES: dict[str, Family] = {
     "idefics3": _IMAGE,
     "internvl": _IMAGE,
     "lighton_ocr": _IMAGE,
-    "llava": Family(encoder="vision_tower"),
+    "llava": _IMAGE,
     "llava_next": _IMAGE,
     "llava_next_video": _IMAGE_AND_VIDEO,
     "llava_onevision": _IMAGE_AND_VIDEO,
     "mistral3": _IMAGE,
     "ovis2": _IMAGE,
     "paligemma": _IMAGE,
-    "qwen2_5_vl": _QWEN2,
-    "qwen2_vl": _QWEN2,
+    "qwen2_5_vl": _IMAGE_AND_VIDEO,
+    "qwen2_vl": _IMAGE_AND_VIDEO,
     "qwen3_vl": _IMAGE_AND_VIDEO,
     "qwen3_vl_moe": _IMAGE_AND_VIDEO,
     "smolvlm": _IMAGE,
@@ -110,6 +106,7 @@ class Attachment:
     threads: set[int] = field(default_factory=set)  # that are in a forward with a RotateKCache
     fingerprint: Tensor | None = None  # of the model, once a calibrated basis asks
     choosing: dict[int, RotateKCache] = field(default_factory=dict)  # by thread: chooses from what is encoded now
+    taps: dict[int, EncoderTap] = field(default_factory=dict)  # by thread: listens to what is encoded now
 
     def fingerprint_of(self, module: torch.nn.Module) -> Tensor:
         """The fingerprint of the attached model, taken once."""
@@ -187,8 +184,9 @@ def attach(model: M) -> M:
     for name, stand_in in STAND_INS.items():
         if hasattr(type(top), name):
             _stand_in(top, name, stand_in)
-    if hasattr(inner, "get_image_features"):
-        _stand_in(inner, "get_image_features", _get_image_features)
+    for name, stand_in in INNER_STAND_INS.items():
+        if hasattr(type(inner), name):
+            _stand_in(inner, name, stand_in)
     return model
 
 
@@ -212,7 +210,8 @@ def detach(model: M) -> M:
     del inner._rotatek
     for name in STAND_INS:
         top.__dict__.pop(name, None)
-    inner.__dict__.pop("get_image_features", None)
+    for name in INNER_STAND_INS:
+        inner.__dict__.pop(name, None)
     return model
 
 
@@ -452,77 +451,50 @@ def _get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
     cache = choosing.get(threading.get_ident()) if choosing else None  # a compiler need not look further than here
     if cache is None:
         return encode()
-    method = cache.tokens
+    method, taps = cache.tokens, inner._rotatek.taps
     given = _arguments(type(inner).get_image_features, inner, *args, **kwargs)
     with encoder_tap(inner, method, given) as tap:
-        output = encode()
+        if tap is not None:
+            taps[threading.get_ident()] = tap
+        try:
+            output = encode()
+        finally:
+            taps.pop(threading.get_ident(), None)
     features = output.pooler_output
     if isinstance(features, Tensor) and features.ndim != 3:
         raise ValueError(
             f"tokens={method} need the features of each image by itself; '{inner.config.model_type}' gives a tensor "
             f"{list(features.shape)}"
         )
-    chosen = choose(method, list(features), tap, _feature_order(inner, tap, given))
-    output.pooler_output = torch.stack(chosen) if isinstance(features, Tensor) else type(features)(chosen)
+    choices = choose(method, list(features), token_signal(tap, inner, given, [len(image) for image in features]))
+    output.pooler_output = _applied(choices, features)
+    if getattr(output, "deepstack_features", None) is not None:  # Qwen3-VL adds these in later layers
+        output.deepstack_features = [_applied(choices, layer) for layer in output.deepstack_features]
     cache.chosen = True
     if inner._rotatek.threads:  # in a forward, whose positions have been announced
         cache.ledger.drop(_kept(output.pooler_output))
     return output
 
 
+def _applied(choices: Sequence[Choice], features: Any) -> Any:
+    """Features of each image as the choices leave them, in the form that they had."""
+    images = [choice.apply(image) for choice, image in zip(choices, features, strict=True)]
+    return torch.stack(images) if isinstance(features, Tensor) else type(features)(images)
+
+
+def _pack_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's method: what is heard of the encoder is packed as the features are."""
+    pack = functools.partial(type(inner).pack_image_features, inner)
+    tap = inner._rotatek.taps.get(threading.get_ident()) if inner._rotatek.taps else None
+    if tap is not None:
+        arguments = _arguments(type(inner).pack_image_features, inner, *args, **kwargs)
+        note_packing(tap, pack, {name: value for name, value in arguments.items() if name != "self"})
+    return pack(*args, **kwargs)
+
+
 def _kept(features: Sequence[Tensor]) -> Tensor:
     """bool ``[total]``: which features were not dropped. The mark survives what generate does to features."""
     return torch.cat([(image.flatten(0, -2) != 0).any(-1) for image in features])
-
-
-def encoder_tap(inner: Any, method: Any, given: dict[str, Any]) -> contextlib.AbstractContextManager[EncoderTap | None]:
-    """Listens to the encoder's layer that a method reads, if it reads any."""
-    if not method.reads_encoder:
-        return contextlib.nullcontext()
-    config = inner.config
-    name = FAMILIES[config.model_type].encoder if config.model_type in FAMILIES else None
-    if name is None:
-        known = ", ".join(sorted(family for family, facts in FAMILIES.items() if facts.encoder))
-        raise ValueError(
-            f"{type(method).__name__} reads attention of the vision encoder, token by token, which is not known how to "
-            f"do for '{config.model_type}' (it is for {known}): use a method that needs features only (DivPrune), or "
-            "one that reads the language model (FastV, VLCache)"
-        )
-
-    def setting(key: str) -> Any:
-        value = given.get(key)
-        return getattr(config, key, None) if value is None else value
-
-    attention = [
-        module
-        for module in getattr(inner, name).modules()
-        if type(module).__name__.endswith("Attention") and hasattr(module, "config")
-    ]
-    layer = setting("vision_feature_layer")
-    layer = -1 if layer is None else layer
-    if not isinstance(layer, int):
-        raise ValueError(  # noqa: TRY004 - the model is at fault
-            f"{type(method).__name__} needs features of one encoder layer, got vision_feature_layer={layer}"
-        )
-    # Hidden states begin with the embeddings.
-    module = attention[layer if layer < 0 else layer - 1]
-    return tapped(EncoderTap(module, setting("vision_feature_select_strategy") == "default"))
-
-
-def _feature_order(inner: Any, tap: EncoderTap | None, given: dict[str, Any]) -> Tensor | None:
-    """int64: which group of patches, in the encoder's order, each visual token shows; None: in order."""
-    encoder: Any = getattr(inner, "visual", None)
-    if tap is None or not hasattr(encoder, "window_size"):
-        return None
-    from transformers.vision_utils import get_vision_window_index  # noqa: PLC0415 (not there before 5.2x)
-
-    index, _ = get_vision_window_index(
-        given["image_grid_thw"],
-        spatial_merge_size=encoder.spatial_merge_size,
-        window_size=encoder.window_size,
-        patch_size=encoder.patch_size,
-    )
-    return index.argsort()
 
 
 def _get_candidate_generator(top: Any, *args: Any, **kwargs: Any) -> Any:
@@ -544,4 +516,10 @@ STAND_INS: dict[str, Any] = {
     "prepare_inputs_for_generation": _prepare_inputs_for_generation,
     "_prepare_position_ids_for_generation": _prepare_position_ids_for_generation,
     "generate_batch": _generate_batch,
+}
+
+# The same for the model below the head.
+INNER_STAND_INS: dict[str, Any] = {
+    "get_image_features": _get_image_features,
+    "pack_image_features": _pack_image_features,
 }
