@@ -245,11 +245,6 @@ class RotateKCache(Cache):
             name = type(self.tokens).__name__
             if budget is None:
                 raise ValueError(f"tokens={name}: keep must be given where no budget is, as in {name}(keep=0.4)")
-            if isinstance(self.tokens, FeatureMethod):
-                raise ValueError(
-                    f"tokens={name} chooses before the prompt's length is known: give it a share, as in "
-                    f"{name}(keep=0.4), and the budget sets the rank"
-                )
         self.planner = (
             None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
         )
@@ -281,6 +276,29 @@ class RotateKCache(Cache):
         self.layers: list[Any] = layers
         if self._record_past:
             super().activate_past_recording()
+
+    def feature_method(self, config: PreTrainedConfig, dtype: torch.dtype) -> FeatureMethod:
+        """The method that chooses from image features, its share settled by the budget where that was left open.
+
+        Args:
+            config: the model's config.
+            dtype: of the Keys and Values to come.
+        """
+        assert isinstance(self.tokens, FeatureMethod)
+        if self.tokens.keep is not None:
+            return self.tokens
+        self.learn_config(config)
+        coming = self.ledger.coming
+        if self.planner is None or coming is None:
+            raise RuntimeError(
+                f"tokens={type(self.tokens).__name__} have no share, which follows from a budget and the prompt: this "
+                "prompt is not known as ids when its images are encoded, so give a share, as in keep=0.4"
+            )
+        text = config.get_text_config(decoder=True)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        rows = coming.visual.shape[0]
+        return self.tokens.with_keep(self.planner.share_before(coming, (rows, heads, width, width), dtype))
 
     @torch.compiler.disable
     def update(
@@ -333,6 +351,8 @@ class RotateKCache(Cache):
         super().reset()
         self.ledger.reset()
         self.rope_deltas = None
+        if self.planner is not None:
+            self.planner.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""

@@ -122,11 +122,15 @@ class AttentionMethod(TokenMethod, abc.ABC):
         last_query_only: read the prompt's last query only, not all of those behind the last visual token.
         in_parts: the summary of many queries is the sum of those of their parts, so that memory can be bounded.
         layer_by_layer: each layer's tokens follow from its own attention, so that none has to wait for the others.
+        pools_layers: `keep` is that of all layers together, of which some keep more than others.
+        alike: all layers that drop tokens drop the same ones.
     """
 
     last_query_only: ClassVar[bool] = False
     in_parts: ClassVar[bool] = True
     layer_by_layer: ClassVar[bool] = False
+    pools_layers: ClassVar[bool] = False
+    alike: ClassVar[bool] = False
 
     def check_layers(self, compressed: Sequence[int], layers: int) -> None:
         """Raise if the method cannot work where only the layers `compressed` of `layers` are ours."""

@@ -15,6 +15,7 @@ from rotatek_cache import hf_attention
 from rotatek_cache.cache import RotateKCache
 from rotatek_cache.calibration import fingerprint
 from rotatek_cache.encoders import encoder_tap, note_packing, token_signal
+from rotatek_cache.ledger import Coming
 from rotatek_cache.methods.calibrated import load_basis
 from rotatek_cache.tokens import FeatureMethod
 from rotatek_cache.vision import Choice, EncoderTap, choose
@@ -326,7 +327,14 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
             module.rope_deltas = cache.rope_deltas
         elif given.get("position_ids") is None:
             module.rope_deltas = None  # of another conversation
-    cache.announce_visual(_visual_positions(module, cache, given, begin), tokens)
+    visual = _visual_positions(module, cache, given, begin)
+    cache.announce_visual(visual, tokens)
+    coming = cache.ledger.coming
+    if coming is not None and not coming.agrees(begin, visual, tokens):
+        cache.ledger.coming = None  # of a generate that came to nothing
+    if cache.ledger.coming is None and visual is not None:
+        seen = torch.ones_like(visual) if mask is None or mask.ndim != 2 else mask[:, begin : begin + tokens].bool()
+        cache.ledger.coming = Coming(begin, visual, seen.to(visual.device))
     if isinstance(cache.tokens, FeatureMethod):
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None:
@@ -349,6 +357,8 @@ def _end(module: Any, cache: RotateKCache, output: Any) -> None:
     module._rotatek.restore()
     module._rotatek.choosing.pop(threading.get_ident(), None)
     cache.ledger.end_forward()
+    if cache.ledger.coming is not None and cache.ledger.end >= cache.ledger.coming.end:
+        cache.ledger.coming = None
     if output is not None:
         # M-RoPE families keep the position offset of a conversation on the model.
         cache.rope_deltas = getattr(module, "rope_deltas", None)
@@ -429,6 +439,26 @@ def _generate_batch(top: Any, *args: Any, **kwargs: Any) -> Any:
     return type(top).generate_batch(top, *args, **kwargs)
 
 
+def _maybe_prepare_encoder_kwargs_for_generation(top: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's method, which comes before images are encoded: notes the whole prompt, for budgets."""
+    original = type(top)._maybe_prepare_encoder_kwargs_for_generation
+    given = _arguments(original, top, *args, **kwargs)
+    model_kwargs, ids, settings = given["model_kwargs"], given["inputs_tensor"], given["generation_config"]
+    cache, inner = model_kwargs.get("past_key_values"), _inner(top)
+    if isinstance(cache, RotateKCache) and ids.ndim == 2:
+        begin = cache.get_seq_length()
+        ids = ids[:, begin:]
+        mask = model_kwargs.get("attention_mask")
+        seen = torch.ones_like(ids) if mask is None or mask.ndim != 2 else mask[:, begin : begin + ids.shape[1]]
+        visual = torch.isin(ids, torch.tensor(inner._rotatek.placeholders, device=ids.device))
+        if begin and not any(_is_content(model_kwargs.get(name)) for name in CONTENT):
+            visual = torch.zeros_like(visual)
+        repeats = max(settings.num_beams or 1, settings.num_return_sequences or 1)
+        visual, seen = (flags.bool().repeat_interleave(repeats, 0) for flags in (visual, seen))
+        cache.ledger.coming = Coming(begin, visual, seen.to(visual.device)) if seen.shape == visual.shape else None
+    return original(top, *args, **kwargs)
+
+
 def _prepare_multimodal_encoder_kwargs_for_generation(top: Any, model_kwargs: dict[str, Any]) -> Any:
     """Stands in for the model's method: images are encoded here, before any forward."""
     prepare = type(top)._prepare_multimodal_encoder_kwargs_for_generation
@@ -451,7 +481,7 @@ def _get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
     cache = choosing.get(threading.get_ident()) if choosing else None  # a compiler need not look further than here
     if cache is None:
         return encode()
-    method, taps = cache.tokens, inner._rotatek.taps
+    method, taps = cache.feature_method(inner.config, inner.get_input_embeddings().weight.dtype), inner._rotatek.taps
     given = _arguments(type(inner).get_image_features, inner, *args, **kwargs)
     with encoder_tap(inner, method, given) as tap:
         if tap is not None:
@@ -512,6 +542,7 @@ def _get_candidate_generator(top: Any, *args: Any, **kwargs: Any) -> Any:
 
 STAND_INS: dict[str, Any] = {
     "_get_candidate_generator": _get_candidate_generator,
+    "_maybe_prepare_encoder_kwargs_for_generation": _maybe_prepare_encoder_kwargs_for_generation,
     "_prepare_multimodal_encoder_kwargs_for_generation": _prepare_multimodal_encoder_kwargs_for_generation,
     "prepare_inputs_for_generation": _prepare_inputs_for_generation,
     "_prepare_position_ids_for_generation": _prepare_position_ids_for_generation,

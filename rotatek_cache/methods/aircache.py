@@ -27,6 +27,7 @@ class AirCache(AttentionMethod):
 
     elite: float = 0.9
     in_parts: ClassVar[bool] = False
+    pools_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
