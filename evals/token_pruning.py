@@ -137,7 +137,9 @@ class Prompts:
         """The variant's cache after the prompts, and the logits of the next token."""
         cache = variant.cache()
         if isinstance(variant.method, FeatureMethod):
-            choices = choose(variant.method, self.features, self.signal if variant.method.reads_encoder else None)
+            counts = [variant.method.count_of(len(image)) for image in self.features]
+            signal = self.signal if variant.method.reads_encoder else None
+            choices = choose(variant.method, self.features, counts, signal)
             chosen = [choice.apply(image) for choice, image in zip(choices, self.features, strict=True)]
             cache.chosen = True
             return cache, self._prefill(cache, chosen)

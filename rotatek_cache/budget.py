@@ -7,6 +7,7 @@ codes, bases, deltas, row tables, positions and flags.
 
 import dataclasses
 import functools
+import itertools
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from rotatek_cache.tokens import AttentionMethod, FeatureMethod, TokenMethod, To
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 DEFAULT_SPARSITY = 0.75  # the paper's: where neither tokens nor channels are given, channels are cut so far first
 STEPS = 1 << 16  # parts of one in which a share of tokens is sought
+PARTS = 1 << 7  # coarser ones, tried first
 POSITION_BYTES, FLAG_BYTES, ROW_BYTES = 4, 10, 28  # of a stored token, of a prompt's position, of a row of a layer
 NEAR = 0.01  # a budget is met within this share
 TRIES = 64  # how many steps of ranks are tried to come that near
@@ -113,6 +115,7 @@ class Sizes:
         length: logical tokens when the prompt has been read.
         visual, text: by row, visual tokens that are to be sealed, and all others, those held already included.
         held: bytes of visual segments that are sealed.
+        images: by row, visual tokens of each image, where a share is taken of each by itself.
     """
 
     shape: tuple[int, int, int, int]
@@ -121,6 +124,13 @@ class Sizes:
     visual: tuple[int, ...]
     text: tuple[int, ...]
     held: int
+    images: tuple[tuple[int, ...], ...] = ()
+
+    def kept(self, keep: float) -> list[int]:
+        """Visual tokens of each row that a share `keep` leaves."""
+        if self.images:
+            return [sum(image_counts(keep, images)) for images in self.images]
+        return [max(1, round(keep * count)) if count else 0 for count in self.visual]
 
     @property
     def token_bytes(self) -> int:
@@ -178,16 +188,25 @@ class Planner:
         """Forget what was planned, for another prompt."""
         self.made = self.share = self._for = None
 
-    def share_before(self, coming: Coming, shape: tuple[int, int, int, int], dtype: torch.dtype) -> float:
-        """The share of visual tokens for a method that chooses before the language model reads the prompt `coming`.
+    def counts_before(
+        self, coming: Coming, shape: tuple[int, int, int, int], dtype: torch.dtype, lengths: Sequence[int]
+    ) -> tuple[float, list[int]]:
+        """A share for a method that chooses before the language model reads `coming`, and tokens to keep of each image.
 
-        `shape` is rows, KV heads, width of Keys and of Values, `dtype` theirs.
+        Args:
+            coming: the prompt.
+            shape: rows, KV heads, width of Keys and of Values.
+            dtype: of Keys and Values.
+            lengths: visual tokens of each image, row after row.
         """
         old = self.layers[0].kv.text.length
-        visual, text = coming.counts(shape[0])
-        sizes = Sizes(shape, dtype, coming.end, visual, tuple(old + count for count in text), self._held())
+        visual, text = coming.counts()
+        rows = _by_row(lengths, visual[:: coming.repeats])
+        repeated = tuple(images for images in rows for _ in range(coming.repeats))
+        all_text = tuple(old + count for count in text)
+        sizes = Sizes(shape, dtype, coming.end, visual, all_text, self._held(), repeated)
         self.share = self._keep(sizes, _Estimate(sizes, self), self._first_ranks(shape[2]))
-        return self.share
+        return self.share, [count for images in rows for count in image_counts(self.share, images)]
 
     def prepare(self, layer: LayerKV, plan: SealPlan) -> None:
         """Plan for the prompt that seals by `plan`, once, and tell all layers."""
@@ -221,7 +240,7 @@ class Planner:
         planned = estimate.total(keep, ranks, exact)
         text = estimate.total(0.0, ranks, everything=False)
         if planned > budget * (1.001 if counts is None else 1 + NEAR):
-            raise self._too_small(budget, text, planned)
+            raise self._too_small(budget, text, planned, counts)
         stated = keep if self.share is None else self.share
         if isinstance(self.tokens, FeatureMethod) and not self.keep_open:
             stated = self.tokens.share
@@ -249,8 +268,7 @@ class Planner:
             blocks = sizes.shape[2] // RANK_MULTIPLE * count
             units = _largest(lambda units: estimate.total(keep, _dealt(units, count)), count, blocks, budget)
             tried = [_dealt(fewer, count) for fewer in range(units, max(count, units - TRIES) - 1, -1)]
-            if units == blocks:
-                return tried[0], [0] * count  # nothing is left to store
+            tried = tried[:1] if units == blocks else tried  # fewer channels would only take less
         best: tuple[float, list[int], list[int]] = (0.0, tried[0], [0] * count)
         for candidate in tried:
             cost = functools.partial(_cost_of_exact, estimate, keep, candidate)
@@ -268,15 +286,23 @@ class Planner:
         """The largest share of visual tokens that fits with `ranks`."""
         dense = sizes.token_bytes * len(self.layers)
         budget = self.budget.bytes_of(sizes.length * dense, dense)
-        steps = _largest(lambda step: estimate.total(step / STEPS, ranks), 1, STEPS, budget)
+        # Costs fall where a row gets enough tokens for a basis, whose absence made all rows' text wider.
+        fitting = (part for part in range(PARTS, 0, -1) if estimate.total(part / PARTS, ranks) <= budget)
+        part = next(fitting, 0) * STEPS // PARTS
+        most = min(STEPS, part + STEPS // PARTS)
+        steps = _largest(lambda step: estimate.total(step / STEPS, ranks), max(1, part), most, budget)
         if (planned := estimate.total(steps / STEPS, ranks)) > budget * 1.001:
             raise self._too_small(budget, estimate.total(0.0, ranks, everything=False), planned)
         return steps / STEPS
 
-    def _too_small(self, budget: float, text: float, planned: float) -> ValueError:
+    def _too_small(
+        self, budget: float, text: float, planned: float, counts: Sequence[Sequence[int]] | None = None
+    ) -> ValueError:
         least = f"{RANK_MULTIPLE} channels of visual Keys"
-        if self.keep_open:
-            least = "all visual tokens but one dropped" if self.share is None else "with the tokens that were chosen"
+        if counts is not None or self.share is not None:
+            least = "of the tokens that were chosen"
+        elif self.keep_open:
+            least = "all visual tokens but one dropped"
         return ValueError(
             f"budget={self.budget.given!r} is {readable_bytes(round(budget))} for this prompt, of which all but "
             f"visual tokens takes {readable_bytes(round(text))}, and the least possible ({least}) "
@@ -300,12 +326,30 @@ class Planner:
         visual, length = list(plan.counts), layer.length
         coming = layer.ledger.coming
         if coming is not None and coming.end > length:  # a chunk of a prompt: the rest is counted as if it were here
-            later_visual, later_text = coming.counts(layer.shape[0], length)
+            later_visual, later_text = coming.counts(length)
             keep = self.share or (self.tokens.share if isinstance(self.tokens, FeatureMethod) else 1.0)
             visual = [have + round(keep * more) for have, more in zip(visual, later_visual, strict=True)]
             text = [have + more for have, more in zip(text, later_text, strict=True)]
             length = coming.end
         return Sizes(layer.shape, layer.dtype, length, tuple(visual), tuple(text), self._held())
+
+
+def image_counts(keep: float, images: Sequence[int]) -> list[int]:
+    """Tokens that stay of the images of a row, at least one of each; in all as many as a share `keep` of the row is."""
+    bounds = [round(keep * total) for total in itertools.accumulate(images, initial=0)]
+    return [max(1, end - begin) for begin, end in itertools.pairwise(bounds)]
+
+
+def _by_row(lengths: Sequence[int], visual: Sequence[int]) -> list[tuple[int, ...]]:
+    """The images of each row, where rows have `visual` tokens and images follow one another."""
+    rows: list[tuple[int, ...]] = []
+    rest = list(lengths)
+    for count in visual:
+        row: list[int] = []
+        while rest and sum(row) < count:
+            row.append(rest.pop(0))
+        rows.append(tuple(row))
+    return rows
 
 
 def _even(units: int, layers: int) -> list[int]:
@@ -362,6 +406,7 @@ class _Estimate:
         """
         count, found = len(self.layers), float(self.rest)
         known: set[object] = set()  # layers that keep the same tokens share their tables
+        same: dict[object, tuple[float, float, object]] = {}
         for place, (layer, rank) in enumerate(zip(self.layers, ranks, strict=True)):
             if not everything:
                 counts = [0] * len(self.sizes.visual)
@@ -372,9 +417,12 @@ class _Estimate:
             elif self.pools:
                 counts = [max(1, _even(round(keep * n * count), count)[place]) if n else 0 for n in self.sizes.visual]
             else:
-                counts = [max(1, round(keep * n)) if n else 0 for n in self.sizes.visual]
+                counts = self.sizes.kept(keep)
             spared = 0 if exact is None else exact[place]
-            states, tables, key = self._layer(counts, rank, spared)
+            case = (tuple(counts), rank, spared)
+            if case not in same:
+                same[case] = self._layer(counts, rank, spared)
+            states, tables, key = same[case]
             found += states
             if not self.alike or key not in known:
                 found += tables

@@ -1,7 +1,7 @@
 """`RotateKCache`, a transformers `Cache`, and its layers: thin shells over `LayerKV`."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -277,16 +277,22 @@ class RotateKCache(Cache):
         if self._record_past:
             super().activate_past_recording()
 
-    def feature_method(self, config: PreTrainedConfig, dtype: torch.dtype) -> FeatureMethod:
-        """The method that chooses from image features, its share settled by the budget where that was left open.
+    def counts_before(
+        self, config: PreTrainedConfig, dtype: torch.dtype, lengths: Sequence[int]
+    ) -> tuple[FeatureMethod, list[int]]:
+        """How many tokens of each image a method keeps that chooses from features; the budget says so if it is to.
 
         Args:
             config: the model's config.
             dtype: of the Keys and Values to come.
+            lengths: tokens of each image, in the order of their placeholders.
+
+        Returns:
+            The method, its share settled, and the tokens that it is to keep of each image.
         """
         assert isinstance(self.tokens, FeatureMethod)
         if self.tokens.keep is not None:
-            return self.tokens
+            return self.tokens, [self.tokens.count_of(length) for length in lengths]
         self.learn_config(config)
         coming = self.ledger.coming
         if self.planner is None or coming is None:
@@ -297,8 +303,8 @@ class RotateKCache(Cache):
         text = config.get_text_config(decoder=True)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        rows = coming.visual.shape[0]
-        return self.tokens.with_keep(self.planner.share_before(coming, (rows, heads, width, width), dtype))
+        share, counts = self.planner.counts_before(coming, (coming.rows, heads, width, width), dtype, lengths)
+        return self.tokens.with_keep(share), counts
 
     @torch.compiler.disable
     def update(

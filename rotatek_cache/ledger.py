@@ -76,12 +76,19 @@ class Coming:
 
     Attributes:
         begin: its first logical position.
-        visual, visible: bool ``[B, n]``; generate may repeat rows later on.
+        visual, visible: bool ``[B, n]``.
+        repeats: how often generate is going to repeat each row (beams, several answers).
     """
 
     begin: int
     visual: Tensor
     visible: Tensor
+    repeats: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch to come."""
+        return self.visual.shape[0] * self.repeats
 
     @property
     def end(self) -> int:
@@ -92,18 +99,17 @@ class Coming:
         """Whether the next `tokens` positions are part of it, as far as it goes: `visual` ``[B, tokens]`` or none."""
         if begin < self.begin or begin >= self.end:
             return False
-        expected = self.visual[:, begin - self.begin :][:, :tokens]
+        expected = self.visual[:, begin - self.begin :][:, :tokens].repeat_interleave(self.repeats, 0)
         if visual is None:
             return not bool(expected.any())
         return visual.shape[0] == expected.shape[0] and torch.equal(visual[:, : expected.shape[1]], expected)
 
-    def counts(self, rows: int, begin: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Visual tokens and others of each of `rows` rows from position `begin` on."""
+    def counts(self, begin: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Visual tokens and others of each row from position `begin` on."""
         start = 0 if begin is None else begin - self.begin
         visual, visible = (flags[:, start:] for flags in (self.visual, self.visible))
-        repeats = rows // visual.shape[0]
         found = [(visual & visible).sum(1), (visible & ~visual).sum(1)]
-        first, second = (tuple(counts.repeat_interleave(repeats).tolist()) for counts in found)
+        first, second = (tuple(counts.repeat_interleave(self.repeats).tolist()) for counts in found)
         return first, second
 
 

@@ -95,12 +95,19 @@ class FeatureMethod(TokenMethod, abc.ABC):
 
     reads_encoder: ClassVar[bool] = False
 
+    def count_of(self, tokens: int) -> int:
+        """How many of an image's `tokens` the share keeps."""
+        return max(1, round(self.share * tokens))
+
     @abc.abstractmethod
-    def choose(self, features: Tensor, scores: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def choose(
+        self, features: Tensor, wanted: int, scores: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The tokens of one image that stay, and the ones that take the others in.
 
         Args:
             features: ``[n, d]``, one of each placeholder.
+            wanted: how many are to stay, from 1 to n.
             scores: attention in the encoder ``[n]``, if the method reads it; -inf for tokens that show no patch.
             keys: of the same layer, averaged over heads, ``[n, k]``.
 

@@ -151,12 +151,15 @@ class Choice:
         return merged.to(features.dtype) * self.kept[:, None]
 
 
-def choose(method: FeatureMethod, features: Sequence[Tensor], signal: Tensor | None) -> list[Choice]:
+def choose(
+    method: FeatureMethod, features: Sequence[Tensor], counts: Sequence[int], signal: Tensor | None
+) -> list[Choice]:
     """What stays of each image.
 
     Args:
         method: chooses for each image by itself.
         features: of each image ``[n, d]``, one for each placeholder.
+        counts: how many tokens are to stay of each image.
         signal: what was heard of the encoder, token by token ``[total, 2 + k]``, if the method asked for it.
     """
     lengths = [len(image) for image in features]
@@ -166,6 +169,6 @@ def choose(method: FeatureMethod, features: Sequence[Tensor], signal: Tensor | N
         score = signal[:, 0].masked_fill(signal[:, 1] == 0, -torch.inf)  # tokens that show no patch
         scores, keys = score.split(lengths), signal[:, 2:].split(lengths)
     return [
-        Choice(method, *method.choose(image, score_of, keys_of))
-        for image, score_of, keys_of in zip(features, scores, keys, strict=True)
+        Choice(method, *method.choose(image, wanted, score_of, keys_of))
+        for image, wanted, score_of, keys_of in zip(features, counts, scores, keys, strict=True)
     ]

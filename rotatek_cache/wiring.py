@@ -454,8 +454,8 @@ def _maybe_prepare_encoder_kwargs_for_generation(top: Any, *args: Any, **kwargs:
         if begin and not any(_is_content(model_kwargs.get(name)) for name in CONTENT):
             visual = torch.zeros_like(visual)
         repeats = max(settings.num_beams or 1, settings.num_return_sequences or 1)
-        visual, seen = (flags.bool().repeat_interleave(repeats, 0) for flags in (visual, seen))
-        cache.ledger.coming = Coming(begin, visual, seen.to(visual.device)) if seen.shape == visual.shape else None
+        known = seen.shape == visual.shape
+        cache.ledger.coming = Coming(begin, visual, seen.bool().to(visual.device), repeats) if known else None
     return original(top, *args, **kwargs)
 
 
@@ -481,7 +481,7 @@ def _get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
     cache = choosing.get(threading.get_ident()) if choosing else None  # a compiler need not look further than here
     if cache is None:
         return encode()
-    method, taps = cache.feature_method(inner.config, inner.get_input_embeddings().weight.dtype), inner._rotatek.taps
+    method, taps = cache.tokens, inner._rotatek.taps
     given = _arguments(type(inner).get_image_features, inner, *args, **kwargs)
     with encoder_tap(inner, method, given) as tap:
         if tap is not None:
@@ -496,7 +496,9 @@ def _get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
             f"tokens={method} need the features of each image by itself; '{inner.config.model_type}' gives a tensor "
             f"{list(features.shape)}"
         )
-    choices = choose(method, list(features), token_signal(tap, inner, given, [len(image) for image in features]))
+    lengths = [len(image) for image in features]
+    method, counts = cache.counts_before(inner.config, inner.get_input_embeddings().weight.dtype, lengths)
+    choices = choose(method, list(features), counts, token_signal(tap, inner, given, lengths))
     output.pooler_output = _applied(choices, features)
     if getattr(output, "deepstack_features", None) is not None:  # Qwen3-VL adds these in later layers
         output.deepstack_features = [_applied(choices, layer) for layer in output.deepstack_features]

@@ -253,7 +253,8 @@ def test_features_of_later_layers_are_merged_as_the_first_are():
     before, given = encode(host.plain, inputs)
     method = VisionZip(0.3, contextual=0.1)
     tap, features, lengths, given = listen(host.attached, inputs, method)
-    choices = choose(method, features.split(lengths), token_signal(tap, host.attached.model, given, lengths))
+    counts = [method.count_of(length) for length in lengths]
+    choices = choose(method, features.split(lengths), counts, token_signal(tap, host.attached.model, given, lengths))
     seen = {}
     handle = host.attached.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(deep=kwargs["deepstack_visual_embeds"]), with_kwargs=True

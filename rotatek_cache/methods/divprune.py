@@ -19,10 +19,11 @@ class DivPrune(FeatureMethod):
         keep: share in (0, 1] of the visual tokens of each image.
     """
 
-    def choose(self, features: Tensor, scores: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def choose(
+        self, features: Tensor, wanted: int, scores: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The chosen tokens; nothing is merged."""
         count = len(features)
-        wanted = max(1, round(self.share * count))
         kept = torch.ones(count, dtype=torch.bool, device=features.device)
         if wanted == count:
             return kept, None

@@ -41,12 +41,13 @@ class VisionZip(FeatureMethod):
         """With another share, of which contextual tokens are a quarter at most."""
         return dataclasses.replace(self, keep=keep, contextual=min(self.contextual, keep / 4))
 
-    def choose(self, features: Tensor, scores: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def choose(
+        self, features: Tensor, wanted: int, scores: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Dominant and contextual tokens, and which of the latter takes in each of the rest."""
         assert scores is not None
         assert keys is not None
         count = len(features)
-        wanted = max(1, round(self.share * count))
         patches = int(scores.isfinite().sum())
         chosen = min(wanted, patches)
         contextual = min(round(self.contextual * count), chosen)
