@@ -186,6 +186,7 @@ class RotateKCache(Cache):
         budget: what the cache may take right after the prompt: ``"0.25x"`` of a dense cache, ``"512MiB"``, or a number,
             as many bytes as so many dense tokens of each row. It sets whichever is left open: the share of `tokens`,
             or the rank (layer by layer); where both are, Keys give up 75 % of their channels before any token goes.
+            What ranks leave over keeps the last visual tokens of each row as they are.
         visual_mask: bool ``[rows, prompt length]``, True on visual tokens; needed without `attach` and for prompts
             given as merged `inputs_embeds`. It wins over what the model's inputs say.
         config: the model's config, so that sliding-window layers keep their own cache layer; `attach` supplies it.

@@ -1,7 +1,6 @@
 """`attach(model)`: one call that wires a vision-language model. The only file that knows model families."""
 
 import functools
-import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rotatek_cache import hf_attention
 from rotatek_cache.cache import RotateKCache
 from rotatek_cache.calibration import fingerprint
-from rotatek_cache.encoders import encoder_tap, note_packing, token_signal
+from rotatek_cache.feature_choice import arguments_of, get_image_features, kept_features, pack_image_features
 from rotatek_cache.ledger import Coming
 from rotatek_cache.methods.calibrated import load_basis
 from rotatek_cache.tokens import FeatureMethod
-from rotatek_cache.vision import Choice, EncoderTap, choose
+from rotatek_cache.vision import EncoderTap
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -269,22 +268,11 @@ def _check(top: PreTrainedModel) -> Family:
     return FAMILIES[model_type]
 
 
-@functools.cache
-def _parameters(function: Any) -> inspect.Signature:
-    return inspect.signature(function)
-
-
-def _arguments(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    given = _parameters(function).bind_partial(*args, **kwargs).arguments
-    return {**given, **given.pop("kwargs", {})}
-
-
 def _cache_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotateKCache | None:
     """The `RotateKCache` that a forward of `module` is called with."""
     cache = kwargs.get("past_key_values")
     if cache is None and args:
-        cache = _arguments(type(module).forward, module, *args).get("past_key_values")
+        cache = arguments_of(type(module).forward, module, *args).get("past_key_values")
     return cache if isinstance(cache, RotateKCache) else None
 
 
@@ -300,7 +288,7 @@ def _before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 @torch.compiler.disable  # which positions are visual is decided on the host, forward by forward
 def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     module._rotatek.select()  # first of all: `_after_forward` is called whatever happens
-    given = _arguments(type(module).forward, module, *args, **kwargs)
+    given = arguments_of(type(module).forward, module, *args, **kwargs)
     config = module.config
     if given.get("output_attentions") or config.get_text_config(decoder=True).output_attentions:
         raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")
@@ -340,7 +328,7 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
         if encoded is None:
             module._rotatek.choosing[threading.get_ident()] = cache
         elif cache.chosen:
-            cache.ledger.drop(_kept(encoded.pooler_output))
+            cache.ledger.drop(kept_features(encoded.pooler_output))
     if begin == 0:
         cache.ledger.prompt = ids
 
@@ -405,7 +393,7 @@ def _is_content(value: Any) -> bool:
 def _prepare_inputs_for_generation(top: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Stands in for the model's method: notices a cache that holds another prompt."""
     prepare_inputs = type(top).prepare_inputs_for_generation
-    given = _arguments(prepare_inputs, top, input_ids, *args, **kwargs)
+    given = arguments_of(prepare_inputs, top, input_ids, *args, **kwargs)
     cache, uncached = given.get("past_key_values"), given.get("next_sequence_length")
     if isinstance(cache, RotateKCache) and uncached is not None:
         # Of a cached prompt only the ids behind it are used, so nothing else would notice that it is another one.
@@ -442,7 +430,7 @@ def _generate_batch(top: Any, *args: Any, **kwargs: Any) -> Any:
 def _maybe_prepare_encoder_kwargs_for_generation(top: Any, *args: Any, **kwargs: Any) -> Any:
     """Stands in for the model's method, which comes before images are encoded: notes the whole prompt, for budgets."""
     original = type(top)._maybe_prepare_encoder_kwargs_for_generation
-    given = _arguments(original, top, *args, **kwargs)
+    given = arguments_of(original, top, *args, **kwargs)
     model_kwargs, ids, settings = given["model_kwargs"], given["inputs_tensor"], given["generation_config"]
     cache, inner = model_kwargs.get("past_key_values"), _inner(top)
     if isinstance(cache, RotateKCache) and ids.ndim == 2:
@@ -474,68 +462,13 @@ def _prepare_multimodal_encoder_kwargs_for_generation(top: Any, model_kwargs: di
         del choosing[threading.get_ident()]
 
 
-def _get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the model's method: lets a cache choose from the features, and marks what it drops by zeros."""
-    encode = functools.partial(type(inner).get_image_features, inner, *args, **kwargs)
-    choosing = inner._rotatek.choosing
-    cache = choosing.get(threading.get_ident()) if choosing else None  # a compiler need not look further than here
-    if cache is None:
-        return encode()
-    method, taps = cache.tokens, inner._rotatek.taps
-    given = _arguments(type(inner).get_image_features, inner, *args, **kwargs)
-    with encoder_tap(inner, method, given) as tap:
-        if tap is not None:
-            taps[threading.get_ident()] = tap
-        try:
-            output = encode()
-        finally:
-            taps.pop(threading.get_ident(), None)
-    features = output.pooler_output
-    if isinstance(features, Tensor) and features.ndim != 3:
-        raise ValueError(
-            f"tokens={method} need the features of each image by itself; '{inner.config.model_type}' gives a tensor "
-            f"{list(features.shape)}"
-        )
-    lengths = [len(image) for image in features]
-    method, counts = cache.counts_before(inner.config, inner.get_input_embeddings().weight.dtype, lengths)
-    choices = choose(method, list(features), counts, token_signal(tap, inner, given, lengths))
-    output.pooler_output = _applied(choices, features)
-    if getattr(output, "deepstack_features", None) is not None:  # Qwen3-VL adds these in later layers
-        output.deepstack_features = [_applied(choices, layer) for layer in output.deepstack_features]
-    cache.chosen = True
-    if inner._rotatek.threads:  # in a forward, whose positions have been announced
-        cache.ledger.drop(_kept(output.pooler_output))
-    return output
-
-
-def _applied(choices: Sequence[Choice], features: Any) -> Any:
-    """Features of each image as the choices leave them, in the form that they had."""
-    images = [choice.apply(image) for choice, image in zip(choices, features, strict=True)]
-    return torch.stack(images) if isinstance(features, Tensor) else type(features)(images)
-
-
-def _pack_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the model's method: what is heard of the encoder is packed as the features are."""
-    pack = functools.partial(type(inner).pack_image_features, inner)
-    tap = inner._rotatek.taps.get(threading.get_ident()) if inner._rotatek.taps else None
-    if tap is not None:
-        arguments = _arguments(type(inner).pack_image_features, inner, *args, **kwargs)
-        note_packing(tap, pack, {name: value for name, value in arguments.items() if name != "self"})
-    return pack(*args, **kwargs)
-
-
-def _kept(features: Sequence[Tensor]) -> Tensor:
-    """bool ``[total]``: which features were not dropped. The mark survives what generate does to features."""
-    return torch.cat([(image.flatten(0, -2) != 0).any(-1) for image in features])
-
-
 def _get_candidate_generator(top: Any, *args: Any, **kwargs: Any) -> Any:
     """Stands in for the model's method, which assisted decoding calls once: notes where the prompt ends.
 
     The first forward brings the first guesses with the prompt, and tokens must not be chosen by the guesses' queries.
     """
     original = type(top)._get_candidate_generator
-    given = _arguments(original, top, *args, **kwargs)
+    given = arguments_of(original, top, *args, **kwargs)
     cache = given["model_kwargs"].get("past_key_values")
     if isinstance(cache, RotateKCache):
         cache.ledger.prompt_end = given["input_ids"].shape[1]
@@ -553,6 +486,6 @@ STAND_INS: dict[str, Any] = {
 
 # The same for the model below the head.
 INNER_STAND_INS: dict[str, Any] = {
-    "get_image_features": _get_image_features,
-    "pack_image_features": _pack_image_features,
+    "get_image_features": get_image_features,
+    "pack_image_features": pack_image_features,
 }

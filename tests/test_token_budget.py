@@ -85,6 +85,48 @@ def test_budgets_are_met_in_other_families(family, tokens):
     assert cache.nbytes() == pytest.approx(0.8 * dense, rel=0.01)
 
 
+@pytest.mark.parametrize("tokens", ["vl_cache", "visionzip", "divprune", "aircache", "look_m"])
+def test_budgets_on_the_reader(tokens):
+    from evals.fidelity import load, make_batch
+    from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS
+
+    reader = load(None)
+    inputs = dict(make_batch(reader.processor, CHOOSE_SEEDS[:2], "hard", ADDRESS_KINDS).prompt)
+    cache = RotateKCache(sparsity=0)
+    reader.model(**inputs, past_key_values=cache)
+    dense = cache.report().dense_bytes
+    for share in (0.9, 0.7, 0.5, 0.35, 0.2):
+        cache = RotateKCache(budget=f"{share}x", tokens=tokens)
+        reader.model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        assert cache.nbytes() == pytest.approx(share * dense, rel=0.003)
+
+
+def test_a_prompt_without_images_needs_no_share(llava: Host):
+    cache = RotateKCache(budget="0.5x", tokens="visionzip")
+    inputs = llava.tiny.inputs(llava.tiny.prompt(4, images=(), text=12))
+    assert ways.generate(llava.attached, inputs, cache).sequences.shape[1] == inputs["input_ids"].shape[1] + ways.NEW
+    assert cache.planner.made is None
+
+
+def test_an_open_share_needs_the_prompt_as_ids(llava: Host):
+    inputs = ways.one(llava.tiny)
+    inputs["inputs_embeds"] = llava.attached.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(RuntimeError, match=r"prompt is not known as ids when its images are encoded, so give a share"):
+        ways.generate(llava.attached, inputs, RotateKCache(budget="0.5x", tokens="visionzip"))
+
+
+def test_a_second_image_gets_a_share_of_what_is_left(llava: Host):
+    """Through generate, where the method chooses before the language model."""
+    prompt = llava.tiny.prompt(0, images=(0,) * 4)
+    inputs, cache = llava.tiny.inputs(prompt), RotateKCache(budget=500, tokens="divprune")
+    first = ways.generate(llava.attached, inputs, cache)
+    ids, content = llava.tiny.image(0, torch.Generator().manual_seed(7))
+    more = [*ways.words(3, 1), *ids * 4, *ways.words(4, 2)]
+    second = ways.follow_up(llava.tiny, inputs, first.sequences, more) | llava.tiny.collate([[content] * 4])
+    llava.attached.generate(**second, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    assert cache.nbytes() == pytest.approx(500 * 2 * 3 * 64 * 4, rel=0.01)
+
+
 def test_what_ranks_leave_over_keeps_the_last_tokens_exact(llava: Host):
     inputs = images(llava, 8)
     cache = filled(llava, inputs, budget="0.8x")
