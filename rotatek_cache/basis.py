@@ -172,8 +172,8 @@ class FitOptions:
             )
         if self.is_calibrated and (self.solver, self.query_window) != (FitOptions.solver, FitOptions.query_window):
             raise ValueError(
-                "solver and query_window fit a basis to a prompt; a calibrated basis is fitted already: leave them out, "
-                f"got {self}"
+                "solver and query_window fit a basis to a prompt; a calibrated basis is fitted already: leave them "
+                f"out, got {self}"
             )
         if self.basis_bits is not None and (type(self.basis_bits) is not int or self.basis_bits != 8):
             raise ValueError(f"basis_bits must be None or 8, got {self.basis_bits!r}")
