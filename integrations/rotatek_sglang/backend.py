@@ -19,7 +19,7 @@ from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import SegmentView
 from rotatek_sglang.metrics import Gauges
 from rotatek_sglang.pool import RotateKPool
-from rotatek_sglang.rows import Segment
+from rotatek_sglang.rows import ChunkedPrompt, Segment
 from rotatek_sglang.storage import LayerStorage, SegmentTable, VisualTable
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,11 @@ class PromptPart:
         text: int64, which of them are stored as text; None: all.
         text_rows: int64, where.
         visual: int64, which of them are compressed.
-        visual_rows: int64, where.
+        visual_rows: int64, where, after those that waited.
+        waiting: int64, text rows of visual tokens of earlier chunks, compressed with them.
         basis: the number of their basis.
         prefix: the tokens that are stored already; None if there are none.
+        prompt: the prompt of which this is a chunk; None if this is all of it.
     """
 
     tokens: slice
@@ -44,8 +46,10 @@ class PromptPart:
     text_rows: Tensor
     visual: Tensor | None = None
     visual_rows: Tensor | None = None
+    waiting: Tensor | None = None
     basis: int = 0
     prefix: SegmentTable | None = None
+    prompt: ChunkedPrompt | None = None
 
 
 class RotateKBackend(AttentionBackend):
@@ -130,26 +134,37 @@ class RotateKBackend(AttentionBackend):
             first += count
 
     def _prompt_part(self, request: int, prefix: int, count: int, tokens: slice) -> PromptPart:
-        table = self.pool.table
-        slots = self.slots_of[request, : prefix + count]
-        before = None
+        prompt = self.ledger.chunked.get(request)
+        is_last = prompt is not None and prompt.is_last
+        before = waiting = None
+        first = prefix
         if prefix:
-            self._read_slots(request, prefix)
+            if not is_last:  # then the slots have new rows already, and the chunk before has read the old ones
+                self._read_slots(request, prefix)
             index = torch.tensor([request], device=self.rows_of.device)
             before = self._segment_table(index, [request], [prefix])
+        if prompt is not None and is_last:
+            assert before is not None
+            first = prompt.first
+            dense = before.slots[0, first:prefix].long()  # what the chunks before stored, all of it dense, comes last
+            waiting = dense[prompt.visual[: prefix - first].to(dense.device)]
+            del self.ledger.chunked[request]
         self._read_slots(request, prefix + count)
-        new = table.rows[slots[prefix:].long()].long()
+        rows = self.pool.table.rows[self.slots_of[request, first : prefix + count].long()].long()
+        new = rows[prefix - first :]
+        if not bool((rows < 0).any()):
+            return PromptPart(tokens, None, new, prefix=before, prompt=prompt)
         is_visual = new < 0
-        if not bool(is_visual.any()):
-            return PromptPart(tokens, None, new, prefix=before)
         return PromptPart(
             tokens,
             text=(~is_visual).nonzero()[:, 0],
             text_rows=new[~is_visual],
             visual=is_visual.nonzero()[:, 0],
-            visual_rows=-1 - new[is_visual],
+            visual_rows=-1 - rows[rows < 0],
+            waiting=waiting,
             basis=self.ledger.segments[request][-1].basis,
             prefix=before,
+            prompt=prompt,
         )
 
     def _read_slots(self, request: int, length: int) -> None:
@@ -192,13 +207,17 @@ class RotateKBackend(AttentionBackend):
         return output.flatten(1)
 
     def _store(self, part: PromptPart, storage: LayerStorage, sealer: Sealer, q: Tensor, k: Tensor, v: Tensor) -> None:
+        queries = self._window(part, sealer, q)
         if part.visual is None:
             storage.write_text(part.text_rows, k, v)
             return
         storage.write_text(part.text_rows, k[part.text], v[part.text])
-        keys, values = k[part.visual].transpose(0, 1), v[part.visual].transpose(0, 1)
-        span = [(0, len(part.visual))]
-        queries = q[-sealer.options.query_window :].transpose(0, 1)[None]
+        keys, values = k[part.visual], v[part.visual]
+        if part.waiting is not None:
+            keys = torch.cat([storage.text_keys[part.waiting], keys])
+            values = torch.cat([storage.text_values[part.waiting], values])
+        keys, values, queries = keys.transpose(0, 1), values.transpose(0, 1), queries.transpose(0, 1)[None]
+        span = [(0, keys.shape[1])]
         finite = bool(keys.isfinite().all() & values.isfinite().all() & queries.isfinite().all())
         if not finite:
             # Dense attention would answer this request with NaN, and so does this, by way of its text; a basis cannot
@@ -211,6 +230,18 @@ class RotateKBackend(AttentionBackend):
         assert part.visual_rows is not None
         storage.keys.write(stored_keys, part.visual_rows, part.basis)
         storage.values.write(stored_values, part.visual_rows, part.basis)
+
+    @staticmethod
+    def _window(part: PromptPart, sealer: Sealer, q: Tensor) -> Tensor:
+        """The last queries ``[n, H_q, D]`` of the prompt so far; those of earlier chunks are kept until its last."""
+        count = sealer.options.query_window
+        if part.prompt is None:
+            return q[-count:]
+        earlier = part.prompt.queries.pop(sealer.layer, None)
+        queries = q[-count:] if earlier is None else torch.cat([earlier, q])[-count:]
+        if sealer.calibrated is None and not part.prompt.is_last and part.prompt.visual.any():
+            part.prompt.queries[sealer.layer] = queries.clone()
+        return queries
 
     def forward_decode(
         self,

@@ -16,6 +16,7 @@ from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import Stored
 
 ROW_NUMBER_BYTES = 4
+PROMPTS_IN_CHUNKS = 2  # at most: SGLang goes on with one, and may begin another where that ends
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ class CacheLayout:
         """Bytes of one basis."""
         return self.heads.kv_heads * sum(layer.keys.basis_bytes + layer.values.basis_bytes for layer in self.layers)
 
+    def window_bytes(self, sealers: Sequence[Sealer]) -> int:
+        """Bytes of the queries that are kept of a prompt until its last chunk is there."""
+        numbers = self.heads.q_heads * self.heads.key_width
+        return sum(s.options.query_window * numbers * self.dtype.itemsize for s in sealers if s.calibrated is None)
+
     def ranks(self) -> str:
         """Ranks of the Keys and Values, over the layers."""
 
@@ -183,7 +189,8 @@ class Plan:
     ) -> "Plan":
         """The plan for so many requests at once, of up to `context` tokens each."""
         table = requests * context * ROW_NUMBER_BYTES  # the rows of each request
-        return cls(sealers, layout, text_share, bases, bases * layout.basis_bytes + table)
+        fixed = bases * layout.basis_bytes + table + PROMPTS_IN_CHUNKS * layout.window_bytes(sealers)
+        return cls(sealers, layout, text_share, bases, fixed)
 
     @property
     def slot_bytes(self) -> int:

@@ -64,9 +64,6 @@ def refuse_unsupported(args: Any) -> None:
 def switch_off(args: Any) -> None:
     """Switch off what is on by default and not supported, and say so."""
     off = []
-    if args.chunked_prefill_size is None or args.chunked_prefill_size > 0:
-        args.chunked_prefill_size = -1
-        off.append("chunked prefill")
     config = args.cuda_graph_config
     for phase in (Phase.DECODE, Phase.PREFILL):
         if getattr(config, phase).backend != Backend.DISABLED:

@@ -12,6 +12,7 @@ BACKEND = "rotatek"
 POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
 ADD_REQUEST = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
 ALLOCATE_PROMPT = "sglang.srt.managers.schedule_batch.alloc_for_extend"
+STASH_CHUNK = "sglang.srt.managers.scheduler.Scheduler.stash_chunked_request"
 WRITE_SLOTS = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.write"
 BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
 LIMIT_REQUEST = "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens"
@@ -64,6 +65,7 @@ def register() -> None:
     HookRegistry.register(POOL_CONFIGURATOR + ".__init__", _plan_memory, HookType.AFTER)
     HookRegistry.register(ADD_REQUEST, _admit, HookType.AROUND)
     HookRegistry.register(ALLOCATE_PROMPT, _assign_prompt, HookType.AFTER)
+    HookRegistry.register(STASH_CHUNK, _stash_chunk, HookType.AROUND)
     HookRegistry.register(WRITE_SLOTS, _note_new_slots, HookType.AFTER)
     HookRegistry.register(BEAM_SEARCH, _refuse_beams, HookType.REPLACE)
     HookRegistry.register(LIMIT_REQUEST, _refuse_too_large, HookType.AFTER)
@@ -88,6 +90,12 @@ def _assign_prompt(allocated: object, *args: object, **kwargs: object) -> None:
     from rotatek_sglang.requests import assign_prompt  # noqa: PLC0415
 
     assign_prompt(allocated, *args, **kwargs)
+
+
+def _stash_chunk(stash: object, *args: object, **kwargs: object) -> None:
+    from rotatek_sglang.requests import keep_to_itself  # noqa: PLC0415
+
+    keep_to_itself(stash, *args, **kwargs)
 
 
 def _note_new_slots(result: object, *args: Any, **kwargs: Any) -> None:

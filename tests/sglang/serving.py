@@ -103,6 +103,10 @@ class Server:
         with concurrent.futures.ThreadPoolExecutor(workers) as threads:
             return [job.result() for job in [threads.submit(self.ask, *args, **kwargs) for args, kwargs in requests]]
 
+    def post(self, path, body):
+        with urllib.request.urlopen(self.request(body, path), timeout=60) as reply:
+            return reply.read().decode()
+
     def get(self, path):
         with urllib.request.urlopen(self.request(None, path), timeout=30) as reply:
             return reply.read().decode()

@@ -61,6 +61,15 @@ def drop(server, messages, tokens, chunks):
         connection.close()
 
 
+def hang_up(server, messages, seconds):
+    """Send a request and hang up after a while, without a look at what came back."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    body = {"model": "x", "messages": messages, "max_tokens": 50, "stream": True, "ignore_eos": True}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    time.sleep(seconds)
+    connection.close()
+
+
 def soak(server, count, seed=0, workers=12):
     """Send `count` random requests; returns how many of each kind ended with each HTTP status."""
     draws = [random.Random(f"{seed} {index}") for index in range(count)]
@@ -69,7 +78,10 @@ def soak(server, count, seed=0, workers=12):
     def one(draw):
         kind, messages = random_messages(draw)
         tokens = draw.randrange(1, 40)
-        if draw.random() < 0.2:
+        if draw.random() < 0.1:
+            kind, status = kind + ", given up", None
+            hang_up(server, messages, draw.random() / 5)
+        elif draw.random() < 0.1:
             kind, status = kind + ", dropped", drop(server, messages, tokens + 20, draw.randrange(0, 8))
         else:
             fixed = {"ignore_eos": True} if draw.random() < 0.5 else {"ignore_eos": False, "min_tokens": tokens}
@@ -117,7 +129,7 @@ def main():
 
 SMALL_POOL = [
     *("--dtype", "float32", "--max-total-tokens", "1200", "--mem-fraction-static", "0.3", "--random-seed", "0"),
-    *("--max-running-requests", "12", "--enable-metrics", "--enable-cache-report"),
+    *("--max-running-requests", "12", "--enable-metrics", "--enable-cache-report", "--chunked-prefill-size", "48"),
     # Lets requests in on the hope that others end early, so that SGLang has to take some back.
     *("--schedule-conservativeness", "0.05"),
 ]

@@ -22,6 +22,7 @@ def basis(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tiny, logs, basis):
     arguments = ["--model-path", tiny("qwen3_vl"), "--device", "cpu", *POOL, "--max-running-requests", "8"]
+    arguments += ["--chunked-prefill-size", "48"]
     environment = {f"ROTATEK_{name.upper()}": str(value) for name, value in {**OPTIONS, "basis": basis}.items()}
     log = logs / "calibrated.log"
     with Server("sglang.launch_server", *arguments, log=log, environment=environment) as running:

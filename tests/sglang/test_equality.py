@@ -1,4 +1,7 @@
-"""At full rank nothing is lost: log-probabilities of dense SGLang, alone and in mixed batches, in float32."""
+"""At full rank nothing is lost: log-probabilities of dense SGLang, alone and in mixed batches, in float32.
+
+Dense SGLang reads every prompt at once; the compressed server reads all but the shortest in chunks.
+"""
 
 import pytest
 from serving import Server, message, picture
@@ -35,7 +38,7 @@ def dense(tiny, logs):
 @pytest.fixture(scope="module")
 def server(tiny, logs, dense):
     """All ranks, by the environment alone, as plain `sglang.launch_server` takes it."""
-    arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS]
+    arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--chunked-prefill-size", "32"]
     environment = {"ROTATEK_RANK": "64", "ROTATEK_ALWAYS_COMPRESS": "1"}
     with Server("sglang.launch_server", *arguments, log=logs / "full.log", environment=environment) as running:
         yield running
@@ -48,6 +51,13 @@ def test_alone(server, dense, name):
     assert answer.prompt_tokens == dense[name].prompt_tokens
     assert answer.logprobs == pytest.approx(dense[name].logprobs, abs=5e-5)
     assert answer.text == dense[name].text
+
+
+def test_prompts_came_in_chunks(server, dense):
+    server.flush()
+    before = server.log_text().count("#new-token: 32,")
+    tokens = server.ask(REQUESTS["two images"], 1).prompt_tokens
+    assert server.log_text().count("#new-token: 32,") - before == tokens // 32
 
 
 def test_a_cached_image_is_used_again(server, dense):
