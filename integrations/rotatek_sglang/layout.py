@@ -21,12 +21,35 @@ PROMPTS_IN_CHUNKS = 2  # at most: SGLang goes on with one, and may begin another
 
 @dataclass(frozen=True)
 class HeadShape:
-    """The attention heads of this process: query heads, KV heads, widths of Keys and Values."""
+    """The attention heads of this process, and where they stand among those of the model.
+
+    Attributes:
+        q_heads, kv_heads: query and KV heads here.
+        key_width, value_width: of each.
+        first_kv_head: the first KV head here.
+        all_kv_heads: KV heads of the model; None if all are here.
+    """
 
     q_heads: int
     kv_heads: int
     key_width: int
     value_width: int
+    first_kv_head: int = 0
+    all_kv_heads: int | None = None
+
+    @classmethod
+    def of_rank(
+        cls, q_heads: int, kv_heads: int, key_width: int, value_width: int, rank: int, size: int
+    ) -> "HeadShape":
+        """The heads of process `rank` of `size` that share a model; those without a KV head of their own share one."""
+        return cls(q_heads // size, max(1, kv_heads // size), key_width, value_width, rank * kv_heads // size, kv_heads)
+
+    @property
+    def kv_slice(self) -> slice | None:
+        """Which KV heads are here; None if all are."""
+        if self.all_kv_heads in (None, self.kv_heads):
+            return None
+        return slice(self.first_kv_head, self.first_kv_head + self.kv_heads)
 
 
 @dataclass(frozen=True)

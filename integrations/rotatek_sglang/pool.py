@@ -32,13 +32,15 @@ def plan_for(configurator: Any) -> Plan:
     model, layers = configurator.model_config, configurator.layer_info
     asked = options.from_environment()
     parallel = get_parallel()
-    heads = HeadShape(
-        q_heads=model.num_attention_heads // parallel.attn_tp_size,
-        kv_heads=model.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size),
-        key_width=model.head_dim,
-        value_width=model.v_head_dim,
+    heads = HeadShape.of_rank(
+        model.num_attention_heads,
+        model.get_total_num_kv_heads(),
+        model.head_dim,
+        model.v_head_dim,
+        parallel.attn_tp_rank,
+        parallel.attn_tp_size,
     )
-    sealers = [Sealer(asked.fit, index) for index in range(layers.start_layer, layers.end_layer)]
+    sealers = [Sealer(asked.fit, index, heads.kv_slice) for index in range(layers.start_layer, layers.end_layer)]
     layout = find_layout(sealers, heads, configurator.kv_cache_dtype, configurator.device)
     requests = get_schedule().max_running_requests
     bases = asked.bases or BASES_PER_REQUEST * requests
@@ -70,7 +72,7 @@ class RotateKPool(MHATokenToKVPool):
         self.table = SlotTable(self.size + self.page_size, text, visual, plan.bases, self.device)
         # Row 0 of the text takes what padding writes.
         self.layers = build_storage(plan.layout, text + 1, visual, plan.bases, self.device)
-        self.sealers = plan.sealers
+        self.sealers, self.layout = plan.sealers, plan.layout
         self.worth = Worth(plan.layout, plan.sealers)
         self.ledger = RequestLedger(self.size, self.table, self.publish)
         self.gauges: Gauges | None = None  # set by the attention backend if metrics are on

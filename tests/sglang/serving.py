@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 
 from rotatek_sglang.process import running
 
+VIDEOS = ["--mm-process-config", json.dumps({"video": {"fps": 2, "min_pixels": 56 * 56, "max_pixels": 84 * 112}})]
+
 
 def picture(seed=0, width=224, height=224):
     """A PNG of blocks and discs, as a data URL."""
@@ -35,8 +37,22 @@ def as_url(image):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def video(seed=0, width=112, height=84, frames=8, seconds=4):
+    """An animated GIF, which video decoders read, as a data URL."""
+    images = []
+    for step in range(frames):
+        image = Image.new("RGB", (width, height), (seed * 37 % 256, 90, 140))
+        at = step * width // frames
+        ImageDraw.Draw(image).ellipse([at, 20, at + 30, 50], fill=(255, seed * 53 % 256, step * 20 % 256))
+        images.append(image)
+    file = io.BytesIO()
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 * seconds // frames)
+    return "data:video/mp4;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 def message(text="what is in this image?", *urls):
-    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    kinds = ["video_url" if url.startswith("data:video") else "image_url" for url in urls]
+    parts = [{"type": kind, kind: {"url": url}} for kind, url in zip(kinds, urls, strict=True)]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 

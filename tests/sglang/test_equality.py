@@ -4,12 +4,12 @@ Dense SGLang reads every prompt at once; the compressed server reads all but the
 """
 
 import pytest
-from serving import Server, message, picture
+from serving import VIDEOS, Server, message, picture, video
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 COMMON = ["--dtype", "float32", "--device", "cpu", "--max-total-tokens", "8192", "--mem-fraction-static", "0.3"]
-LIMITS = ["--max-running-requests", "16", "--random-seed", "0", "--enable-cache-report"]
+LIMITS = ["--max-running-requests", "16", "--random-seed", "0", "--enable-cache-report", *VIDEOS]
 REQUESTS = {
     "text": message("hello"),
     "long text": message("the quick brown fox jumps over the lazy dog " * 12),
@@ -18,6 +18,8 @@ REQUESTS = {
     "small image": message("and this one?", picture(3, 56, 56)),
     "two images": message("what changed?", picture(4), picture(5, 168, 252)),
     "another question": message("is there a red circle on a blue square?", picture(1)),  # on the image of "image"
+    "video": message("what happens?", video(1)),
+    "video and image": message("is this from it?", video(2, frames=4, seconds=2), picture(8, 112, 112)),
     "second turn": [
         *message("what is in this image?", picture(6)),
         {"role": "assistant", "content": [{"type": "text", "text": "a red circle"}]},
@@ -37,9 +39,12 @@ def dense(tiny, logs):
 
 @pytest.fixture(scope="module")
 def server(tiny, logs, dense):
-    """All ranks, by the environment alone, as plain `sglang.launch_server` takes it."""
+    """All ranks, by the environment alone, as plain `sglang.launch_server` takes it.
+
+    It decodes from the fixed buffers that CUDA graphs would read, filled for another batch in every step.
+    """
     arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--chunked-prefill-size", "32"]
-    environment = {"ROTATEK_RANK": "64", "ROTATEK_ALWAYS_COMPRESS": "1"}
+    environment = {"ROTATEK_RANK": "64", "ROTATEK_ALWAYS_COMPRESS": "1", "ROTATEK_CUDA_GRAPHS": "1"}
     with Server("sglang.launch_server", *arguments, log=logs / "full.log", environment=environment) as running:
         yield running
 
