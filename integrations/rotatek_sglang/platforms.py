@@ -101,11 +101,20 @@ def allocator_class() -> type:
     return RotateKAllocator
 
 
+def _as_it_is(tensor: torch.Tensor, device: object = None) -> torch.Tensor:
+    return tensor
+
+
 class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """A CPU on which everything runs in plain torch: for trying things out, and for tests."""
 
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities()
+
+    def __init__(self) -> None:
+        super().__init__()
+        # SGLang pins the frames of a video unless it runs on its own CPU engine; without an accelerator torch refuses.
+        torch.Tensor.pin_memory = _as_it_is  # type: ignore[method-assign, assignment]
 
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
         """No GPU, so nothing to pin for."""

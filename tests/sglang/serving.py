@@ -149,9 +149,10 @@ class Server:
         self.flush()
         return self.metrics()
 
-    def resident_bytes(self):
-        """Memory of the server's processes, which are this one's children."""
+    def memory(self):
+        """Resident MiB of each of the server's processes, largest first."""
         import psutil
 
         processes = psutil.Process().children(recursive=True)
-        return sum(process.memory_info().rss for process in processes if process.is_running())
+        held = sorted((process.memory_info().rss for process in processes if process.is_running()), reverse=True)
+        return {"MiB": round(sum(held) / 2**20, 1), "of each": [round(each / 2**20, 1) for each in held]}

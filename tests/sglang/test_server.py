@@ -84,7 +84,7 @@ def test_the_log_and_the_metrics_say_what_is_stored(server):
     assert "ranks Keys 16 of 64, Values 64 of 64" in log
     # 2 KV heads, 2 layers, 4 bytes: 64 + 64 numbers, or 16 + 64; a basis has 64 x 16 numbers and a mean.
     assert "a text token takes 2,048 bytes, a visual one 1,280, a basis 17,408" in log
-    assert "300 text rows, 900 visual rows, 24 bases" in log
+    assert "300 text rows, 900 visual rows, 8 bases" in log
     assert "prompts with images are read in chunks up to 150 tokens" in log
     idle = server.settled()
     assert (idle["rotatek_text_rows"], idle["rotatek_visual_rows"]) == (300, 900)
@@ -162,6 +162,12 @@ def test_more_than_fits_waits_its_turn(server, untouched):
     assert [answer.status for answer in answers] == [200] * 12
     for answer, expected in zip(answers, alone, strict=False):
         assert answer.logprobs == pytest.approx(expected.logprobs, abs=5e-5)
+
+
+def test_more_images_than_bases_wait_their_turn(server, untouched):
+    """12 images of 64 tokens, for which there are rows, but 8 bases."""
+    answers = server.ask_all([((message(f"number {n}", picture(80 + n)), 40), {}) for n in range(12)])
+    assert [len(answer.logprobs) for answer in answers] == [40] * 12
 
 
 def test_requests_taken_back_under_pressure_are_answered_all_the_same(server, untouched):
