@@ -150,9 +150,11 @@ class Server:
         return self.metrics()
 
     def memory(self):
-        """Resident MiB of each of the server's processes, largest first."""
+        """Resident MiB of the server's processes, by name."""
         import psutil
 
-        processes = psutil.Process().children(recursive=True)
-        held = sorted((process.memory_info().rss for process in processes if process.is_running()), reverse=True)
-        return {"MiB": round(sum(held) / 2**20, 1), "of each": [round(each / 2**20, 1) for each in held]}
+        held = {}
+        for process in psutil.Process().children(recursive=True):
+            name = " ".join(process.cmdline()).partition(" ")[0].rpartition("/")[2]
+            held[name] = round(held.get(name, 0) + process.memory_info().rss / 2**20, 1)
+        return held

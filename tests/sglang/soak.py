@@ -105,13 +105,18 @@ def main():
     parser.add_argument("--requests", type=int, default=1000, help="of a round")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--dense", action="store_true", help="SGLang without compression, to compare its memory")
     given = parser.parse_args()
     from rotatek_sglang.tiny import save_model
 
     with tempfile.TemporaryDirectory() as folder:
         save_model("qwen2_5_vl", Path(folder) / "model")
-        arguments = ["--model-path", f"{folder}/model", *SMALL_POOL, "--sparsity", "0.75"]
-        with Server("rotatek_sglang.launch", *arguments, log=Path(folder) / "log") as server:
+        module, ours, environment = "rotatek_sglang.launch", ["--sparsity", "0.75", "--bases", "8"], {}
+        if given.dense:
+            module, ours = "sglang.launch_server", ["--device", "cpu", "--attention-backend", "torch_native"]
+            environment = {"SGLANG_PLATFORM": "rotatek"}
+        arguments = ["--model-path", f"{folder}/model", *SMALL_POOL, *ours]
+        with Server(module, *arguments, log=Path(folder) / "log", environment=environment) as server:
             probe = message("what is in this image?", picture(1))
             soak(server, 50, seed="warm")
             server.flush()
@@ -135,7 +140,6 @@ def main():
 SMALL_POOL = [
     *("--dtype", "float32", "--max-total-tokens", "1200", "--mem-fraction-static", "0.3", "--random-seed", "0"),
     *("--max-running-requests", "12", "--enable-metrics", "--enable-cache-report", "--chunked-prefill-size", "48"),
-    *("--bases", "8"),
     # Lets requests in on the hope that others end early, so that SGLang has to take some back.
     *("--schedule-conservativeness", "0.05"),
 ]

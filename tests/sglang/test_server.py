@@ -21,7 +21,7 @@ IMAGE = message("what is in this image?", picture(1))
 
 @pytest.fixture(scope="module")
 def server(tiny, logs):
-    arguments = ["--model-path", tiny("qwen2_5_vl"), *SMALL_POOL, "--sparsity", "0.75"]
+    arguments = ["--model-path", tiny("qwen2_5_vl"), *SMALL_POOL, "--sparsity", "0.75", "--bases", "8"]
     with Server("rotatek_sglang.launch", *arguments, log=logs / "compressed.log") as running:
         yield running
 
