@@ -51,12 +51,12 @@ from evals.fidelity import (
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS
 from rotatek_cache import FastV, RotateKCache, VisionZip
 from rotatek_cache.cache import storage_bytes
+from rotatek_cache.encoders import encoder_tap, token_signal
 from rotatek_cache.layer import LayerKV
 from rotatek_cache.ledger import SealPlan
 from rotatek_cache.token_specs import token_method
 from rotatek_cache.tokens import FeatureMethod, TokenMethod
 from rotatek_cache.vision import choose
-from rotatek_cache.wiring import encoder_tap
 
 METHODS = Path(__file__).with_suffix(".yaml")
 QUESTIONS = ("first", "second")
@@ -119,8 +119,9 @@ class Prompts:
 
     def __init__(self, model: Any, batch: Batch) -> None:
         self.model, self.batch = model, batch
-        with encoder_tap(model.model, VisionZip(1.0), {}) as self.tap:
+        with encoder_tap(model.model, VisionZip(1.0), {}) as tap:
             self.features = model.model.get_image_features(batch.prompt["pixel_values"], return_dict=True).pooler_output
+        self.signal = token_signal(tap, model.model, {}, [len(image) for image in self.features])
         self.dense = RecordingCache()
         self.dense_logits = self._prefill(self.dense, self.features)
 
@@ -136,7 +137,10 @@ class Prompts:
         """The variant's cache after the prompts, and the logits of the next token."""
         cache = variant.cache()
         if isinstance(variant.method, FeatureMethod):
-            chosen = choose(variant.method, self.features, self.tap if variant.method.reads_encoder else None, None)
+            counts = [variant.method.count_of(len(image)) for image in self.features]
+            signal = self.signal if variant.method.reads_encoder else None
+            choices = choose(variant.method, self.features, counts, signal)
+            chosen = [choice.apply(image) for choice, image in zip(choices, self.features, strict=True)]
             cache.chosen = True
             return cache, self._prefill(cache, chosen)
         if isinstance(variant.method, FastV):
@@ -173,11 +177,7 @@ def variants(config: dict[str, Any], model: Any, batch: Batch, only: list[str] |
 
 
 def _with_keep(spec: str, keep: float) -> TokenMethod:
-    method = token_method(spec if ":" in spec or spec != "visionzip" else "visionzip:contextual=0")
-    if spec == "visionzip":
-        # The paper's share of contextual tokens, but never more than a quarter of what is kept.
-        return token_method(f"visionzip:{keep:.6f},contextual={min(0.05, keep / 4):.6f}")
-    return method.with_keep(keep)
+    return token_method(spec).with_keep(keep)
 
 
 def run(args: argparse.Namespace) -> tuple[list[Variant], dict[str, float]]:

@@ -1,7 +1,7 @@
 """`RotateKCache`, a transformers `Cache`, and its layers: thin shells over `LayerKV`."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,18 @@ class LayerHandle:
             f"`{getattr(func, '__name__', func)}` was called on the Keys of a RotateKCache, which are compressed; "
             f"{HOW_TO_SWITCH}"
         )
+
+
+class MaskedStates:
+    """Keys and Values ``[B, H, T, D]`` of a stock layer, for the attention function, with those that nobody may see.
+
+    `hidden` is bool ``[B, T]``: placeholders of visual tokens that were dropped before the language model.
+    """
+
+    __slots__ = ("hidden", "keys", "values")
+
+    def __init__(self, keys: Tensor, values: Tensor, hidden: Tensor) -> None:
+        self.keys, self.values, self.hidden = keys, values, hidden
 
 
 class RotateKLayer(CacheLayerMixin):
@@ -164,6 +176,8 @@ class RotateKCache(Cache):
         value_sparsity: rotate Values too and drop this share of their channels; None keeps them dense.
         value_bits: as `key_bits`, for Values.
         value_basis: "auto" is PCA (the file's basis where `basis` is one); "none" quantises Values per token.
+        basis_bits: 8 stores the bases that the request owns as int8 with a scale per column, which halves what they
+            take in half precision; None keeps the model's dtype.
         allocation: "uniform", or "layers" or "heads" to deal `sparsity` out by a calibrated spectrum; an `Allocation`
             says how in detail.
         basis_per: "prompt" fits one basis to all visual tokens of a prompt, "image" one to each of its images.
@@ -174,6 +188,7 @@ class RotateKCache(Cache):
         budget: what the cache may take right after the prompt: ``"0.25x"`` of a dense cache, ``"512MiB"``, or a number,
             as many bytes as so many dense tokens of each row. It sets whichever is left open: the share of `tokens`,
             or the rank (layer by layer); where both are, Keys give up 75 % of their channels before any token goes.
+            What ranks leave over keeps the last visual tokens of each row as they are.
         visual_mask: bool ``[rows, prompt length]``, True on visual tokens; needed without `attach` and for prompts
             given as merged `inputs_embeds`. It wins over what the model's inputs say.
         config: the model's config, so that sliding-window layers keep their own cache layer; `attach` supplies it.
@@ -194,6 +209,7 @@ class RotateKCache(Cache):
         value_sparsity: float | None = None,
         value_bits: Bits = None,
         value_basis: Literal["auto", "none"] = "auto",
+        basis_bits: Literal[8] | None = None,
         allocation: Allocation | str = "uniform",
         basis_per: Literal["prompt", "image"] = "prompt",
         streaming: bool = False,
@@ -216,6 +232,7 @@ class RotateKCache(Cache):
             value_sparsity=value_sparsity,
             value_bits=value_bits,
             value_basis=value_basis,
+            basis_bits=basis_bits,
             allocation=Allocation.of(allocation),
             basis_per=basis_per,
             streaming=streaming,
@@ -233,11 +250,6 @@ class RotateKCache(Cache):
             name = type(self.tokens).__name__
             if budget is None:
                 raise ValueError(f"tokens={name}: keep must be given where no budget is, as in {name}(keep=0.4)")
-            if isinstance(self.tokens, FeatureMethod):
-                raise ValueError(
-                    f"tokens={name} chooses before the prompt's length is known: give it a share, as in "
-                    f"{name}(keep=0.4), and the budget sets the rank"
-                )
         self.planner = (
             None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
         )
@@ -260,11 +272,6 @@ class RotateKCache(Cache):
         ]
         # All checks come before the layers are kept: a cache that was refused once must be refused again.
         foreign = [index for index, layer in enumerate(layers) if not isinstance(layer, RotateKLayer)]
-        if foreign and isinstance(self.tokens, FeatureMethod):
-            raise ValueError(
-                f"tokens={self.tokens} leaves placeholders of dropped tokens in the prompt, which layers {foreign} of "
-                "this model would attend to: they keep the stock cache layer (sliding window)"
-            )
         if self.selection is not None:
             self.selection.learn_layers([index for index in range(len(layers)) if index not in foreign], len(layers))
         if self.planner is not None:
@@ -274,6 +281,35 @@ class RotateKCache(Cache):
         self.layers: list[Any] = layers
         if self._record_past:
             super().activate_past_recording()
+
+    def counts_before(
+        self, config: PreTrainedConfig, dtype: torch.dtype, lengths: Sequence[int]
+    ) -> tuple[FeatureMethod, list[int]]:
+        """How many tokens of each image a method keeps that chooses from features; the budget says so if it is to.
+
+        Args:
+            config: the model's config.
+            dtype: of the Keys and Values to come.
+            lengths: tokens of each image, in the order of their placeholders.
+
+        Returns:
+            The method, its share settled, and the tokens that it is to keep of each image.
+        """
+        assert isinstance(self.tokens, FeatureMethod)
+        if self.tokens.keep is not None:
+            return self.tokens, [self.tokens.count_of(length) for length in lengths]
+        self.learn_config(config)
+        coming = self.ledger.coming
+        if self.planner is None or coming is None:
+            raise RuntimeError(
+                f"tokens={type(self.tokens).__name__} have no share, which follows from a budget and the prompt: this "
+                "prompt is not known as ids when its images are encoded, so give a share, as in keep=0.4"
+            )
+        text = config.get_text_config(decoder=True)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        share, counts = self.planner.counts_before(coming, (coming.rows, heads, width, width), dtype, lengths)
+        return self.tokens.with_keep(share), counts
 
     @torch.compiler.disable
     def update(
@@ -298,7 +334,15 @@ class RotateKCache(Cache):
                     "seen: attach(model) and give images as pixel_values (no videos, no inputs_embeds alone, no "
                     "features computed beforehand)"
                 )
-        return layer.update(key_states, value_states, *args, **kwargs)
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        if isinstance(layer, RotateKLayer) or not isinstance(self.tokens, FeatureMethod):
+            return keys, values
+        end = layer.get_seq_length()
+        hidden = self.ledger.dropped_of(end - keys.shape[2], end)
+        if hidden is None:
+            return keys, values
+        masked = MaskedStates(keys, values, hidden)
+        return masked, masked
 
     def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
         """Say which of the next `tokens` positions are visual: bool ``[rows, tokens]``, None for none of them.
@@ -318,6 +362,8 @@ class RotateKCache(Cache):
         super().reset()
         self.ledger.reset()
         self.rope_deltas = None
+        if self.planner is not None:
+            self.planner.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""

@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rotatek_cache.attention import attend, causal_mask
-from rotatek_cache.cache import LayerHandle
+from rotatek_cache.cache import LayerHandle, MaskedStates
 
 NAME = "rotatek"
 
@@ -39,7 +39,7 @@ def rotatek_attention_forward(
     Args:
         module: the attention module.
         query: ``[B, H_q, Q, D]``.
-        key, value: handle of the layer, or tensors ``[B, H_kv, T, D]``.
+        key, value: handle of the layer, tensors ``[B, H_kv, T, D]``, or a stock layer's with what is hidden of them.
         attention_mask: bool or additive ``[B, 1, Q, T]``; None for a causal forward without padding.
         dropout: must be 0 with a `RotateKCache`.
         scaling: factor on the logits, ``D ** -0.5`` by default.
@@ -47,6 +47,11 @@ def rotatek_attention_forward(
     Returns:
         Output ``[B, Q, H_q, D_v]`` and None.
     """
+    if isinstance(key, MaskedStates):
+        if attention_mask is None:
+            attention_mask = causal_mask(query.shape[2], key.keys.shape[2], query.device)
+        attention_mask = hide(attention_mask, key.hidden)
+        key, value = key.keys, key.values
     if not isinstance(key, LayerHandle):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -26,6 +26,9 @@ class SealPlanner(Protocol):
     def prepare(self, layer: "LayerKV", plan: SealPlan) -> None:
         """Called before a layer seals by `plan`."""
 
+    def settle(self, layer: "LayerKV", plan: SealPlan, counts: Sequence[Sequence[int]]) -> None:
+        """Called when it is known how many visual tokens all layers keep of each row, before the first one seals."""
+
 
 @dataclass
 class Pending:
@@ -55,6 +58,7 @@ class LayerKV:
         self.selection = selection
         self.planner: SealPlanner | None = None
         self.sealer = Sealer(options, index)
+        self.exact = 0  # visual tokens at the end of each row that a seal leaves as they are
         self.segments: list[VisualSegment] = []
         self.text = TextSegment()
         self.pending: Pending | None = None
@@ -64,9 +68,9 @@ class LayerKV:
         self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
         self.dtype: torch.dtype | None = None
 
-    def use(self, options: FitOptions) -> None:
-        """Seal with other options from now on."""
-        self.options, self.sealer = options, Sealer(options, self.index)
+    def use(self, options: FitOptions, exact: int = 0) -> None:
+        """Seal with other options from now on, and leave the last `exact` visual tokens of each row as they are."""
+        self.options, self.sealer, self.exact = options, Sealer(options, self.index), exact
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take the Keys ``[B, H, n, D]`` and Values ``[B, H, n, D_v]`` of the next n positions."""
@@ -175,8 +179,11 @@ class LayerKV:
             self._seal(plan)
             return
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        for layer, kept in self.selection.decide(self, plan, query, mask, scale):
-            layer._seal(plan.keeping(kept))  # noqa: SLF001 (another layer of this cache)
+        ready = [(held, plan.keeping(kept)) for held, kept in self.selection.decide(self, plan, query, mask, scale)]
+        if self.planner is not None and len(ready) == len(self.selection.compressed):
+            self.planner.settle(self, plan, [part.counts for _, part in ready])
+        for layer, part in ready:
+            layer._seal(part)  # noqa: SLF001 (another layer of this cache)
 
     def _seal(self, plan: SealPlan) -> None:
         pending = self.pending
@@ -187,7 +194,7 @@ class LayerKV:
                 merged = self.selection.method.merged(pending.keys, pending.values, plan.visual, plan.dropped)
                 pending.keys, pending.values = merged
         compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
-        for image in plan.images() if self.options.basis_per == "image" else (plan,):
+        for image in plan.images() if self.options.basis_per == "image" else (plan.sparing(self.exact),):
             made: list[VisualSegment] = []
             # A segment has one layout, and that of a row must not depend on its batch.
             for part in image.rows() if self.options.follows_content else (image,):

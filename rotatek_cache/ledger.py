@@ -70,6 +70,49 @@ def align_right(keep: Tensor, positions: Tensor, next_position: int) -> tuple[Te
     return order, Alignment(positions.gather(1, order).int(), first, next_position)
 
 
+@dataclass(frozen=True, eq=False)
+class Coming:
+    """A prompt that is about to be read, perhaps in parts.
+
+    Attributes:
+        begin: its first logical position.
+        visual, visible: bool ``[B, n]``.
+        repeats: how often generate is going to repeat each row (beams, several answers).
+    """
+
+    begin: int
+    visual: Tensor
+    visible: Tensor
+    repeats: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch to come."""
+        return self.visual.shape[0] * self.repeats
+
+    @property
+    def end(self) -> int:
+        """The first position behind it."""
+        return self.begin + self.visual.shape[1]
+
+    def agrees(self, begin: int, visual: Tensor | None, tokens: int) -> bool:
+        """Whether the next `tokens` positions are part of it, as far as it goes: `visual` ``[B, tokens]`` or none."""
+        if begin < self.begin or begin >= self.end:
+            return False
+        expected = self.visual[:, begin - self.begin :][:, :tokens].repeat_interleave(self.repeats, 0)
+        if visual is None:
+            return not bool(expected.any())
+        return visual.shape[0] == expected.shape[0] and torch.equal(visual[:, : expected.shape[1]], expected)
+
+    def counts(self, begin: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Visual tokens and others of each row from position `begin` on."""
+        start = 0 if begin is None else begin - self.begin
+        visual, visible = (flags[:, start:] for flags in (self.visual, self.visible))
+        found = [(visual & visible).sum(1), (visible & ~visual).sum(1)]
+        first, second = (tuple(counts.repeat_interleave(self.repeats).tolist()) for counts in found)
+        return first, second
+
+
 class SealPlan:
     """How the pending positions ``begin : end`` divide into visual, text and padding; the same for all layers."""
 
@@ -102,6 +145,16 @@ class SealPlan:
         plan = self._memo[key]
         assert isinstance(plan, SealPlan)
         return plan
+
+    def sparing(self, exact: int) -> "SealPlan":
+        """The plan that leaves the last `exact` visual tokens of each row as they are."""
+        if not exact:
+            return self
+        if ("sparing", exact) not in self._memo:
+            from_end = self.visual.flip(1).cumsum(1).flip(1)  # 1 for the last visual token
+            visual = self.visual & (from_end > exact)
+            self._memo["sparing", exact] = SealPlan(visual, self.visible, self.begin, self.end)
+        return self._memo["sparing", exact]  # type: ignore[return-value]
 
     def queries_behind_visual(self, *, last_only: bool = False) -> Tensor:
         """bool ``[B, P]``: text behind a row's last visual token, or only the last of it; nothing in rows of text.
@@ -236,6 +289,7 @@ class VisualLedger:
         self.dropped: list[tuple[int, int, Tensor]] = []  # as flags: visual tokens left out before the language model
         self.visible: Tensor | None = None  # bool [B, T]; None while nothing is known to be padding
         self.prompt: Tensor | None = None  # ids [B, n] of the first forward, where they are known
+        self.coming: Coming | None = None  # the whole of a prompt that is being read, where it is known
         self.prompt_end: int | None = None  # where guesses at the answer begin in a forward that brings some
         self.sealed = 0  # positions before it went through a seal, which drops padding
         self.end_forward()
@@ -307,7 +361,7 @@ class VisualLedger:
 
     def dropped_of(self, begin: int, end: int) -> Tensor | None:
         """bool ``[B, end - begin]``: which of the positions were dropped before the language model; None: none."""
-        return _overlaid(self.dropped, begin, end)
+        return _overlaid([entry for entry in self.dropped if entry[0] < end and entry[1] > begin], begin, end)
 
     def complete(self, end: int, batch: int) -> None:
         """Fill in positions up to `end` that nobody announced, from the given mask (text beyond it)."""
@@ -436,7 +490,7 @@ class VisualLedger:
     def __deepcopy__(self, memo: dict) -> "VisualLedger":
         copy = VisualLedger(self.given)
         copy.flags, copy.visible, copy.prompt, copy.sealed = list(self.flags), self.visible, self.prompt, self.sealed
-        copy.dropped, copy.prompt_end = list(self.dropped), self.prompt_end
+        copy.dropped, copy.prompt_end, copy.coming = list(self.dropped), self.prompt_end, self.coming
         return copy
 
 

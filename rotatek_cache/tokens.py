@@ -95,18 +95,30 @@ class FeatureMethod(TokenMethod, abc.ABC):
 
     reads_encoder: ClassVar[bool] = False
 
+    def count_of(self, tokens: int) -> int:
+        """How many of an image's `tokens` the share keeps."""
+        return max(1, round(self.share * tokens))
+
     @abc.abstractmethod
-    def choose(self, features: Tensor, scores: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The tokens of one image that stay, and what they are.
+    def choose(
+        self, features: Tensor, wanted: int, scores: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens of one image that stay, and the ones that take the others in.
 
         Args:
             features: ``[n, d]``, one of each placeholder.
-            scores: attention in the encoder ``[n]``, if the method reads it.
-            keys: of the same layer, all heads side by side, ``[n, k]``.
+            wanted: how many are to stay, from 1 to n.
+            scores: attention in the encoder ``[n]``, if the method reads it; -inf for tokens that show no patch.
+            keys: of the same layer, averaged over heads, ``[n, k]``.
 
         Returns:
-            bool ``[n]`` and features ``[n, d]``, of which those of kept tokens matter.
+            bool ``[n]``, and int64 ``[n]``: which kept token takes a dropped one in, -1 where none does; None where
+            nothing is merged.
         """
+
+    def merged(self, features: Tensor, taken_by: Tensor) -> Tensor:
+        """Features ``[n, d]`` of which kept tokens have taken in others, as `choose` says; dropped ones matter not."""
+        raise NotImplementedError(f"{type(self).__name__} merges nothing")
 
 
 @dataclass(frozen=True)
@@ -117,11 +129,15 @@ class AttentionMethod(TokenMethod, abc.ABC):
         last_query_only: read the prompt's last query only, not all of those behind the last visual token.
         in_parts: the summary of many queries is the sum of those of their parts, so that memory can be bounded.
         layer_by_layer: each layer's tokens follow from its own attention, so that none has to wait for the others.
+        pools_layers: `keep` is that of all layers together, of which some keep more than others.
+        alike: all layers that drop tokens drop the same ones.
     """
 
     last_query_only: ClassVar[bool] = False
     in_parts: ClassVar[bool] = True
     layer_by_layer: ClassVar[bool] = False
+    pools_layers: ClassVar[bool] = False
+    alike: ClassVar[bool] = False
 
     def check_layers(self, compressed: Sequence[int], layers: int) -> None:
         """Raise if the method cannot work where only the layers `compressed` of `layers` are ours."""

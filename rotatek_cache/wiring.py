@@ -1,8 +1,6 @@
 """`attach(model)`: one call that wires a vision-language model. The only file that knows model families."""
 
-import contextlib
 import functools
-import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rotatek_cache import hf_attention
 from rotatek_cache.cache import RotateKCache
 from rotatek_cache.calibration import fingerprint
+from rotatek_cache.feature_choice import arguments_of, get_image_features, kept_features, pack_image_features
+from rotatek_cache.ledger import Coming
 from rotatek_cache.methods.calibrated import load_basis
 from rotatek_cache.tokens import FeatureMethod
-from rotatek_cache.vision import EncoderTap, choose, tapped
+from rotatek_cache.vision import EncoderTap
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -28,17 +28,13 @@ class Family:
 
     Args:
         placeholders: config fields with the ids that stand for visual tokens in `input_ids`.
-        encoder: the vision encoder, where its attention can be read and each visual token shows as many of its patches,
-            in order (but see `_feature_order`); None elsewhere.
     """
 
     placeholders: tuple[str, ...] = ("image_token_id",)
-    encoder: str | None = None
 
 
 _IMAGE = Family()
 _IMAGE_AND_VIDEO = Family(("image_token_id", "video_token_id"))
-_QWEN2 = Family(("image_token_id", "video_token_id"), encoder="visual")
 
 # model_type -> facts; each family here is run through generate by the tests.
 FAMILIES: dict[str, Family] = {
@@ -52,15 +48,15 @@ FAMILIES: dict[str, Family] = {
     "idefics3": _IMAGE,
     "internvl": _IMAGE,
     "lighton_ocr": _IMAGE,
-    "llava": Family(encoder="vision_tower"),
+    "llava": _IMAGE,
     "llava_next": _IMAGE,
     "llava_next_video": _IMAGE_AND_VIDEO,
     "llava_onevision": _IMAGE_AND_VIDEO,
     "mistral3": _IMAGE,
     "ovis2": _IMAGE,
     "paligemma": _IMAGE,
-    "qwen2_5_vl": _QWEN2,
-    "qwen2_vl": _QWEN2,
+    "qwen2_5_vl": _IMAGE_AND_VIDEO,
+    "qwen2_vl": _IMAGE_AND_VIDEO,
     "qwen3_vl": _IMAGE_AND_VIDEO,
     "qwen3_vl_moe": _IMAGE_AND_VIDEO,
     "smolvlm": _IMAGE,
@@ -110,6 +106,7 @@ class Attachment:
     threads: set[int] = field(default_factory=set)  # that are in a forward with a RotateKCache
     fingerprint: Tensor | None = None  # of the model, once a calibrated basis asks
     choosing: dict[int, RotateKCache] = field(default_factory=dict)  # by thread: chooses from what is encoded now
+    taps: dict[int, EncoderTap] = field(default_factory=dict)  # by thread: listens to what is encoded now
 
     def fingerprint_of(self, module: torch.nn.Module) -> Tensor:
         """The fingerprint of the attached model, taken once."""
@@ -187,8 +184,9 @@ def attach(model: M) -> M:
     for name, stand_in in STAND_INS.items():
         if hasattr(type(top), name):
             _stand_in(top, name, stand_in)
-    if hasattr(inner, "get_image_features"):
-        _stand_in(inner, "get_image_features", _get_image_features)
+    for name, stand_in in INNER_STAND_INS.items():
+        if hasattr(type(inner), name):
+            _stand_in(inner, name, stand_in)
     return model
 
 
@@ -212,7 +210,8 @@ def detach(model: M) -> M:
     del inner._rotatek
     for name in STAND_INS:
         top.__dict__.pop(name, None)
-    inner.__dict__.pop("get_image_features", None)
+    for name in INNER_STAND_INS:
+        inner.__dict__.pop(name, None)
     return model
 
 
@@ -269,22 +268,11 @@ def _check(top: PreTrainedModel) -> Family:
     return FAMILIES[model_type]
 
 
-@functools.cache
-def _parameters(function: Any) -> inspect.Signature:
-    return inspect.signature(function)
-
-
-def _arguments(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    given = _parameters(function).bind_partial(*args, **kwargs).arguments
-    return {**given, **given.pop("kwargs", {})}
-
-
 def _cache_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotateKCache | None:
     """The `RotateKCache` that a forward of `module` is called with."""
     cache = kwargs.get("past_key_values")
     if cache is None and args:
-        cache = _arguments(type(module).forward, module, *args).get("past_key_values")
+        cache = arguments_of(type(module).forward, module, *args).get("past_key_values")
     return cache if isinstance(cache, RotateKCache) else None
 
 
@@ -300,7 +288,7 @@ def _before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 @torch.compiler.disable  # which positions are visual is decided on the host, forward by forward
 def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     module._rotatek.select()  # first of all: `_after_forward` is called whatever happens
-    given = _arguments(type(module).forward, module, *args, **kwargs)
+    given = arguments_of(type(module).forward, module, *args, **kwargs)
     config = module.config
     if given.get("output_attentions") or config.get_text_config(decoder=True).output_attentions:
         raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")
@@ -327,13 +315,20 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
             module.rope_deltas = cache.rope_deltas
         elif given.get("position_ids") is None:
             module.rope_deltas = None  # of another conversation
-    cache.announce_visual(_visual_positions(module, cache, given, begin), tokens)
+    visual = _visual_positions(module, cache, given, begin)
+    cache.announce_visual(visual, tokens)
+    coming = cache.ledger.coming
+    if coming is not None and not coming.agrees(begin, visual, tokens):
+        cache.ledger.coming = None  # of a generate that came to nothing
+    if cache.ledger.coming is None and visual is not None:
+        seen = torch.ones_like(visual) if mask is None or mask.ndim != 2 else mask[:, begin : begin + tokens].bool()
+        cache.ledger.coming = Coming(begin, visual, seen.to(visual.device))
     if isinstance(cache.tokens, FeatureMethod):
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None:
             module._rotatek.choosing[threading.get_ident()] = cache
         elif cache.chosen:
-            cache.ledger.drop(_kept(encoded.pooler_output))
+            cache.ledger.drop(kept_features(encoded.pooler_output))
     if begin == 0:
         cache.ledger.prompt = ids
 
@@ -350,6 +345,8 @@ def _end(module: Any, cache: RotateKCache, output: Any) -> None:
     module._rotatek.restore()
     module._rotatek.choosing.pop(threading.get_ident(), None)
     cache.ledger.end_forward()
+    if cache.ledger.coming is not None and cache.ledger.end >= cache.ledger.coming.end:
+        cache.ledger.coming = None
     if output is not None:
         # M-RoPE families keep the position offset of a conversation on the model.
         cache.rope_deltas = getattr(module, "rope_deltas", None)
@@ -396,7 +393,7 @@ def _is_content(value: Any) -> bool:
 def _prepare_inputs_for_generation(top: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Stands in for the model's method: notices a cache that holds another prompt."""
     prepare_inputs = type(top).prepare_inputs_for_generation
-    given = _arguments(prepare_inputs, top, input_ids, *args, **kwargs)
+    given = arguments_of(prepare_inputs, top, input_ids, *args, **kwargs)
     cache, uncached = given.get("past_key_values"), given.get("next_sequence_length")
     if isinstance(cache, RotateKCache) and uncached is not None:
         # Of a cached prompt only the ids behind it are used, so nothing else would notice that it is another one.
@@ -430,6 +427,26 @@ def _generate_batch(top: Any, *args: Any, **kwargs: Any) -> Any:
     return type(top).generate_batch(top, *args, **kwargs)
 
 
+def _maybe_prepare_encoder_kwargs_for_generation(top: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's method, which comes before images are encoded: notes the whole prompt, for budgets."""
+    original = type(top)._maybe_prepare_encoder_kwargs_for_generation
+    given = arguments_of(original, top, *args, **kwargs)
+    model_kwargs, ids, settings = given["model_kwargs"], given["inputs_tensor"], given["generation_config"]
+    cache, inner = model_kwargs.get("past_key_values"), _inner(top)
+    if isinstance(cache, RotateKCache) and ids.ndim == 2:
+        begin = cache.get_seq_length()
+        ids = ids[:, begin:]
+        mask = model_kwargs.get("attention_mask")
+        seen = torch.ones_like(ids) if mask is None or mask.ndim != 2 else mask[:, begin : begin + ids.shape[1]]
+        visual = torch.isin(ids, torch.tensor(inner._rotatek.placeholders, device=ids.device))
+        if begin and not any(_is_content(model_kwargs.get(name)) for name in CONTENT):
+            visual = torch.zeros_like(visual)
+        repeats = max(settings.num_beams or 1, settings.num_return_sequences or 1)
+        known = seen.shape == visual.shape
+        cache.ledger.coming = Coming(begin, visual, seen.bool().to(visual.device), repeats) if known else None
+    return original(top, *args, **kwargs)
+
+
 def _prepare_multimodal_encoder_kwargs_for_generation(top: Any, model_kwargs: dict[str, Any]) -> Any:
     """Stands in for the model's method: images are encoded here, before any forward."""
     prepare = type(top)._prepare_multimodal_encoder_kwargs_for_generation
@@ -445,93 +462,13 @@ def _prepare_multimodal_encoder_kwargs_for_generation(top: Any, model_kwargs: di
         del choosing[threading.get_ident()]
 
 
-def _get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the model's method: lets a cache choose from the features, and marks what it drops by zeros."""
-    encode = functools.partial(type(inner).get_image_features, inner, *args, **kwargs)
-    choosing = inner._rotatek.choosing
-    cache = choosing.get(threading.get_ident()) if choosing else None  # a compiler need not look further than here
-    if cache is None:
-        return encode()
-    method = cache.tokens
-    given = _arguments(type(inner).get_image_features, inner, *args, **kwargs)
-    with encoder_tap(inner, method, given) as tap:
-        output = encode()
-    features = output.pooler_output
-    if isinstance(features, Tensor) and features.ndim != 3:
-        raise ValueError(
-            f"tokens={method} need the features of each image by itself; '{inner.config.model_type}' gives a tensor "
-            f"{list(features.shape)}"
-        )
-    chosen = choose(method, list(features), tap, _feature_order(inner, tap, given))
-    output.pooler_output = torch.stack(chosen) if isinstance(features, Tensor) else type(features)(chosen)
-    cache.chosen = True
-    if inner._rotatek.threads:  # in a forward, whose positions have been announced
-        cache.ledger.drop(_kept(output.pooler_output))
-    return output
-
-
-def _kept(features: Sequence[Tensor]) -> Tensor:
-    """bool ``[total]``: which features were not dropped. The mark survives what generate does to features."""
-    return torch.cat([(image.flatten(0, -2) != 0).any(-1) for image in features])
-
-
-def encoder_tap(inner: Any, method: Any, given: dict[str, Any]) -> contextlib.AbstractContextManager[EncoderTap | None]:
-    """Listens to the encoder's layer that a method reads, if it reads any."""
-    if not method.reads_encoder:
-        return contextlib.nullcontext()
-    config = inner.config
-    name = FAMILIES[config.model_type].encoder if config.model_type in FAMILIES else None
-    if name is None:
-        known = ", ".join(sorted(family for family, facts in FAMILIES.items() if facts.encoder))
-        raise ValueError(
-            f"{type(method).__name__} reads attention of the vision encoder, token by token, which is not known how to "
-            f"do for '{config.model_type}' (it is for {known}): use a method that needs features only (DivPrune), or "
-            "one that reads the language model (FastV, VLCache)"
-        )
-
-    def setting(key: str) -> Any:
-        value = given.get(key)
-        return getattr(config, key, None) if value is None else value
-
-    attention = [
-        module
-        for module in getattr(inner, name).modules()
-        if type(module).__name__.endswith("Attention") and hasattr(module, "config")
-    ]
-    layer = setting("vision_feature_layer")
-    layer = -1 if layer is None else layer
-    if not isinstance(layer, int):
-        raise ValueError(  # noqa: TRY004 - the model is at fault
-            f"{type(method).__name__} needs features of one encoder layer, got vision_feature_layer={layer}"
-        )
-    # Hidden states begin with the embeddings.
-    module = attention[layer if layer < 0 else layer - 1]
-    return tapped(EncoderTap(module, setting("vision_feature_select_strategy") == "default"))
-
-
-def _feature_order(inner: Any, tap: EncoderTap | None, given: dict[str, Any]) -> Tensor | None:
-    """int64: which group of patches, in the encoder's order, each visual token shows; None: in order."""
-    encoder: Any = getattr(inner, "visual", None)
-    if tap is None or not hasattr(encoder, "window_size"):
-        return None
-    from transformers.vision_utils import get_vision_window_index  # noqa: PLC0415 (not there before 5.2x)
-
-    index, _ = get_vision_window_index(
-        given["image_grid_thw"],
-        spatial_merge_size=encoder.spatial_merge_size,
-        window_size=encoder.window_size,
-        patch_size=encoder.patch_size,
-    )
-    return index.argsort()
-
-
 def _get_candidate_generator(top: Any, *args: Any, **kwargs: Any) -> Any:
     """Stands in for the model's method, which assisted decoding calls once: notes where the prompt ends.
 
     The first forward brings the first guesses with the prompt, and tokens must not be chosen by the guesses' queries.
     """
     original = type(top)._get_candidate_generator
-    given = _arguments(original, top, *args, **kwargs)
+    given = arguments_of(original, top, *args, **kwargs)
     cache = given["model_kwargs"].get("past_key_values")
     if isinstance(cache, RotateKCache):
         cache.ledger.prompt_end = given["input_ids"].shape[1]
@@ -540,8 +477,15 @@ def _get_candidate_generator(top: Any, *args: Any, **kwargs: Any) -> Any:
 
 STAND_INS: dict[str, Any] = {
     "_get_candidate_generator": _get_candidate_generator,
+    "_maybe_prepare_encoder_kwargs_for_generation": _maybe_prepare_encoder_kwargs_for_generation,
     "_prepare_multimodal_encoder_kwargs_for_generation": _prepare_multimodal_encoder_kwargs_for_generation,
     "prepare_inputs_for_generation": _prepare_inputs_for_generation,
     "_prepare_position_ids_for_generation": _prepare_position_ids_for_generation,
     "generate_batch": _generate_batch,
+}
+
+# The same for the model below the head.
+INNER_STAND_INS: dict[str, Any] = {
+    "get_image_features": get_image_features,
+    "pack_image_features": pack_image_features,
 }

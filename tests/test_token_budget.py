@@ -38,40 +38,146 @@ OPEN = [
     {"budget": "0.4x", "sparsity": 0, "tokens": "vl_cache"},
     {"budget": "0.4x", "sparsity": 0.75, "tokens": "vl_cache"},
     {"budget": "0.5x", "tokens": "vl_cache:uniform=0.8"},
-    {"budget": "0.7x", "sparsity": 0.5, "tokens": "fastv:layer=1"},
+    {"budget": "0.5x", "sparsity": 0.5, "tokens": "fastv:layer=1"},
     {"budget": "0.15x", "sparsity": 0.5, "key_bits": 4, "value_sparsity": 0.5, "value_bits": 8, "tokens": "vl_cache"},
     {"budget": "0.45x", "basis": "spark", "sparsity": 0.5, "tokens": "vl_cache"},
 ]
 RANKS_ONLY = [
     {"budget": "0.8x"},
+    {"budget": "0.7x", "basis": "think"},
+    {"budget": "0.7x", "key_bits": 8},
     {"budget": "0.85x", "tokens": "vl_cache"},
     {"budget": "0.5x", "tokens": "vl_cache:0.55"},
     {"budget": "0.5x", "tokens": "divprune:0.6"},
+    {"budget": "0.5x", "tokens": "visionzip:0.55"},
+]
+BEFORE_THE_PROMPT = [
+    {"budget": "0.4x", "sparsity": 0, "tokens": "visionzip"},
+    {"budget": "0.5x", "sparsity": 0.5, "tokens": "divprune"},
+    {"budget": "0.45x", "tokens": "visionzip:contextual=0.1"},
+    {"budget": "0.85x", "tokens": "divprune"},
+    {"budget": "0.14x", "sparsity": 0.5, "key_bits": 4, "value_sparsity": 0.5, "value_bits": 8, "tokens": "visionzip"},
 ]
 
 
-@pytest.mark.parametrize("counts", [(8,), (6, 8)])
-@pytest.mark.parametrize("options", OPEN, ids=str)
+@pytest.mark.parametrize("counts", [(8,), (6, 8), (3, 8)])
+@pytest.mark.parametrize("options", [*OPEN, *RANKS_ONLY, *BEFORE_THE_PROMPT], ids=str)
 def test_the_cache_has_the_bytes_of_its_budget(llava: Host, options, counts):
     inputs = images(llava, *counts)
     dense = filled(llava, inputs, sparsity=0).report().dense_bytes
     cache = filled(llava, inputs, **options)
     assert cache.nbytes() == pytest.approx(float(options["budget"][:-1]) * dense, rel=0.01)
     plan = cache.planner.made
-    assert plan.planned_bytes == pytest.approx(cache.nbytes(), rel=0.01)
+    assert plan.planned_bytes == pytest.approx(cache.nbytes(), rel=0.005)
     assert f"budget {options['budget']} = " in str(cache.report())
 
 
-@pytest.mark.parametrize("counts", [(8,), (6, 8)])
-@pytest.mark.parametrize("options", RANKS_ONLY, ids=str)
-def test_ranks_come_as_near_as_eight_channels_of_a_layer_allow(llava: Host, options, counts):
-    inputs = images(llava, *counts)
-    dense = filled(llava, inputs, sparsity=0).report().dense_bytes
-    cache = filled(llava, inputs, **options)
-    budget = float(options["budget"][:-1]) * dense
-    step = 8 / 64 / 3 * dense
-    assert budget - step < cache.nbytes() < 1.01 * budget
-    assert cache.planner.made.planned_bytes == pytest.approx(cache.nbytes(), rel=0.01)
+FAMILIES_OF_BUDGETS = ["qwen2_5_vl", "llava_next", "idefics3", "mistral3", "internvl", "qwen3_vl", "paligemma"]
+
+
+@pytest.mark.parametrize("tokens", [None, "vl_cache", "visionzip", "look_m", "fastv:layer=1"])
+@pytest.mark.parametrize("family", FAMILIES_OF_BUDGETS)
+def test_budgets_are_met_in_other_families(family, tokens):
+    host = build_host(family)
+    inputs = images(host, *((4,) if host.tiny.image_first else (4, 6)))
+    dense = filled(host, inputs, sparsity=0).report().dense_bytes
+    cache = filled(host, inputs, budget="0.8x", tokens=tokens)
+    assert cache.nbytes() == pytest.approx(0.8 * dense, rel=0.01)
+
+
+@pytest.mark.parametrize("tokens", ["vl_cache", "visionzip", "divprune", "aircache", "look_m"])
+def test_budgets_on_the_reader(tokens):
+    from evals.fidelity import load, make_batch
+    from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS
+
+    reader = load(None)
+    inputs = dict(make_batch(reader.processor, CHOOSE_SEEDS[:2], "hard", ADDRESS_KINDS).prompt)
+    cache = RotateKCache(sparsity=0)
+    reader.model(**inputs, past_key_values=cache)
+    dense = cache.report().dense_bytes
+    for share in (0.9, 0.7, 0.5, 0.35, 0.2):
+        cache = RotateKCache(budget=f"{share}x", tokens=tokens)
+        reader.model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        assert cache.nbytes() == pytest.approx(share * dense, rel=0.003)
+
+
+def test_a_prompt_without_images_needs_no_share(llava: Host):
+    cache = RotateKCache(budget="0.5x", tokens="visionzip")
+    inputs = llava.tiny.inputs(llava.tiny.prompt(4, images=(), text=12))
+    assert ways.generate(llava.attached, inputs, cache).sequences.shape[1] == inputs["input_ids"].shape[1] + ways.NEW
+    assert cache.planner.made is None
+
+
+def test_an_open_share_needs_the_prompt_as_ids(llava: Host):
+    inputs = ways.one(llava.tiny)
+    inputs["inputs_embeds"] = llava.attached.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(RuntimeError, match=r"prompt is not known as ids when its images are encoded, so give a share"):
+        ways.generate(llava.attached, inputs, RotateKCache(budget="0.5x", tokens="visionzip"))
+
+
+def test_a_second_image_gets_a_share_of_what_is_left(llava: Host):
+    """Through generate, where the method chooses before the language model."""
+    prompt = llava.tiny.prompt(0, images=(0,) * 4)
+    inputs, cache = llava.tiny.inputs(prompt), RotateKCache(budget=500, tokens="divprune")
+    first = ways.generate(llava.attached, inputs, cache)
+    ids, content = llava.tiny.image(0, torch.Generator().manual_seed(7))
+    more = [*ways.words(3, 1), *ids * 4, *ways.words(4, 2)]
+    second = ways.follow_up(llava.tiny, inputs, first.sequences, more) | llava.tiny.collate([[content] * 4])
+    llava.attached.generate(**second, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    assert cache.nbytes() == pytest.approx(500 * 2 * 3 * 64 * 4, rel=0.01)
+
+
+def test_what_ranks_leave_over_keeps_the_last_tokens_exact(llava: Host):
+    inputs = images(llava, 8)
+    cache = filled(llava, inputs, budget="0.8x")
+    plan = cache.planner.made
+    exact = list(plan.exact.values())
+    assert max(exact) > 0
+    assert max(exact) - min(exact) <= 1
+    plain = filled(llava, inputs, sparsity=0)
+    visual = visual_positions(inputs["input_ids"])[0].nonzero().flatten().tolist()
+    for layer, dense, spared in zip(cache.layers, plain.layers, exact, strict=True):
+        kv = layer.kv
+        positions = kv.text.token_positions()[0].tolist()
+        assert [p for p in positions if p in set(visual)] == visual[-spared:]
+        keys, values = kv.text.logical()
+        # All are text to the dense cache too, so its columns are logical positions.
+        stored = dense.kv.segments[0]
+        order = stored.positions.tolist()
+        for place, position in enumerate(positions):
+            if position in order:
+                torch.testing.assert_close(keys[0, :, place], stored.keys.data[:, order.index(position)])
+                torch.testing.assert_close(values[0, :, place], stored.values.data[:, order.index(position)])
+    assert f"the last {' or '.join(map(str, sorted(set(exact))))} of each row exact" in str(plan)
+
+
+@pytest.mark.parametrize("options", [*RANKS_ONLY[:1], *BEFORE_THE_PROMPT[1:4], OPEN[2]], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 70}, {"num_beams": 2}, {"num_return_sequences": 2}])
+def test_budgets_hold_after_generate(llava: Host, options, settings):
+    inputs = images(llava, 8, 6)
+    cache = RotateKCache(**options)
+    arguments = {"do_sample": "num_return_sequences" in settings, "max_new_tokens": 1} | settings
+    llava.attached.generate(**inputs, past_key_values=cache, **arguments)
+    token = cache.batch_size * 2 * 3 * 2 * 32 * 4
+    dense = inputs["input_ids"].shape[1] * token
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+    assert cache.ledger.coming is None
+    rel = 0.02 if "prefill_chunk_size" in settings else 0.01  # text of later chunks grows in steps of its own
+    assert cache.nbytes() == pytest.approx(float(options["budget"][:-1]) * dense, rel=rel)
+
+
+def test_a_budget_in_bytes_is_for_all_beams(llava: Host):
+    inputs = images(llava, 6)
+    for settings in ({}, {"num_beams": 3}):
+        cache = RotateKCache(budget="300KiB", sparsity=0.5, tokens="visionzip")
+        llava.attached.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False, **settings)
+        assert cache.nbytes() == pytest.approx(300 * 1024, rel=0.01)
+
+
+def test_a_plan_says_how_far_it_stays_below(llava: Host):
+    cache = filled(llava, images(llava, 4), budget="0.9x", tokens="divprune:0.5")
+    assert " % below, the nearest that can be stored" in str(cache.report())
+    assert cache.planner.made.planned_bytes == pytest.approx(cache.nbytes(), rel=0.005)
 
 
 def test_a_calibrated_basis_costs_the_budget_nothing(llava: Host, basis: Path):
@@ -167,7 +273,11 @@ def test_budgets_run_everywhere(way):
         ({"budget": "0.5x", "sparsity": 0.5}, ValueError, "nothing left to choose"),
         ({"budget": "0.5x", "sparsity": 0.5, "tokens": "vl_cache:0.5"}, ValueError, "nothing left to choose"),
         ({"budget": "0.5x", "key_bits": "auto"}, ValueError, "key_bits='auto' does not have"),
-        ({"budget": "0.5x", "tokens": "visionzip"}, ValueError, "chooses before the prompt's length is known"),
+        (
+            {"sparsity": 0.5, "tokens": "visionzip"},
+            ValueError,
+            r"keep must be given where no budget is, as in VisionZi",
+        ),
         (
             {"sparsity": 0.5, "tokens": "vl_cache"},
             ValueError,
@@ -180,7 +290,9 @@ def test_budgets_that_cannot_be(options, error, message):
         RotateKCache(**options)
 
 
-@pytest.mark.parametrize("options", [{"tokens": "vl_cache"}, {"tokens": "vl_cache", "sparsity": 0.5}, {}])
+@pytest.mark.parametrize(
+    "options", [{"tokens": "vl_cache"}, {"tokens": "vl_cache", "sparsity": 0.5}, {}, {"tokens": "visionzip"}]
+)
 def test_a_budget_below_the_text(llava: Host, options):
     inputs = images(llava, 2)
     text = int((~visual_positions(inputs["input_ids"])).sum())

@@ -67,22 +67,43 @@ def test_visionzip_by_hand():
     east, north = [1.0, 0.0], [0.0, 1.0]
     keys = torch.tensor([east, east, north, east, north, [3.0, 1.0], [1.0, 5.0], north])
     features = torch.arange(8.0)[:, None]
-    kept, merged = VisionZip(3 / 8, contextual=2 / 8).choose(features, scores, keys)
+    method = VisionZip(3 / 8, contextual=2 / 8)
+    kept, taken_by = method.choose(features, method.count_of(8), scores, keys)
     assert kept.nonzero().flatten().tolist() == [0, 3, 4]
-    # 1 and 5 lie nearest to target 0; 2, 6 and 7 to target 4.
-    assert merged[kept].flatten().tolist() == pytest.approx([(0 + 1 + 5) / 3, 3, (2 + 4 + 6 + 7) / 4])
+    # 1 and 5 lie nearest to target 0; 2, 6 and 7 to target 4. A target is itself plus the mean of what it was given.
+    assert taken_by.tolist() == [-1, 0, 4, -1, -1, 0, 4, 4]
+    assert method.merged(features, taken_by)[kept].flatten().tolist() == pytest.approx([0 + 3, 3, 4 + 5])
+
+
+def test_visionzip_keeps_line_breaks_last_and_merges_none():
+    # Tokens 2 and 5 show no patch. Of 6 tokens, 4 patches: token 3 dominant, target 0 of the others 0 1 4.
+    scores = torch.tensor([0.1, 0.2, -math.inf, 0.9, 0.3, -math.inf])
+    keys, features = torch.ones(6, 2), torch.arange(6.0)[:, None]
+    kept, taken_by = VisionZip(2 / 6, contextual=1 / 6).choose(features, 2, scores, keys)
+    assert kept.nonzero().flatten().tolist() == [0, 3]
+    assert taken_by.tolist() == [-1, 0, -1, -1, 0, -1]
+    kept, taken_by = VisionZip(5 / 6, contextual=1 / 6).choose(features, 5, scores, keys)
+    assert kept.tolist() == [True, True, True, True, True, False]
+    assert taken_by.tolist() == [-1] * 6
+    kept, _ = VisionZip(1.0).choose(features, 6, scores, keys)
+    assert kept.all()
+
+
+def test_a_budget_never_makes_more_than_a_quarter_contextual():
+    assert VisionZip().with_keep(0.4) == VisionZip(0.4, contextual=0.05)
+    assert VisionZip().with_keep(0.08) == VisionZip(0.08, contextual=0.02)
 
 
 def test_divprune_by_hand():
     # Angles 0, 10, 90, 100 and 200 degrees: 200 is farthest from its nearest.
     angles = torch.tensor([0.0, 10.0, 90.0, 100.0, 200.0]).deg2rad()
     features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[1.0], [5.0], [1.0], [2.0], [3.0]])
-    kept, same = DivPrune(2 / 5).choose(features, None, None)
+    kept, merged = DivPrune().choose(features, 2, None, None)
     assert kept.nonzero().flatten().tolist() == [1, 4]  # cosine of 200 to 10 is -.98, the lowest
-    kept, _ = DivPrune(3 / 5).choose(features, None, None)
+    kept, _ = DivPrune().choose(features, 3, None, None)
     # 90: nearest chosen is 10, cosine .17. 100: nearest chosen is 10, cosine 0, so it is farther.
     assert kept.nonzero().flatten().tolist() == [1, 3, 4]
-    assert same is features
+    assert merged is None
 
 
 def air_rows() -> AttentionRows:

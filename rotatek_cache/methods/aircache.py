@@ -20,6 +20,10 @@ class AirCache(AttentionMethod):
     of the skewness of its scores, each relative to the mean over layers; a negative skewness counts as none. As in
     `VLCache`, what a full layer cannot take goes to the others, and during the prefill all layers are held densely.
 
+    The formulas are those that published notes on the paper quote; it has no public code. How it normalises across
+    layers they do not say: against the mean, budgets sum to the whole, and a variance may be that of a sample or not.
+    Its window is of all text; text before an image cannot see it, and is left out here.
+
     Args:
         keep: share in (0, 1] of the visual tokens, on average over layers.
         elite: threshold in [0, 1] of the elite window (the paper: 0.9).
@@ -27,6 +31,7 @@ class AirCache(AttentionMethod):
 
     elite: float = 0.9
     in_parts: ClassVar[bool] = False
+    pools_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,13 +19,14 @@ class DivPrune(FeatureMethod):
         keep: share in (0, 1] of the visual tokens of each image.
     """
 
-    def choose(self, features: Tensor, scores: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The chosen tokens; features stay as they are."""
+    def choose(
+        self, features: Tensor, wanted: int, scores: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The chosen tokens; nothing is merged."""
         count = len(features)
-        wanted = max(1, round(self.share * count))
         kept = torch.ones(count, dtype=torch.bool, device=features.device)
         if wanted == count:
-            return kept, features
+            return kept, None
         directions = torch.nn.functional.normalize(features.float(), dim=-1)
         distances = 1 - directions @ directions.mT
         distances.fill_diagonal_(torch.inf)
@@ -35,4 +36,4 @@ class DivPrune(FeatureMethod):
             best = nearest.masked_fill(kept, -torch.inf).argmax()
             kept[best] = True
             nearest = distances[best].clone() if number == 0 else nearest.minimum(distances[best])
-        return kept, features
+        return kept, None

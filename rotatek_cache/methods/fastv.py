@@ -25,6 +25,7 @@ class FastV(AttentionMethod):
 
     layer: int = 2
     last_query_only: ClassVar[bool] = True
+    alike: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

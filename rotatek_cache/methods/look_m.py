@@ -18,10 +18,10 @@ class LookM(AttentionMethod):
 
     Text has priority to the point that all of it stays. Scores are sums of attention over heads and over the queries
     behind the image, not over those of the whole prompt, whose attention would have to be computed a second time. The
-    same share stays in every layer. An evicted token's Key and Value go, head by head, into the kept visual token whose
-    Key has the largest cosine with its own: kept tokens become the mean of themselves and of what they are given, which
-    is the evicted token itself ("average"), its mean with the kept one ("pivotal"), or its multiple by the cosine
-    ("weighted").
+    same share stays in every layer, and, unlike in the authors' code, the same tokens in all heads. An evicted token's
+    Key and Value go, head by head, into the kept visual token whose Key has the largest cosine with its own: kept
+    tokens become the mean of themselves and of what they are given, which is the evicted token itself ("average"), its
+    mean with the kept one ("pivotal"), or its multiple by the cosine ("weighted").
 
     Args:
         keep: share in (0, 1] of the visual tokens of each layer.

@@ -1,7 +1,8 @@
 """VisionZip (arXiv 2412.04467): the tokens that the vision encoder itself attends to, and merged ones for the rest."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,12 +16,16 @@ class VisionZip(FeatureMethod):
 
     Dominant are the tokens to which the class token attends most in the layer that the features come from; in encoders
     without one, those that receive most attention from all. Of the others, evenly spaced targets are kept, and each of
-    the rest is averaged into the target with the most similar Key (cosine). Merging happens behind the projector, so
-    that it is the same for all families. Kept and merged tokens keep their positions.
+    the rest goes to the target with the most similar Key (cosine of the Keys' mean over heads). A target becomes itself
+    plus the mean of what it was given, as in the authors' code; the paper's text calls that merging. Here it happens
+    behind the projector, so that it is the same for all families. A visual token that shows several patches has the
+    mean of their attention and Keys; one that shows none (a line break) is kept last and not merged. Kept and merged
+    tokens keep their positions.
 
     Args:
         keep: share in (0, 1] of the visual tokens of each image, dominant and contextual together.
-        contextual: share of the visual tokens that are contextual; the rest of `keep` is dominant.
+        contextual: share of the visual tokens that are contextual; the rest of `keep` is dominant. Where a budget sets
+            `keep`, at most a quarter of it.
     """
 
     contextual: float = 0.05
@@ -32,30 +37,44 @@ class VisionZip(FeatureMethod):
         if self.keep is not None and self.contextual > self.keep:
             raise ValueError(f"VisionZip: contextual must be at most keep={self.keep}, got {self.contextual}")
 
-    def choose(self, features: Tensor, scores: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Dominant and contextual tokens, and the features with the others merged into the contextual ones."""
+    def with_keep(self, keep: float) -> Self:
+        """With another share, of which contextual tokens are a quarter at most."""
+        return dataclasses.replace(self, keep=keep, contextual=min(self.contextual, keep / 4))
+
+    def choose(
+        self, features: Tensor, wanted: int, scores: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Dominant and contextual tokens, and which of the latter takes in each of the rest."""
         assert scores is not None
         assert keys is not None
         count = len(features)
-        kept_count = max(1, round(self.share * count))
-        contextual = min(round(self.contextual * count), kept_count)
-        order = scores.argsort(descending=True, stable=True)
+        patches = int(scores.isfinite().sum())
+        chosen = min(wanted, patches)
+        contextual = min(round(self.contextual * count), chosen)
+        order = scores.argsort(descending=True, stable=True)  # what shows no patch comes last
         kept = torch.zeros(count, dtype=torch.bool, device=features.device)
-        kept[order[: kept_count - contextual]] = True
+        kept[order[: chosen - contextual]] = True
+        others = (~kept & scores.isfinite()).nonzero()[:, 0]
+        kept[order[patches : patches + wanted - chosen]] = True
         if not contextual:
-            return kept, features
-        others = (~kept).nonzero()[:, 0]
+            return kept, None
         places = torch.arange(contextual, device=others.device) * (len(others) // contextual)
         is_target = torch.zeros(len(others), dtype=torch.bool, device=others.device)
         is_target[places] = True
         targets, rest = others[is_target], others[~is_target]
         directions = torch.nn.functional.normalize(keys, dim=-1)
-        nearest = (directions[rest] @ directions[targets].mT).argmax(-1) if len(rest) else rest
-        total = features[targets].float().index_add(0, nearest, features[rest].float())
-        members = torch.ones(contextual, device=features.device).index_add(
-            0, nearest, torch.ones(len(rest), device=features.device)
-        )
+        taken_by = torch.full((count,), -1, dtype=torch.long, device=features.device)
+        if len(rest):
+            taken_by[rest] = targets[(directions[rest] @ directions[targets].mT).argmax(-1)]
         kept[targets] = True
-        merged = features.clone()
-        merged[targets] = (total / members[:, None]).to(features.dtype)
-        return kept, merged
+        return kept, taken_by
+
+    def merged(self, features: Tensor, taken_by: Tensor) -> Tensor:
+        """Each target plus the mean of the tokens that it takes in."""
+        rest = (taken_by >= 0).nonzero()[:, 0]
+        target = taken_by[rest]
+        given = torch.zeros_like(features, dtype=torch.float32).index_add(0, target, features[rest].float())
+        members = torch.zeros(len(features), device=features.device).index_add(
+            0, target, torch.ones(len(rest), device=features.device)
+        )
+        return (features.float() + given / members.clamp(min=1)[:, None]).to(features.dtype)

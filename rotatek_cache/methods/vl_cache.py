@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class VLCache(AttentionMethod):
 
     recent: float = 0.1
     uniform: float = 0.0
+    pools_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
