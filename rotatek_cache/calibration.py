@@ -204,9 +204,25 @@ def fingerprint(model: torch.nn.Module) -> Tensor:
     picked = []
     for name, parameter in sorted(model.named_parameters()):
         if name.endswith(("k_proj.weight", "v_proj.weight", "qkv_proj.weight")) and "vision" not in name:
-            flat = parameter.detach().flatten()
-            picked.append(flat[:: max(1, flat.numel() // 64)][:64].float().cpu())
+            picked.append(sample_weight(parameter))
     return torch.cat(picked) if picked else torch.zeros(0)
+
+
+def sample_weight(part: Tensor, first: int = 0, total: int | None = None) -> Tensor:
+    """Up to 64 evenly spaced numbers of a weight, float32.
+
+    Args:
+        part: the weight, or some of its rows.
+        first: where the part begins among the weight's numbers.
+        total: how many numbers the weight has; None if the part is all of it. Numbers that are not in the part are NaN.
+    """
+    flat = part.detach().flatten()
+    total = total or flat.numel()
+    at = torch.arange(0, total, max(1, total // 64))[:64] - first
+    inside = (at >= 0) & (at < flat.numel())
+    sample = torch.full(at.shape, torch.nan)
+    sample[inside] = flat[at[inside].to(flat.device)].float().cpu()
+    return sample
 
 
 @torch.no_grad()

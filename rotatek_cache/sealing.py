@@ -38,15 +38,22 @@ Ranges = Sequence[tuple[int, int]]  # (first token, tokens) of each row of packe
 
 
 class Sealer:
-    """Stores the visual Keys and Values of one layer as its options say."""
+    """Stores the visual Keys and Values of one layer as its options say.
 
-    def __init__(self, options: FitOptions, layer: int) -> None:
+    Args:
+        options: how.
+        layer: of the model, from 0.
+        heads: which of the layer's KV heads come; None if all do.
+    """
+
+    def __init__(self, options: FitOptions, layer: int, heads: slice | None = None) -> None:
         self.options = options
         self.layer = layer
         self.calibrated: CalibratedBasis | None = None
         if options.is_calibrated:
-            self.calibrated = load_basis(options.basis)
-            self.calibrated.state(layer, "key")
+            basis = load_basis(options.basis)
+            basis.state(layer, "key")
+            self.calibrated = basis if heads is None else basis.of_heads(heads)
         else:
             self.key_method = key_method(options.basis if options.query_weight else "pca")
 

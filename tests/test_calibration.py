@@ -12,11 +12,14 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import rotatek_cache
-from rotatek_cache import RotateKCache, attach, calibrate_images
-from rotatek_cache.calibration import Calibration, Moments, calibrate, fingerprint, output_projections
+from rotatek_cache import FitOptions, RotateKCache, attach, calibrate_images
+from rotatek_cache.basis import Allocation
+from rotatek_cache.calibration import Calibration, Moments, calibrate, fingerprint, output_projections, sample_weight
 from rotatek_cache.cli import app
+from rotatek_cache.coding import HeadCodes
 from rotatek_cache.demo import open_page
 from rotatek_cache.methods.calibrated import StateBasis, load_basis, same_fingerprint
+from rotatek_cache.sealing import Sealer
 
 IMAGES = 6
 
@@ -198,6 +201,53 @@ def test_another_models_basis_is_refused(llava, prompts, basis_file):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_is_itself_in_another_dtype(llava, dtype):
     assert same_fingerprint(fingerprint(copy.deepcopy(llava.plain).to(dtype)), fingerprint(llava.attached))
+
+
+def test_a_model_is_known_by_a_part_of_its_weights():
+    weight = torch.randn(6, 50)
+    whole = sample_weight(weight)
+    parts = [sample_weight(weight[rows], 50 * rows.start, 300) for rows in (slice(0, 2), slice(2, 6))]
+    assert torch.equal(torch.where(parts[0].isnan(), parts[1], parts[0]), whole)
+    assert all(same_fingerprint(part, whole) and part.isnan().any() for part in parts)
+    assert not same_fingerprint(sample_weight(weight[:2] + 1, 0, 300), whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.5, "value_sparsity": 0.5, "value_bits": 4},
+        {"sparsity": 0.6, "key_bits": "auto", "value_sparsity": 0.6, "value_bits": "auto"},
+        {"sparsity": 0.6, "key_bits": "auto", "allocation": Allocation("heads")},
+        {"energy": 0.9},
+    ],
+    ids=str,
+)
+def test_some_of_the_heads_are_sealed_as_all_are(basis_file, options):
+    """As where processes share a model: each fits and stores its own heads, with the widths that all agree on."""
+    fit = FitOptions(basis=str(basis_file), **options)
+    file = load_basis(basis_file)
+    heads, width = file.state(0, "key").encoder.shape[:2]
+    keys, values = torch.randn(heads, 12, width), torch.randn(heads, 12, width)
+    span = [(0, 5), (5, 7)]
+    all_of_them = Sealer(fit, 0)
+    whole = [all_of_them.store_keys(keys, span, None, None), all_of_them.store_values(values, span)]
+    for head in range(heads):
+        part = slice(head, head + 1)
+        sealer = Sealer(fit, 0, part)
+        own = [sealer.store_keys(keys[part], span, None, None), sealer.store_values(values[part], span)]
+        for stored, expected in zip(own, whole, strict=True):
+            if isinstance(expected.code, HeadCodes):
+                assert stored.code.parts == expected.code.parts[part]
+                numbers = stored.code.unpack(stored.data)
+                full = expected.code.unpack(expected.data)[part]
+                assert torch.equal(numbers, full[..., : numbers.shape[-1]])
+            else:
+                assert stored.code == expected.code
+                assert torch.equal(stored.data, expected.data[part])
+            if expected.basis is not None:
+                rank = stored.basis.B.shape[-1]
+                assert torch.equal(stored.basis.B, expected.basis.B[part][..., :rank])
+                torch.testing.assert_close(stored.basis.delta, expected.basis.delta[part])
 
 
 def test_missing_truncated_and_foreign_files_are_named(basis_file, tmp_path, state):

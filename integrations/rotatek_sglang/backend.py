@@ -1,26 +1,25 @@
 """The attention backend "rotatek": exact attention over a prompt, which it then seals; decoding from the pools."""
 
 import logging
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from rotatek_cache.attention import attend
-from rotatek_cache.calibration import fingerprint
-from rotatek_cache.methods.calibrated import load_basis
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import SegmentView
+from rotatek_sglang import options
+from rotatek_sglang.checks import check_basis, check_model
+from rotatek_sglang.decode_tables import GRAPH_SEGMENTS, GraphTables, count_segments, table_of
 from rotatek_sglang.metrics import Gauges
 from rotatek_sglang.pool import RotateKPool
-from rotatek_sglang.rows import Segment
-from rotatek_sglang.storage import LayerStorage, SegmentTable, VisualTable
+from rotatek_sglang.rows import ChunkedPrompt, Segment
+from rotatek_sglang.storage import LayerStorage, SegmentTable
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +33,11 @@ class PromptPart:
         text: int64, which of them are stored as text; None: all.
         text_rows: int64, where.
         visual: int64, which of them are compressed.
-        visual_rows: int64, where.
+        visual_rows: int64, where, after those that waited.
+        waiting: int64, text rows of visual tokens of earlier chunks, compressed with them.
         basis: the number of their basis.
         prefix: the tokens that are stored already; None if there are none.
+        prompt: the prompt of which this is a chunk; None if this is all of it.
     """
 
     tokens: slice
@@ -44,8 +45,10 @@ class PromptPart:
     text_rows: Tensor
     visual: Tensor | None = None
     visual_rows: Tensor | None = None
+    waiting: Tensor | None = None
     basis: int = 0
     prefix: SegmentTable | None = None
+    prompt: ChunkedPrompt | None = None
 
 
 class RotateKBackend(AttentionBackend):
@@ -66,7 +69,7 @@ class RotateKBackend(AttentionBackend):
                 "ROTATEK_SPARSITY, ROTATEK_RANK or ROTATEK_ENERGY, or use rotatek_sglang.launch"
             )
         check_model(runner.model, on_gpu=runner.device == "cuda")
-        check_basis(pool.sealers, runner.model)
+        check_basis(pool.sealers[0].options, runner.model, pool.layout.heads)
         self.pool = pool
         self.slots_of = runner.req_to_token_pool.req_to_token
         # The rows of each request: visual tokens first, then text, of which decoding appends one a step.
@@ -79,47 +82,73 @@ class RotateKBackend(AttentionBackend):
         self.parts: list[PromptPart] = []
         self.table: SegmentTable | None = None
         self.new_rows = torch.zeros(0, dtype=torch.int64)
+        self.graph_tables: GraphTables | None = None
+        if options.from_environment().cuda_graphs and not self.rows_of.is_cuda:
+            most = runner.req_to_token_pool.size
+            self.init_cuda_graph_state(most, most)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Find the rows of the forward's tokens; once per forward, for all layers."""
         mode = forward_batch.forward_mode
         if mode.is_decode():
-            self._prepare_decode(forward_batch)
+            if self.can_run_graph(forward_batch):
+                # Also where no graph runs, so that what graphs read is what everything else is tested on.
+                self.init_forward_metadata_out_graph(forward_batch)
+                self.init_forward_metadata_in_graph(forward_batch)
+            else:
+                self._prepare_decode(forward_batch)
         elif mode.is_extend_without_speculative():
             self._prepare_extend(forward_batch)
         elif not mode.is_idle():
             raise NotImplementedError(f"the attention backend 'rotatek' does not run forwards of mode {mode.name}")
 
-    def _prepare_decode(self, batch: Any) -> None:
-        requests, lengths = self.ledger.requests, batch.seq_lens_cpu.tolist()
+    def _decoding(self, batch: Any) -> tuple[list[int], list[int], list[list[Segment]]]:
+        """The requests of a batch that decodes, their lengths and their visual segments."""
+        requests = self.ledger.requests
+        lengths = batch.seq_lens_cpu[: len(requests)].tolist()
         if len(requests) != len(lengths):
             raise RuntimeError(f"rows were given to {len(requests)} requests, {len(lengths)} are decoded")
         for request, length in zip(requests, lengths, strict=True):
             if request in self.ledger.moved:
                 self._read_slots(request, length)
+        return requests, lengths, [self.ledger.segments.get(request, []) for request in requests]
+
+    def _prepare_decode(self, batch: Any) -> None:
+        _, lengths, held = self._decoding(batch)
         self.new_rows = self.pool.table.rows[batch.out_cache_loc].long()
         self.rows_of[batch.req_pool_indices, batch.seq_lens - 1] = self.new_rows.int()
-        self.table = self._segment_table(batch.req_pool_indices, requests, lengths)
+        self.table = table_of(self.rows_of, batch.req_pool_indices, held, lengths)
 
-    def _segment_table(self, indices: Tensor, requests: Sequence[int], lengths: Sequence[int]) -> SegmentTable:
-        """The tokens ``: lengths[b]`` of the requests, as segments."""
-        device = self.rows_of.device
-        held = [self.ledger.segments.get(request, []) for request in requests]
-        visual = [sum(segment.count for segment in segments) for segments in held]
-        tables = []
-        for position in range(max(map(len, held), default=0)):
-            column = [segments[position] if position < len(segments) else Segment(0, 0, 0) for segments in held]
-            numbers = torch.tensor([[s.first, s.count, s.basis] for s in column]).to(device, non_blocking=True)
-            tables.append(VisualTable(numbers[:, 0], numbers[:, 1].int(), numbers[:, 2], max(s.count for s in column)))
-        text = torch.tensor([visual, [n - v for n, v in zip(lengths, visual, strict=True)]])
-        text = text.to(device, non_blocking=True)
-        return SegmentTable(
-            slots=self.rows_of[indices, : max(lengths)],
-            visual=tuple(tables),
-            text_starts=text[0],
-            text_lengths=text[1].int(),
-            text_max=max(n - v for n, v in zip(lengths, visual, strict=True)),
-        )
+    # CUDA graphs of decoding. SGLang calls these by name.
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Make the buffers that graphs of up to `max_bs` requests read."""
+        table = self.pool.table
+        self.graph_tables = GraphTables(max_bs, self.rows_of, table.visual_rows, table.text_rows)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """The length of a row of padding: one token, in the text row that padding writes."""
+        return 1
+
+    def can_run_graph(self, batch: Any) -> bool:
+        """Whether the buffers of the graphs hold what this batch has."""
+        if self.graph_tables is None or batch.batch_size > len(self.graph_tables.new_rows):
+            return False
+        return count_segments(self._decoding(batch)[2]) <= GRAPH_SEGMENTS
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """What a step needs of the host, into the buffers."""
+        assert self.graph_tables is not None
+        _, lengths, held = ([], [], []) if in_capture else self._decoding(forward_batch)
+        self.graph_tables.fill(held, lengths, forward_batch.batch_size)
+        self.table = self.graph_tables.table(forward_batch.batch_size)
+        self.new_rows = self.graph_tables.new_rows[: forward_batch.batch_size]
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        """What a step needs of the device, into the buffers: recorded in the graph."""
+        if self.graph_tables is not None and forward_batch.forward_mode.is_decode():
+            batch = forward_batch
+            self.graph_tables.gather(self.pool.table.rows, batch.out_cache_loc, batch.req_pool_indices, batch.seq_lens)
 
     def _prepare_extend(self, batch: Any) -> None:
         self.parts = []
@@ -130,26 +159,37 @@ class RotateKBackend(AttentionBackend):
             first += count
 
     def _prompt_part(self, request: int, prefix: int, count: int, tokens: slice) -> PromptPart:
-        table = self.pool.table
-        slots = self.slots_of[request, : prefix + count]
-        before = None
+        prompt = self.ledger.chunked.get(request)
+        is_last = prompt is not None and prompt.is_last
+        before = waiting = None
+        first = prefix
         if prefix:
-            self._read_slots(request, prefix)
+            if not is_last:  # then the slots have new rows already, and the chunk before has read the old ones
+                self._read_slots(request, prefix)
             index = torch.tensor([request], device=self.rows_of.device)
-            before = self._segment_table(index, [request], [prefix])
+            before = table_of(self.rows_of, index, [self.ledger.segments.get(request, [])], [prefix])
+        if prompt is not None and is_last:
+            assert before is not None
+            first = prompt.first
+            dense = before.slots[0, first:prefix].long()  # what the chunks before stored, all of it dense, comes last
+            waiting = dense[prompt.visual[: prefix - first].to(dense.device)]
+            del self.ledger.chunked[request]
         self._read_slots(request, prefix + count)
-        new = table.rows[slots[prefix:].long()].long()
+        rows = self.pool.table.rows[self.slots_of[request, first : prefix + count].long()].long()
+        new = rows[prefix - first :]
+        if not bool((rows < 0).any()):
+            return PromptPart(tokens, None, new, prefix=before, prompt=prompt)
         is_visual = new < 0
-        if not bool(is_visual.any()):
-            return PromptPart(tokens, None, new, prefix=before)
         return PromptPart(
             tokens,
             text=(~is_visual).nonzero()[:, 0],
             text_rows=new[~is_visual],
             visual=is_visual.nonzero()[:, 0],
-            visual_rows=-1 - new[is_visual],
+            visual_rows=-1 - rows[rows < 0],
+            waiting=waiting,
             basis=self.ledger.segments[request][-1].basis,
             prefix=before,
+            prompt=prompt,
         )
 
     def _read_slots(self, request: int, length: int) -> None:
@@ -192,13 +232,17 @@ class RotateKBackend(AttentionBackend):
         return output.flatten(1)
 
     def _store(self, part: PromptPart, storage: LayerStorage, sealer: Sealer, q: Tensor, k: Tensor, v: Tensor) -> None:
+        queries = self._window(part, sealer, q)
         if part.visual is None:
             storage.write_text(part.text_rows, k, v)
             return
         storage.write_text(part.text_rows, k[part.text], v[part.text])
-        keys, values = k[part.visual].transpose(0, 1), v[part.visual].transpose(0, 1)
-        span = [(0, len(part.visual))]
-        queries = q[-sealer.options.query_window :].transpose(0, 1)[None]
+        keys, values = k[part.visual], v[part.visual]
+        if part.waiting is not None:
+            keys = torch.cat([storage.text_keys[part.waiting], keys])
+            values = torch.cat([storage.text_values[part.waiting], values])
+        keys, values, queries = keys.transpose(0, 1), values.transpose(0, 1), queries.transpose(0, 1)[None]
+        span = [(0, keys.shape[1])]
         finite = bool(keys.isfinite().all() & values.isfinite().all() & queries.isfinite().all())
         if not finite:
             # Dense attention would answer this request with NaN, and so does this, by way of its text; a basis cannot
@@ -211,6 +255,18 @@ class RotateKBackend(AttentionBackend):
         assert part.visual_rows is not None
         storage.keys.write(stored_keys, part.visual_rows, part.basis)
         storage.values.write(stored_values, part.visual_rows, part.basis)
+
+    @staticmethod
+    def _window(part: PromptPart, sealer: Sealer, q: Tensor) -> Tensor:
+        """The last queries ``[n, H_q, D]`` of the prompt so far; those of earlier chunks are kept until its last."""
+        count = sealer.options.query_window
+        if part.prompt is None:
+            return q[-count:]
+        earlier = part.prompt.queries.pop(sealer.layer, None)
+        queries = q[-count:] if earlier is None else torch.cat([earlier, q])[-count:]
+        if sealer.calibrated is None and not part.prompt.is_last and part.prompt.visual.any():
+            part.prompt.queries[sealer.layer] = queries.clone()
+        return queries
 
     def forward_decode(
         self,
@@ -271,52 +327,3 @@ def attend_continuation(q: Tensor, k: Tensor, v: Tensor, stored: list[SegmentVie
     )
     output, _ = attend(q.transpose(0, 1)[None], [*stored, own], scale, return_lse=False)
     return output[0]
-
-
-REFUSED_ATTENTION = {
-    "sliding-window layers": lambda layer: layer.sliding_window_size > 0,
-    "softcapped logits": lambda layer: layer.logit_cap > 0,
-    "cross-attention layers": lambda layer: layer.is_cross_attention,
-    "attention that is not causal": lambda layer: layer.attn_type != AttentionType.DECODER,
-    "a temperature that grows with the length": lambda layer: layer.xai_temperature_len > 0,
-}
-
-
-def check_model(model: torch.nn.Module, on_gpu: bool) -> None:
-    """Raise a ValueError that names what the model has and the backend does not do."""
-    name = type(model).__name__
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
-    for what, has in REFUSED_ATTENTION.items():
-        if any(has(layer) for layer in layers):
-            raise ValueError(f"rotatek_sglang does not serve models with {what} ({name})")
-    sources = {type(module).__module__ for module in model.modules()}
-    if on_gpu and any(hasattr(sys.modules[source], "create_fused_set_kv_buffer_arg") for source in sources):
-        raise ValueError(f"rotatek_sglang does not serve models that write into the KV pool themselves ({name})")
-
-
-def check_basis(sealers: Sequence[Sealer], model: torch.nn.Module) -> None:
-    """Raise a ValueError if the sealers' basis file was calibrated on another model."""
-    fit = sealers[0].options
-    if not fit.is_calibrated:
-        return
-    projections = torch.nn.ModuleDict()
-    for module in model.modules():
-        attention, fused = getattr(module, "attn", None), getattr(module, "qkv_proj", None)
-        if not isinstance(attention, RadixAttention) or fused is None:
-            continue
-        weight = fused.weight.detach()
-        widths = [
-            attention.tp_q_head_num * attention.qk_head_dim,
-            attention.tp_k_head_num * attention.qk_head_dim,
-            attention.tp_v_head_num * attention.v_head_dim,
-        ]
-        if not weight.is_floating_point() or weight.shape[0] != sum(widths):
-            log.warning("The model's weights are quantised: nobody checks that %s belongs to it", fit.basis)
-            return
-        _, keys, values = weight.split(widths)
-        # Named as the calibration saw them: a fingerprint holds some of these weights, in the order of their names.
-        named = torch.nn.ModuleDict()
-        for name, part in (("k_proj", keys), ("v_proj", values)):
-            named[name] = torch.nn.ParameterDict({"weight": torch.nn.Parameter(part, requires_grad=False)})
-        projections[str(attention.layer_id)] = named
-    load_basis(fit.basis).check_model(fingerprint(torch.nn.ModuleDict({"layers": projections})))

@@ -16,16 +16,40 @@ from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import Stored
 
 ROW_NUMBER_BYTES = 4
+PROMPTS_IN_CHUNKS = 2  # at most: SGLang goes on with one, and may begin another where that ends
 
 
 @dataclass(frozen=True)
 class HeadShape:
-    """The attention heads of this process: query heads, KV heads, widths of Keys and Values."""
+    """The attention heads of this process, and where they stand among those of the model.
+
+    Attributes:
+        q_heads, kv_heads: query and KV heads here.
+        key_width, value_width: of each.
+        first_kv_head: the first KV head here.
+        all_kv_heads: KV heads of the model; None if all are here.
+    """
 
     q_heads: int
     kv_heads: int
     key_width: int
     value_width: int
+    first_kv_head: int = 0
+    all_kv_heads: int | None = None
+
+    @classmethod
+    def of_rank(
+        cls, q_heads: int, kv_heads: int, key_width: int, value_width: int, rank: int, size: int
+    ) -> "HeadShape":
+        """The heads of process `rank` of `size` that share a model; those without a KV head of their own share one."""
+        return cls(q_heads // size, max(1, kv_heads // size), key_width, value_width, rank * kv_heads // size, kv_heads)
+
+    @property
+    def kv_slice(self) -> slice | None:
+        """Which KV heads are here; None if all are."""
+        if self.all_kv_heads in (None, self.kv_heads):
+            return None
+        return slice(self.first_kv_head, self.first_kv_head + self.kv_heads)
 
 
 @dataclass(frozen=True)
@@ -115,6 +139,11 @@ class CacheLayout:
         """Bytes of one basis."""
         return self.heads.kv_heads * sum(layer.keys.basis_bytes + layer.values.basis_bytes for layer in self.layers)
 
+    def window_bytes(self, sealers: Sequence[Sealer]) -> int:
+        """Bytes of the queries that are kept of a prompt until its last chunk is there."""
+        numbers = self.heads.q_heads * self.heads.key_width
+        return sum(s.options.query_window * numbers * self.dtype.itemsize for s in sealers if s.calibrated is None)
+
     def ranks(self) -> str:
         """Ranks of the Keys and Values, over the layers."""
 
@@ -183,7 +212,8 @@ class Plan:
     ) -> "Plan":
         """The plan for so many requests at once, of up to `context` tokens each."""
         table = requests * context * ROW_NUMBER_BYTES  # the rows of each request
-        return cls(sealers, layout, text_share, bases, bases * layout.basis_bytes + table)
+        fixed = bases * layout.basis_bytes + table + PROMPTS_IN_CHUNKS * layout.window_bytes(sealers)
+        return cls(sealers, layout, text_share, bases, fixed)
 
     @property
     def slot_bytes(self) -> int:

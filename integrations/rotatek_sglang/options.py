@@ -32,6 +32,7 @@ class ServingOptions:
     always_compress: bool = False
     text_share: float = 0.25
     bases: int | None = None
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.text_share <= 1:
@@ -91,6 +92,7 @@ HELP: dict[str, tuple[Callable[[str], Any], str]] = {
         float,
         "share of the tokens that are text, in (0, 1], for which memory is set aside (default: 0.25)",
     ),
+    "cuda_graphs": (_flag, "decode in CUDA graphs; off by default, since they have not been run on a GPU yet"),
     "bases": (int, "prompts whose images can be held, in use or cached (default: twice the requests that run at once)"),
 }
 

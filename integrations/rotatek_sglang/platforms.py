@@ -10,6 +10,7 @@ from sglang.srt.platforms.cuda import CudaSRTPlatform
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from rotatek_sglang import options
 from rotatek_sglang.plugin import BACKEND
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("enable_dp_attention", (False,), "data-parallel attention"),
     ("enable_memory_saver", (False,), "the memory saver"),
     ("dllm_algorithm", (None,), "diffusion language models"),
-    ("tp_size", (1,), "tensor parallelism"),
     ("dp_size", (1,), "data parallelism in one server"),
     ("pp_size", (1,), "pipeline parallelism"),
     ("dcp_size", (1,), "decode context parallelism"),
@@ -64,17 +64,15 @@ def refuse_unsupported(args: Any) -> None:
 def switch_off(args: Any) -> None:
     """Switch off what is on by default and not supported, and say so."""
     off = []
-    if args.chunked_prefill_size is None or args.chunked_prefill_size > 0:
-        args.chunked_prefill_size = -1
-        off.append("chunked prefill")
+    graphs = options.from_environment().cuda_graphs and torch.cuda.is_available()
     config = args.cuda_graph_config
     for phase in (Phase.DECODE, Phase.PREFILL):
-        if getattr(config, phase).backend != Backend.DISABLED:
+        if getattr(config, phase).backend != Backend.DISABLED and not (graphs and phase == Phase.DECODE):
             config = with_phase(config, phase, backend=Backend.DISABLED)
             off.append(f"CUDA graphs ({phase})")
     args.cuda_graph_config = config
     if off:
-        log.warning("RotateK: switched off, since not supported yet: %s", ", ".join(off))
+        log.warning("RotateK: switched off: %s", ", ".join(off))
 
 
 def apply_defaults(args: Any) -> None:
@@ -103,11 +101,20 @@ def allocator_class() -> type:
     return RotateKAllocator
 
 
+def _as_it_is(tensor: torch.Tensor, device: object = None) -> torch.Tensor:
+    return tensor
+
+
 class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """A CPU on which everything runs in plain torch: for trying things out, and for tests."""
 
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities()
+
+    def __init__(self) -> None:
+        super().__init__()
+        # SGLang pins the frames of a video unless it runs on its own CPU engine; without an accelerator torch refuses.
+        torch.Tensor.pin_memory = _as_it_is  # type: ignore[method-assign, assignment]
 
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
         """No GPU, so nothing to pin for."""

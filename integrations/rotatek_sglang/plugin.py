@@ -12,7 +12,9 @@ BACKEND = "rotatek"
 POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
 ADD_REQUEST = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
 ALLOCATE_PROMPT = "sglang.srt.managers.schedule_batch.alloc_for_extend"
+STASH_CHUNK = "sglang.srt.managers.scheduler.Scheduler.stash_chunked_request"
 WRITE_SLOTS = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.write"
+CAN_RUN_GRAPH = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph"
 BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
 LIMIT_REQUEST = "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens"
 
@@ -64,7 +66,9 @@ def register() -> None:
     HookRegistry.register(POOL_CONFIGURATOR + ".__init__", _plan_memory, HookType.AFTER)
     HookRegistry.register(ADD_REQUEST, _admit, HookType.AROUND)
     HookRegistry.register(ALLOCATE_PROMPT, _assign_prompt, HookType.AFTER)
+    HookRegistry.register(STASH_CHUNK, _stash_chunk, HookType.AROUND)
     HookRegistry.register(WRITE_SLOTS, _note_new_slots, HookType.AFTER)
+    HookRegistry.register(CAN_RUN_GRAPH, _can_run_graph, HookType.AROUND)
     HookRegistry.register(BEAM_SEARCH, _refuse_beams, HookType.REPLACE)
     HookRegistry.register(LIMIT_REQUEST, _refuse_too_large, HookType.AFTER)
 
@@ -90,10 +94,21 @@ def _assign_prompt(allocated: object, *args: object, **kwargs: object) -> None:
     assign_prompt(allocated, *args, **kwargs)
 
 
+def _stash_chunk(stash: object, *args: object, **kwargs: object) -> None:
+    from rotatek_sglang.requests import keep_to_itself  # noqa: PLC0415
+
+    keep_to_itself(stash, *args, **kwargs)
+
+
 def _note_new_slots(result: object, *args: Any, **kwargs: Any) -> None:
     from rotatek_sglang.requests import note_new_slots  # noqa: PLC0415
 
     note_new_slots(*args, **kwargs)
+
+
+def _can_run_graph(can_run: Any, runner: Any, batch: Any) -> bool:
+    """SGLang's own answer, unless our buffers do not hold the batch."""
+    return bool(can_run(runner, batch) and runner.attn_backend.can_run_graph(batch))
 
 
 def _refuse_beams(*args: object, **kwargs: object) -> str:

@@ -15,7 +15,7 @@ from rotatek_cache.sealing import Sealer
 from rotatek_sglang import metrics, options
 from rotatek_sglang.layout import HeadShape, Plan, Worth, find_layout
 from rotatek_sglang.metrics import Gauges
-from rotatek_sglang.rows import RequestLedger, SlotTable
+from rotatek_sglang.rows import Need, RequestLedger, SlotTable
 from rotatek_sglang.storage import LayerStorage, build_storage
 
 log = logging.getLogger(__name__)
@@ -32,13 +32,15 @@ def plan_for(configurator: Any) -> Plan:
     model, layers = configurator.model_config, configurator.layer_info
     asked = options.from_environment()
     parallel = get_parallel()
-    heads = HeadShape(
-        q_heads=model.num_attention_heads // parallel.attn_tp_size,
-        kv_heads=model.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size),
-        key_width=model.head_dim,
-        value_width=model.v_head_dim,
+    heads = HeadShape.of_rank(
+        model.num_attention_heads,
+        model.get_total_num_kv_heads(),
+        model.head_dim,
+        model.v_head_dim,
+        parallel.attn_tp_rank,
+        parallel.attn_tp_size,
     )
-    sealers = [Sealer(asked.fit, index) for index in range(layers.start_layer, layers.end_layer)]
+    sealers = [Sealer(asked.fit, index, heads.kv_slice) for index in range(layers.start_layer, layers.end_layer)]
     layout = find_layout(sealers, heads, configurator.kv_cache_dtype, configurator.device)
     requests = get_schedule().max_running_requests
     bases = asked.bases or BASES_PER_REQUEST * requests
@@ -70,13 +72,18 @@ class RotateKPool(MHATokenToKVPool):
         self.table = SlotTable(self.size + self.page_size, text, visual, plan.bases, self.device)
         # Row 0 of the text takes what padding writes.
         self.layers = build_storage(plan.layout, text + 1, visual, plan.bases, self.device)
-        self.sealers = plan.sealers
+        self.sealers, self.layout = plan.sealers, plan.layout
         self.worth = Worth(plan.layout, plan.sealers)
-        self.ledger = RequestLedger(self.size, self.publish)
+        self.ledger = RequestLedger(self.size, self.table, self.publish)
         self.gauges: Gauges | None = None  # set by the attention backend if metrics are on
         self.k_buffer: list[Tensor] = []
         self.v_buffer: list[Tensor] = []
         log.info("%s", describe(plan, self))
+
+    @property
+    def longest_in_chunks(self) -> int:
+        """Tokens of a prompt up to which its visual tokens may wait in text rows for its last chunk: half of these."""
+        return self.table.text_rows // 2
 
     def layer(self, layer_id: int) -> LayerStorage:
         """The storage of a layer of the model."""
@@ -112,15 +119,16 @@ def describe(plan: Plan, pool: RotateKPool) -> str:
         f"visual one {layout.visual_bytes:,}, a basis {layout.basis_bytes:,}; {pool.table.text_rows:,} text rows, "
         f"{pool.table.visual_rows:,} visual rows, {plan.bases} bases in {held / 2**20:,.1f} MiB; {pool.size:,} tokens "
         f"fit at a text share of {plan.text_share:g}, where a dense cache would hold {dense:,} "
-        f"({pool.size / dense:.3f}x)"
+        f"({pool.size / dense:.3f}x); prompts with images are read in chunks up to {pool.longest_in_chunks:,} tokens, "
+        "at once beyond"
     )
 
 
-def make_room(allocator: Any, tree_cache: Any, text: int, visual: int, bases: int) -> bool:
+def make_room(allocator: Any, tree_cache: Any, need: Need) -> bool:
     """Whether so many rows and bases are free, once cached prefixes that nobody uses had to go if they are not."""
     table: SlotTable = allocator.table
-    while not table.fits(text, visual, bases):
-        short = max(text - table.text.free, visual - table.visual.free, allocator.page_size)
+    while not table.fits(need):
+        short = max(need.text - table.text.available, need.visual - table.visual.available, allocator.page_size)
         if tree_cache is None or not tree_cache.evict(EvictParams(num_tokens=short)).num_tokens_evicted:
             return False
     return True
@@ -139,7 +147,7 @@ class RotateKAllocator(PagedTokenToKVPoolAllocator):
 
     def alloc_decode(self, seq_lens: Tensor, seq_lens_cpu: Tensor, last_loc: Tensor) -> Tensor | None:
         """Slots of the next token of every request, each with a text row; None if slots or rows are short."""
-        if len(seq_lens) > self.table.text.free:
+        if len(seq_lens) > self.table.text.available:
             return None
         slots = super().alloc_decode(seq_lens, seq_lens_cpu, last_loc)
         if slots is not None:
@@ -166,4 +174,4 @@ class RotateKAllocator(PagedTokenToKVPoolAllocator):
         slots = super().check_decode_capacity(
             num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
         )
-        return slots and make_room(self, tree_cache, num_tokens if requests is None else len(requests), 0, 0)
+        return slots and make_room(self, tree_cache, Need(text=num_tokens if requests is None else len(requests)))

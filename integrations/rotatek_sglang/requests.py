@@ -7,7 +7,7 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResul
 from torch import Tensor
 
 from rotatek_sglang.pool import RotateKPool, make_room
-from rotatek_sglang.rows import SlotTable
+from rotatek_sglang.rows import Need, SlotTable
 
 
 def visual_tokens(req: Any, begin: int, end: int) -> Tensor:
@@ -28,43 +28,73 @@ def compressed_tokens(pool: RotateKPool, req: Any, begin: int, end: int) -> Tens
 
 
 def assign_prompt(allocated: Any, batch: Any) -> None:
-    """Give rows to the slots of a prompt; runs after SGLang's `alloc_for_extend`."""
-    slots = allocated[0]
+    """Give rows to the slots of prompts, or of chunks of them; runs after SGLang's `alloc_for_extend`."""
+    slots, _, requests = allocated
     pool = batch.token_to_kv_pool_allocator.get_kvcache()
-    for req, part in zip(batch.reqs, slots.split(list(batch.extend_lens)), strict=True):
-        pool.table.assign(part, compressed_tokens(pool, req, req.prefix_len, req.prefix_len + len(part)))
+    waiting = []
+    for req, request, part in zip(batch.reqs, requests.tolist(), slots.split(list(batch.extend_lens)), strict=True):
+        chunk = slice(req.prefix_len, req.prefix_len + len(part))
+        visual = compressed_tokens(pool, req, req.prefix_len, len(req.full_untruncated_fill_ids))
+        held = torch.cat([batch.req_to_token_pool.req_to_token[request, : chunk.start], part])
+        waiting.append(pool.ledger.assign_chunk(request, held, chunk, visual))
+    pool.table.text.give(torch.cat(waiting))
     pool.publish()
 
 
-def rows_of_prompt(pool: RotateKPool, req: Any) -> tuple[int, int]:
-    """(text rows, visual rows) that the request's tokens after its prefix take."""
-    end = len(req.full_untruncated_fill_ids)
-    visual = int(compressed_tokens(pool, req, req.prefix_len, end).sum())
-    return end - req.prefix_len - visual, visual
+def need_of_prompt(pool: RotateKPool, req: Any, in_chunks: bool = False) -> Need:
+    """What a request takes for its tokens after its prefix and for its answer, at most."""
+    tokens = len(req.full_untruncated_fill_ids) - req.prefix_len
+    visual = int(compressed_tokens(pool, req, req.prefix_len, req.prefix_len + tokens).sum())
+    left = max(0, req.sampling_params.max_new_tokens - len(req.output_ids))
+    text = tokens - visual + min(left, CLIP_MAX_NEW_TOKENS)
+    return Need(max(text, tokens) if in_chunks else text, visual, int(visual > 0))
 
 
 def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a request wait while rows for its prompt and its answer are short; runs around `PrefillAdder.add_one_req`."""
     allocator = adder.token_to_kv_pool_allocator
     pool = allocator.get_kvcache()
-    text, visual = rows_of_prompt(pool, req)
-    bases = int(visual > 0)
-    left = max(0, req.sampling_params.max_new_tokens - len(req.output_ids))
-    text += min(left, CLIP_MAX_NEW_TOKENS)
+    chunk = adder.rem_chunk_tokens
+    tokens = len(req.full_untruncated_fill_ids) - req.prefix_len
+    in_chunks = chunk is not None and adder.ceil_paged_tokens(tokens) > chunk
+    needs = [need_of_prompt(pool, req, in_chunks)]
+    at_once = in_chunks and needs[0].visual > 0 and len(req.full_untruncated_fill_ids) > pool.longest_in_chunks
+    if at_once:
+        needs = [need_of_prompt(pool, req)]
     for other in adder.can_run_list:  # admitted in this pass, nothing allocated yet
-        other_text, other_visual = rows_of_prompt(pool, other)
-        other_left = max(0, other.sampling_params.max_new_tokens - len(other.output_ids))
-        text += other_text + min(other_left, CLIP_MAX_NEW_TOKENS)
-        visual += other_visual
-        bases += int(other_visual > 0)
+        need = need_of_prompt(pool, other)
+        # A prompt that goes on has what is left of it reserved.
+        needs.append(Need(text=need.text) if other.kv.req_pool_idx in pool.ledger.chunked else need)
     if adder.running_batch is not None:
         # What SGLang expects running requests to decode yet, and a row for the step in flight.
         offset = adder._get_running_request_total_token_offset  # noqa: SLF001 (its own estimate, not a second one)
-        text += sum(1 + max(0, int(offset(running))) for running in adder.running_batch.reqs)
+        needs += [Need(text=1 + max(0, int(offset(running)))) for running in adder.running_batch.reqs]
     with adder._lock_node(req.last_node):  # noqa: SLF001 (what is cached of this request must stay)
-        if not make_room(allocator, adder.tree_cache, text, visual, bases):
+        if not make_room(allocator, adder.tree_cache, Need(*map(sum, zip(*needs, strict=True)))):
             return AddReqResult.NO_TOKEN
-    return add_one_req(adder, req, *args, **kwargs)
+    if not at_once:
+        return add_one_req(adder, req, *args, **kwargs)
+    before = len(adder.can_run_list)
+    adder.rem_chunk_tokens = None
+    try:
+        result = add_one_req(adder, req, *args, **kwargs)
+    finally:
+        adder.rem_chunk_tokens = chunk
+    if len(adder.can_run_list) > before:
+        adder.rem_chunk_tokens = 0  # this forward is full
+    return result
+
+
+def keep_to_itself(stash: Any, scheduler: Any, req: Any) -> None:
+    """Keep a prompt out of the prefix cache while images of it wait for their last chunk.
+
+    Others would find rows there that are about to change. Runs around `Scheduler.stash_chunked_request`.
+    """
+    prompt = scheduler.token_to_kv_pool_allocator.get_kvcache().ledger.chunked.get(req.kv.req_pool_idx)
+    if prompt is None or not prompt.visual.any():
+        stash(scheduler, req)
+    else:
+        req.prefix_len = req.extend_end
 
 
 def note_new_slots(pool: Any, indices: Any, values: Tensor) -> None:

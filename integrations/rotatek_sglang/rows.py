@@ -9,7 +9,8 @@ them, so that requests which share a prefix share its rows and its basis.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,21 @@ class OutOfRowsError(RuntimeError):
     """More rows or bases were asked for than are free, which admission is there to prevent."""
 
 
+class Need(NamedTuple):
+    """So many rows of each kind, and bases."""
+
+    text: int = 0
+    visual: int = 0
+    bases: int = 0
+
+
 class FreeRows:
-    """A stack of free row numbers; how many there are is known on the host."""
+    """A stack of free row numbers; how many there are is known on the host.
+
+    Attributes:
+        free: how many are not in use.
+        reserved: how many of those are promised to somebody.
+    """
 
     def __init__(self, first: int, count: int, what: str, device: torch.device | str) -> None:
         self.first = first
@@ -28,16 +42,22 @@ class FreeRows:
         self.what = what
         self.stack = torch.arange(first + count - 1, first - 1, -1, dtype=torch.int32, device=device)
         self.free = count
+        self.reserved = 0
 
     @property
     def used(self) -> int:
         """How many are not free."""
         return self.total - self.free
 
+    @property
+    def available(self) -> int:
+        """How many may be taken by anybody."""
+        return self.free - self.reserved
+
     def take(self, count: int) -> Tensor:
         """int32 ``[count]`` rows."""
-        if count > self.free:
-            raise OutOfRowsError(f"{count} {self.what} asked for, {self.free} of {self.total} are free")
+        if count > self.available:
+            raise OutOfRowsError(f"{count} {self.what} asked for, {self.available} of {self.total} are free")
         self.free -= count
         return self.stack[self.free : self.free + count].flip(0)  # from a fresh stack: ascending
 
@@ -83,9 +103,25 @@ class SlotTable:
         self.bases = FreeRows(0, self.base_count, "bases", "cpu")
         self.basis_tokens = [0] * self.base_count  # visual rows in use of each basis
 
-    def fits(self, text: int, visual: int, bases: int) -> bool:
-        """Whether so many rows and bases are free."""
-        return text <= self.text.free and visual <= self.visual.free and bases <= self.bases.free
+    def fits(self, need: Need) -> bool:
+        """Whether so much is free."""
+        return all(count <= kind.available for count, kind in zip(need, self._kinds(), strict=True))
+
+    def reserve(self, need: Need) -> None:
+        """Promise rows and bases to somebody who takes them later; `unreserve` first."""
+        for count, kind in zip(need, self._kinds(), strict=True):
+            if count > kind.available:
+                raise OutOfRowsError(f"{count} {kind.what} to be reserved, {kind.available} of {kind.total} are free")
+        for count, kind in zip(need, self._kinds(), strict=True):
+            kind.reserved += count
+
+    def unreserve(self, need: Need) -> None:
+        """Take the promise of as much back."""
+        for count, kind in zip(need, self._kinds(), strict=True):
+            kind.reserved -= count
+
+    def _kinds(self) -> tuple[FreeRows, FreeRows, FreeRows]:
+        return self.text, self.visual, self.bases
 
     def assign_text(self, slots: Tensor) -> None:
         """Give each of the slots ``[n]`` a text row."""
@@ -99,11 +135,13 @@ class SlotTable:
             visual: bool ``[n]`` on the host; True gets a visual row (all of them one new basis), False a text row.
         """
         count = int(visual.sum())
-        if not self.fits(len(slots) - count, count, int(count > 0)):
-            raise OutOfRowsError(
-                f"{len(slots) - count} text rows, {count} visual rows and {int(count > 0)} bases asked for; free are "
-                f"{self.text.free}, {self.visual.free} and {self.bases.free}"
+        need = Need(len(slots) - count, count, int(count > 0))
+        if not self.fits(need):
+            asked, free = (
+                [f"{n} {kind.what}" for n, kind in zip(row, self._kinds(), strict=True)]
+                for row in (need, [kind.available for kind in self._kinds()])
             )
+            raise OutOfRowsError(f"asked for are {', '.join(asked)}; free are {', '.join(free)}")
         if not count:
             self.assign_text(slots)
             return
@@ -149,6 +187,25 @@ class SlotTable:
         return torch.cat([visual, rows[rows > 0]]), segments
 
 
+@dataclass(eq=False)
+class ChunkedPrompt:
+    """A prompt that SGLang reads in chunks. Its visual tokens stay dense, in text rows, until the last one.
+
+    Attributes:
+        first: its first token that was not cached.
+        visual: bool ``[tokens from there to its end]`` on the host, which of them will be compressed.
+        reserved: what the chunks to come will take.
+        is_last: whether the chunk that runs next, or runs, is the last.
+        queries: by layer, the last queries ``[n, H_q, D]`` of the chunks so far, for the fit of a basis.
+    """
+
+    first: int
+    visual: Tensor
+    reserved: Need = field(default_factory=Need)
+    is_last: bool = False
+    queries: dict[int, Tensor] = field(default_factory=dict)
+
+
 class RequestLedger:
     """What is stored for each request, known on the host; SGLang tells it of every request's steps and end.
 
@@ -156,12 +213,14 @@ class RequestLedger:
         segments: the visual segments of each request, by its number in SGLang's request pool.
         requests: the requests of the batch that runs next, in order.
         moved: requests to whom SGLang gave other slots of the same contents: those of a prefix that is cached.
+        chunked: the prompts that are being read in chunks, which is one at a time, or two where one follows another.
         dense_capacity: tokens that can be scheduled, which SGLang asks for.
         changed: called when a request is over.
     """
 
-    def __init__(self, dense_capacity: int, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, dense_capacity: int, table: SlotTable, changed: Callable[[], None] = lambda: None) -> None:
         self.dense_capacity = dense_capacity
+        self.table = table
         self.changed = changed
         self.clear()
 
@@ -170,6 +229,7 @@ class RequestLedger:
         self.segments: dict[int, list[Segment]] = {}
         self.requests: list[int] = []
         self.moved: set[int] = set()
+        self.chunked: dict[int, ChunkedPrompt] = {}
 
     reset_allocator = clear
 
@@ -182,8 +242,55 @@ class RequestLedger:
         """The next batch holds these requests."""
         self.requests = req_pool_indices_cpu.tolist()
 
+    def assign_chunk(self, request: int, slots: Tensor, chunk: slice, visual: Tensor) -> Tensor:
+        """Give rows to the slots of a chunk of a prompt; of all of it, where it comes in one.
+
+        Args:
+            request: its number in SGLang's request pool.
+            slots: of the request's tokens as far as ``chunk.stop``.
+            chunk: which of them are new.
+            visual: bool ``[n]`` on the host, which tokens from ``chunk.start`` to the end of the prompt are to be
+                compressed. The first chunk decides; later ones only say how many there are.
+
+        Returns:
+            int32: text rows in which earlier chunks were waiting. They are free once this batch has all its rows: the
+            forward of this chunk reads them, and may not find others' tokens there.
+        """
+        none = self.table.rows[:0]
+        prompt = self.chunked.get(request)
+        is_last = chunk.stop - chunk.start == len(visual)
+        if prompt is None:
+            if is_last:
+                self.table.assign(slots[chunk], visual)
+                return none
+            prompt = self.chunked[request] = ChunkedPrompt(chunk.start, visual)
+        self.table.unreserve(prompt.reserved)
+        prompt.reserved = Need()
+        if not is_last:
+            self.table.assign_text(slots[chunk])
+            count = int(prompt.visual.sum())
+            prompt.reserved = Need(len(visual) - (chunk.stop - chunk.start), count, int(count > 0))
+            self.table.reserve(prompt.reserved)
+            return none
+        if not prompt.visual.any():
+            del self.chunked[request]
+            self.table.assign_text(slots[chunk])
+            return none
+        prompt.is_last = True
+        read = chunk.start - prompt.first
+        waiting = slots[prompt.first : chunk.start][prompt.visual[:read].to(slots.device)]
+        rows = self.table.rows[waiting]
+        self.table.assign(
+            torch.cat([waiting, slots[chunk]]),
+            torch.cat([torch.ones(len(waiting), dtype=torch.bool), prompt.visual[read:]]),
+        )
+        return rows
+
     def free(self, request: int) -> None:
         """The request is over, or retracted."""
         self.segments.pop(int(request), None)
         self.moved.discard(int(request))
+        prompt = self.chunked.pop(int(request), None)
+        if prompt is not None:
+            self.table.unreserve(prompt.reserved)
         self.changed()

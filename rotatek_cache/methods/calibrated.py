@@ -62,6 +62,18 @@ class StateBasis:
     def __deepcopy__(self, memo: dict[int, object]) -> "StateBasis":
         return self  # of the model, never changed: copies of a cache share it
 
+    def of_heads(self, heads: slice) -> "StateBasis":
+        """The part of some heads."""
+        encoder = self.encoder[heads]
+        return StateBasis(
+            encoder,
+            encoder if self.decoder is self.encoder else self.decoder[heads],
+            self.spectrum[heads],
+            self.gain[heads],
+            {bits: low[heads] for bits, low in self.low.items()},
+            {bits: step[heads] for bits, step in self.step.items()},
+        )
+
     def tensors(self) -> list[Tensor]:
         """What the file holds of it."""
         matrices = [self.encoder] if self.decoder is self.encoder else [self.encoder, self.decoder]
@@ -147,6 +159,14 @@ class CalibratedBasis:
     layers: dict[int, dict[str, StateBasis]]
     _memo: dict[object, dict[int, CodeLayout | HeadCodes | Numbers]] = field(default_factory=dict, repr=False)
 
+    def of_heads(self, heads: slice) -> "CalibratedBasis":
+        """The basis of some heads of each layer, where others keep the rest; all of them agree on what is kept."""
+        layers = {
+            layer: {which: state.of_heads(heads) for which, state in states.items()}
+            for layer, states in self.layers.items()
+        }
+        return _Part(self.path, self.fingerprint, self.model_type, self.images, layers, whole=self, heads=heads)
+
     def state(self, layer: int, which: str) -> StateBasis:
         """The basis of ``which`` ("key" or "value") of a layer; a ValueError if the file has none."""
         if layer not in self.layers:
@@ -217,6 +237,21 @@ class CalibratedBasis:
         return self
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Part(CalibratedBasis):
+    """Some heads of a `CalibratedBasis`: bits and ranks are dealt out over all of them."""
+
+    whole: CalibratedBasis
+    heads: slice
+
+    def code(
+        self, layer: int, which: str, bits: Bits, budget: HeadBudget, allocation: Allocation
+    ) -> CodeLayout | HeadCodes | Numbers:
+        """See `CalibratedBasis.code`."""
+        code = self.whole.code(layer, which, bits, budget, allocation)
+        return HeadCodes(code.parts[self.heads]) if isinstance(code, HeadCodes) else code
+
+
 def _share(worth: Tensor, budget: int, widths: Sequence[int], floor: float) -> list[list[int]]:
     """Bits per channel of spectra ``[n, D]`` that share ``n * budget`` bits a token, each with its `floor` first."""
     least = min(widths) * CHANNEL_BLOCK  # no head goes empty
@@ -249,8 +284,11 @@ def read_tensors(path: str | Path, expected: str, what: str) -> tuple[dict[str, 
 
 
 def same_fingerprint(one: Tensor, other: Tensor) -> bool:
-    """Whether two fingerprints agree within the rounding of half precisions."""
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-6)
+    """Whether two fingerprints agree within the rounding of half precisions; NaN in `one` agrees with all."""
+    if one.shape != other.shape:
+        return False
+    known = ~one.isnan()
+    return torch.allclose(one[known], other[known], rtol=1e-2, atol=1e-6)
 
 
 def load_basis(path: str | Path) -> CalibratedBasis:

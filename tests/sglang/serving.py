@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 
 from rotatek_sglang.process import running
 
+VIDEOS = ["--mm-process-config", json.dumps({"video": {"fps": 2, "min_pixels": 56 * 56, "max_pixels": 84 * 112}})]
+
 
 def picture(seed=0, width=224, height=224):
     """A PNG of blocks and discs, as a data URL."""
@@ -35,8 +37,22 @@ def as_url(image):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def video(seed=0, width=112, height=84, frames=8, seconds=4):
+    """An animated GIF, which video decoders read, as a data URL."""
+    images = []
+    for step in range(frames):
+        image = Image.new("RGB", (width, height), (seed * 37 % 256, 90, 140))
+        at = step * width // frames
+        ImageDraw.Draw(image).ellipse([at, 20, at + 30, 50], fill=(255, seed * 53 % 256, step * 20 % 256))
+        images.append(image)
+    file = io.BytesIO()
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 * seconds // frames)
+    return "data:video/mp4;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 def message(text="what is in this image?", *urls):
-    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    kinds = ["video_url" if url.startswith("data:video") else "image_url" for url in urls]
+    parts = [{"type": kind, kind: {"url": url}} for kind, url in zip(kinds, urls, strict=True)]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
@@ -103,6 +119,10 @@ class Server:
         with concurrent.futures.ThreadPoolExecutor(workers) as threads:
             return [job.result() for job in [threads.submit(self.ask, *args, **kwargs) for args, kwargs in requests]]
 
+    def post(self, path, body):
+        with urllib.request.urlopen(self.request(body, path), timeout=60) as reply:
+            return reply.read().decode()
+
     def get(self, path):
         with urllib.request.urlopen(self.request(None, path), timeout=30) as reply:
             return reply.read().decode()
@@ -129,9 +149,12 @@ class Server:
         self.flush()
         return self.metrics()
 
-    def resident_bytes(self):
-        """Memory of the server's processes, which are this one's children."""
+    def memory(self):
+        """Resident MiB of the server's processes, by name."""
         import psutil
 
-        processes = psutil.Process().children(recursive=True)
-        return sum(process.memory_info().rss for process in processes if process.is_running())
+        held = {}
+        for process in psutil.Process().children(recursive=True):
+            name = " ".join(process.cmdline()).partition(" ")[0].rpartition("/")[2]
+            held[name] = round(held.get(name, 0) + process.memory_info().rss / 2**20, 1)
+        return held

@@ -1,5 +1,9 @@
-"""A calibrated basis with coded Keys and Values, on another family, asked through plain SGLang's server."""
+"""A calibrated basis with coded Keys and Values, on another family, asked through plain SGLang's server.
 
+Two processes share the model (tensor parallelism), each with one of the two KV heads, and prompts come in chunks.
+"""
+
+import os
 import re
 
 import pytest
@@ -22,7 +26,10 @@ def basis(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tiny, logs, basis):
     arguments = ["--model-path", tiny("qwen3_vl"), "--device", "cpu", *POOL, "--max-running-requests", "8"]
-    environment = {f"ROTATEK_{name.upper()}": str(value) for name, value in {**OPTIONS, "basis": basis}.items()}
+    arguments += ["--chunked-prefill-size", "48", "--tp-size", "2"]
+    # On a CPU SGLang wants to be told which cores each process runs on.
+    environment = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(rank % os.cpu_count()) for rank in range(2))}
+    environment |= {f"ROTATEK_{name.upper()}": str(value) for name, value in {**OPTIONS, "basis": basis}.items()}
     log = logs / "calibrated.log"
     with Server("sglang.launch_server", *arguments, log=log, environment=environment) as running:
         yield running
@@ -46,11 +53,15 @@ def test_in_one_batch(server, tiny, basis):
         assert answer.logprobs == pytest.approx(expected, abs=1e-3)
 
 
+def test_each_process_has_heads_of_its_own(server):
+    assert server.log_text().count("RotateK (process ") == 2
+
+
 def test_codes_take_few_bytes_and_a_basis_only_its_means(server):
     said = re.search(r"a text token takes ([\d,]+) bytes, a visual one ([\d,]+), a basis ([\d,]+);", server.log_text())
     text, visual, basis = (int(number.replace(",", "")) for number in said.groups())
-    # 2 KV heads, 3 layers; dense, 4 bytes for each of 64 + 64 channels; coded, at most 204 bits for Keys and 204 for
-    # Values, spent on whole blocks of channels.
-    assert text == 2 * 3 * 128 * 4
-    assert 2 * 3 * 2 * 20 < visual <= 2 * 3 * 2 * 204 // 8
-    assert basis == 2 * 3 * 128 * 4  # the means
+    # One KV head in each process, 3 layers; dense, 4 bytes for each of 64 + 64 channels; coded, at most 204 bits for
+    # Keys and 204 for Values, spent on whole blocks of channels.
+    assert text == 3 * 128 * 4
+    assert 3 * 2 * 20 < visual <= 3 * 2 * 204 // 8
+    assert basis == 3 * 128 * 4  # the means

@@ -1,12 +1,15 @@
-"""At full rank nothing is lost: log-probabilities of dense SGLang, alone and in mixed batches, in float32."""
+"""At full rank nothing is lost: log-probabilities of dense SGLang, alone and in mixed batches, in float32.
+
+Dense SGLang reads every prompt at once; the compressed server reads all but the shortest in chunks.
+"""
 
 import pytest
-from serving import Server, message, picture
+from serving import VIDEOS, Server, message, picture, video
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 COMMON = ["--dtype", "float32", "--device", "cpu", "--max-total-tokens", "8192", "--mem-fraction-static", "0.3"]
-LIMITS = ["--max-running-requests", "16", "--random-seed", "0", "--enable-cache-report"]
+LIMITS = ["--max-running-requests", "16", "--random-seed", "0", "--enable-cache-report", *VIDEOS]
 REQUESTS = {
     "text": message("hello"),
     "long text": message("the quick brown fox jumps over the lazy dog " * 12),
@@ -15,6 +18,8 @@ REQUESTS = {
     "small image": message("and this one?", picture(3, 56, 56)),
     "two images": message("what changed?", picture(4), picture(5, 168, 252)),
     "another question": message("is there a red circle on a blue square?", picture(1)),  # on the image of "image"
+    "video": message("what happens?", video(1)),
+    "video and image": message("is this from it?", video(2, frames=4, seconds=2), picture(8, 112, 112)),
     "second turn": [
         *message("what is in this image?", picture(6)),
         {"role": "assistant", "content": [{"type": "text", "text": "a red circle"}]},
@@ -34,9 +39,12 @@ def dense(tiny, logs):
 
 @pytest.fixture(scope="module")
 def server(tiny, logs, dense):
-    """All ranks, by the environment alone, as plain `sglang.launch_server` takes it."""
-    arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS]
-    environment = {"ROTATEK_RANK": "64", "ROTATEK_ALWAYS_COMPRESS": "1"}
+    """All ranks, by the environment alone, as plain `sglang.launch_server` takes it.
+
+    It decodes from the fixed buffers that CUDA graphs would read, filled for another batch in every step.
+    """
+    arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--chunked-prefill-size", "32"]
+    environment = {"ROTATEK_RANK": "64", "ROTATEK_ALWAYS_COMPRESS": "1", "ROTATEK_CUDA_GRAPHS": "1"}
     with Server("sglang.launch_server", *arguments, log=logs / "full.log", environment=environment) as running:
         yield running
 
@@ -48,6 +56,13 @@ def test_alone(server, dense, name):
     assert answer.prompt_tokens == dense[name].prompt_tokens
     assert answer.logprobs == pytest.approx(dense[name].logprobs, abs=5e-5)
     assert answer.text == dense[name].text
+
+
+def test_prompts_came_in_chunks(server, dense):
+    server.flush()
+    before = server.log_text().count("#new-token: 32,")
+    tokens = server.ask(REQUESTS["two images"], 1).prompt_tokens
+    assert server.log_text().count("#new-token: 32,") - before == tokens // 32
 
 
 def test_a_cached_image_is_used_again(server, dense):

@@ -15,7 +15,7 @@ FLAGS = {
     "quantised KV caches": ["--kv-cache-dtype", "fp8_e5m2"],
     "mixed chunks": ["--enable-mixed-chunk"],
     "the hierarchical cache (HiCache)": ["--enable-hierarchical-cache"],
-    "tensor parallelism": ["--tp-size", "2"],
+    "data parallelism in one server": ["--dp-size", "2"],
     "pipeline parallelism": ["--pp-size", "2"],
     "another attention backend": ["--attention-backend", "triton"],
     "another attention backend for decoding": ["--decode-attention-backend", "triton"],

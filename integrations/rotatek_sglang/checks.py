@@ -1,0 +1,67 @@
+"""What of a loaded model cannot be served, and whether a basis file belongs to it."""
+
+import logging
+import sys
+
+import torch
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+from rotatek_cache.basis import FitOptions
+from rotatek_cache.calibration import sample_weight
+from rotatek_cache.methods.calibrated import load_basis
+from rotatek_sglang.layout import HeadShape
+
+log = logging.getLogger(__name__)
+
+REFUSED_ATTENTION = {
+    "sliding-window layers": lambda layer: layer.sliding_window_size > 0,
+    "softcapped logits": lambda layer: layer.logit_cap > 0,
+    "cross-attention layers": lambda layer: layer.is_cross_attention,
+    "attention that is not causal": lambda layer: layer.attn_type != AttentionType.DECODER,
+    "a temperature that grows with the length": lambda layer: layer.xai_temperature_len > 0,
+}
+
+
+def check_model(model: torch.nn.Module, on_gpu: bool) -> None:
+    """Raise a ValueError that names what the model has and the backend does not do."""
+    name = type(model).__name__
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    for what, has in REFUSED_ATTENTION.items():
+        if any(has(layer) for layer in layers):
+            raise ValueError(f"rotatek_sglang does not serve models with {what} ({name})")
+    sources = {type(module).__module__ for module in model.modules()}
+    if on_gpu and any(hasattr(sys.modules[source], "create_fused_set_kv_buffer_arg") for source in sources):
+        raise ValueError(f"rotatek_sglang does not serve models that write into the KV pool themselves ({name})")
+
+
+def check_basis(fit: FitOptions, model: torch.nn.Module, heads: HeadShape) -> None:
+    """Raise a ValueError if the basis file, where there is one, was calibrated on another model.
+
+    A fingerprint holds some of the Key and Value weights, in the order of their names, as the calibration saw them. Of
+    a model that is shared between processes each has the rows of some heads, and checks those.
+    """
+    if not fit.is_calibrated:
+        return
+    samples = {}
+    for module in model.modules():
+        attention, fused = getattr(module, "attn", None), getattr(module, "qkv_proj", None)
+        if not isinstance(attention, RadixAttention) or fused is None:
+            continue
+        weight = fused.weight
+        widths = [
+            attention.tp_q_head_num * attention.qk_head_dim,
+            attention.tp_k_head_num * attention.qk_head_dim,
+            attention.tp_v_head_num * attention.v_head_dim,
+        ]
+        if not weight.is_floating_point() or weight.shape[0] != sum(widths):
+            log.warning("The model's weights are quantised: nobody checks that %s belongs to it", fit.basis)
+            return
+        _, keys, values = weight.split(widths)
+        for name, part in (("k_proj", keys), ("v_proj", values)):
+            one_head = part.numel() // heads.kv_heads
+            sample = sample_weight(
+                part, heads.first_kv_head * one_head, (heads.all_kv_heads or heads.kv_heads) * one_head
+            )
+            samples[f"layers.{attention.layer_id}.{name}.weight"] = sample
+    ordered = [samples[name] for name in sorted(samples)]
+    load_basis(fit.basis).check_model(torch.cat(ordered) if ordered else torch.zeros(0))
