@@ -25,6 +25,7 @@ from rotatek_cache.coding import (
     Numbers,
     TokenCode,
     allocate_bits,
+    join_tokens,
     middle_codes,
     pack_coefficients,
     quantise,
@@ -217,7 +218,7 @@ class Sealer:
         if bits == "fp8":
             step = state.float8_scale(code.channels, device)
             coefficients = [_float8(part, step) for part in coefficients]
-        stored = torch.cat([pack_coefficients(part, low, step, code) for part in coefficients], 1)
+        stored = join_tokens([pack_coefficients(part, low, step, code) for part in coefficients], code)
         decoder, shift = state.scaled_decoder((code, bits), low, step, middle_codes(code, device), dtype)
         shared = KeyBasis(
             B=decoder[:, None].expand(-1, mean.shape[1], -1, -1),
