@@ -4,7 +4,8 @@ The maths of RotateK (arXiv 2605.19218) on torch alone. Shapes use ``H`` KV head
 ``S`` visual tokens, ``D`` head width and ``r`` rank; leading dimensions ``*`` are arbitrary.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 RANK_MULTIPLE = 8  # a coefficient row of 8 half-precision numbers is one 16-byte load
+INT8_MOST = 127
 Solver = Literal["subspace", "eigh"]
 Bits = Literal[8, 4, 2, "fp8", "auto"] | None
 Worth = Literal["gain", "variance", "relative"]
@@ -73,6 +75,8 @@ class FitOptions:
         value_sparsity: share of Value channels removed after a rotation of their own; None keeps Values dense.
         value_bits: as `key_bits`, for the Values' coefficients.
         value_basis: "auto" is PCA, or the file's where `basis` is one; "none" does not rotate and quantises per token.
+        basis_bits: 8 stores the bases of Keys and Values that a request owns as int8, with a scale per column
+            (`KeyBasis.in_int8`); None keeps the model's dtype.
         allocation: how `sparsity`, `rank` or `energy` is dealt out to layers and heads; calibrated bases only.
         basis_per: "prompt" fits one basis to all visual tokens of a seal, "image" one to each image (a run of visual
             tokens, in which single other tokens do not count).
@@ -93,6 +97,7 @@ class FitOptions:
     value_sparsity: float | None = None
     value_bits: Bits = None
     value_basis: Literal["auto", "none"] = "auto"
+    basis_bits: Literal[8] | None = None
     allocation: Allocation = UNIFORM
     basis_per: Literal["prompt", "image"] = "prompt"
     streaming: bool = False
@@ -165,6 +170,18 @@ class FitOptions:
                 "value_basis='none' quantises Values per token as they are: it takes value_bits of 8, 4 or 2 and no "
                 f"value_sparsity, got {self}"
             )
+        if self.is_calibrated and (self.solver, self.query_window) != (FitOptions.solver, FitOptions.query_window):
+            raise ValueError(
+                "solver and query_window fit a basis to a prompt; a calibrated basis is fitted already: leave them out, "
+                f"got {self}"
+            )
+        if self.basis_bits is not None and (type(self.basis_bits) is not int or self.basis_bits != 8):
+            raise ValueError(f"basis_bits must be None or 8, got {self.basis_bits!r}")
+        if self.basis_bits is not None and not self.owns_basis:
+            raise ValueError(
+                "basis_bits codes the basis that a request owns, and here it owns none: it needs a basis fitted to the "
+                f"prompt or value_sparsity, got {self}"
+            )
         if self.allocation.over != "uniform" and not self.is_calibrated:
             raise ValueError(f"allocation needs a calibrated basis (a .safetensors file), got basis={self.basis!r}")
 
@@ -187,6 +204,14 @@ class FitOptions:
     def follows_content(self) -> bool:
         """Whether what a token is stored as follows from the states themselves, so that rows may differ in it."""
         return not self.is_calibrated and (self.energy is not None or "auto" in (self.key_bits, self.value_bits))
+
+    @property
+    def owns_basis(self) -> bool:
+        """Whether Keys or Values get a rotation of their own from the request, which it then has to store."""
+        if self.is_calibrated:
+            return False
+        rotates_keys = self.basis not in ("none", "spark", "spark_mean") and not self.is_identity
+        return rotates_keys or (self.codes_values and self.value_basis == "auto")
 
     @property
     def codes_values(self) -> bool:
@@ -220,6 +245,7 @@ class KeyBasis:
         A: encoder ``[H, R, D, r]``; None is the identity.
         B: decoder ``[H, R, D, r]``, the same tensor as `A` for an orthogonal projection; None is the identity. A
             diagonal one (scales of channels that are not rotated) is ``[H, R, D]``.
+        scale: ``[H, R, r]``, factors on the columns of a `B` that is stored as int8; None where `B` is what it says.
         offset: ``[H, R, D]`` subtracted from Keys before they are encoded; None is zero.
         delta: ``[H, R, D]`` added back through the query; None is zero.
         fitted_rank: columns that carry something; the rest of ``r`` is zero padding.
@@ -232,6 +258,7 @@ class KeyBasis:
     delta: Tensor | None = None
     fitted_rank: int | None = field(default=None, compare=False)
     shared: bool = False
+    scale: Tensor | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -246,7 +273,7 @@ class KeyBasis:
     def tensors(self) -> list[Tensor]:
         """Distinct tensors that this basis holds for its request."""
         matrices = () if self.shared else (self.A, self.B)
-        held = [t for t in (*matrices, self.offset, self.delta) if t is not None]
+        held = [t for t in (*matrices, self.scale, self.offset, self.delta) if t is not None]
         return list({id(t): t for t in held}.values())
 
     def encode(self, keys: Tensor) -> Tensor:
@@ -262,7 +289,29 @@ class KeyBasis:
     def sealed(self) -> "KeyBasis":
         """What decoding needs: a separate encoder and its offset are dropped."""
         encoder = self.A if self.A is self.B else None
-        return KeyBasis(A=encoder, B=self.B, delta=self.delta, fitted_rank=self.fitted_rank, shared=self.shared)
+        return dataclasses.replace(self, A=encoder, offset=None)
+
+    def in_int8(self) -> "KeyBasis":
+        """The basis with `B` as int8 and a scale per column; half the bytes of half precision.
+
+        The encoder becomes ``A (B^T A)^-1`` with the rounded B, so that ``B^T A = I`` holds again: Keys in the span of
+        the rounded columns are reproduced, and all that rounding does is to tilt that span a little.
+        """
+        assert self.A is not None
+        assert self.B is not None
+        wide = compute_dtype(self.B.dtype)
+        rank, width = self.fitted_rank or self.B.shape[-1], self.B.shape[-1]
+        encoder, decoder = self.A[..., :rank].to(wide), self.B[..., :rank].to(wide)
+        peak = decoder.abs().amax(-2)
+        scale = torch.where(peak > 0, peak, torch.ones_like(peak)) / INT8_MOST
+        codes = (decoder / scale[..., None, :]).round_()
+        overlap = encoder.mT @ (codes * scale[..., None, :])
+        encoder = torch.linalg.solve_ex(overlap, encoder.mT).result.mT
+
+        def pad(tensor: Tensor) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, width - rank)).contiguous()
+
+        return dataclasses.replace(self, A=pad(encoder), B=pad(codes.to(torch.int8)), scale=pad(scale))
 
     def for_codes(self, low: Tensor, step: Tensor, middle: Tensor) -> "KeyBasis":
         """The sealed basis that reads integer codes in place of coefficients ``low + step * code``.
@@ -274,10 +323,15 @@ class KeyBasis:
             low, step: ``[H, R, r]``.
             middle: code in the middle of each range, ``[r]``.
         """
-        dtype = step.dtype if self.B is None else self.B.dtype
+        dtype = self._storage_dtype(step.dtype)
         wide = compute_dtype(dtype)
         low, step = low.to(wide), step.to(wide)
         middle = middle.to(wide)
+        if self.scale is not None:
+            shift = self.rotate_back(low[..., None, :])[..., 0, :]
+            delta = shift if self.delta is None else self.delta.to(wide) + shift
+            scaled = dataclasses.replace(self, scale=self.scale * step, delta=delta.to(coded_delta_dtype(dtype)))
+            return scaled.sealed()
         if self.B is None:
             exact, shift = step, low
             rounded = exact.to(dtype)
@@ -289,13 +343,30 @@ class KeyBasis:
         delta = shift if self.delta is None else self.delta.to(wide) + shift
         return KeyBasis(B=rounded, delta=delta.to(coded_delta_dtype(dtype)), fitted_rank=self.fitted_rank)
 
-    def head(self, index: int) -> "KeyBasis":
-        """The basis of one KV head, with a head dimension of 1."""
+    def _storage_dtype(self, default: torch.dtype) -> torch.dtype:
+        """The dtype of the states that this basis belongs to, as far as its tensors tell."""
+        if self.B is not None and self.scale is None:
+            return self.B.dtype
+        return default if self.delta is None else self.delta.dtype
+
+    def select(self, pick: Callable[[Tensor], Tensor]) -> "KeyBasis":
+        """The basis with `pick` applied to each of its distinct tensors, whose first dimensions are ``[H, R]``."""
+        picked: dict[int, Tensor] = {}
 
         def one(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[index : index + 1]
+            if tensor is None:
+                return None
+            if id(tensor) not in picked:
+                picked[id(tensor)] = pick(tensor)
+            return picked[id(tensor)]
 
-        return KeyBasis(one(self.A), one(self.B), one(self.offset), one(self.delta), self.fitted_rank, self.shared)
+        return dataclasses.replace(
+            self, A=one(self.A), B=one(self.B), offset=one(self.offset), delta=one(self.delta), scale=one(self.scale)
+        )
+
+    def head(self, index: int) -> "KeyBasis":
+        """The basis of one KV head, with a head dimension of 1."""
+        return self.select(lambda tensor: tensor[index : index + 1])
 
     def columns(self, index: Tensor) -> "KeyBasis":
         """The basis with columns picked by int64 ``index [H, R, r']``."""
@@ -313,7 +384,7 @@ class KeyBasis:
     def reconstruct(self, coefficients: Tensor) -> Tensor:
         """Keys ``[H, R, S, D]`` that coefficients ``[H, R, S, r]`` stand for (an oracle: decoding never does it)."""
         if self.B is not None:
-            coefficients = coefficients.to(compute_dtype(self.B.dtype))
+            coefficients = coefficients.to(compute_dtype(self.B.dtype if self.scale is None else self.scale.dtype))
         keys = self.rotate_back(coefficients)
         return keys if self.delta is None else keys + self.delta.to(keys.dtype)[..., None, :]
 
@@ -322,6 +393,8 @@ class KeyBasis:
         if self.B is None:
             return coefficients
         decoder = self.B.to(coefficients.dtype)
+        if self.scale is not None:
+            coefficients = coefficients * self.scale.to(coefficients.dtype)[..., None, :]
         return coefficients * decoder[..., None, :] if self.is_diagonal else coefficients @ decoder.mT
 
     def project_query(self, query: Tensor) -> Tensor:
@@ -329,7 +402,8 @@ class KeyBasis:
         if self.B is None:
             return query
         decoder = self.B.to(query.dtype)
-        return query * decoder[..., None, :] if self.is_diagonal else query @ decoder
+        projected = query * decoder[..., None, :] if self.is_diagonal else query @ decoder
+        return projected if self.scale is None else projected * self.scale.to(query.dtype)[..., None, :]
 
     def logit_shift(self, query: Tensor) -> Tensor | None:
         """``q . delta`` of queries ``[H, R, M, D]``, as ``[H, R, M, 1]``; None where delta is zero."""

@@ -164,6 +164,8 @@ class RotateKCache(Cache):
         value_sparsity: rotate Values too and drop this share of their channels; None keeps them dense.
         value_bits: as `key_bits`, for Values.
         value_basis: "auto" is PCA (the file's basis where `basis` is one); "none" quantises Values per token.
+        basis_bits: 8 stores the bases that the request owns as int8 with a scale per column, which halves what they
+            take in half precision; None keeps the model's dtype.
         allocation: "uniform", or "layers" or "heads" to deal `sparsity` out by a calibrated spectrum; an `Allocation`
             says how in detail.
         basis_per: "prompt" fits one basis to all visual tokens of a prompt, "image" one to each of its images.
@@ -194,6 +196,7 @@ class RotateKCache(Cache):
         value_sparsity: float | None = None,
         value_bits: Bits = None,
         value_basis: Literal["auto", "none"] = "auto",
+        basis_bits: Literal[8] | None = None,
         allocation: Allocation | str = "uniform",
         basis_per: Literal["prompt", "image"] = "prompt",
         streaming: bool = False,
@@ -216,6 +219,7 @@ class RotateKCache(Cache):
             value_sparsity=value_sparsity,
             value_bits=value_bits,
             value_basis=value_basis,
+            basis_bits=basis_bits,
             allocation=Allocation.of(allocation),
             basis_per=basis_per,
             streaming=streaming,

@@ -107,9 +107,13 @@ class Sealer:
         else:
             rank = padded_rank(rank)
             token_bytes = _coded_bytes(rank, bits, dtype)
-        matrix = 0 if self.options.is_calibrated else width * rank
         delta = dtype if bits is None else coded_delta_dtype(dtype)
-        return tokens * token_bytes + matrix * dtype.itemsize + width * delta.itemsize
+        stored = tokens * token_bytes + width * delta.itemsize
+        if self.options.is_calibrated:
+            return stored
+        if self.options.basis_bits is None:
+            return stored + width * rank * dtype.itemsize
+        return stored + width * rank + rank * compute_dtype(dtype).itemsize
 
     def store_keys(self, keys: Tensor, ranges: Ranges, queries: Tensor | None, valid: Tensor | None) -> Stored:
         """Store packed Keys ``[H, N, D]``.
@@ -177,20 +181,21 @@ class Sealer:
             rank = rank_for_energy(method.energy_matrix(stats), self.options.energy)
         # Spending bits freely needs all directions, the best ones first.
         basis = method.fit(stats, states.shape[-1] if bits == "auto" else rank, self.options.solver, states.dtype)
+        layout = None
+        if bits == "auto":
+            assert sparsity is not None
+            variance, order = _coefficient_variance(basis, stats).sort(-1, descending=True)
+            budget = self._bit_budget(what, sparsity, states.shape[-1])
+            layout = CodeLayout.from_bits(allocate_bits(variance.mean((0, 1))[None], budget)[0])
+            basis = basis.columns(order[..., : layout.channels])
+        if self.options.basis_bits is not None:
+            basis = basis.in_int8()
         kept = states.dtype if bits is None else compute_dtype(states.dtype)
         coefficients = [_encode_row(states, basis, row, span, kept) for row, span in enumerate(ranges)]
-        if bits != "auto":
-            return _store_coefficients(coefficients, basis, bits)
-        assert sparsity is not None
-        budget = self._bit_budget(what, sparsity, states.shape[-1])
-        variance = torch.stack([part.var(1, correction=0) for part in coefficients], 1)  # [H, R, D]
-        variance, order = variance.sort(-1, descending=True)
-        layout = CodeLayout.from_bits(allocate_bits(variance.mean((0, 1))[None], budget)[0])
-        order = order[..., : layout.channels]
-        coefficients = [
-            part.gather(-1, order[:, row, None].expand(-1, part.shape[1], -1)) for row, part in enumerate(coefficients)
-        ]
-        return _store_codes(coefficients, basis.columns(order), layout)
+        if layout is not None:
+            return _store_codes(coefficients, basis, layout)
+        assert bits != "auto"
+        return _store_coefficients(coefficients, basis, bits)
 
     def _store_calibrated(
         self, which: str, states: Tensor, ranges: Ranges, rank: int | None, sparsity: float | None, bits: Bits
@@ -273,6 +278,14 @@ def _moments(states: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(mean), torch.stack(scatter)
 
 
+def _coefficient_variance(basis: KeyBasis, stats: KeyStatistics) -> Tensor:
+    """Variance over its tokens of each coefficient, ``[H, R, r]``, from the scatter of what is encoded."""
+    assert basis.A is not None
+    encoder = basis.A.to(stats.scatter.dtype)
+    variance = (encoder * (stats.scatter @ encoder)).sum(-2)
+    return variance / stats.tokens.clamp_min(1).to(variance)[None, :, None]
+
+
 def _encode_row(states: Tensor, basis: KeyBasis, row: int, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Coefficients ``[H, S, r]`` of one row of packed states ``[H, N, D]``."""
     start, length = span
@@ -291,9 +304,8 @@ def _store_coefficients(coefficients: list[Tensor], basis: KeyBasis, bits: Bits)
         most = torch.stack([part.abs().amax(1).to(compute_dtype(part.dtype)) for part in coefficients], 1)  # [H, R, r]
         scale = torch.where(most > 0, most, torch.ones_like(most)) / FP8_MOST
         stored = torch.cat([_float8(part, scale[:, row]) for row, part in enumerate(coefficients)], 1)
-        dtype = coefficients[0].dtype if basis.B is None else basis.B.dtype
         nothing = torch.zeros_like(scale)
-        scaled = basis.for_codes(nothing.to(dtype), scale.to(dtype), nothing[0, 0])
+        scaled = basis.for_codes(nothing, scale, nothing[0, 0])
         return Stored(stored, scaled)
     assert isinstance(bits, int)
     return _store_codes(coefficients, basis, CodeLayout(((bits, coefficients[0].shape[-1]),)))

@@ -71,6 +71,11 @@ class SegmentView:
         return any(basis is not None and basis.is_diagonal for basis in (self.basis, self.value_basis))
 
     @property
+    def has_int8_basis(self) -> bool:
+        """Whether the basis of Keys or Values is stored as int8."""
+        return any(basis is not None and basis.scale is not None for basis in (self.basis, self.value_basis))
+
+    @property
     def heads(self) -> int:
         """KV heads."""
         return len(self.key_code.parts) if isinstance(self.key_code, HeadCodes) else self.keys.shape[0]
@@ -133,16 +138,7 @@ def _numbers(stored: Tensor, code: Code | None, pick: Callable[[Tensor], Tensor]
 
 def select_basis(basis: KeyBasis, rows: Tensor) -> KeyBasis:
     """`basis` with its rows (dimension 1) picked by the int64 vector `rows`."""
-    picked: dict[int, Tensor] = {}
-
-    def pick(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return picked.setdefault(id(tensor), tensor[:, rows])
-
-    return KeyBasis(
-        pick(basis.A), pick(basis.B), pick(basis.offset), pick(basis.delta), basis.fitted_rank, basis.shared
-    )
+    return basis.select(lambda tensor: tensor[:, rows])
 
 
 @dataclass(frozen=True)
@@ -281,7 +277,7 @@ def _joined_states(parts: list[Stored]) -> Stored:
     decoder = join("B")
     encoder = decoder if bases[0].A is bases[0].B else join("A")
     fitted = max(basis.fitted_rank or 0 for basis in bases) or None
-    basis = KeyBasis(encoder, decoder, join("offset"), join("delta"), fitted, bases[0].shared)
+    basis = KeyBasis(encoder, decoder, join("offset"), join("delta"), fitted, bases[0].shared, join("scale"))
     return Stored(data, basis, parts[0].code)
 
 

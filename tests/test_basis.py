@@ -236,3 +236,45 @@ def test_bad_options_are_named(options, error, words):
 def test_rank_above_the_head_width_is_refused():
     with pytest.raises(ValueError, match="rank must be at most the head width 64, got 65"):
         FitOptions(rank=65).rank_for(64)
+
+
+def oblique(keys: torch.Tensor, rank: int) -> KeyBasis:
+    mean, scatter = key_moments(keys)
+    tokens = torch.full((keys.shape[1],), keys.shape[2])
+    queries = normal(keys.shape[1], 2 * keys.shape[0], 40, keys.shape[-1], seed=9)
+    return BASES["oblique"].fit(KeyStatistics(mean, scatter, tokens, queries), rank, "eigh", torch.float64)
+
+
+@pytest.mark.parametrize("rank", [3, 8, 13, 32])
+@pytest.mark.parametrize("fit", [fitted, oblique])
+def test_the_encoder_of_an_int8_basis_is_made_for_the_rounded_decoder(fit, rank):
+    keys = decaying_keys(2, 3, 60, 32, decades=2)
+    exact = fit(keys, rank)
+    coded = exact.in_int8()
+    assert coded.B.dtype == torch.int8 and coded.B.shape == exact.B.shape == (2, 3, 32, padded_rank(rank))
+    decoder = coded.B * coded.scale[..., None, :]
+    # A code is at most half a step from what it stands for, and the peak of each column is 127 steps.
+    peak = exact.B.abs().amax(-2, keepdim=True)
+    assert ((decoder - exact.B).abs() <= peak / 254 + 1e-12).all()
+    identity = torch.eye(padded_rank(rank), dtype=torch.float64)
+    identity[rank:] = 0
+    torch.testing.assert_close(decoder.mT @ coded.A, identity.expand(2, 3, -1, -1), atol=1e-10, rtol=0)
+    rebuilt = coded.reconstruct(coded.encode(keys))
+    torch.testing.assert_close(coded.reconstruct(coded.encode(rebuilt)), rebuilt, atol=1e-9, rtol=0)
+    query = normal(2, 3, 5, 32, seed=4)
+    logits = coded.project_query(query) @ coded.encode(keys).mT + coded.logit_shift(query)
+    torch.testing.assert_close(logits, query @ rebuilt.mT, atol=1e-9, rtol=0)
+    if rank == 32:
+        torch.testing.assert_close(rebuilt, keys, atol=1e-9, rtol=0)
+    error, least = (((basis.reconstruct(basis.encode(keys)) - keys).square().sum()) for basis in (coded, exact))
+    spread = (keys - keys.mean(2, keepdim=True)).square().sum()
+    assert error < least + 1e-4 * spread
+
+
+def test_an_int8_basis_of_selected_channels_is_exact():
+    keys = decaying_keys(1, 1, 30, 16)
+    mean, scatter = key_moments(keys)
+    exact = BASES["think"].fit(KeyStatistics(mean, scatter, torch.tensor([30])), 8, "eigh", torch.float64)
+    coded = exact.in_int8()
+    torch.testing.assert_close(coded.reconstruct(coded.encode(keys)), exact.reconstruct(exact.encode(keys)))
+    assert coded.delta is None

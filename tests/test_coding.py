@@ -204,6 +204,10 @@ def filled(options: FitOptions, counts=(200, 150), text=6, dtype=torch.float32) 
         {"sparsity": 0.5, "key_bits": "fp8", "value_sparsity": 0.5, "value_bits": "fp8"},
         {"sparsity": 0.5, "basis": "spark"},
         {"sparsity": 0.5, "basis": "spark_mean", "value_bits": 8},
+        {"sparsity": 0.5, "basis_bits": 8},
+        {"rank": 13, "basis": "oblique", "key_bits": 4, "value_sparsity": 0.5, "value_bits": "auto", "basis_bits": 8},
+        {"sparsity": 0.5, "key_bits": "fp8", "value_sparsity": 0.5, "value_bits": "fp8", "basis_bits": 8},
+        {"sparsity": 0.5, "basis": "spark", "value_sparsity": 0.5, "basis_bits": 8},
     ],
     ids=str,
 )
@@ -220,7 +224,9 @@ def test_attention_over_codes_equals_attention_over_what_they_decode_to(options,
             numbers = (numbers if part.code is None else part.code.unpack(numbers)).float()
             basis = part.basis if part.basis is not None else KeyBasis()
             if not basis.is_identity:
-                decoder = basis.B[:, own]
+                decoder = basis.B[:, own].float()
+                if basis.scale is not None:
+                    decoder = decoder * basis.scale[:, own, None]
                 rebuilt = numbers * decoder[:, None] if basis.is_diagonal else numbers @ decoder.mT
                 numbers = rebuilt if basis.delta is None else rebuilt + basis.delta[:, own, None]
             stored[name] = numbers
@@ -291,6 +297,13 @@ def test_codes_need_finite_values():
         ({"sparsity": 0.5, "value_basis": "svd"}, "value_basis must be 'auto' or 'none', got 'svd'"),
         ({"sparsity": 0.5, "value_basis": "none"}, "it takes value_bits of 8, 4 or 2"),
         ({"sparsity": 0.5, "allocation": Allocation("heads")}, "allocation needs a calibrated basis"),
+        ({"sparsity": 0.5, "basis": "a.safetensors", "solver": "eigh"}, "a calibrated basis is fitted already"),
+        ({"sparsity": 0.5, "basis": "a.safetensors", "query_window": 8}, "got sparsity=0.5, query_window=8"),
+        ({"sparsity": 0.5, "basis_bits": 4}, "basis_bits must be None or 8, got 4"),
+        ({"sparsity": 0.5, "basis_bits": True}, "basis_bits must be None or 8, got True"),
+        ({"sparsity": 0.5, "basis": "spark", "basis_bits": 8}, "basis_bits codes the basis that a request owns"),
+        ({"sparsity": 0.5, "basis": "a.safetensors", "value_bits": 4, "basis_bits": 8}, "here it owns none"),
+        ({"sparsity": 0, "value_basis": "none", "value_bits": 4, "basis_bits": 8}, "here it owns none"),
         ({"sparsity": 0.5, "value_sparsity": 1.0}, r"value_sparsity must be in \[0, 1\), got 1.0"),
     ],
 )
@@ -360,3 +373,38 @@ def test_head_widths_that_do_not_pack_are_named():
         kv.append(torch.randn(1, 1, 201, 20), torch.randn(1, 1, 201, 20))
         with pytest.raises(ValueError, match=words):
             kv.observe(torch.randn(1, 1, 201, 20), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 16, "basis": "pca"},
+        {"rank": 13, "key_bits": 4, "value_sparsity": 0.75, "value_bits": 4},
+        {"rank": 16, "basis": "oblique", "key_bits": "fp8"},
+    ],
+    ids=str,
+)
+def test_an_int8_basis_takes_a_byte_a_number_and_the_plan_knows(options, dtype):
+    options = FitOptions(**options, basis_bits=8)
+    kv, _ = filled(options, dtype=dtype)
+    segment = kv.segments[0]
+    stored = sum(tensor.nbytes for part in (segment.keys, segment.values) for tensor in part.tensors())
+    assert stored == 2 * sum(kv.sealer.stored_bytes(count, 64, 64, dtype) for count in (200, 150))
+    for basis in (segment.keys.basis, segment.values.basis):
+        if basis is not None:
+            rank = segment.keys.channels
+            assert basis.A is None and basis.B.dtype == torch.int8 and basis.scale.shape == (2, 2, rank)
+            assert sum(t.nbytes for t in basis.tensors()) <= 2 * 2 * (64 * rank + 4 * rank + 64 * 4)
+
+
+@pytest.mark.parametrize("options", [{"rank": 16}, {"rank": 16, "key_bits": 4}, {"rank": 16, "key_bits": 8}], ids=str)
+def test_an_int8_basis_costs_next_to_no_accuracy(options):
+    dense, query = filled(FitOptions(sparsity=0.0))
+    expected, _ = attend(query, dense.views(None), 0.2)
+
+    def error(**more) -> float:
+        kv, _ = filled(FitOptions(**options, **more, basis="pca"))
+        return float((attend(query, kv.views(None), 0.2)[0] - expected).norm())
+
+    assert error(basis_bits=8) < 1.02 * error()

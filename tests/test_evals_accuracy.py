@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -311,12 +310,9 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(finished, tmp_path):
     settings, folder, whole = finished
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     methods = [f"--method={name}={json.dumps(options)}" for name, options in LOSSY.items()]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
         "-m", "evals.accuracy", "--tasks", *settings.tasks, *methods, "--limit", "4", "--batch", "2",
         "--device", "cpu", "--out", str(tmp_path / "two"),
     ]  # fmt: skip

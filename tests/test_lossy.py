@@ -23,6 +23,8 @@ OPTIONS = [
     {"sparsity": 0.0, "key_bits": 4, "always_compress": True},
     {"sparsity": 0.5, "key_bits": 4, "value_sparsity": 0.5, "value_bits": 4, "always_compress": True},
     {"sparsity": 0.0, "value_sparsity": 0.75, "always_compress": True},
+    {"rank": 8, "basis_bits": 8, "always_compress": True},
+    {"sparsity": 0.8, "key_bits": "auto", "value_sparsity": 0.5, "basis_bits": 8, "always_compress": True},
 ]
 
 
