@@ -21,6 +21,7 @@ class Gpu:
     bandwidth: float
     processors: int
     clock: float
+    shared: int  # bytes of shared memory of a multiprocessor
     schedulers: int = 4
 
     @property
@@ -29,7 +30,9 @@ class Gpu:
         return self.processors * self.schedulers * self.clock
 
 
-H200 = Gpu("H200", "sm_90", 4.8e12, 132, 1.98e9)
+A100 = Gpu("A100", "sm_80", 2.04e12, 108, 1.41e9, 164 << 10)
+H200 = Gpu("H200", "sm_90", 4.8e12, 132, 1.98e9, 228 << 10)
+B200 = Gpu("B200", "sm_100", 8e12, 148, 1.96e9, 228 << 10)
 CODES = CodeLayout(((4, 32),))
 KINDS: dict[str, dict[str, int | CodeLayout]] = {
     "dense": {},

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -170,6 +171,19 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
 
 
 _REMEMBERED: dict[Hashable, Shapes] = {}
+_FORCED: dict[None, BlockSizes] = {}
+
+
+@contextmanager
+def forced_sizes(sizes: BlockSizes) -> Iterator[None]:
+    """Attend with these block sizes, whatever the table says (to compare them)."""
+    _REMEMBERED.clear()
+    _FORCED[None] = sizes
+    try:
+        yield
+    finally:
+        _FORCED.clear()
+        _REMEMBERED.clear()
 
 
 def _checked_shapes(query: Tensor, segments: Sequence[SegmentView], scale: float) -> Shapes:
@@ -218,13 +232,13 @@ def _key(query: Tensor, segments: Sequence[SegmentView]) -> Hashable:
     return tuple(key)
 
 
-def shapes_of(query: Tensor, segments: Sequence[SegmentView]) -> Shapes:
-    """What follows from the shapes and strides of checked arguments."""
+def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None = None) -> Shapes:
+    """What follows from the shapes and strides of checked arguments; `sizes` in place of the table's."""
     _, q_heads, positions, width = query.shape
     heads = segments[0].heads
     group = q_heads // heads
     value_width = segments[0].value_width
-    sizes = BLOCK_SIZES[_kind(query, segments)]
+    sizes = sizes or _FORCED.get(None) or BLOCK_SIZES[_kind(query, segments)]
     # Few block sizes, so that few kernels are made: a tile holds as many positions as fit.
     rows = max(_block(group), min(sizes.rows, _block(positions * group)))
     tile_queries = rows // group

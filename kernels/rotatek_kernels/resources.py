@@ -18,7 +18,7 @@ from triton.runtime import driver
 from rotatek_cache.basis import KeyBasis
 from rotatek_cache.coding import CodeLayout, HeadCodes, Numbers
 from rotatek_cache.segments import SegmentView
-from rotatek_kernels.decode import Launch, plan, shapes_of
+from rotatek_kernels.decode import BlockSizes, Launch, plan, shapes_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,6 +41,7 @@ class Resources:
         loads: of stored tokens and bases, by their size in bytes (asynchronous copies, where the target has them).
         loops: instructions of each innermost loop with matrix products, one warp's.
         instructions: of all.
+        asynchronous: whether stored tokens are copied past the registers while others are worked on.
     """
 
     registers: int
@@ -49,6 +50,7 @@ class Resources:
     loads: dict[int, int]
     loops: list[int]
     instructions: int
+    asynchronous: bool = False
 
 
 class _Driver:
@@ -144,6 +146,7 @@ def _nvidia(usage: str, code: str, shared: int) -> Resources:
         loads=loads,
         loops=loops,
         instructions=len(instructions),
+        asynchronous=any("LDGSTS" in text for text in instructions),
     )
 
 
@@ -226,9 +229,11 @@ def segment_of_shape(
     )
 
 
-def plan_of_shape(segments: Sequence[SegmentView], group: int, width: int, queries: int = 1) -> list[Launch]:
-    """The launches over segments without storage, by a query of their dtype."""
+def plan_of_shape(
+    segments: Sequence[SegmentView], group: int, width: int, queries: int = 1, sizes: BlockSizes | None = None
+) -> list[Launch]:
+    """The launches over segments without storage, by a query of their dtype; `sizes` in place of the table's."""
     heads, batch = segments[0].heads, segments[0].starts.shape[0]
     dtype = next((s.keys.dtype for s in segments if s.key_code is None), torch.bfloat16)
     query = torch.empty(batch, heads * group, queries, width, dtype=dtype, device="meta")
-    return plan(shapes_of(query, segments), query, segments, width**-0.5, PROCESSORS)[0]
+    return plan(shapes_of(query, segments, sizes), query, segments, width**-0.5, PROCESSORS)[0]
