@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from evals.roofline import CODES, MIXED
 from rotatek_cache.attention import reference_attention
 from rotatek_cache.basis import KeyBasis
 from rotatek_cache.coding import CodeLayout, HeadCodes
@@ -27,9 +28,6 @@ from rotatek_cache.segments import SegmentView
 from rotatek_kernels.decode import decode_attention
 
 Decode = Callable[[], Tensor]  # one step's output, [B, 1, H_q, D]
-CODES = CodeLayout(((4, 32),))
-# As many bytes as `CODES`, dealt out over the heads.
-HEAD_BLOCKS = (((4, 32),), ((4, 16), (2, 16)), ((2, 32),), ((8, 8), (4, 32), (2, 16)))
 KINDS = ("r = 16", "r = 32", "r = 64", "r = 128", "4 bit", "per head")
 # Relative error of the output's norm, against float32 on the same stored numbers.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
@@ -148,7 +146,7 @@ def draw(setting: Setting, kind: str) -> tuple[Tensor, list[SegmentView]]:
         code: CodeLayout | HeadCodes = CODES
         shape: tuple[int, ...] = (heads, rows, CODES.row_bytes)
         if kind == "per head":
-            code = HeadCodes(tuple(CodeLayout(HEAD_BLOCKS[head % len(HEAD_BLOCKS)]) for head in range(heads)))
+            code = HeadCodes((MIXED.parts * heads)[:heads])
             shape = (rows * sum(code.widths),)
         packed = [torch.randint(256, shape, dtype=torch.uint8, device=setting.device) for _ in range(2)]
         bases = [_basis(setting, code.channels, 0.2) for _ in range(2)]

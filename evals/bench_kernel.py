@@ -58,7 +58,7 @@ def main() -> None:
     with torch.inference_mode():
         if args.roofline:
             roofline = importlib.import_module("evals.roofline")
-            print(roofline.table(roofline.H200))
+            print(roofline.table(roofline.H200), roofline.fit_table(roofline.H200), sep="\n\n")
             return
         if args.device == "rehearsal":
             rehearse(args)

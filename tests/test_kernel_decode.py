@@ -96,6 +96,9 @@ CASES = {
     "codes-behind-masks": Case(
         ((40, 66), (3, 9)), (4, 2), key_code=((8, 8), (4, 8)), value_code=((4, 16),), mask="additive"
     ),
+    "width256-group16-one-query": Case(((70,),), (5,), heads=1, group=16, width=256, value_width=256, rank=64),
+    "batch-256": Case(((1, 2) * 128,), None, heads=1, group=1, width=16, value_width=16, rank=8),
+    "text-of-32k": Case(((9,),), (32768,), heads=1, group=1, width=16, value_width=16, rank=8),
     "heads-mixed-bits": Case(
         ((65, 40),),
         (3, 9),
@@ -704,6 +707,51 @@ def test_a_step_never_waits_for_the_host_and_can_be_captured():
     graph.replay()
     assert torch.equal(out, expected_out)
     assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("case", ["codes-4-bit", "heads-mixed-bits", "two-images", "pool", "queries-masked"])
+def test_a_captured_step_goes_on_as_rows_grow_on_the_device(case):
+    case = CASES[case]
+    query, segments = draw(case, torch.bfloat16)
+    grown = [segment.lengths.clone() for segment in segments]
+    for segment in segments:
+        segment.lengths.clamp_(max=1)
+    decode_attention(query, segments, case.scale)  # compiles, and makes what later steps use again
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        state = decode_attention(query, segments, case.scale)
+    for step in range(1, int(max(map(torch.Tensor.max, grown))) + 1, 7):
+        for segment, most in zip(segments, grown, strict=True):
+            segment.lengths.copy_(most.clamp(max=step))
+        query.normal_()
+        graph.replay()
+        for replayed, called in zip(state, decode_attention(query, segments, case.scale), strict=True):
+            assert torch.equal(replayed, called)
+        fresh = [dataclasses.replace(segment) for segment in segments]  # without ranges read in an earlier step
+        assert_within_budget(state, query, fresh, case.scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_launch_goes_to_the_device_of_its_tensors():
+    query, segments = draw(CASES["two-images"], torch.bfloat16)
+
+    def there(tensor):
+        return None if tensor is None else tensor.to("cuda:1")
+
+    moved = [
+        dataclasses.replace(
+            segment,
+            **{name: there(getattr(segment, name)) for name in ("keys", "values", "starts", "lengths", "basis_rows")},
+            basis=None if segment.basis is None else segment.basis.select(there),
+        )
+        for segment in segments
+    ]
+    expected = decode_attention(query, segments, 0.125)
+    for state, one in zip(decode_attention(query.to("cuda:1"), moved, 0.125), expected, strict=True):
+        assert torch.equal(state.cpu(), one.cpu())
 
 
 if TOO_LATE:

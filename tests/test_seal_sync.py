@@ -91,6 +91,23 @@ def test_half_precision_takes_the_same_way():
     assert waits(dtype=torch.bfloat16, rank=16) == {"_local_scalar_dense.default": 1}
 
 
+@pytest.mark.parametrize("lengths", [(145, 160), (150, 150)], ids=str)
+def test_a_decode_step_waits_for_nothing(lengths):
+    tokens, ledger, batch = 200, VisualLedger(), len(lengths)
+    ledger.announce(0, tokens, torch.arange(tokens) < torch.tensor(lengths)[:, None])
+    kv = LayerKV(FitOptions(rank=16), ledger, 0)
+    kv.append(*torch.randn(2, batch, 2, tokens, 64))
+    kv.observe(torch.randn(batch, 4, tokens, 64), None)
+    for _ in range(30):  # text outgrows its room meanwhile
+        found: Counter[str] = Counter()
+        ledger.complete(kv.length + 1, batch)
+        with Watch(found), Reads(found):
+            kv.append(*torch.randn(2, batch, 2, 1, 64))
+            views = kv.views(None)
+        assert not found
+    assert [view.max_length for view in views] == [max(lengths), 30 + tokens - min(lengths)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_not_waited_for_and_tells_later_what_was_not_finite():
