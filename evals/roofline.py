@@ -135,9 +135,8 @@ def fit_table(
     layer, seal = (products + attention) / gpu.tensor, sum(moved.values()) / gpu.bandwidth
     lines = [f"fit and encode of {tokens} tokens, {heads} heads, D {width}, r {rank}, bf16, on a {gpu.name}, nominal"]
     lines += [f"{name:34}{size / 2**20:8.1f} MiB {size / gpu.bandwidth * 1e6:8.1f} us" for name, size in moved.items()]
-    lines.append(
-        f"{'products, on tensor cores':34}{(scatter + encode) / 1e9:8.1f} GFLOP{(scatter + encode) / gpu.tensor * 1e6:7.1f} us"
-    )
+    flops = scatter + encode
+    lines.append(f"{'products, on tensor cores':34}{flops / 1e9:8.1f} GFLOP{flops / gpu.tensor * 1e6:7.1f} us")
     lines.append(
         f"all bytes {seal * 1e6:.0f} us; prefill of the layer at least {layer * 1e6:.0f} us: {seal / layer:.2%}"
     )

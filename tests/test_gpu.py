@@ -1,4 +1,4 @@
-"""What only a GPU can show of the whole: `generate` through the kernel, on devices, and the benchmark with its clock."""
+"""What only a GPU can show of the whole: `generate` through the kernel, on devices, and the benchmark's clock."""
 
 import copy
 import os
