@@ -1,12 +1,15 @@
 """The kernel's benchmark on a CUDA device: ours against the best of the dense decodes at hand, on the same data.
 
-Used by `evals.bench_kernel`; `rehearse` takes the same way, up to the clock, with small sizes in Triton's interpreter.
+Used by `evals.bench_kernel`. All that needs a CUDA device is a `Clock`; without one the same way is taken in Triton's
+interpreter, and all times are NaN.
 """
 
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +20,70 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from evals.roofline import CODES, MIXED
 from rotatek_cache.attention import reference_attention
 from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import CodeLayout
+from rotatek_cache.coding import CodeLayout, HeadCodes
 from rotatek_cache.segments import SegmentView
 from rotatek_kernels.decode import decode_attention
 
 Decode = Callable[[], Tensor]  # one step's output, [B, 1, H_q, D]
-CODES = CodeLayout(((4, 32),))
-KINDS = ("r = 16", "r = 32", "r = 64", "r = 128", "4 bit")
+KINDS = ("r = 16", "r = 32", "r = 64", "r = 128", "4 bit", "per head")
 # Relative error of the output's norm, against float32 on the same stored numbers.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 COPY_BYTES = 1 << 30
+
+
+class Clock:
+    """Times steps on the current CUDA device."""
+
+    def median_ms(self, step: Callable[[], Any]) -> float:
+        """Median time with a cold L2 cache, in milliseconds."""
+        testing = importlib.import_module("triton.testing")
+        return float(testing.do_bench(step, warmup=20, rep=150, return_mode="median"))
+
+    def in_graph(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        """The step as a CUDA graph."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    def free_bytes(self) -> int:
+        """Memory that is left."""
+        return torch.cuda.mem_get_info()[0]
+
+    def copy_bandwidth(self) -> float:
+        """Bytes a second, read and written, of a copy on the device."""
+        source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        return 2 * COPY_BYTES / (self.median_ms(lambda: target.copy_(source)) * 1e-3)
+
+
+class NoClock(Clock):
+    """Runs each step once; every time is NaN."""
+
+    def median_ms(self, step: Callable[[], Any]) -> float:
+        """NaN."""
+        step()
+        return math.nan
+
+    def in_graph(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        """The step itself."""
+        return step
+
+    def free_bytes(self) -> int:
+        """As much as anything takes."""
+        return 1 << 62
+
+    def copy_bandwidth(self) -> float:
+        """NaN."""
+        return math.nan
 
 
 @dataclass(frozen=True)
@@ -87,20 +142,22 @@ def draw(setting: Setting, kind: str) -> tuple[Tensor, list[SegmentView]]:
     """A query ``[B, H_q, 1, D]`` and a visual and a text segment."""
     torch.manual_seed(setting.seed)
     heads, rows, width = setting.kv_heads, setting.batch * setting.tokens, setting.width
-    if kind == "4 bit":
-        packed = [
-            torch.randint(256, (heads, rows, CODES.row_bytes), dtype=torch.uint8, device=setting.device)
-            for _ in range(2)
-        ]
-        bases = [_basis(setting, CODES.channels, 0.2) for _ in range(2)]
+    if kind in ("4 bit", "per head"):
+        code: CodeLayout | HeadCodes = CODES
+        shape: tuple[int, ...] = (heads, rows, CODES.row_bytes)
+        if kind == "per head":
+            code = HeadCodes((MIXED.parts * heads)[:heads])
+            shape = (rows * sum(code.widths),)
+        packed = [torch.randint(256, shape, dtype=torch.uint8, device=setting.device) for _ in range(2)]
+        bases = [_basis(setting, code.channels, 0.2) for _ in range(2)]
         visual = _segment(
             setting,
             setting.tokens,
             *packed,
             basis=bases[0],
             value_basis=bases[1],
-            key_code=CODES,
-            value_code=CODES,
+            key_code=code,
+            value_code=code,
         )
     else:
         rank = int(kind.removeprefix("r = "))
@@ -206,83 +263,55 @@ def dense_decodes(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
     }
 
 
-def right_decodes(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float
-) -> tuple[dict[str, Decode], dict[str, str]]:
-    """The dense decodes that run here and are right, and why the others are left out."""
+def dense_times(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, clock: Clock
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Times of the dense decodes that run here and are right, one after the other; why the others are left out."""
     row = slice(0, 1)
     attention = torch.nn.functional.scaled_dot_product_attention
     expected = attention(
         query[row].float(), keys[row].float(), values[row].float(), scale=scale, enable_gqa=True
     ).transpose(1, 2)
-    right: dict[str, Decode] = {}
+    found: dict[str, dict[str, float]] = {}
     left_out: dict[str, str] = {}
     for name, make in dense_decodes(query, keys, values, scale).items():
         try:
             step = make()
             error = relative_error(step()[row], expected)
+            if error < TOLERANCE[query.dtype]:
+                found[name] = times(step, clock)
+            else:
+                left_out[name] = f"relative error {error:.3g}"
         except Exception as problem:  # noqa: BLE001 - a library of others may fail in any way; the report says how
             left_out[name] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:160] if str(problem) else ''}"
-            continue
-        if error < TOLERANCE[query.dtype]:
-            right[name] = step
-        else:
-            left_out[name] = f"relative error {error:.3g}"
-    return right, left_out
+    return found, left_out
 
 
-def median_ms(step: Callable[[], Any]) -> float:
-    """Median time with a cold L2 cache, in milliseconds."""
-    testing = importlib.import_module("triton.testing")
-    return float(testing.do_bench(step, warmup=20, rep=150, return_mode="median"))
-
-
-def in_graph(step: Callable[[], Any]) -> Callable[[], None]:
-    """The step as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy on the device."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / (median_ms(lambda: target.copy_(source)) * 1e-3)
-
-
-def times(step: Callable[[], Any]) -> dict[str, float]:
+def times(step: Callable[[], Any], clock: Clock) -> dict[str, float]:
     """Median milliseconds, called and replayed."""
-    return {"eager ms": median_ms(step), "graph ms": median_ms(in_graph(step))}
+    return {"eager ms": clock.median_ms(step), "graph ms": clock.median_ms(clock.in_graph(step))}
 
 
-def measure(setting: Setting, kinds: tuple[str, ...], bandwidth: float) -> dict[str, Any]:
+def measure(setting: Setting, kinds: Sequence[str], bandwidth: float, clock: Clock) -> dict[str, Any]:
     """One row of the benchmark; a SystemExit where ours is wrong."""
     scale = setting.width**-0.5
-    free = torch.cuda.mem_get_info()[0]
-    row: dict[str, Any] = {"batch": setting.batch, "tokens": setting.tokens, "ours": {}}
-    if 2.5 * dense_bytes(setting) > free:  # libraries want a layout of their own
-        row["skipped"] = f"dense cache of {dense_bytes(setting) / 2**30:.0f} GiB, {free / 2**30:.0f} GiB free"
-        return row
-    keys, values = dense_cache(setting)
+    row: dict[str, Any] = {"batch": setting.batch, "tokens": setting.tokens, "dense": {}, "ours": {}}
+    torch.manual_seed(setting.seed)
     query = _normal(setting, setting.batch, setting.q_heads, 1, setting.width)
-    decodes, row["left out"] = right_decodes(query, keys, values, scale)
-    row["dense"] = {name: times(step) for name, step in decodes.items()}
-    best, name = min((one["graph ms"], name) for name, one in row["dense"].items())
-    row["best dense"] = name
-    del keys, values, decodes
+    free = clock.free_bytes()
+    if 2.5 * dense_bytes(setting) > free:  # libraries want a layout of their own
+        row["no dense"] = f"a dense cache takes {dense_bytes(setting) / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
+    else:
+        row["dense"], row["left out"] = dense_times(query, *dense_cache(setting), scale, clock)
+    best, row["best dense"] = min(
+        ((one["graph ms"], name) for name, one in row["dense"].items()), default=(math.nan, None)
+    )
     for kind in kinds:
         query, segments = draw(setting, kind)
         error = ours_error(query, segments, scale)
         if not error < TOLERANCE[setting.dtype]:
             raise SystemExit(f"no speed is reported: relative error {error:.3g} of {kind} at {setting}")
-        one = times(functools.partial(decode_attention, query, segments, scale))
+        one = times(functools.partial(decode_attention, query, segments, scale), clock)
         rate = must_move(query, segments) / (one["graph ms"] * 1e-3)
         row["ours"][kind] = {
             **one,
@@ -294,56 +323,50 @@ def measure(setting: Setting, kinds: tuple[str, ...], bandwidth: float) -> dict[
     return row
 
 
-def run(batches: list[int], tokens: list[int]) -> dict[str, Any]:
-    """All rows, with the bandwidth of a copy in the same run."""
-    bandwidth = copy_bandwidth()
-    rows = []
-    for setting in settings(batches, tokens):
-        rows.append(measure(setting, KINDS, bandwidth))
+def run(
+    wanted: Iterable[Setting], kinds: Sequence[str] = KINDS, clock: Clock | None = None, minutes: float = math.inf
+) -> dict[str, Any]:
+    """All rows, with the bandwidth of a copy in the same run; none is begun once `minutes` have passed."""
+    clock = clock or Clock()
+    bandwidth = clock.copy_bandwidth()
+    rows: list[dict[str, Any]] = []
+    not_reached: list[str] = []
+    begin = time.monotonic()
+    for setting in wanted:
+        if time.monotonic() - begin > 60 * minutes:
+            not_reached.append(f"batch {setting.batch}, {setting.tokens} tokens")
+            continue
+        rows.append(measure(setting, kinds, bandwidth, clock))
         print(line(rows[-1]), flush=True)
-    return {"copy GB/s": bandwidth / 1e9, "rows": rows}
+    return {"copy GB/s": bandwidth / 1e9, "rows": rows, "not reached": not_reached}
 
 
 def line(row: dict[str, Any]) -> str:
     """A row as text."""
-    start = f"batch {row['batch']:3d}  {row['tokens']:7d} tokens"
-    if "skipped" in row:
-        return f"{start}  skipped: {row['skipped']}"
     best = row["best dense"]
-    parts = [f"{start}  {best} {row['dense'][best]['graph ms'] * 1e3:.1f} us"]
+    dense = row.get("no dense", "no dense decode is right here")
+    if best is not None:
+        dense = f"{best} {row['dense'][best]['graph ms'] * 1e3:.1f} us"
+    parts = [f"batch {row['batch']:3d}  {row['tokens']:7d} tokens  {dense}"]
     for kind, one in row["ours"].items():
         share = f"{one['share of copy']:.0%} of copy"
         parts.append(f"{kind}: {one['graph ms'] * 1e3:.1f} us, {share}, {one['over best dense']:.2f}x")
     return "  |  ".join(parts)
 
 
-def rehearse(dtype: torch.dtype = torch.float16) -> dict[str, float]:
-    """The way of a measurement up to the clock, with small sizes on the CPU: relative error of each kind."""
-    setting = Setting(2, 40, q_heads=4, kv_heads=2, width=128, text=5, dtype=dtype, device="cpu")
-    errors = {}
-    for kind in KINDS:
-        query, segments = draw(setting, kind)
-        errors[kind] = ours_error(query, segments, setting.width**-0.5)
-    keys, values = dense_cache(setting)
-    decodes, _ = right_decodes(query, keys, values, setting.width**-0.5)
-    if "our dense GQA kernel" not in decodes:
-        raise SystemExit("our dense kernel does not agree with sdpa")
-    wrong = {kind: error for kind, error in errors.items() if not error < TOLERANCE[dtype]}
-    if wrong:
-        raise SystemExit(f"relative errors are {wrong}")
-    return errors
-
-
 def draw_figure(result: dict[str, Any], path: Path) -> None:
     """Speed over the best dense decode against visual tokens, a panel for each batch."""
-    rows = [row for row in result["rows"] if "skipped" not in row]
+    rows = [row for row in result["rows"] if row["best dense"] is not None]
     batches = sorted({row["batch"] for row in rows})
+    if not batches:
+        return
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["ours"]))
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(3.2 * len(batches), 3.2), layout="constrained")
         panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
         for panel, batch in zip(panels, batches, strict=True):
             own = [row for row in rows if row["batch"] == batch]
-            for kind in KINDS:
+            for kind in kinds:
                 panel.plot(
                     [row["tokens"] for row in own],
                     [row["ours"][kind]["over best dense"] for row in own],

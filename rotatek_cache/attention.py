@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.basis import compute_dtype
-from rotatek_cache.coding import CodeLayout
+from rotatek_cache.coding import Code, CodeLayout, HeadCodes
 from rotatek_cache.segments import SegmentView
 
 Implementation = Literal["auto", "torch", "triton"]
@@ -63,10 +63,16 @@ def _kernel_reads(query: Tensor, segments: Sequence[SegmentView]) -> bool:
         for stored, code in ((segment.keys, segment.key_code), (segment.values, segment.value_code))
     ]
     return (
-        all(isinstance(code, CodeLayout) if code else numbers.dtype == query.dtype for numbers, code in stored)
+        all(_reads_stored(numbers, code, query.dtype) for numbers, code in stored)
         and not any(segment.is_diagonal or segment.has_int8_basis for segment in segments)
         and _kernel_is_installed()
     )
+
+
+def _reads_stored(stored: Tensor, code: Code | None, dtype: torch.dtype) -> bool:
+    if isinstance(code, HeadCodes):
+        return stored.dtype in (torch.uint8, dtype)
+    return isinstance(code, CodeLayout) if code else stored.dtype == dtype
 
 
 @functools.cache

@@ -283,6 +283,12 @@ class KeyBasis:
         if self.A is None:
             raise ValueError("this basis has no encoder left: it belongs to a segment that is sealed")
         wide = compute_dtype(keys.dtype)
+        if self.A.dtype == keys.dtype != wide:
+            # Products of half precisions are exact in float32, so that there is no need for a wide copy of the Keys.
+            coefficients = wide_product(keys, self.A)
+            return (
+                coefficients if self.offset is None else coefficients - wide_product(self.offset[..., None, :], self.A)
+            )
         centred = keys.to(wide) if self.offset is None else keys.to(wide) - self.offset.to(wide)[..., None, :]
         return centred @ self.A.to(wide)
 
@@ -425,15 +431,34 @@ def padded_rank(rank: int) -> int:
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of ``[*, n, k]`` and ``[*, k, m]``; half precisions are summed and returned in float32."""
+    wide = compute_dtype(left.dtype)
+    if not left.is_cuda or left.dtype == wide:
+        return left.to(wide) @ right.to(wide)
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    left, right = (factor.expand(*batch, *factor.shape[-2:]).flatten(0, -3) for factor in (left, right))
+    return torch.bmm(left, right, out_dtype=wide).unflatten(0, batch)
+
+
 def key_moments(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Mean ``[*, D]`` and centred scatter ``(K - mean)^T (K - mean)`` ``[*, D, D]`` of Keys ``[*, S, D]``.
 
-    Centred before the product, in float32 (float64 stays), since the difference of large moments loses digits.
+    Centred before the product, since the difference of large moments loses digits, which is in float32 (float64 stays).
+    Half precisions are centred by the rounded mean and rounded, for tensor cores to multiply; what the mean lost to
+    rounding is made good.
     """
-    keys = keys.to(compute_dtype(keys.dtype))
-    mean = keys.mean(-2)
-    centred = keys - mean[..., None, :]
-    return mean, centred.mT @ centred
+    wide = compute_dtype(keys.dtype)
+    mean = keys.mean(-2, dtype=wide)
+    rounded = mean.to(keys.dtype)
+    centred = keys - rounded[..., None, :]
+    if not keys.is_cuda:
+        centred = centred.to(wide)  # once, and not for each factor
+    scatter = wide_product(centred.mT, centred)
+    if keys.dtype == wide:
+        return mean, scatter
+    rest = mean - rounded.to(wide)
+    return mean, scatter - keys.shape[-2] * rest[..., :, None] * rest[..., None, :]
 
 
 def query_channel_norm(queries: Tensor, kv_heads: int, valid: Tensor | None = None) -> Tensor:
@@ -489,7 +514,7 @@ def principal_directions(matrix: Tensor, rank: int, solver: Solver = "subspace",
     width = matrix.shape[-1]
     # Start from the channels of largest variance: deterministic, and the identity at full rank.
     channels = matrix.diagonal(dim1=-2, dim2=-1).topk(rank, dim=-1).indices
-    basis = torch.nn.functional.one_hot(channels, width).to(matrix.dtype).mT
+    basis = one_hot_columns(channels, width, matrix.dtype)
     eye = torch.eye(rank, dtype=matrix.dtype, device=matrix.device)
     # A unit trace keeps five powers of the matrix within the range of float32.
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
@@ -501,6 +526,12 @@ def principal_directions(matrix: Tensor, rank: int, solver: Solver = "subspace",
         factor = torch.linalg.cholesky_ex(gram + (1e-4 * mean_diagonal + torch.finfo(gram.dtype).tiny) * eye).L
         basis = torch.linalg.solve_triangular(factor, basis.mT, upper=False).mT
     return torch.linalg.qr(basis).Q
+
+
+def one_hot_columns(channels: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """``[*, width, r]`` whose columns pick `channels` ``[*, r]`` (torch's `one_hot` would ask the device for them)."""
+    columns = torch.zeros(*channels.shape[:-1], width, channels.shape[-1], dtype=dtype, device=channels.device)
+    return columns.scatter_(-2, channels[..., None, :], 1.0)
 
 
 def matrix_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:

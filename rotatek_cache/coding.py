@@ -5,10 +5,11 @@ are folded into the decode basis (`KeyBasis.for_codes`), so that attention multi
 `HeadCodes`). Other codes carry what they need with each token and are the peers' (`TokenCode`, SparK's).
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ class Code(Protocol):
     def channels(self) -> int:
         """Coefficients of a token and head, padding included."""
 
-    def unpack(self, packed: Tensor) -> Tensor:
-        """Numbers ``[H, ..., channels]`` of what is stored of tokens."""
+    def unpack(self, packed: Any) -> Tensor:
+        """Numbers ``[H, ..., channels]`` of what is stored of tokens (with `HeadCodes`, of each head)."""
 
 
 @dataclass(frozen=True)
@@ -110,31 +111,34 @@ class CodeLayout:
 
 @dataclass(frozen=True)
 class HeadCodes:
-    """A width of its own for each head: a token's rows of all heads lie side by side, so that none is padded.
+    """A width of its own for each head, none of them padded.
 
-    Storage is ``[1, N, sum of the heads' widths]``; head h begins at ``offsets[h]``.
+    Storage of N tokens has one dimension: the rows ``[N, width]`` of a head follow those of the head before, so that
+    what one head reads lies side by side.
     """
 
     parts: tuple[CodeLayout | Numbers, ...]
 
-    @property
+    @functools.cached_property
     def channels(self) -> int:
         """Coefficients of the widest head; the others are padded with zeros when they are read."""
         return max(part.channels for part in self.parts)
 
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """First element of each head in a token's row, and the row's width at the end."""
-        return tuple(itertools.accumulate((part.row_width for part in self.parts), initial=0))
+    @functools.cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Elements of a token in each head."""
+        return tuple(part.row_width for part in self.parts)
 
-    def unpack(self, packed: Tensor) -> Tensor:
-        """Rows ``[R, n, width]`` as ``[H * R, n, channels]``, heads first."""
-        heads = [
-            part.unpack(packed[..., first:last])
-            for part, (first, last) in zip(self.parts, itertools.pairwise(self.offsets), strict=True)
-        ]
-        most = self.channels
-        return torch.cat([torch.nn.functional.pad(head, (0, most - head.shape[-1])) for head in heads])
+    def split(self, packed: Tensor) -> list[Tensor]:
+        """The storage of each head, ``[1, N, width]``, as views."""
+        tokens = packed.numel() // sum(self.widths)
+        heads = packed.split([tokens * width for width in self.widths])
+        return [head.view(1, tokens, width) for head, width in zip(heads, self.widths, strict=True)]
+
+    def unpack(self, heads: Sequence[Tensor]) -> Tensor:
+        """Rows ``[R, n, width]`` of each head as ``[H * R, n, channels]``, heads first."""
+        numbers = [part.unpack(head) for part, head in zip(self.parts, heads, strict=True)]
+        return torch.cat([torch.nn.functional.pad(head, (0, self.channels - head.shape[-1])) for head in numbers])
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,7 @@ def pack_coefficients(
     """What `code` stores of coefficients ``[H, S, >= channels]`` with given ranges ``low`` and ``step [H, channels]``.
 
     Returns:
-        ``[H, S, row_bytes]``, or ``[1, S, width]`` where each head has a width of its own.
+        ``[H, S, row_bytes]``, or what `HeadCodes` says.
     """
     if isinstance(code, Numbers):
         return coefficients[..., : code.channels]
@@ -269,10 +273,21 @@ def pack_coefficients(
     for head, part in enumerate(code.parts):
         own, n = coefficients[head : head + 1, :, : part.channels], part.channels
         if isinstance(part, Numbers):
-            rows.append(own[0])
+            rows.append(own.flatten())
         else:
-            rows.append(part.pack(encode_codes(own, low[head : head + 1, :n], step[head : head + 1, :n], part))[0])
-    return torch.cat(rows, -1)[None]
+            codes = encode_codes(own, low[head : head + 1, :n], step[head : head + 1, :n], part)
+            rows.append(part.pack(codes).flatten())
+    return torch.cat(rows)
+
+
+def join_tokens(runs: Sequence[Tensor], code: Code | None) -> Tensor:
+    """The storage of several runs of tokens as that of one, in their order."""
+    if len(runs) == 1:
+        return runs[0]
+    if not isinstance(code, HeadCodes):
+        return torch.cat(list(runs), 1)
+    heads = zip(*(code.split(run) for run in runs), strict=True)
+    return torch.cat([part.flatten() for head in heads for part in head])
 
 
 def _codes(coefficients: Tensor, low: Tensor, step: Tensor, levels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rotatek_cache.attention import reference_attention
 from rotatek_cache.basis import FitOptions, compute_dtype
-from rotatek_cache.ledger import SealPlan, VisualLedger
+from rotatek_cache.ledger import SealPlan, VisualLedger, integers
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import SegmentView, TextSegment, VisualSegment, join_segments
 from rotatek_cache.tokens import TokenSelection
@@ -75,6 +75,7 @@ class LayerKV:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take the Keys ``[B, H, n, D]`` and Values ``[B, H, n, D_v]`` of the next n positions."""
         self._check(keys, values)
+        self.sealer.check()
         tokens = keys.shape[2]
         begin, self.length = self.length, self.length + tokens
         if self.pending is not None:
@@ -231,7 +232,7 @@ class LayerKV:
         layout = plan.layout(rows, pending.keys.device)
         keys = pending.keys.transpose(0, 1)[:, layout.token_rows, layout.token_columns]  # [H, N, D]
         values = pending.values.transpose(0, 1)[:, layout.token_rows, layout.token_columns]
-        index = torch.tensor(rows, device=keys.device)
+        index = integers(rows, keys.device)
         window, valid = pending.window, None
         if window is not None:
             valid = plan.visible_tail(window.shape[2], window.device)

@@ -56,6 +56,11 @@ class Alignment:
         return Alignment(self.positions[index], first, self.next_position)
 
 
+def integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 `values` on a device. Numbers in a launch do not make the host wait for a GPU, as a copy would."""
+    return torch.cat([torch.full((1,), value, dtype=torch.int64, device=device) for value in values])
+
+
 def align_right(keep: Tensor, positions: Tensor, next_position: int) -> tuple[Tensor, Alignment]:
     """Columns in the order in which the kept ones of bool ``[B, P]`` end up right-aligned.
 

@@ -25,16 +25,44 @@ from rotatek_cache.coding import (
     Numbers,
     TokenCode,
     allocate_bits,
+    join_tokens,
     middle_codes,
     pack_coefficients,
     quantise,
 )
+from rotatek_cache.ledger import integers
 from rotatek_cache.methods import BASES, BasisMethod, NoRotation, SparK, key_method
 from rotatek_cache.methods.calibrated import CalibratedBasis, HeadBudget, load_basis
-from rotatek_cache.segments import Stored, select_basis
+from rotatek_cache.segments import Stored
 
-LARGE = 1 << 22  # numbers of a row above which temporaries are made for one head at a time
+# Numbers that temporaries are made of at once, in as many heads as fit, at least one: on a CPU and on a GPU, where few
+# heads at a time would leave most of it idle.
+LARGE, LARGE_ON_GPU = 1 << 22, 1 << 26
 Ranges = Sequence[tuple[int, int]]  # (first token, tokens) of each row of packed states
+
+
+class Verdict:
+    """Whether states are finite, on its way from the device: a GPU is not waited for."""
+
+    def __init__(self, states: Tensor, message: str) -> None:
+        self.message = message
+        self.finite = torch.isfinite(states).all()
+        self.arrived: torch.cuda.Event | None = None
+        if self.finite.is_cuda:
+            self.finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self.finite, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def __deepcopy__(self, memo: dict) -> "Verdict":
+        return self
+
+    def known(self) -> bool:
+        """Whether it has arrived; a ValueError if the states are not finite."""
+        if self.arrived is not None and (torch.cuda.is_current_stream_capturing() or not self.arrived.query()):
+            return False
+        if not bool(self.finite):
+            raise ValueError(self.message)
+        return True
 
 
 class Sealer:
@@ -49,6 +77,7 @@ class Sealer:
     def __init__(self, options: FitOptions, layer: int, heads: slice | None = None) -> None:
         self.options = options
         self.layer = layer
+        self.verdicts: list[Verdict] = []
         self.calibrated: CalibratedBasis | None = None
         if options.is_calibrated:
             basis = load_basis(options.basis)
@@ -177,10 +206,9 @@ class Sealer:
         valid: Tensor | None,
     ) -> Stored:
         """Fit a basis to the states and store their coefficients."""
-        moments = [_moments(states[:, start : start + length]) for start, length in ranges]
-        mean, scatter = (torch.stack(parts, 1) for parts in zip(*moments, strict=True))
+        mean, scatter = _moments(states, ranges)
         self._check_finite(what, scatter)
-        tokens = torch.tensor([length for _, length in ranges], device=states.device)
+        tokens = integers([length for _, length in ranges], states.device)
         stats = KeyStatistics(mean, scatter, tokens, queries, valid)
         if rank is None:
             assert self.options.energy is not None
@@ -229,7 +257,7 @@ class Sealer:
         if bits == "fp8":
             step = state.float8_scale(code.channels, device)
             coefficients = [_float8(part, step) for part in coefficients]
-        stored = torch.cat([pack_coefficients(part, low, step, code) for part in coefficients], 1)
+        stored = join_tokens([pack_coefficients(part, low, step, code) for part in coefficients], code)
         decoder, shift = state.scaled_decoder((code, bits), low, step, middle_codes(code, device), dtype)
         shared = KeyBasis(
             B=decoder[:, None].expand(-1, mean.shape[1], -1, -1),
@@ -252,11 +280,20 @@ class Sealer:
         return budget
 
     def _check_finite(self, what: str, states: Tensor) -> None:
-        if not bool(torch.isfinite(states).all()):
-            raise ValueError(
-                f"the visual {what} of layer {self.layer} hold NaN or infinity, so no basis can be fitted to them: the "
-                "model's weights, inputs or dtype overflow before they reach the cache"
-            )
+        message = (
+            f"the visual {what} of layer {self.layer} hold NaN or infinity, so no basis can be fitted to them: the "
+            "model's weights, inputs or dtype overflow before they reach the cache"
+        )
+        self.verdicts.append(Verdict(states, message))
+        self.check()
+
+    def check(self) -> None:
+        """Raise a ValueError if states that were stored are known not to have been finite.
+
+        On a CPU that is known at once. A GPU is not waited for: there the error comes with the layer's next tokens,
+        before which the host has read the token that the prefill gave.
+        """
+        self.verdicts = [verdict for verdict in self.verdicts if not verdict.known()]
 
 
 def _check_width(option: str, bits: Bits, width: int) -> None:
@@ -276,12 +313,30 @@ def _mean(states: Tensor) -> Tensor:
     return states.mean(1, dtype=compute_dtype(states.dtype))
 
 
-def _moments(states: Tensor) -> tuple[Tensor, Tensor]:
-    """`key_moments` of one row's states ``[H, S, D]``; head by head where a wide copy of all would be large."""
-    if states.numel() <= LARGE:
-        return key_moments(states)
-    mean, scatter = zip(*map(key_moments, states), strict=True)
-    return torch.stack(mean), torch.stack(scatter)
+def _head_groups(states: Tensor) -> list[slice]:
+    """Heads of states ``[H, ...]`` that temporaries may be made for at once."""
+    most = LARGE_ON_GPU if states.is_cuda else LARGE
+    heads = len(states)
+    size = max(1, most * heads // max(1, states.numel()))
+    return [slice(first, first + size) for first in range(0, heads, size)]
+
+
+def _alike(states: Tensor, ranges: Ranges) -> Tensor | None:
+    """Packed states as ``[H, R, S, D]``, a view, where all rows have the same number of tokens."""
+    if len({length for _, length in ranges}) != 1 or states.shape[1] != len(ranges) * ranges[0][1]:
+        return None
+    return states.unflatten(1, (len(ranges), -1))
+
+
+def _moments(states: Tensor, ranges: Ranges) -> tuple[Tensor, Tensor]:
+    """`key_moments` of each row of packed states ``[H, N, D]``: ``[H, R, D]`` and ``[H, R, D, D]``."""
+    alike = _alike(states, ranges)
+    if alike is None:
+        rows = [_moments(states[:, start : start + length], [(0, length)]) for start, length in ranges]
+        mean, scatter = zip(*rows, strict=True)
+        return torch.cat(mean, 1), torch.cat(scatter, 1)
+    mean, scatter = zip(*(key_moments(alike[heads]) for heads in _head_groups(states)), strict=True)
+    return torch.cat(mean), torch.cat(scatter)
 
 
 def _coefficient_variance(basis: KeyBasis, stats: KeyStatistics) -> Tensor:
@@ -296,10 +351,13 @@ def _encode_row(states: Tensor, basis: KeyBasis, row: int, span: tuple[int, int]
     """Coefficients ``[H, S, r]`` of one row of packed states ``[H, N, D]``."""
     start, length = span
     part = states[:, None, start : start + length]
-    one = select_basis(basis, torch.tensor([row], device=states.device))
-    if part.numel() <= LARGE:
-        return one.encode(part)[:, 0].to(dtype)
-    return torch.cat([one.head(index).encode(part[index : index + 1])[:, 0].to(dtype) for index in range(len(part))])
+
+    def encode(heads: slice) -> Tensor:
+        own = basis.select(lambda tensor: tensor[heads, row : row + 1])
+        return own.encode(part[heads])[:, 0].to(dtype)
+
+    encoded = [encode(heads) for heads in _head_groups(part)]
+    return encoded[0] if len(encoded) == 1 else torch.cat(encoded)
 
 
 def _store_coefficients(coefficients: list[Tensor], basis: KeyBasis, bits: Bits) -> Stored:
@@ -336,7 +394,7 @@ def _store_sparse(
 ) -> Stored:
     """Keys of which each token keeps its own channels."""
     nothing = keys.new_zeros(keys.shape[0], len(ranges), keys.shape[-1], dtype=compute_dtype(keys.dtype))
-    tokens = torch.tensor([length for _, length in ranges], device=keys.device)
+    tokens = integers([length for _, length in ranges], keys.device)
     moment = KeyStatistics(nothing, nothing[..., None], tokens, queries, valid).query_moment()
     weight = None if moment is None else method.weight(moment)
     code = method.code(keys.shape[-1], rank, keys.dtype)

@@ -6,14 +6,14 @@ have different numbers of them.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import Code, HeadCodes
+from rotatek_cache.coding import Code, HeadCodes, join_tokens
 from rotatek_cache.ledger import Alignment, VisualLedger, align_right, column_positions, own_columns
 
 # Free text columns after the segment had to grow: enough to make growing rare, few enough not to eat what is saved.
@@ -26,8 +26,8 @@ class SegmentView:
     """One segment as attention reads it; it owns nothing.
 
     Attributes:
-        keys: dense Keys, coefficients or packed codes ``[H, N, w]`` (``[1, N, w]`` with `HeadCodes`); row b owns
-            tokens ``starts[b] : starts[b] + lengths[b]``.
+        keys: dense Keys, coefficients or packed codes ``[H, N, w]`` (with `HeadCodes` as that says); row b owns tokens
+            ``starts[b] : starts[b] + lengths[b]``.
         values: dense Values, coefficients or packed codes, laid out like `keys`.
         starts: int64 ``[B]`` on the device of the Keys.
         lengths: int32 ``[B]``.
@@ -77,7 +77,7 @@ class SegmentView:
 
     @property
     def heads(self) -> int:
-        """KV heads; where each has a code of its own they share the rows of the storage."""
+        """KV heads."""
         return len(self.key_code.parts) if isinstance(self.key_code, HeadCodes) else self.keys.shape[0]
 
     @property
@@ -98,21 +98,21 @@ class SegmentView:
 
     def batched_keys(self, dtype: torch.dtype) -> Tensor:
         """Keys or coefficients ``[H * B, max_length, r]`` in `dtype`, copied only if not so; `batched` only."""
-        return _numbers(self._batched(self.keys), self.key_code, dtype)
+        return _numbers(self.keys, self.key_code, self._batched, dtype)
 
     def batched_values(self, dtype: torch.dtype) -> Tensor:
         """Values or coefficients ``[H * B, max_length, r_v]`` in `dtype`; only where `batched`."""
-        return _numbers(self._batched(self.values), self.value_code, dtype)
+        return _numbers(self.values, self.value_code, self._batched, dtype)
 
     def row_keys(self, row: int, dtype: torch.dtype) -> Tensor:
         """Keys or coefficients ``[H, length, r]`` of one row in `dtype`."""
-        return _numbers(self._row(self.keys, row), self.key_code, dtype)
+        return _numbers(self.keys, self.key_code, functools.partial(self._row, row), dtype)
 
     def row_values(self, row: int, dtype: torch.dtype) -> Tensor:
         """Values or coefficients ``[H, length, r_v]`` of one row in `dtype`."""
-        return _numbers(self._row(self.values, row), self.value_code, dtype)
+        return _numbers(self.values, self.value_code, functools.partial(self._row, row), dtype)
 
-    def _row(self, packed: Tensor, row: int) -> Tensor:
+    def _row(self, row: int, packed: Tensor) -> Tensor:
         start, length = self.row_ranges[row]
         if self.slots is None:
             return packed[:, start : start + length]
@@ -128,8 +128,12 @@ class SegmentView:
         return basis if self.basis_rows is None else select_basis(basis, self.basis_rows)
 
 
-def _numbers(stored: Tensor, code: Code | None, dtype: torch.dtype) -> Tensor:
-    return (stored if code is None else code.unpack(stored)).to(dtype)
+def _numbers(stored: Tensor, code: Code | None, pick: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """Numbers of the tokens that `pick` takes out of storage ``[H, N, w]``."""
+    if isinstance(code, HeadCodes):
+        return code.unpack([pick(head) for head in code.split(stored)]).to(dtype)
+    picked = pick(stored)
+    return (picked if code is None else code.unpack(picked)).to(dtype)
 
 
 def select_basis(basis: KeyBasis, rows: Tensor) -> KeyBasis:
@@ -139,7 +143,7 @@ def select_basis(basis: KeyBasis, rows: Tensor) -> KeyBasis:
 
 @dataclass(frozen=True)
 class Stored:
-    """Keys or Values of a segment: numbers ``[H, N, w]`` or packed bytes, and what they mean (None: they are dense)."""
+    """Keys or Values of a segment: numbers or bytes as in `SegmentView`, and what they mean (None: they are dense)."""
 
     data: Tensor
     basis: KeyBasis | None = None
@@ -261,7 +265,7 @@ def _joined(segments: list[VisualSegment]) -> VisualSegment:
 
 
 def _joined_states(parts: list[Stored]) -> Stored:
-    data = torch.cat([part.data for part in parts], 1)
+    data = join_tokens([part.data for part in parts], parts[0].code)
     bases = [part.basis for part in parts if part.basis is not None]
     if not bases:
         return Stored(data, None, parts[0].code)

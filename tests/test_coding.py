@@ -14,6 +14,7 @@ from rotatek_cache.coding import (
     TokenCode,
     allocate_bits,
     encode_codes,
+    join_tokens,
     pack_coefficients,
     quantise,
 )
@@ -101,8 +102,11 @@ def test_each_head_may_have_codes_of_its_own_and_pays_for_no_other(layouts, rows
     coefficients = torch.rand(len(layouts), 6, code.channels, generator=generator)
     low, step = torch.zeros(len(layouts), code.channels), torch.full((len(layouts), code.channels), 1 / 255)
     packed = pack_coefficients(coefficients, low, step, code)
-    assert packed.shape == (1, 6, sum(part.row_bytes for part in code.parts))
-    codes = code.unpack(packed.expand(rows, -1, -1)).unflatten(0, (len(layouts), rows))
+    assert packed.shape == (6 * sum(part.row_bytes for part in code.parts),)
+    split = [pack_coefficients(coefficients[:, run], low, step, code) for run in (slice(0, 2), slice(2, 6))]
+    assert torch.equal(join_tokens(split, code), packed)
+    heads = [head.expand(rows, -1, -1) for head in code.split(packed)]
+    codes = code.unpack(heads).unflatten(0, (len(layouts), rows))
     for head, part in enumerate(code.parts):
         own = encode_codes(
             coefficients[head : head + 1, :, : part.channels], low[:1, : part.channels], step[:1, : part.channels], part
@@ -115,9 +119,10 @@ def test_numbers_of_a_width_per_head_are_kept_exactly():
     code = HeadCodes((Numbers(8), Numbers(16)))
     coefficients = torch.randn(2, 3, 16).half()
     packed = pack_coefficients(coefficients, torch.zeros(2, 16), torch.ones(2, 16), code)
-    assert packed.shape == (1, 3, 24) and packed.dtype == torch.half
-    assert torch.equal(code.unpack(packed)[1], coefficients[1])
-    assert torch.equal(code.unpack(packed)[0, :, :8], coefficients[0, :, :8])
+    assert packed.shape == (3 * 24,) and packed.dtype == torch.half
+    numbers = code.unpack(code.split(packed))
+    assert torch.equal(numbers[1], coefficients[1])
+    assert torch.equal(numbers[0, :, :8], coefficients[0, :, :8])
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])

@@ -30,14 +30,21 @@ import dataclasses, json, sys
 
 import torch
 
-from rotatek_cache.coding import CodeLayout
+from rotatek_cache.coding import CodeLayout, HeadCodes
 from rotatek_kernels.resources import compile_launch, plan_of_shape, resources, segment_of_shape
 
 
 def plan(width, group, dtype, visual, queries=1, text=512, mask=None, slots=False):
     dtype = getattr(torch, dtype)
-    coded = {name: CodeLayout(tuple(map(tuple, value))) if name.endswith("code") else value
-             for name, value in visual.items()}
+    def layout(blocks):
+        return CodeLayout(tuple(map(tuple, blocks)))
+
+    coded = {}
+    for name, value in visual.items():
+        if name.endswith("heads"):
+            coded[name.replace("heads", "code")] = HeadCodes(tuple(map(layout, value)))
+        else:
+            coded[name] = layout(value) if name.endswith("code") else value
     common = dict(mask=None if mask is None else (queries, getattr(torch, mask)), slots=slots)
     segments = [segment_of_shape(8, 8, 16384, width, dtype, **coded, **common)]
     if text:
@@ -53,6 +60,7 @@ print(json.dumps([[launch.kernel.__name__, target, launch.options["num_warps"],
 """
 
 FOUR_BIT = {"key_code": [[4, 32]], "value_code": [[4, 32]]}
+HEADS = [[[4, 16], [2, 8]], [[2, 16]], [[8, 16], [4, 24]], [[4, 24]]] * 2  # up to 28 bytes a token
 SHAPES = {  # targets, arguments of `plan`
     "rank32": (
         ["sm_80", "sm_90", "sm_100", "gfx942"],
@@ -83,6 +91,39 @@ SHAPES = {  # targets, arguments of `plan`
             "visual": {"key_code": [[8, 8], [4, 24], [2, 32]], "value_code": [[4, 32], [2, 32]]},
         },
     ),
+    "heads": (
+        ["sm_80", "sm_90", "sm_100", "gfx942"],
+        {
+            "width": 128,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_heads": HEADS, "value_heads": HEADS},
+        },
+    ),
+    "heads-wide": (
+        ["sm_90"],
+        {
+            "width": 128,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_heads": [*HEADS[:7], [[8, 32], [4, 64]]], "value_heads": HEADS},
+        },
+    ),
+    "heads-dense-values-masked": (
+        ["sm_90"],
+        {"width": 128, "group": 4, "dtype": "bfloat16", "visual": {"key_heads": HEADS}, "mask": "bool"},
+    ),
+    "queries-heads": (
+        ["sm_90"],
+        {
+            "width": 128,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_heads": HEADS, "value_heads": HEADS},
+            "queries": 64,
+            "mask": "bool",
+        },
+    ),
     "queries-masked": (
         ["sm_90"],
         {"width": 128, "group": 4, "dtype": "bfloat16", "visual": {"rank": 32}, "queries": 64, "mask": "bool"},
@@ -105,8 +146,11 @@ def test_compiles_without_spills(targets, shape):
         assert found["spills"] == 0, (kernel, target, found)
         loads = {int(size): count for size, count in found["loads"].items()}
         if kernel == "attend_splits":
-            # Stored tokens, bases and queries come 16 bytes at a time; row tables, masks and delta need not.
+            # Stored tokens, bases and queries come 16 bytes at a time; row tables, masks and delta need not. Tokens of
+            # a width per head come in the largest unit that divides all widths, and their bases column by column.
             masks = loads.get(1, 0)
+            if any(name.endswith("heads") for name in shape["visual"]):
+                continue
             assert loads[16] > sum(count for size, count in loads.items() if size != 16) - masks, (
                 kernel,
                 target,

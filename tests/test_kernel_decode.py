@@ -49,6 +49,8 @@ class Case:
     delta: bool = True
     key_code: tuple[tuple[int, int], ...] | None = None  # blocks of a CodeLayout, in place of numbers of `rank`
     value_code: tuple[tuple[int, int], ...] | None = None
+    key_heads: tuple | None = None  # of each head: blocks as above, or how many numbers
+    value_heads: tuple | None = None
     value_rank: int | None = None  # Values as coefficients, in numbers
     slots: bool = False
     sharpness: float = 1.0  # factor on the scale: how far the logits lie apart
@@ -94,6 +96,37 @@ CASES = {
     "codes-behind-masks": Case(
         ((40, 66), (3, 9)), (4, 2), key_code=((8, 8), (4, 8)), value_code=((4, 16),), mask="additive"
     ),
+    "width256-group16-one-query": Case(((70,),), (5,), heads=1, group=16, width=256, value_width=256, rank=64),
+    "batch-256": Case(((1, 2) * 128,), None, heads=1, group=1, width=16, value_width=16, rank=8),
+    "text-of-32k": Case(((9,),), (32768,), heads=1, group=1, width=16, value_width=16, rank=8),
+    "heads-mixed-bits": Case(
+        ((65, 40),),
+        (3, 9),
+        group=4,
+        width=128,
+        value_width=128,
+        key_heads=(((8, 8), (4, 24), (2, 16)), ((2, 8),)),
+        value_heads=(((4, 16),), ((8, 16), (2, 64))),
+    ),
+    "heads-4-bit": Case(
+        ((40, 66), (9, 0)), (4, 2), key_heads=(((4, 8),), ((4, 40),)), value_heads=(((4, 64),), ((4, 16),)), mask="bool"
+    ),
+    "heads-8-bit-keys-group7": Case(((40, 17),), None, group=7, key_heads=(((8, 40),), ((8, 8),))),
+    "heads-wide-rows": Case(
+        ((40, 17),),
+        (3, 0),
+        heads=3,
+        group=1,
+        width=96,
+        value_width=80,
+        key_heads=(((8, 32), (4, 24), (2, 40)), ((2, 8),), ((4, 96),)),
+        value_heads=(((8, 72),), ((4, 8),), ((2, 16),)),
+    ),
+    "heads-numbers": Case(((40, 66),), (4, 2), key_heads=(8, 40), value_heads=(24, 64)),
+    "heads-many-queries": Case(
+        ((40, 66),), (4, 2), queries=5, mask="additive", key_heads=(((4, 16), (2, 8)), ((2, 24),)), value_heads=(16, 8)
+    ),
+    "heads-pool": Case(((40, 66),), (4, 2), slots=True, key_heads=(((4, 16), (2, 8)), ((8, 24),)), value_heads=(16, 8)),
     "pool": Case(((65, 0), (3, 17)), (3, 33), slots=True, mask="bool"),
     "pool-codes": Case(((40, 66),), (4, 2), slots=True, key_code=((4, 32),), value_code=((4, 16),)),
     "pool-many-queries": Case(((40, 9),), (4, 12), slots=True, queries=5, mask="bool", key_code=((4, 16),)),
@@ -116,6 +149,10 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, l
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def stored(tokens, owned, width, code):
+        if isinstance(code, HeadCodes):
+            if isinstance(code.parts[0], Numbers):
+                return normal(tokens * sum(code.widths)).to(DEVICE, dtype)
+            return torch.randint(256, (tokens * sum(code.widths),), generator=generator).byte().to(DEVICE)
         if code is not None:
             return torch.randint(256, (case.heads, tokens, code.row_bytes), generator=generator).byte().to(DEVICE)
         data = torch.full((case.heads, tokens, width), torch.nan, dtype=torch.float64)
@@ -123,11 +160,16 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, l
             data[:, span] = normal(case.heads, span.stop - span.start, width)
         return data.to(DEVICE, dtype)
 
+    def steps(code):
+        if isinstance(code, HeadCodes):
+            pads = [torch.nn.functional.pad(steps(part), (0, code.channels - part.channels)) for part in code.parts]
+            return torch.stack(pads)[:, None, None]  # zero where a head has no channel
+        return torch.ones(code.channels) if isinstance(code, Numbers) else 3 / code.levels(torch.device("cpu"))
+
     def basis(width, rank, code):
         decoder = torch.linalg.qr(normal(case.heads, case.batch, width, max(width, rank))).Q[..., :rank]
         if code is not None:  # the step of the codes is folded in, so that they weigh as much as coefficients
-            decoder = decoder / code.levels(decoder.device) * 3
-            rank = code.channels
+            decoder = decoder * steps(code)
         decoder = decoder.to(DEVICE, dtype).contiguous()
         delta = normal(case.heads, case.batch, width).to(DEVICE, dtype) if case.delta else None
         return KeyBasis(decoder, decoder, delta, delta)
@@ -142,19 +184,26 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, l
             mask = torch.where(mask, normal(*mask.shape), lowest.double()).to(dtype)
         return mask.to(DEVICE)
 
+    def code_of(blocks, heads):
+        if heads:
+            return HeadCodes(tuple(Numbers(one) if isinstance(one, int) else CodeLayout(one) for one in heads))
+        return CodeLayout(blocks) if blocks else None
+
     def segment(lengths, compressed):
         gap = 3
         starts = torch.tensor([gap, *(length + gap for length in lengths)]).cumsum(0)
         owned = [slice(start, start + length) for start, length in zip(starts.tolist(), lengths, strict=False)]
         # Heads lie further apart than their tokens reach, as in a part of a larger buffer.
         tokens = int(starts[-1]) + 5
-        key_code = CodeLayout(case.key_code) if compressed and case.key_code else None
-        value_code = CodeLayout(case.value_code) if compressed and case.value_code else None
+        key_code = code_of(case.key_code, case.key_heads) if compressed else None
+        value_code = code_of(case.value_code, case.value_heads) if compressed else None
         rank = key_code.channels if key_code else case.rank
         value_rank = value_code.channels if value_code else case.value_rank if compressed else None
+        keys = stored(tokens, owned, rank if compressed else case.width, key_code)
+        values = stored(tokens, owned, value_rank or case.value_width, value_code)
         view = SegmentView(
-            keys=stored(tokens, owned, rank if compressed else case.width, key_code)[:, :-5],
-            values=stored(tokens, owned, value_rank or case.value_width, value_code)[:, :-5],
+            keys=keys if case.key_heads and compressed else keys[:, :-5],
+            values=values if case.key_heads and compressed else values[:, :-5],
             starts=starts[:-1].to(DEVICE),
             lengths=torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
             max_length=max(lengths),
@@ -166,12 +215,20 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, l
         )
         return scatter(view) if case.slots else view
 
+    def tokens_of(packed, code):
+        return code.split(packed)[0].shape[1] if isinstance(code, HeadCodes) else packed.shape[1]
+
+    def scattered(packed, code, order):
+        if isinstance(code, HeadCodes):
+            return torch.cat([head[:, order].flatten() for head in code.split(packed)])
+        return packed[:, order].transpose(0, 1).contiguous().transpose(0, 1)
+
     def scatter(view):
-        order = torch.randperm(view.keys.shape[1], generator=generator).to(DEVICE)
+        order = torch.randperm(tokens_of(view.keys, view.key_code), generator=generator).to(DEVICE)
         slots = torch.full((case.batch, view.max_length + 2), -1, device=DEVICE)
         for row, (start, length) in enumerate(view.row_ranges):
             slots[row, 1 : 1 + length] = order.argsort()[start : start + length]
-        pools = [packed[:, order].transpose(0, 1).contiguous().transpose(0, 1) for packed in (view.keys, view.values)]
+        pools = [scattered(view.keys, view.key_code, order), scattered(view.values, view.value_code, order)]
         ones = torch.ones(case.batch, dtype=torch.int64, device=DEVICE)
         return dataclasses.replace(view, keys=pools[0], values=pools[1], starts=ones, slots=slots.int())
 
@@ -189,8 +246,8 @@ def in_float64(segment: SegmentView) -> SegmentView:
 
     return dataclasses.replace(
         segment,
-        keys=segment.keys if segment.key_code else segment.keys.double(),
-        values=segment.values if segment.value_code else segment.values.double(),
+        keys=segment.keys if segment.keys.dtype == torch.uint8 else segment.keys.double(),
+        values=segment.values if segment.values.dtype == torch.uint8 else segment.values.double(),
         basis=wide(segment.basis),
         value_basis=wide(segment.value_basis),
     )
@@ -247,7 +304,14 @@ def splits_of(query: torch.Tensor, segments: list[SegmentView]) -> list[int]:
     return [(arguments.place[1] - 3) // 2 for launch in launches[:-1] for arguments in launch.arguments["segments"]]
 
 
-IN_ALL_DTYPES = {"width128-rank32-ragged", "row-with-nothing", "mixed-widths", "pool-many-queries", "additive-mask"}
+IN_ALL_DTYPES = {
+    "heads-mixed-bits",
+    "width128-rank32-ragged",
+    "row-with-nothing",
+    "mixed-widths",
+    "pool-many-queries",
+    "additive-mask",
+}
 
 
 @pytest.mark.parametrize(
@@ -396,6 +460,9 @@ def change_basis(segment: SegmentView, **fields) -> SegmentView:
     return dataclasses.replace(segment, basis=dataclasses.replace(segment.basis, **fields))
 
 
+EIGHT_BIT_HEADS = HeadCodes((CodeLayout(((8, 8),)), CodeLayout(((8, 8),))))
+
+
 def narrow(basis: KeyBasis) -> KeyBasis:
     return KeyBasis(None, basis.B[:, :, :48].contiguous())
 
@@ -448,16 +515,27 @@ BAD = {
     "code-of-another-type": (
         lambda q, v, t, s: (q, [change(v, key_code="4 bit"), t], s),
         TypeError,
-        "keys must be packed as a CodeLayout says, got str",
+        "keys must be packed as a CodeLayout or HeadCodes say, got str",
     ),
-    "codes-of-each-head": (
-        lambda q, v, t, s: (
-            q,
-            [change(v, keys=v.keys[:1], key_code=HeadCodes((Numbers(8), Numbers(8)))), t],
-            s,
-        ),
+    "heads-of-two-kinds": (
+        lambda q, v, t, s: (q, [change(v, key_code=HeadCodes((Numbers(8), CodeLayout(((4, 8),))))), t], s),
+        ValueError,
+        r"\[0\].keys must hold numbers in all heads or codes in all",
+    ),
+    "heads-side-by-side": (
+        lambda q, v, t, s: (q, [change(v, keys=v.keys[:1], key_code=HeadCodes((Numbers(8), Numbers(8)))), t], s),
+        ValueError,
+        r"\[0\].keys must hold its heads one after the other, 16 elements a token, .* got shape \(1, ",
+    ),
+    "heads-of-floats": (
+        lambda q, v, t, s: (q, [v, change(t, values=t.values.flatten(), value_code=EIGHT_BIT_HEADS)], s),
         TypeError,
-        r"\[0\].keys must be packed as a CodeLayout says, got HeadCodes: use impl='torch'",
+        r"\[1\].values must be torch.uint8 where each head has a width of its own, got torch.float16",
+    ),
+    "heads-too-few-tokens": (
+        lambda q, v, t, s: (q, [change(v, keys=v.keys.byte().flatten()[:160], key_code=EIGHT_BIT_HEADS), t], s),
+        ValueError,
+        r"\[0\].values must have the heads and tokens of its keys \(2, 10\), got \(2, ",
     ),
     "basis-diagonal": (
         lambda q, v, t, s: (q, [v, change(t, basis=KeyBasis(B=torch.ones(2, 2, 64, device=DEVICE)))], s),
@@ -629,6 +707,51 @@ def test_a_step_never_waits_for_the_host_and_can_be_captured():
     graph.replay()
     assert torch.equal(out, expected_out)
     assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("case", ["codes-4-bit", "heads-mixed-bits", "two-images", "pool", "queries-masked"])
+def test_a_captured_step_goes_on_as_rows_grow_on_the_device(case):
+    case = CASES[case]
+    query, segments = draw(case, torch.bfloat16)
+    grown = [segment.lengths.clone() for segment in segments]
+    for segment in segments:
+        segment.lengths.clamp_(max=1)
+    decode_attention(query, segments, case.scale)  # compiles, and makes what later steps use again
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        state = decode_attention(query, segments, case.scale)
+    for step in range(1, int(max(map(torch.Tensor.max, grown))) + 1, 7):
+        for segment, most in zip(segments, grown, strict=True):
+            segment.lengths.copy_(most.clamp(max=step))
+        query.normal_()
+        graph.replay()
+        for replayed, called in zip(state, decode_attention(query, segments, case.scale), strict=True):
+            assert torch.equal(replayed, called)
+        fresh = [dataclasses.replace(segment) for segment in segments]  # without ranges read in an earlier step
+        assert_within_budget(state, query, fresh, case.scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_launch_goes_to_the_device_of_its_tensors():
+    query, segments = draw(CASES["two-images"], torch.bfloat16)
+
+    def there(tensor):
+        return None if tensor is None else tensor.to("cuda:1")
+
+    moved = [
+        dataclasses.replace(
+            segment,
+            **{name: there(getattr(segment, name)) for name in ("keys", "values", "starts", "lengths", "basis_rows")},
+            basis=None if segment.basis is None else segment.basis.select(there),
+        )
+        for segment in segments
+    ]
+    expected = decode_attention(query, segments, 0.125)
+    for state, one in zip(decode_attention(query.to("cuda:1"), moved, 0.125), expected, strict=True):
+        assert torch.equal(state.cpu(), one.cpu())
 
 
 if TOO_LATE:

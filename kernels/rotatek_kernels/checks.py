@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from rotatek_cache.basis import RANK_MULTIPLE, KeyBasis
-from rotatek_cache.coding import Code, CodeLayout
+from rotatek_cache.coding import Code, CodeLayout, HeadCodes, Numbers
 from rotatek_cache.segments import SegmentView
 from rotatek_kernels.decode_triton import attend_splits
 
@@ -62,21 +62,22 @@ def _check_segment(name: str, segment: SegmentView, query: Tensor, first: Segmen
             )
     for state, code in (("keys", segment.key_code), ("values", segment.value_code)):
         _check_storage(f"{name}.{state}", getattr(segment, state), code, query)
-    heads = segment.keys.shape[0]
-    if heads == 0 or heads > MAX_GRID or q_heads % heads or heads != first.keys.shape[0]:
+    heads = segment.heads
+    if heads == 0 or heads > MAX_GRID or q_heads % heads or heads != first.heads:
         raise ValueError(
             f"{name}.keys must have KV heads that divide the query's {q_heads} and are those of segments[0] "
-            f"({first.keys.shape[0]}), got {heads}"
+            f"({first.heads}), got {heads}"
         )
     if q_heads // heads > MAX_GROUP:
         raise ValueError(
             f"{name}.keys must have at least one KV head for {MAX_GROUP} query heads, got {heads} for {q_heads}"
         )
-    if segment.values.shape[:2] != segment.keys.shape[:2]:
-        raise ValueError(
-            f"{name}.values must have the heads and tokens of its keys {tuple(segment.keys.shape[:2])}, "
-            f"got {tuple(segment.values.shape[:2])}"
-        )
+    key_shape, value_shape = (
+        _heads_and_tokens(segment.keys, segment.key_code),
+        _heads_and_tokens(segment.values, segment.value_code),
+    )
+    if value_shape != key_shape:
+        raise ValueError(f"{name}.values must have the heads and tokens of its keys {key_shape}, got {value_shape}")
     for field in ("starts", "lengths"):
         _check_index(f"{name}.{field}", getattr(segment, field), query)
     if isinstance(segment.max_length, bool) or not isinstance(segment.max_length, int):
@@ -111,15 +112,43 @@ def _check_segment(name: str, segment: SegmentView, query: Tensor, first: Segmen
         )
 
 
+def _heads_and_tokens(stored: Tensor, code: Code | None) -> tuple[int, ...]:
+    if isinstance(code, HeadCodes):
+        return len(code.parts), stored.numel() // sum(code.widths)
+    return tuple(stored.shape[:2])
+
+
+def _check_head_storage(name: str, tensor: Tensor, code: HeadCodes, query: Tensor) -> None:
+    kinds = {type(part) for part in code.parts}
+    if kinds not in ({Numbers}, {CodeLayout}) or any(part.channels % RANK_MULTIPLE for part in code.parts):
+        raise ValueError(
+            f"{name} must hold numbers in all heads or codes in all, in multiples of {RANK_MULTIPLE} channels, got "
+            f"{code.parts}"
+        )
+    dtype = query.dtype if kinds == {Numbers} else torch.uint8
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} where each head has a width of its own, got {tensor.dtype}")
+    if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() % sum(code.widths):
+        raise ValueError(
+            f"{name} must hold its heads one after the other, {sum(code.widths)} elements a token, contiguous in one "
+            f"dimension, got shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+        )
+
+
 def _check_storage(name: str, tensor: Tensor, code: Code | None, query: Tensor) -> None:
     _check_tensor(name, tensor, query)
+    if isinstance(code, HeadCodes):
+        _check_head_storage(name, tensor, code, query)
+        return
     if tensor.dim() != 3:
         raise ValueError(f"{name} must be [H, N, width], got shape {tuple(tensor.shape)}")
     if code is None:
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}")
     elif not isinstance(code, CodeLayout):
-        raise TypeError(f"{name} must be packed as a CodeLayout says, got {type(code).__name__}: {USE} for other codes")
+        raise TypeError(
+            f"{name} must be packed as a CodeLayout or HeadCodes say, got {type(code).__name__}: {USE} for other codes"
+        )
     elif tensor.dtype != torch.uint8 or tensor.shape[-1] != code.row_bytes:
         raise ValueError(
             f"{name} must hold {code.row_bytes} bytes (uint8) a token, packed as {code.blocks}, got "

@@ -2,19 +2,21 @@
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import Code, CodeLayout
+from rotatek_cache.coding import Code, CodeLayout, HeadCodes, Numbers
 from rotatek_cache.segments import SegmentView
 from rotatek_kernels.checks import check_arguments, check_scale
 from rotatek_kernels.decode_triton import (
     STATE_ALIGN,
     Block,
+    HeadTable,
     MergeArguments,
     MergeForm,
     SegmentArguments,
@@ -29,7 +31,10 @@ MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
 UNIT = STATE_ALIGN.value
 MERGE_SPLITS = 16  # states that it reads at once
 ONE_WARP = 128  # head width up to which one warp holds the output of text
-REMEMBERED = 256  # plans
+REMEMBERED = 1024  # plans
+# Bytes of a block where each head has codes of its own and one warp reads them: the least of a matrix product, so that
+# narrow heads leave blocks out. More of them than these would spill; several warps share one block as wide as it takes.
+HEAD_COLUMNS, HEAD_BLOCKS = 16, 2
 
 
 class BlockSizes(NamedTuple):
@@ -87,8 +92,9 @@ class SegmentShape(NamedTuple):
         order: which of the segments it is.
         form, merge_form: what the kernels are compiled for.
         token_bytes: of one token's Keys and Values in one head.
-        strides: odd, of heads of Keys and of Values and of rows of slots.
+        strides: odd, of heads of Keys and of Values (see `SegmentArguments`) and of rows of slots.
         basis_strides, merge_strides: of the Keys' basis and the Values', odd.
+        heads: tables of what each head has of its own, of Keys and of Values.
         packed_rows: whether row tables lie side by side, as the kernels read them.
     """
 
@@ -99,6 +105,7 @@ class SegmentShape(NamedTuple):
     strides: tuple[int, ...]
     basis_strides: tuple[int, ...]
     merge_strides: tuple[int, ...]
+    heads: tuple[Tensor | None, Tensor | None]
     packed_rows: bool
 
 
@@ -164,6 +171,19 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
 
 
 _REMEMBERED: dict[Hashable, Shapes] = {}
+_FORCED: dict[None, BlockSizes] = {}
+
+
+@contextmanager
+def forced_sizes(sizes: BlockSizes) -> Iterator[None]:
+    """Attend with these block sizes, whatever the table says (to compare them)."""
+    _REMEMBERED.clear()
+    _FORCED[None] = sizes
+    try:
+        yield
+    finally:
+        _FORCED.clear()
+        _REMEMBERED.clear()
 
 
 def _checked_shapes(query: Tensor, segments: Sequence[SegmentView], scale: float) -> Shapes:
@@ -212,13 +232,13 @@ def _key(query: Tensor, segments: Sequence[SegmentView]) -> Hashable:
     return tuple(key)
 
 
-def shapes_of(query: Tensor, segments: Sequence[SegmentView]) -> Shapes:
-    """What follows from the shapes and strides of checked arguments."""
+def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None = None) -> Shapes:
+    """What follows from the shapes and strides of checked arguments; `sizes` in place of the table's."""
     _, q_heads, positions, width = query.shape
-    heads = segments[0].keys.shape[0]
+    heads = segments[0].heads
     group = q_heads // heads
     value_width = segments[0].value_width
-    sizes = BLOCK_SIZES[_kind(query, segments)]
+    sizes = sizes or _FORCED.get(None) or BLOCK_SIZES[_kind(query, segments)]
     # Few block sizes, so that few kernels are made: a tile holds as many positions as fit.
     rows = max(_block(group), min(sizes.rows, _block(positions * group)))
     tile_queries = rows // group
@@ -229,8 +249,10 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView]) -> Shapes:
     ]
     widest = max([shape.merge_form.block_w for shape in shaped], default=0)
     align = _alignment(query, *query.stride()[:3])
-    # With a slot table the compiler keeps within them by itself, and spills where it is told to.
-    registers = None if any(segment.slots is not None for segment in segments) else sizes.registers
+    # With a slot table the compiler keeps within them by itself, and spills where it is told to; widths per head need
+    # more.
+    free = any(segment.slots is not None or isinstance(segment.key_code, HeadCodes) for segment in segments)
+    registers = None if free else sizes.registers
     return Shapes(
         segments=shaped,
         programs=sizes.programs,
@@ -347,9 +369,16 @@ def _kind(query: Tensor, segments: Sequence[SegmentView]) -> str:
         return "float32"
     if query.shape[2] > 1:
         return "queries"
-    coded = any(segment.key_code and segment.value_code for segment in segments)
+    coded = any(_is_narrow(segment.key_code) and _is_narrow(segment.value_code) for segment in segments)
     widest = max(query.shape[3], *(segment.value_width for segment in segments))
     return "codes" if coded and widest <= ONE_WARP else "plain"
+
+
+def _is_narrow(code: Code | None) -> bool:
+    """Whether these are codes that one warp can hold."""
+    if isinstance(code, HeadCodes):
+        return isinstance(code.parts[0], CodeLayout) and max(code.widths) <= HEAD_BLOCKS * HEAD_COLUMNS
+    return code is not None
 
 
 def _unpacked(blocks: tuple[Block, ...]) -> int:
@@ -357,48 +386,105 @@ def _unpacked(blocks: tuple[Block, ...]) -> int:
     return sum(block.parts * block.padded for block in blocks)
 
 
+class StoredForm(NamedTuple):
+    """How the Keys, or the Values, of a segment lie in memory.
+
+    Attributes:
+        blocks: of a token.
+        stride: from token to token; 0 if each head has its own.
+        align: divides the strides.
+        heads, table: what each head has of its own.
+        head_stride: odd, in units of `align`; the number of tokens stored where each head has its own stride.
+        channels: coefficients of a token, or its numbers.
+        token_bytes: of a token in one head, on average.
+    """
+
+    blocks: tuple[Block, ...]
+    stride: int
+    align: int
+    heads: HeadTable
+    table: Tensor | None
+    head_stride: int
+    channels: int
+    token_bytes: int
+
+
+def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
+    if isinstance(code, HeadCodes):
+        widest = max(code.widths)
+        block = HEAD_COLUMNS if warps == 1 else _block(widest)
+        columns = -(-widest // block) * block
+        align = math.gcd(16 // stored.element_size(), *code.widths)
+        runs = [run for part in code.parts for _, run, _ in _runs(part)]
+        heads = HeadTable(columns, math.gcd(16, *runs))
+        width = sum(code.widths)
+        return StoredForm(
+            blocks=_digit_blocks(code, columns, block),
+            stride=0,
+            align=align,
+            heads=heads,
+            table=_head_table(code, columns, align, stored.device),
+            head_stride=odd(stored.numel() // width),
+            channels=code.channels,
+            token_bytes=-(-width * stored.element_size() // len(code.parts)),
+        )
+    stride = _token_stride(stored)
+    align = _alignment(stored, stored.stride(0), stride)
+    return StoredForm(
+        blocks=_blocks(stored.shape[-1], code),
+        stride=stride,
+        align=align,
+        heads=HeadTable(0, 1),
+        table=None,
+        head_stride=odd(stored.stride(0) // align),
+        channels=stored.shape[-1] if code is None else code.channels,
+        token_bytes=stored.shape[-1] * stored.element_size(),
+    )
+
+
 def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: torch.dtype) -> SegmentShape:
-    keys, values = segment.keys, segment.values
-    key_blocks = _blocks(keys.shape[-1], segment.key_code)
-    value_blocks = _blocks(values.shape[-1], segment.value_code)
-    key_stride, value_stride = _token_stride(keys), _token_stride(values)
-    key_align = _alignment(keys, keys.stride(0), key_stride)
-    value_align = _alignment(values, values.stride(0), value_stride)
-    unpacked = _unpacked(key_blocks + value_blocks) * dtype.itemsize
-    state_width = values.shape[-1] if segment.value_code is None else segment.value_code.channels
+    keys = _shape_stored(segment.keys, segment.key_code, sizes.warps)
+    values = _shape_stored(segment.values, segment.value_code, sizes.warps)
+    unpacked = _unpacked(keys.blocks + values.blocks) * dtype.itemsize
     mask = segment.mask
     # The lowest finite number stands for "not seen" in additive masks.
     hidden = None if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
     key_basis, value_basis = _decoder(segment.basis), _decoder(segment.value_basis)
     form = SegmentForm(
-        key_blocks=key_blocks,
-        value_blocks=value_blocks,
-        key_stride=key_stride,
-        value_stride=value_stride,
-        key_align=key_align,
-        value_align=value_align,
+        key_blocks=keys.blocks,
+        value_blocks=values.blocks,
+        key_stride=keys.stride,
+        value_stride=values.stride,
+        key_align=keys.align,
+        value_align=values.align,
         **_basis_form(key_basis),
-        state_width=state_width,
+        state_width=values.channels,
         mask_stride=0 if mask is None else mask.stride(2) if mask.shape[2] > 1 else 1,
         hidden=hidden,
         block_n=max(16, min(sizes.tokens, (1 << (sizes.tile // unpacked).bit_length()) // 2)),
         stages=sizes.stages,
+        key_heads=keys.heads,
+        value_heads=values.heads,
     )
     tables = (segment.starts, segment.lengths, segment.basis_rows)
     return SegmentShape(
         order=order,
         form=form,
         merge_form=MergeForm(
-            state_width, 0 if value_basis is None else _block(state_width), **_basis_form(value_basis)
+            values.channels,
+            0 if value_basis is None else _block(values.channels),
+            **_basis_form(value_basis),
+            value_heads=values.heads,
         ),
-        token_bytes=keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size(),
+        token_bytes=keys.token_bytes + values.token_bytes,
         strides=(
-            odd(keys.stride(0) // key_align),
-            odd(values.stride(0) // value_align),
+            keys.head_stride,
+            values.head_stride,
             odd(0 if segment.slots is None else segment.slots.stride(0)),
         ),
         basis_strides=_basis_strides(key_basis),
         merge_strides=_basis_strides(value_basis),
+        heads=(keys.table, values.table),
         packed_rows=all(table is None or table.is_contiguous() for table in tables),
     )
 
@@ -410,12 +496,43 @@ def _blocks(columns: int, code: Code | None) -> tuple[Block, ...]:
     assert isinstance(code, CodeLayout)
     blocks: list[Block] = []
     offset = channel = first_part = 0
-    for bits, channels in code.blocks:
-        parts = 8 // bits
-        width = channels // parts
+    for bits, width, parts in _runs(code):
         blocks.append(Block(bits, parts, offset, width, _block(width), channel, first_part))
-        offset, channel, first_part = offset + width, channel + channels, first_part + parts
+        offset, channel, first_part = offset + width, channel + width * parts, first_part + parts
     return tuple(blocks)
+
+
+def _runs(code: CodeLayout | Numbers) -> list[tuple[int, int, int]]:
+    """Bits (0: numbers), columns and channels to a column of each run of columns of a token."""
+    if isinstance(code, Numbers):
+        return [(0, code.channels, 1)]
+    return [(bits, channels * bits // 8, 8 // bits) for bits, channels in code.blocks]
+
+
+def _digit_blocks(code: HeadCodes, columns: int, width: int) -> tuple[Block, ...]:
+    """Blocks of `width` columns of a token whose head says what they hold; see `Block`."""
+    bits = min(bits for part in code.parts for bits, _, _ in _runs(part))
+    parts = 8 // bits if bits else 1
+    return tuple(Block(bits, parts, i * width, 0, width, 0, i * parts) for i in range(columns // width))
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _head_table(code: HeadCodes, columns: int, align: int, device: torch.device) -> Tensor:
+    """What a `HeadTable` describes."""
+    table = []
+    offset = 0
+    for part, width in zip(code.parts, code.widths, strict=True):
+        of_columns, channel = [], 0
+        for bits, run, channels in _runs(part):
+            log_bits = (bits or 16).bit_length() - 1
+            of_columns += [(log_bits, channel + column, run) for column in range(run)]
+            channel += run * channels
+        of_columns += [(0, 0, 0)] * (columns - width)
+        table.append(
+            [offset // align, width // align, part.channels, *(n for row in zip(*of_columns, strict=True) for n in row)]
+        )
+        offset += width
+    return torch.tensor(table, dtype=torch.int32, device=device)
 
 
 def _decoder(basis: KeyBasis | None) -> KeyBasis | None:
@@ -459,6 +576,7 @@ def _segment_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[i
     return SegmentArguments(
         segment.keys,
         segment.values,
+        *shape.heads,
         segment.slots,
         starts,
         lengths,
@@ -475,11 +593,11 @@ def _segment_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[i
 def _merge_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[int, int, int]) -> MergeArguments:
     basis = segment.value_basis
     if basis is None or basis.B is None:
-        return MergeArguments(None, None, None, place, shape.merge_strides)
+        return MergeArguments(None, None, None, None, place, shape.merge_strides)
     rows = segment.basis_rows
     if rows is not None and not shape.packed_rows:
         rows = rows.contiguous()
-    return MergeArguments(basis.B, basis.delta, rows, place, shape.merge_strides)
+    return MergeArguments(basis.B, basis.delta, rows, shape.heads[1], place, shape.merge_strides)
 
 
 def _token_stride(tensor: Tensor) -> int:

@@ -20,15 +20,32 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Block(NamedTuple):
-    """Columns of a stored token: numbers as they are (`bits` 0), or codes of `bits`, ``8 // bits`` to a byte."""
+    """Columns of a stored token: numbers as they are (`bits` 0), or codes of `bits`, ``8 // bits`` to a byte.
+
+    Where heads have widths of their own (`width` 0), which columns there are and what they hold is in a `HeadTable`.
+    Bytes are read as digits of `bits` then, the fewest of any code: a code of more bits is a sum of digits times powers
+    of two, which are folded into the projected queries, and for Values into the sum. So one body reads all mixtures.
+    """
 
     bits: int
-    parts: int  # codes to a byte
+    parts: int  # codes, or digits, to a byte
     offset: int  # first number or byte within the token
-    width: int  # numbers or bytes
+    width: int  # numbers or bytes; 0: the head's own
     padded: int  # the power of two that holds `width`
     channel: int  # first channel; part i of a byte holds channels ``channel + i * width`` and following
     first_part: int  # parts of the blocks before
+
+
+class HeadTable(NamedTuple):
+    """Where the numbers stand that a head has of its own, int32 ``[H, 3 + 3 * columns]``.
+
+    Of the head: where its tokens begin, per token of the storage, and how wide they are, both in units of the alignment
+    of its rows; its channels. Of each column: the binary logarithm of its bits, the channel of its first code, and how
+    many channels further on that of the next code in the same byte is.
+    """
+
+    columns: int  # 0: all heads are alike, and there is no table
+    align: int  # divides all runs of channels that lie side by side
 
 
 class SegmentForm(NamedTuple):
@@ -48,13 +65,17 @@ class SegmentForm(NamedTuple):
     hidden: float | None  # masks: numbers up to here hide a token; None: bool, or no mask
     block_n: int
     stages: int
+    key_heads: HeadTable
+    value_heads: HeadTable
 
 
 class SegmentArguments(NamedTuple):
     """What a segment stores; integers as `odd` numbers. Strides of heads and of basis rows are in units of align."""
 
-    stored_keys: Any  # [H, N, columns]
+    stored_keys: Any  # [H, N, columns], or the heads one after the other
     stored_values: Any  # [H, N, columns] (a tuple of Triton has `values` of its own)
+    key_heads: Any  # a `HeadTable`, or None
+    value_heads: Any
     slots: Any  # [B, n], or None: tokens lie side by side
     starts: Any  # [B]
     lengths: Any  # [B]
@@ -63,7 +84,8 @@ class SegmentArguments(NamedTuple):
     delta: Any  # [H, R, D], or None
     basis_rows: Any  # [B], or None: row b uses row b of the basis
     place: tuple[int, ...]  # first split, splits, where its states begin in units of STATE_ALIGN
-    sizes: tuple[int, ...]  # max_length; strides of the mask's rows and queries; of heads of Keys, of Values; of slots
+    # max_length; strides of the mask's rows and queries; of heads of Keys, of Values (or the tokens stored); of slots
+    sizes: tuple[int, ...]
     basis_strides: tuple[int, ...]  # of heads and rows of the decoder, of delta
 
 
@@ -75,6 +97,7 @@ class MergeForm(NamedTuple):
     decoder_stride: int
     decoder_align: int
     delta_align: int
+    value_heads: HeadTable
 
 
 class MergeArguments(NamedTuple):
@@ -83,6 +106,7 @@ class MergeArguments(NamedTuple):
     decoder: Any  # [H, R, D_v, channels], or None: states are outputs
     delta: Any  # [H, R, D_v], or None
     basis_rows: Any  # [B], or None
+    value_heads: Any
     place: tuple[int, ...]
     basis_strides: tuple[int, ...]
 
@@ -147,18 +171,50 @@ def _zeros(BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _add_projections(sums, q, rows, inside, BLOCK: tl.constexpr):
+def _column(heads, row, columns, inside, TABLE: tl.constexpr):
+    """Row `row` of what a `HeadTable` says of columns, [W]; 0 for those that are not there."""
+    return tl.load(heads + 3 + row * TABLE.columns + columns, mask=inside, other=0)
+
+
+@triton.jit
+def _inside(columns, width, BLOCK: tl.constexpr):
+    """Which columns [W] of a block there are in a token of `width`."""
+    if BLOCK.width > 0:
+        inside = columns < BLOCK.width
+    else:
+        inside = columns < width - BLOCK.offset
+    return inside
+
+
+@triton.jit
+def _channels(heads, columns, inside, part: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr):
+    """The channel of part `part` of a block's columns, [W], and the power of two by which it counts there."""
+    if BLOCK.width > 0:
+        channels = BLOCK.channel + part * BLOCK.width + columns
+        power = 1.0
+    else:
+        DIGIT: tl.constexpr = part * BLOCK.bits
+        log_bits = _column(heads, 0, BLOCK.offset + columns, inside, TABLE)
+        channels = _column(heads, 1, BLOCK.offset + columns, inside, TABLE)
+        channels += (DIGIT >> log_bits) * _column(heads, 2, BLOCK.offset + columns, inside, TABLE)
+        channels = tl.max_contiguous(tl.multiple_of(channels, TABLE.align), TABLE.align)
+        power = (1 << (DIGIT & ((1 << log_bits) - 1))).to(tl.float32)
+    return channels, power
+
+
+@triton.jit
+def _add_projections(sums, q, rows, there, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr):
     """Those of `sums` that belong to a block, and the products of query channels with its part of the decoder.
 
-    `rows` are pointers to these channels' rows of the decoder, `inside` whether they are there.
+    `rows` are pointers to these channels' rows of the decoder, `there` whether they are there.
     """
     columns = tl.arange(0, BLOCK.padded)  # [W]
+    inside = _inside(columns, width, BLOCK)
     projected = ()
     for part in tl.static_range(BLOCK.parts):
+        channels, _ = _channels(heads, columns, inside, part, BLOCK, TABLE)
         decoder = tl.load(  # [BLOCK_K, W]
-            rows[:, None] + (BLOCK.channel + part * BLOCK.width) + columns[None, :],
-            mask=inside[:, None] & (columns[None, :] < BLOCK.width),
-            other=0.0,
+            rows[:, None] + channels[None, :], mask=there[:, None] & inside[None, :], other=0.0
         )
         if decoder.dtype == q.dtype:
             product = tl.dot(q, decoder, sums[BLOCK.first_part + part], input_precision="ieee")
@@ -175,6 +231,8 @@ def _project(
     query,  # pointers [BLOCK_M]
     inside_queries,  # [BLOCK_M]
     seg,
+    heads,  # this head's entry of the table, where there is one
+    width,  # of a token
     head,
     basis_row,
     FORM: tl.constexpr,
@@ -205,13 +263,20 @@ def _project(
         rows = decoder + channels * FORM.decoder_stride  # [BLOCK_K]
         more = ()
         for index in tl.static_range(len(FORM.key_blocks)):
-            more = more + _add_projections(sums, q, rows, channels < D, FORM.key_blocks[index])
+            more = more + _add_projections(
+                sums, q, rows, channels < D, heads, width, FORM.key_blocks[index], FORM.key_heads
+            )
         sums = more
     tiles = ()
     rests = ()
     for index in tl.static_range(len(FORM.key_blocks)):
         for part in tl.static_range(FORM.key_blocks[index].parts):
             projected = sums[FORM.key_blocks[index].first_part + part]
+            if FORM.key_blocks[index].width == 0:
+                columns = tl.arange(0, FORM.key_blocks[index].padded)  # [W]
+                inside = _inside(columns, width, FORM.key_blocks[index])
+                _, power = _channels(heads, columns, inside, part, FORM.key_blocks[index], FORM.key_heads)
+                projected = projected * power[None, :]
             if FORM.key_blocks[index].bits > 0:
                 shift += 2.0 ** (FORM.key_blocks[index].bits - 1) * tl.sum(projected, 1)
             # The projected query is no number of the query's dtype. Rounding it would cost more precision than all else
@@ -224,10 +289,10 @@ def _project(
 
 
 @triton.jit
-def _add_logits(logits, tiles, rests, rows, inside, BLOCK: tl.constexpr):
+def _add_logits(logits, tiles, rests, rows, inside, width, BLOCK: tl.constexpr):
     """`logits` [BLOCK_M, BLOCK_N] and the products of projected queries with one block of the tokens' Keys."""
     columns = tl.arange(0, BLOCK.padded)  # [W]
-    inside_tile = (columns[:, None] < BLOCK.width) & inside[None, :]  # [W, BLOCK_N]
+    inside_tile = _inside(columns, width, BLOCK)[:, None] & inside[None, :]  # [W, BLOCK_N]
     pointers = rows[None, :] + (BLOCK.offset + columns)[:, None]
     # Codes are finite whatever their bits, and what meets those that are not there is zero: they need no fill.
     if BLOCK.bits > 0:
@@ -243,10 +308,10 @@ def _add_logits(logits, tiles, rests, rows, inside, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_values(outs, fade, weights, rows, inside, BLOCK: tl.constexpr):
+def _add_values(outs, fade, weights, rows, inside, width, BLOCK: tl.constexpr):
     """Those of the sums `outs` [BLOCK_M, W] that belong to a block, faded, and the block's weighted Values."""
     columns = tl.arange(0, BLOCK.padded)  # [W]
-    inside_tile = inside[:, None] & (columns[None, :] < BLOCK.width)  # [BLOCK_N, W]
+    inside_tile = inside[:, None] & _inside(columns, width, BLOCK)[None, :]  # [BLOCK_N, W]
     pointers = rows[:, None] + (BLOCK.offset + columns)[None, :]
     if BLOCK.bits > 0:
         stored = tl.load(pointers, mask=inside_tile)
@@ -261,18 +326,39 @@ def _add_values(outs, fade, weights, rows, inside, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_block(states, inside, outs, total, BLOCK: tl.constexpr):
+def _store_block(states, there, outs, total, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr):
     """Store a block's channels of the state, [BLOCK_M] pointers, with the centre of its codes put back."""
     columns = tl.arange(0, BLOCK.padded)  # [W]
+    inside = _inside(columns, width, BLOCK)
     for part in tl.static_range(BLOCK.parts):
         out = outs[BLOCK.first_part + part] / total[:, None]
         if BLOCK.bits > 0:
             out += 2.0 ** (BLOCK.bits - 1)
-        tl.store(
-            states[:, None] + (BLOCK.channel + part * BLOCK.width + columns)[None, :],
-            out,
-            mask=inside[:, None] & (columns[None, :] < BLOCK.width),
-        )
+        channels, power = _channels(heads, columns, inside, part, BLOCK, TABLE)
+        stored = inside
+        if BLOCK.width == 0:
+            # The first digit of a code takes the others to it.
+            stored = inside & (power == 1.0)
+            for other in tl.static_range(part + 1, BLOCK.parts):
+                digit = outs[BLOCK.first_part + other] / total[:, None] + 2.0 ** (BLOCK.bits - 1)
+                others, weight = _channels(heads, columns, inside, other, BLOCK, TABLE)
+                out += tl.where((others == channels)[None, :], digit * weight[None, :], 0.0)
+        tl.store(states[:, None] + channels[None, :], out, mask=there[:, None] & stored[None, :])
+
+
+@triton.jit
+def _head(stored, table, head, head_stride, STRIDE: tl.constexpr, ALIGN: tl.constexpr, TABLE: tl.constexpr):
+    """Where a head's tokens begin, its entry of the table if there is one, and the stride from token to token."""
+    if table is None:
+        heads = stored  # there is none to be read
+        rows = stored + head * head_stride * ALIGN
+        stride = STRIDE
+    else:
+        # With a table the stride of heads is the number of tokens stored, and tokens are as wide as they lie apart.
+        heads = table + head * (3 + 3 * TABLE.columns)
+        rows = stored + tl.load(heads).to(tl.int64) * head_stride * ALIGN
+        stride = tl.load(heads + 1) * ALIGN
+    return rows, heads, stride
 
 
 @triton.jit
@@ -315,6 +401,18 @@ def _attend_segment(
     begin = (split * share + tl.minimum(split, more)) * BLOCK_N
     end = tl.minimum(begin + (share + tl.where(split < more, 1, 0)) * BLOCK_N, length)
 
+    keys, key_heads, key_stride = _head(
+        seg.stored_keys, seg.key_heads, head, key_head_stride, FORM.key_stride, FORM.key_align, FORM.key_heads
+    )
+    values, value_heads, value_stride = _head(
+        seg.stored_values,
+        seg.value_heads,
+        head,
+        value_head_stride,
+        FORM.value_stride,
+        FORM.value_align,
+        FORM.value_heads,
+    )
     if seg.decoder is None:
         channels = tl.arange(0, BLOCK_D)  # [BLOCK_D]
         q = tl.load(  # [BLOCK_M, BLOCK_D]
@@ -327,15 +425,13 @@ def _attend_segment(
         basis_row = row
         if seg.basis_rows is not None:
             basis_row = tl.load(seg.basis_rows + row).to(tl.int64)
-        tiles, rests, shift = _project(query, inside_queries, seg, head, basis_row, FORM, D, 32)
+        tiles, rests, shift = _project(query, inside_queries, seg, key_heads, key_stride, head, basis_row, FORM, D, 32)
         shift *= scale_log2
 
     tokens = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    keys = seg.stored_keys + head * key_head_stride * FORM.key_align
-    values = seg.stored_values + head * value_head_stride * FORM.value_align
     if seg.slots is None:
-        keys += (start + begin) * FORM.key_stride
-        values += (start + begin) * FORM.value_stride
+        keys += (start + begin) * key_stride
+        values += (start + begin) * value_stride
         slots = None
     else:
         slots = seg.slots + row * slot_row_stride + start + begin
@@ -357,15 +453,19 @@ def _attend_segment(
     for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.stages):
         inside = first + tokens < end  # [BLOCK_N]
         if slots is None:
-            key_rows = keys + tokens * FORM.key_stride  # [BLOCK_N]
-            value_rows = values + tokens * FORM.value_stride  # [BLOCK_N]
+            key_rows = keys + tokens * key_stride  # [BLOCK_N]
+            value_rows = values + tokens * value_stride  # [BLOCK_N]
         else:
             slot = tl.load(slots + tokens, mask=inside, other=0).to(tl.int64)  # [BLOCK_N]
-            key_rows = keys + slot * FORM.key_stride
-            value_rows = values + slot * FORM.value_stride
+            key_rows = keys + slot * key_stride
+            value_rows = values + slot * value_stride
         logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
         for index in tl.static_range(len(FORM.key_blocks)):
-            logits = _add_logits(logits, tiles, rests, key_rows, inside, FORM.key_blocks[index])
+            if FORM.key_blocks[index].width == 0 and index > 0:
+                if key_stride > FORM.key_blocks[index].offset:  # or this head ends before it
+                    logits = _add_logits(logits, tiles, rests, key_rows, inside, key_stride, FORM.key_blocks[index])
+            else:
+                logits = _add_logits(logits, tiles, rests, key_rows, inside, key_stride, FORM.key_blocks[index])
         logits = logits * scale_log2 + shift[:, None]
         if mask is not None:
             if SINGLE:
@@ -393,12 +493,24 @@ def _attend_segment(
         rounded_weights = weights.to(query.dtype.element_ty)
         sums = ()
         for index in tl.static_range(len(FORM.value_blocks)):
-            sums = sums + _add_values(outs, fade, rounded_weights, value_rows, inside, FORM.value_blocks[index])
+            if FORM.value_blocks[index].width == 0 and index > 0:
+                block_sums = ()
+                for part in tl.static_range(FORM.value_blocks[index].parts):
+                    block_sums = block_sums + (outs[FORM.value_blocks[index].first_part + part],)
+                if value_stride > FORM.value_blocks[index].offset:
+                    block_sums = _add_values(
+                        outs, fade, rounded_weights, value_rows, inside, value_stride, FORM.value_blocks[index]
+                    )
+                sums = sums + block_sums
+            else:
+                sums = sums + _add_values(
+                    outs, fade, rounded_weights, value_rows, inside, value_stride, FORM.value_blocks[index]
+                )
         outs = sums
         highest = new_highest
         if slots is None:
-            keys += BLOCK_N * FORM.key_stride
-            values += BLOCK_N * FORM.value_stride
+            keys += BLOCK_N * key_stride
+            values += BLOCK_N * value_stride
         else:
             slots += BLOCK_N
 
@@ -413,7 +525,16 @@ def _attend_segment(
     state = ((state_row * splits + split) * all_queries + query_rows) * FORM.state_width  # [BLOCK_M]
     state += first_state.to(tl.int64) * STATE_ALIGN
     for index in tl.static_range(len(FORM.value_blocks)):
-        _store_block(states + state, inside_queries, outs, total, FORM.value_blocks[index])
+        _store_block(
+            states + state,
+            inside_queries,
+            outs,
+            total,
+            value_heads,
+            value_stride,
+            FORM.value_blocks[index],
+            FORM.value_heads,
+        )
 
 
 @triton.jit
@@ -498,6 +619,9 @@ def _merge_segment(
     else:
         columns = tl.arange(0, FORM.block_w)  # [W]
     first_split, splits, first_state = _plain(seg.place)
+    width = FORM.state_width
+    if seg.value_heads is not None:
+        width = tl.load(seg.value_heads + head * (3 + 3 * FORM.value_heads.columns) + 2)
     highest = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     merged = tl.zeros([columns.shape[0]], tl.float32)  # [W]
@@ -512,7 +636,7 @@ def _merge_segment(
         state = ((state_row * splits + split) * all_queries + query_row) * FORM.state_width  # [BLOCK_S]
         tile = tl.load(  # [BLOCK_S, W]
             states + first_state.to(tl.int64) * STATE_ALIGN + state[:, None] + columns[None, :],
-            mask=inside[:, None] & (columns[None, :] < FORM.state_width),
+            mask=inside[:, None] & (columns[None, :] < width),
             other=0.0,
         )
         new_highest = tl.maximum(highest, tl.max(lse, 0))
@@ -534,7 +658,7 @@ def _merge_segment(
             + (head * decoder_head_stride + basis_row * decoder_row_stride) * FORM.decoder_align
             + channels[:, None] * FORM.decoder_stride
             + columns[None, :],
-            mask=(channels[:, None] < D_V) & (columns[None, :] < FORM.state_width),
+            mask=(channels[:, None] < D_V) & (columns[None, :] < width),
             other=0.0,
         )
         merged = tl.sum(decoder.to(tl.float32) * merged[None, :], 1)  # [BLOCK_DV]

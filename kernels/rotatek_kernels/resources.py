@@ -16,9 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import CodeLayout
+from rotatek_cache.coding import CodeLayout, HeadCodes, Numbers
 from rotatek_cache.segments import SegmentView
-from rotatek_kernels.decode import Launch, plan, shapes_of
+from rotatek_kernels.decode import BlockSizes, Launch, plan, shapes_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,6 +41,7 @@ class Resources:
         loads: of stored tokens and bases, by their size in bytes (asynchronous copies, where the target has them).
         loops: instructions of each innermost loop with matrix products, one warp's.
         instructions: of all.
+        asynchronous: whether stored tokens are copied past the registers while others are worked on.
     """
 
     registers: int
@@ -49,6 +50,7 @@ class Resources:
     loads: dict[int, int]
     loops: list[int]
     instructions: int
+    asynchronous: bool = False
 
 
 class _Driver:
@@ -144,6 +146,7 @@ def _nvidia(usage: str, code: str, shared: int) -> Resources:
         loads=loads,
         loops=loops,
         instructions=len(instructions),
+        asynchronous=any("LDGSTS" in text for text in instructions),
     )
 
 
@@ -174,9 +177,9 @@ def segment_of_shape(
     dtype: torch.dtype,
     *,
     rank: int | None = None,
-    key_code: CodeLayout | None = None,
+    key_code: CodeLayout | HeadCodes | None = None,
     value_rank: int | None = None,
-    value_code: CodeLayout | None = None,
+    value_code: CodeLayout | HeadCodes | None = None,
     slots: bool = False,
     mask: tuple[int, torch.dtype] | None = None,
 ) -> SegmentView:
@@ -195,12 +198,15 @@ def segment_of_shape(
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    def stored(code: CodeLayout | None, channels: int | None) -> tuple[Tensor, KeyBasis | None]:
+    def stored(code: CodeLayout | HeadCodes | None, channels: int | None) -> tuple[Tensor, KeyBasis | None]:
         channels = channels if code is None else code.channels
         basis = None
         if channels is not None:
             decoder, delta = empty(heads, batch, width, channels), empty(heads, batch, width)
             basis = KeyBasis(B=decoder, delta=delta)
+        if isinstance(code, HeadCodes):
+            plain = isinstance(code.parts[0], Numbers)
+            return empty(batch * tokens * sum(code.widths), dtype=dtype if plain else torch.uint8), basis
         if code is not None:
             return empty(heads, batch * tokens, code.row_bytes, dtype=torch.uint8), basis
         return empty(heads, batch * tokens, channels or width), basis
@@ -223,9 +229,11 @@ def segment_of_shape(
     )
 
 
-def plan_of_shape(segments: Sequence[SegmentView], group: int, width: int, queries: int = 1) -> list[Launch]:
-    """The launches over segments without storage, by a query of their dtype."""
-    heads, batch = segments[0].keys.shape[0], segments[0].starts.shape[0]
+def plan_of_shape(
+    segments: Sequence[SegmentView], group: int, width: int, queries: int = 1, sizes: BlockSizes | None = None
+) -> list[Launch]:
+    """The launches over segments without storage, by a query of their dtype; `sizes` in place of the table's."""
+    heads, batch = segments[0].heads, segments[0].starts.shape[0]
     dtype = next((s.keys.dtype for s in segments if s.key_code is None), torch.bfloat16)
     query = torch.empty(batch, heads * group, queries, width, dtype=dtype, device="meta")
-    return plan(shapes_of(query, segments), query, segments, width**-0.5, PROCESSORS)[0]
+    return plan(shapes_of(query, segments, sizes), query, segments, width**-0.5, PROCESSORS)[0]

@@ -109,6 +109,12 @@ class StateBasis:
 
     def ranges(self, code: CodeLayout | HeadCodes | Numbers, device: torch.device) -> tuple[Tensor, Tensor]:
         """``low`` and ``step`` ``[H, channels]`` for what `code` stores; zero and one for plain numbers."""
+        key = ("ranges", code, device)
+        if key not in self._memo:
+            self._memo[key] = self._ranges(code, device)
+        return self._memo[key]
+
+    def _ranges(self, code: CodeLayout | HeadCodes | Numbers, device: torch.device) -> tuple[Tensor, Tensor]:
         parts = code.parts if isinstance(code, HeadCodes) else (code,) * len(self.spectrum)
         low = torch.zeros(len(parts), code.channels)
         step = torch.zeros(len(parts), code.channels)
@@ -126,9 +132,12 @@ class StateBasis:
 
     def float8_scale(self, channels: int, device: torch.device) -> Tensor:
         """Scale ``[H, channels]`` that brings coefficients into the range of float8."""
-        low, step = self.low[8][:, :channels], self.step[8][:, :channels]
-        most = low.abs().maximum((low + 255 * step).abs())
-        return (torch.where(most > 0, most, torch.ones_like(most)) / FP8_MOST).to(device)
+        key = ("float8", channels, device)
+        if key not in self._memo:
+            low, step = self.low[8][:, :channels], self.step[8][:, :channels]
+            most = low.abs().maximum((low + 255 * step).abs())
+            self._memo[key] = (torch.where(most > 0, most, torch.ones_like(most)) / FP8_MOST).to(device)
+        return self._memo[key]
 
     def scaled_decoder(
         self, key: object, low: Tensor, step: Tensor, middle: Tensor, dtype: torch.dtype

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver, stored_basis
+from rotatek_cache.basis import KeyBasis, KeyStatistics, Solver, one_hot_columns, stored_basis
 
 
 @dataclass(frozen=True)
@@ -26,5 +26,5 @@ class ThinK:
     def fit(self, stats: KeyStatistics, rank: int, solver: Solver, dtype: torch.dtype) -> KeyBasis:
         """One-hot columns of the best channels."""
         chosen = self.scores(stats).topk(rank, -1).indices
-        columns = torch.nn.functional.one_hot(chosen, stats.mean.shape[-1]).to(stats.mean.dtype).mT
+        columns = one_hot_columns(chosen, stats.mean.shape[-1], stats.mean.dtype)
         return stored_basis(columns, columns, None, None, dtype)
