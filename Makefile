@@ -49,6 +49,8 @@ test-lmms:  ## Run lmms-eval itself with our plug-in, and our metrics against it
 	$(MAKE) --no-print-directory VENV="$(LMMS_VENV)" "$(LMMS_VENV)/.lmms"
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(LMMS_VENV)/bin/python -m pytest tests/test_lmms_eval.py tests/test_evals_metrics.py
 
+# One thread: a small model gains nothing by two, and loses much where a machine is busy.
+evals-quick: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 evals-quick: $(VENV)/.evals  ## Accuracy, diagnostics and latency of the reader with a report, in some minutes
 	$(BIN)/python -m evals.accuracy --config evals/quick.yaml --out $(QUICK)/accuracy_reader
 	$(BIN)/python -m evals.diagnostics --samples 8 --pages 64 --out $(QUICK)/diagnostics_reader.json --figures $(QUICK)

@@ -217,7 +217,14 @@ def answer_batch(
             config = chat.model.config.get_text_config(decoder=True)
             cache = DynamicCache(config=config) if options is None else RotateKCache(**options)
             samples = [sample for _, sample in part]
-            answers, stored, tokens = ask(chat, samples, cache, limit or task.max_new_tokens)
+            try:
+                answers, stored, tokens = ask(chat, samples, cache, limit or task.max_new_tokens)
+            except (ValueError, NotImplementedError) as error:  # what a cache refuses once it sees a prompt
+                known = ", ".join(str(number) for number, _ in part)
+                raise RunError(
+                    f"method '{name}' cannot answer samples {known} of '{task.name}': {error}. Finished samples are "
+                    "kept: go on with --only the others and another --out, or change the method"
+                ) from error
             for (number, sample), given in zip(part, answers, strict=True):
                 turns = [
                     {
