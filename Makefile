@@ -10,8 +10,13 @@ ARGS ?= -n auto --maxprocesses=8
 # Where `test-sglang` keeps SGLang and its versions of everything, and its arguments for pytest.
 SGLANG_VENV ?= .venv-sglang
 SGLANG_ARGS ?=
+# Where `test-lmms` keeps lmms-eval and what it brings.
+LMMS_VENV ?= .venv-lmms
 # Where `evals-quick` writes; results are never overwritten.
 QUICK := $(or $(QUICK),runs/quick-$(shell date +%Y%m%d-%H%M%S))
+# Where `evals-gpu` writes, and which shapes of evals/shapes.yaml it measures.
+GPU := $(or $(GPU),runs/gpu-$(shell date +%Y%m%d-%H%M%S))
+SHAPES ?= llava-next-8b qwen2.5-vl-7b qwen3-vl-8b
 # The demo's own: IMAGE=page.png QUESTION="row 3?" MODEL=name-or-path SPARSITY=0.75 OUT=folder
 export IMAGE QUESTION MODEL SPARSITY OUT
 
@@ -19,7 +24,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test test-sglang evals-quick report lint format clean
+.PHONY: help demo demo-sglang test test-sglang test-lmms evals-quick evals-gpu report lint format clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,12 +45,28 @@ test-sglang:  ## Run the tests of the SGLang plug-in, servers on the CPU include
 	PYTHON="$(PYTHON)" tests/sglang/make_env.sh "$(SGLANG_VENV)"
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(SGLANG_VENV)/bin/python -m pytest tests/sglang $(SGLANG_ARGS)
 
+test-lmms:  ## Run lmms-eval itself with our plug-in, and our metrics against its own
+	$(MAKE) --no-print-directory VENV="$(LMMS_VENV)" "$(LMMS_VENV)/.lmms"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(LMMS_VENV)/bin/python -m pytest tests/test_lmms_eval.py tests/test_evals_metrics.py
+
+# One thread: a small model gains nothing by two, and loses much where a machine is busy.
+evals-quick: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 evals-quick: $(VENV)/.evals  ## Accuracy, diagnostics and latency of the reader with a report, in some minutes
 	$(BIN)/python -m evals.accuracy --config evals/quick.yaml --out $(QUICK)/accuracy_reader
 	$(BIN)/python -m evals.diagnostics --samples 8 --pages 64 --out $(QUICK)/diagnostics_reader.json --figures $(QUICK)
 	$(BIN)/python -m evals.latency --shape four-layers --contexts 512 1024 --tokens 16 --rounds 3 --device cpu \
 		--out $(QUICK)/latency_four_layers.json
 	$(BIN)/python -m evals.report --results $(QUICK) --out $(QUICK)/report
+
+evals-gpu: $(VENV)/.evals  ## Latency and memory of three 8B shapes, VL-Cache's setting and the kernel on a CUDA device
+	for shape in $(SHAPES); do \
+		$(BIN)/python -m evals.latency --shape $$shape --contexts 1024 4096 16384 65536 131072 --batches 4 16 \
+			--largest 65536 --tokens 128 --rounds 1 --device cuda --out $(GPU)/latency_$$shape.json || exit 1; \
+	done
+	$(BIN)/python -m evals.latency --shape llava-next-8b --methods evals/latency_vl_cache.yaml \
+		--contexts 2048 16384 131072 --batches 4 --tokens 100 --device cuda --out $(GPU)/latency_vl_cache.json
+	$(BIN)/python -m evals.bench_kernel --device cuda --out $(GPU)/bench_kernel_cuda.json
+	$(BIN)/python -m evals.report --results $(GPU) --out $(GPU)/report
 
 report: $(VENV)/.evals  ## One page, report/report.html, out of the stored results
 	$(BIN)/python -m evals.report --results evals/results --out report
@@ -58,8 +79,15 @@ lint: $(VENV)/.dev  ## Check style and types
 format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff format
 
+# On CPU builds of torch the torchvision of lmms-eval cannot be imported, and transformers would try.
+$(VENV)/.lmms: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --quiet -c constraints.txt -e ".[dev,lmms]"
+	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
+		$(PIP) uninstall --quiet --yes torchvision timm; fi
+	@touch $@
+
 clean:  ## Remove what these commands made
-	rm -rf $(VENV) $(SGLANG_VENV) build dist demo_output report *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) $(LMMS_VENV) build dist demo_output report *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # The CPU build of torch saves gigabytes where no NVIDIA driver could use the CUDA build. In order: a wheel at hand in a
 # folder that pip is configured to look into, PyTorch's CPU index if it answers, the default index.

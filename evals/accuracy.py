@@ -37,6 +37,7 @@ from transformers import Cache, DynamicCache
 
 from evals.fidelity import bootstrap
 from evals.metrics import METRICS
+from evals.store import write_json
 from evals.tasks import Sample, SampleError, Task, TaskError, load_task, task_names
 from rotatek_cache import RotateKCache
 from rotatek_cache.cache import storage_bytes
@@ -130,8 +131,7 @@ class Run:
                 )
         state.wait_for_everyone()  # all have looked before one writes
         if state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            stored.write_text(json.dumps(given, indent=1) + "\n")
+            write_json(stored, given)
             for part in self._parts():  # a process that was killed may have left half a line
                 text = part.read_text(encoding="utf-8")
                 part.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
@@ -155,7 +155,7 @@ class Run:
         target.write_text(
             "".join(json.dumps(self.done[key], ensure_ascii=False) + "\n" for key in order), encoding="utf-8"
         )
-        (self.folder / "scores.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_json(self.folder / "scores.json", result)
         for part in self._parts():
             part.unlink()
 
@@ -217,7 +217,14 @@ def answer_batch(
             config = chat.model.config.get_text_config(decoder=True)
             cache = DynamicCache(config=config) if options is None else RotateKCache(**options)
             samples = [sample for _, sample in part]
-            answers, stored, tokens = ask(chat, samples, cache, limit or task.max_new_tokens)
+            try:
+                answers, stored, tokens = ask(chat, samples, cache, limit or task.max_new_tokens)
+            except (ValueError, NotImplementedError) as error:  # what a cache refuses once it sees a prompt
+                known = ", ".join(str(number) for number, _ in part)
+                raise RunError(
+                    f"method '{name}' cannot answer samples {known} of '{task.name}': {error}. Finished samples are "
+                    "kept: go on with --only the others and another --out, or change the method"
+                ) from error
             for (number, sample), given in zip(part, answers, strict=True):
                 turns = [
                     {
@@ -266,7 +273,8 @@ def run(settings: Settings, folder: Path, device: str = "auto", *, quiet: bool =
         for start in range(0, len(order), settings.batch)
     ]
     own = batches[state.process_index :: state.num_processes]
-    memory = []
+    memory: list[tuple[int, float]] = []
+    finished = 0
     for name, numbers in tqdm(own, desc="batches", disable=quiet or not state.is_main_process, mininterval=2):
         left = {
             method: options
@@ -275,14 +283,15 @@ def run(settings: Settings, folder: Path, device: str = "auto", *, quiet: bool =
         }
         if left:
             progress_of.add(answer_batch(chat, tasks[name], numbers, left, settings.max_new_tokens))
-            memory.append(psutil.Process().memory_info().rss / 2**20)
+            finished += len(numbers)
+            memory.append((finished, psutil.Process().memory_info().rss / 2**20))
     state.wait_for_everyone()
     result: dict[str, Any] = {}
     if state.is_main_process:
         progress_of.collect()
         result = {
             "settings": json.loads(json.dumps(asdict(settings))),
-            "command": shlex.join(["python", "-m", "evals.accuracy", *sys.argv[1:]]),
+            "command": _command(state.num_processes),
             "model": {"name": settings.model, "dtype": str(chat.model.dtype).removeprefix("torch.")},
             "environment": environment(str(chat.model.device), state.num_processes),
             "seconds": round(time.monotonic() - started, 1),
@@ -298,15 +307,28 @@ def run(settings: Settings, folder: Path, device: str = "auto", *, quiet: bool =
     return result
 
 
-def _memory(samples: Sequence[float]) -> dict[str, float] | None:
-    """Resident memory of the main process after a tenth of its batches, at the end, and at most."""
-    if not samples:
+def _command(processes: int) -> str:
+    launch = ["torchrun", f"--nproc-per-node={processes}"] if processes > 1 else ["python"]
+    return shlex.join([*launch, "-m", "evals.accuracy", *sys.argv[1:]])
+
+
+def _memory(series: Sequence[tuple[int, float]], points: int = 200) -> dict[str, Any] | None:
+    """Resident memory of the main process while it answered its samples.
+
+    Args:
+        series: samples that were finished (of all tasks), and MiB then, after each batch.
+        points: how many of them the stored series holds at most, evenly chosen, the last among them.
+    """
+    if not series:
         return None
+    resident = [mebibytes for _, mebibytes in series]
+    step = -(-len(series) // points)
     return {
-        "after_a_tenth": round(samples[len(samples) // 10], 1),
-        "end": round(samples[-1], 1),
-        "most": round(max(samples), 1),
-        "batches": len(samples),
+        "after_a_tenth": round(resident[len(resident) // 10], 1),
+        "end": round(resident[-1], 1),
+        "most": round(max(resident), 1),
+        "batches": len(resident),
+        "series": [[samples, round(mebibytes, 1)] for samples, mebibytes in series[::-1][::step][::-1]],
     }
 
 

@@ -14,7 +14,6 @@ image's tokens (a constant per query changes no attention), over the queries tha
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from evals import fidelity, figures
 from evals.accuracy import READER, environment, sample_order
 from evals.reader.pages import ADDRESS_KINDS
+from evals.store import rounded, write_json
 from evals.tasks import Sample, load_task
 from rotatek_cache import RotateKCache
 from rotatek_cache.basis import KeyStatistics, key_moments, matrix_roots, principal_directions
@@ -342,8 +342,7 @@ def main() -> None:
     if args.pages:
         result["ablations"] = answers_without(args)
     result["environment"] = environment(args.device)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(figures.rounded(result), indent=1) + "\n")
+    write_json(args.out, rounded(result))
     if args.figures:
         for name, drawn in figures.diagnostics(result).items():
             figures.save(drawn, args.figures / f"{args.out.stem}_{name}.png")

@@ -48,15 +48,6 @@ def save(figure: Figure, path: Path) -> None:
     path.write_bytes(png(figure))
 
 
-def rounded(value: Any, digits: int = 5) -> Any:
-    """`value` with its floats rounded to significant digits, for files that people read."""
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}")
-    if isinstance(value, Mapping):
-        return {name: rounded(part, digits) for name, part in value.items()}
-    return [rounded(part, digits) for part in value] if isinstance(value, list | tuple) else value
-
-
 def heat_maps(layers: Mapping[int, tuple[Tensor, Tensor]]) -> Figure:
     """Absolute Keys before and after the rotation, tokens down, channels across; a column for each layer."""
     figure, axes = new(2, len(layers), 2.6, sharex=True, sharey=True)

@@ -9,8 +9,7 @@ are computed from the numbers on the page, so that they change with them.
 
 import argparse
 import base64
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import numpy as np
 import yaml
 
 from evals import figures
+from evals.store import Results, StoreError, read
+from evals.verdicts import interval, negated, points, verdicts
 
 PAPERS = Path(__file__).parent / "papers.yaml"
 PAGE = Path(__file__).parent / "report.html.jinja"
@@ -27,10 +28,6 @@ READER_NOTE = (
     "The reader is one small model that reads one kind of page. What holds on it is a hint at what other models do, "
     "no proof."
 )
-
-
-class ReportError(Exception):
-    """A result cannot be read; the message names the file and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -62,140 +59,127 @@ class Section:
     blocks: list[Block] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A claim, whether it holds on what was measured (None: not measured), and the numbers that say so."""
-
-    claim: str
-    holds: bool | None
-    evidence: str
-
-    def words(self) -> str:
-        """As a table says it."""
-        return {True: "holds", False: "does not hold", None: "not measured"}[self.holds]
-
-
-@dataclass
-class Results:
-    """Stored results by kind, each by the name of its file."""
-
-    accuracy: dict[str, dict[str, Any]] = field(default_factory=dict)
-    diagnostics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    latency: dict[str, dict[str, Any]] = field(default_factory=dict)
-    fidelity: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
-    other: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pictures: dict[str, Path] = field(default_factory=dict)
-
-    def kind_of(self, stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Where a result belongs."""
-        if "tasks" in stored and "settings" in stored:
-            return self.accuracy
-        if "geometry" in stored:
-            return self.diagnostics
-        if "rows" in stored and "largest" in stored:
-            return self.latency
-        if stored.get("rows") and all("tokens" in row and "channels" in row for row in stored["rows"]):
-            return self.tokens
-        methods = stored.get("methods")
-        if isinstance(methods, Mapping) and all("second" in row and "kv_ratio" in row for row in methods.values()):
-            return self.fidelity
-        return self.other
-
-
-def read(folders: Iterable[Path]) -> Results:
-    """All results in the folders."""
-    results = Results()
-    for folder in folders:
-        if not folder.is_dir():
-            raise ReportError(f"--results: there is no folder '{folder}'")
-        for path in sorted(folder.rglob("*.json")):
-            try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ReportError(f"'{path}' is no JSON: {error}") from error
-            if isinstance(stored, dict):
-                # The scores of a run lie in a folder that has its name.
-                name = path.parent.name if path.name == "scores.json" else path.stem
-                if path.name != "run.json":
-                    results.kind_of(stored)[name] = stored
-        results.pictures |= {path.stem: path for path in sorted(folder.rglob("*.png"))}
-    return results
-
-
-def points(share: float | None) -> str:
-    """A share in points of a hundred."""
-    return "" if share is None else f"{100 * share:.1f}"
-
-
 def with_error(row: Mapping[str, Any]) -> str:
     """Mean and standard error in points."""
     return points(row["mean"]) + ("" if row.get("se") is None else f" ± {100 * row['se']:.1f}")
 
 
-def interval(mean: float, bounds: Sequence[float]) -> str:
-    """A signed difference with its interval, in points."""
-    middle, low, high = (round(100 * value, 1) + 0.0 for value in (mean, *bounds))  # no negative zero
-    return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
+def against_dense(row: Mapping[str, Any]) -> str:
+    """The paired difference in points, with its interval."""
+    paired = row.get("against_dense")
+    return "" if paired is None else interval(paired["mean"], paired["interval_95"])
+
+
+ACCURACY_NOTE = (
+    "Scores are means with their standard errors, in points; differences are paired with the dense cache on the same "
+    "samples, with the 95 % interval of the bootstrap. Bytes are those of the whole cache, text and bases included. "
+    "The first token of a first answer comes from the prefill, which attends to dense Keys, so that first answers of "
+    "one word (cell, count) say nothing about channels compressed after it; second questions (second, then-...) do."
+)
 
 
 def accuracy_sections(results: Results) -> Iterable[Section]:
     """Tables of the accuracy script, with the trade-off and robustness pictures."""
     for name, stored in results.accuracy.items():
-        section = Section(f"Accuracy: {name}")
-        section.blocks.append(
-            f"Model {stored['model']['name'].rsplit('/', 1)[-1]}, {stored['model']['dtype']}. Scores are means with "
-            "their standard errors, in points; differences are paired with the dense cache on the same samples, with "
-            "the 95 % interval of the bootstrap. Bytes are those of the whole cache, text and bases included. The "
-            "first token of a first answer comes from the prefill, which attends to dense Keys, so that answers of "
-            "one word (cell, count) say nothing about channels compressed after it; second questions do."
-        )
-        for task, found in stored["tasks"].items():
+        tasks = stored["tasks"]
+        model = f"Model {stored['model']['name'].rsplit('/', 1)[-1]}, {stored['model']['dtype']}. "
+        section = Section(f"Accuracy: {name}", [model + ACCURACY_NOTE])
+        methods = list(dict.fromkeys(method for found in tasks.values() for method in found["methods"]))
+        for caption, cell in (("Scores", with_error), ("Against the dense cache", against_dense)):
             rows = [
-                [
-                    method,
-                    with_error(row),
-                    f"{row['ratio']:.2f}x" if row["ratio"] else "",
-                    interval(row["against_dense"]["mean"], row["against_dense"]["interval_95"])
-                    if "against_dense" in row
-                    else "",
-                ]
-                for method, row in found["methods"].items()
+                [method, _ratios(tasks, method)]
+                + [cell(found["methods"][method]) if method in found["methods"] else "" for found in tasks.values()]
+                for method in methods
+                if cell is with_error or method != "dense"
             ]
-            left_out = f", {len(found['failed'])} left out" if found["failed"] else ""
-            caption = f"{task}: {found['metric']}, n = {found['samples']}{left_out}"
-            section.blocks.append(Table(caption, ["method", "score", "cache", "against dense"], rows))
-        drawn = figures.trade_off(stored)
-        section.blocks.append(
-            Picture(
-                f"{name}_trade_off", "Score against the bytes of the cache: channels, tokens, both.", figures.png(drawn)
-            )
+            section.blocks.append(Table(caption, ["method", "cache", *map(_task_title, tasks)], rows))
+        measured = "; ".join(
+            f"{task}: {found['metric']}, n = {found['samples']}"
+            + (f", {len(found['failed'])} left out" if found["failed"] else "")
+            for task, found in tasks.items()
         )
-        robust = figures.robustness(stored)
-        if robust is not None:
+        section.blocks.append(f"Metrics and samples: {measured}.")
+        if memory := stored.get("resident_mib"):
             section.blocks.append(
-                Picture(f"{name}_robustness", "Score against the share of channels removed.", figures.png(robust))
+                f"Resident memory of the main process: {memory['after_a_tenth']:.0f} MiB after a tenth of its "
+                f"{memory['batches']} batches, {memory['end']:.0f} MiB at the end, at most {memory['most']:.0f} MiB."
             )
+        section.blocks += _accuracy_pictures(name, stored)
         yield section
 
 
-def paper_section(papers: Mapping[str, Any]) -> Section:
-    """What the papers state."""
+def _task_title(task: str) -> str:
+    return task.removeprefix("reader-").replace("-", " ")
+
+
+def _ratios(tasks: Mapping[str, Any], method: str) -> str:
+    """By how much a method's cache is smaller, over the tasks."""
+    found = [row["ratio"] for task in tasks.values() if (row := task["methods"].get(method)) and row["ratio"]]
+    low, high = (f"{limit:.2f}" for limit in (min(found, default=0), max(found, default=0)))
+    return "" if not found else f"{low}x" if low == high else f"{low} to {high}x"
+
+
+def _accuracy_pictures(name: str, stored: Mapping[str, Any]) -> Iterable[Picture]:
+    if len(next(iter(stored["tasks"].values()))["methods"]) > 2:
+        drawn = figures.png(figures.trade_off(stored))
+        yield Picture(f"{name}_trade_off", "Score against the bytes of the cache: channels, tokens, both.", drawn)
+    robust = figures.robustness(stored)
+    if robust is not None:
+        caption = "Score against the share of channels removed."
+        yield Picture(f"{name}_robustness", caption, figures.png(robust))
+
+
+def paper_section(papers: Mapping[str, Any], results: Results) -> Section:
+    """What the papers state, and what came out here in its place."""
     stated = papers["accuracy"]
     rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in stated["rows"].items()]
+    gains = [
+        [title, f"{stated['rows'][better][-1] - stated['rows'][worse][-1]:+.1f}", *_here(results, here)]
+        for title, (better, worse, here) in papers["gains"].items()
+    ]
     return Section(
-        "What the papers state",
+        "Beside the papers' numbers",
         [
+            (
+                "Differences in points of the papers' three tasks (mean) and, in the same row, of the reader's second "
+                "question with the 95 % interval, at the nearest budget that was measured."
+            ),
+            Table("Gains", ["comparison", "paper", "reader", "at"], gains),
             Table(stated["source"], ["method", *stated["columns"]], rows),
             Table("Speed, as stated", ["paper", "setting", "gain"], papers["speed"]),
         ],
     )
 
 
+def _here(results: Results, wanted: Mapping[str, Any]) -> list[str]:
+    """The reader's difference for a row of the papers' gains, and at what it was measured."""
+    if "tokens" in wanted:
+        for stored in results.tokens.values():
+            for row in stored["rows"]:
+                asked = (wanted["tokens"], wanted["channels"], wanted["budget"])
+                second = row["second"]
+                if (row["tokens"], row["channels"], row["budget"]) == asked and "loss_to_tokens_only" in second:
+                    gain = interval(-second["loss_to_tokens_only"], negated(second["loss_to_tokens_only_95"]))
+                    return [gain, f"{row['bytes_share']:.2f} of the bytes, n = {count_of(second)}"]
+    else:
+        for stored in results.fidelity.values():
+            one, other = (stored["methods"].get(wanted[name]) for name in ("better", "worse"))
+            if one and other:
+                gain = 100 * (one["second"]["exact_match"] - other["second"]["exact_match"])
+                at = f"visual Keys {one['key_ratio']:.1f}x and {other['key_ratio']:.1f}x, n = {count_of(one['second'])}"
+                return [f"{gain:+.1f}", at]
+    return ["not measured", ""]
+
+
+def count_of(turn: Mapping[str, Any]) -> int:
+    """How many samples a turn's scores are of."""
+    return int(turn.get("images", turn.get("pages", 0)))
+
+
 def fidelity_sections(results: Results) -> Iterable[Section]:
     """Tables of the fidelity script."""
     for name, stored in results.fidelity.items():
-        count = _count(next(iter(stored["methods"].values()))["second"])
+        count = count_of(next(iter(stored["methods"].values()))["second"])
         rows = [
             [
                 method,
@@ -203,7 +187,7 @@ def fidelity_sections(results: Results) -> Iterable[Section]:
                 f"{row['value_ratio']:.1f}x",
                 f"{row['kv_ratio']:.1f}x",
                 points(row["second"]["exact_match"]),
-                "" if method == "dense" else interval(-row["second"]["loss"], _negated(row["second"]["loss_95"])),
+                "" if method == "dense" else interval(-row["second"]["loss"], negated(row["second"]["loss_95"])),
                 f"{row['second']['kl']:.2g}",
             ]
             for method, row in stored["methods"].items()
@@ -216,14 +200,6 @@ def fidelity_sections(results: Results) -> Iterable[Section]:
         yield section
 
 
-def _negated(bounds: Sequence[float]) -> list[float]:
-    return [-bounds[1], -bounds[0]]
-
-
-def _count(turn: Mapping[str, Any]) -> int:
-    return int(turn.get("images", turn.get("pages", 0)))
-
-
 def tokens_sections(results: Results) -> Iterable[Section]:
     """Tables of token pruning at matched bytes."""
     for name, stored in results.tokens.items():
@@ -232,7 +208,7 @@ def tokens_sections(results: Results) -> Iterable[Section]:
             second, kept = row["second"], row["keep"]
             gain = ""
             if "loss_to_tokens_only" in second:
-                gain = interval(-second["loss_to_tokens_only"], _negated(second["loss_to_tokens_only_95"]))
+                gain = interval(-second["loss_to_tokens_only"], negated(second["loss_to_tokens_only_95"]))
             rows.append(
                 [
                     row["tokens"],
@@ -245,7 +221,7 @@ def tokens_sections(results: Results) -> Iterable[Section]:
                 ]
             )
         head = ["tokens", "channels", "kept", "bytes", "first question", "second question", "over tokens only"]
-        count = _count(stored["rows"][0]["second"]) if stored["rows"] else 0
+        count = count_of(stored["rows"][0]["second"]) if stored["rows"] else 0
         caption = f"Exact match at matched bytes of the visual Keys and Values (dense: 1), n = {count}"
         section = Section(f"Tokens and channels: {name}", [Table(caption, head, rows)])
         if name in results.pictures:
@@ -297,12 +273,12 @@ def diagnostics_sections(results: Results) -> Iterable[Section]:
                 [
                     method,
                     points(row["second"]["exact_match"]),
-                    interval(-row["second"]["loss"], _negated(row["second"]["loss_95"])) if method != "dense" else "",
+                    interval(-row["second"]["loss"], negated(row["second"]["loss_95"])) if method != "dense" else "",
                     f"{row['second']['kl']:.2g}",
                 ]
                 for method, row in table.items()
             ]
-            count = _count(table["dense"]["second"])
+            count = count_of(table["dense"]["second"])
             section.blocks.append(
                 Table(f"Ablations, n = {count}", ["method", "second question", "against dense", "KL"], rows)
             )
@@ -313,27 +289,31 @@ def latency_sections(results: Results) -> Iterable[Section]:
     """Times and bytes of whole models."""
     for name, stored in results.latency.items():
         measured = [row for row in stored["rows"] if "skipped" not in row]
-        first: dict[tuple[int, int], float] = {}
+        first: dict[tuple[int, int], Mapping[str, Any]] = {}
         rows = []
         for row in measured:
-            step = row["token_ms"]
-            reference = first.setdefault((row["context"], row["batch"]), step["median"])
+            reference = first.setdefault((row["context"], row["batch"]), row)
             share = "" if row["fit_share"] is None else f"{100 * row['fit_share']:.1f} %"
-            peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB"
             rows.append(
                 [
                     f"{row['context']:,} x {row['batch']}",
                     row["method"],
                     f"{row['prefill_ms']['median']:.0f} ms",
                     share,
-                    f"{step['median']:.2f} ms ({step['least']:.2f} to {step['most']:.2f})",
-                    f"{reference / step['median']:.2f}x",
+                    *(_time(row, reference, time) for time in ("token_ms", "attention_ms", "end_to_end_ms")),
                     f"{row['cache_bytes'] / 2**20:.1f} MiB",
-                    peak,
+                    _peaks(row),
                 ]
             )
-        head = ["tokens x batch", "method", "prefill", "of it fit", "a token", "speed", "cache", "peak memory"]
+        tokens = stored["setting"]["tokens"]
+        head = ["tokens x batch", "method", "prefill", "of it fit", "a token", "its attention", f"{tokens} tokens",
+                "cache", "peak: prefill, decode"]  # fmt: skip
         section = Section(f"Latency and memory: {name}")
+        section.blocks.append(
+            f"Medians of {stored['setting']['rounds']} rounds with their range; in brackets how often a time goes into "
+            f"that of the first method of the setting. '{tokens} tokens' is end to end, prefill included. Prompt: "
+            f"{stored['setting']['prompt']}."
+        )
         section.blocks.append(
             Table(f"{stored['model']}, {stored['dtype']}, {stored['environment']['device']}", head, rows)
         )
@@ -349,6 +329,17 @@ def latency_sections(results: Results) -> Iterable[Section]:
         skipped = {row["method"]: row["skipped"] for row in stored["rows"] if "skipped" in row}
         section.blocks += [f"Not run: {method}. {reason}" for method, reason in skipped.items()]
         yield section
+
+
+def _time(row: Mapping[str, Any], reference: Mapping[str, Any], name: str) -> str:
+    own = row[name]
+    faster = reference[name]["median"] / own["median"]
+    return f"{own['median']:.4g} ms, {own['least']:.4g} to {own['most']:.4g} ({faster:.2f}x)"
+
+
+def _peaks(row: Mapping[str, Any]) -> str:
+    peaks = [row["prefill_peak_bytes"], row["decode_peak_bytes"]]
+    return "" if None in peaks else ", ".join(f"{peak / 2**30:.2f} GiB" for peak in peaks)
 
 
 def other_sections(results: Results) -> Iterable[Section]:
@@ -389,253 +380,15 @@ def provenance(results: Results) -> Section:
     )
 
 
-def verdicts(results: Results) -> list[Verdict]:
-    """The papers' claims against what was measured."""
-    checks: list[Callable[[Results], Verdict]] = [
-        _keeps_answers,
-        _beats_think,
-        _level_with_spark,
-        _beats_tokens,
-        _joint_beats_tokens,
-        _low_rank,
-        _weight_helps,
-        _stable_subspace,
-        _window_tells,
-        _cheap_fit,
-        _faster,
-    ]
-    return [check(results) for check in checks]
-
-
-def _rows(results: Results, **wanted: Any) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """(task, method, row) of the accuracy results whose options hold `wanted`; None asks for an absent option."""
-    return [
-        (task, method, row)
-        for stored in results.accuracy.values()
-        for task, found in stored["tasks"].items()
-        for method, row in found["methods"].items()
-        if row.get("options") is not None and all(row["options"].get(key) == value for key, value in wanted.items())
-    ]
-
-
-PAPER_BASIS = {"basis": None, "tokens": None, "key_bits": None}
-
-
-def _keeps_answers(results: Results) -> Verdict:
-    claim = "A quarter of the Key channels (sparsity 0.75) keeps the answers"
-    rows = _rows(results, sparsity=0.75, **PAPER_BASIS)
-    if not rows:
-        return Verdict(claim, None, "")
-    worst = min(rows, key=lambda row: row[2]["against_dense"]["mean"])
-    paired = worst[2]["against_dense"]
-    holds = all(row["against_dense"]["interval_95"][1] >= 0 for _, _, row in rows)
-    said = f"largest loss of {len(rows)} tasks on {worst[0]}: {interval(paired['mean'], paired['interval_95'])} points"
-    return Verdict(claim, holds, f"{said}, n = {paired['n']}")
-
-
-def _pair(results: Results, wanted: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, float, float, int]]:
-    """(task, difference, standard error, n) between two methods on the same samples."""
-    found = []
-    for stored in results.accuracy.values():
-        for task, table in stored["tasks"].items():
-            names = [
-                next(
-                    (
-                        name
-                        for name, row in table["methods"].items()
-                        if row.get("options") is not None and all(row["options"].get(k) == v for k, v in want.items())
-                    ),
-                    None,
-                )
-                for want in (wanted, other)
-            ]
-            for pair in table["pairs"]:
-                if set(pair["methods"]) == set(names):
-                    sign = 1 if pair["methods"][0] == names[0] else -1
-                    found.append((task, sign * pair["mean"], pair["se"] or 0.0, pair["n"]))
-    return found
-
-
-def _comparison(found: Sequence[tuple[str, float, float, int]]) -> str:
-    return "; ".join(f"{task} {100 * mean:+.1f} ± {100 * error:.1f}" for task, mean, error, _ in found)
-
-
-def _beats_think(results: Results) -> Verdict:
-    claim = "RotateK answers better than ThinK at the same rank (sparsity 0.75)"
-    found = _pair(results, {"sparsity": 0.75, **PAPER_BASIS}, {"sparsity": 0.75, "basis": "think", "tokens": None})
-    if not found:
-        return Verdict(claim, None, "")
-    holds = all(mean > -2 * error for _, mean, error, _ in found) and any(m > 2 * e > 0 for _, m, e, _ in found)
-    return Verdict(claim, holds, f"RotateK less ThinK, points: {_comparison(found)}")
-
-
-def _level_with_spark(results: Results) -> Verdict:
-    claim = "RotateK and SparK are level (sparsity 0.75)"
-    found = _pair(results, {"sparsity": 0.75, **PAPER_BASIS}, {"sparsity": 0.75, "basis": "spark", "tokens": None})
-    if not found:
-        return Verdict(claim, None, "")
-    holds = all(abs(mean) <= 2 * error or mean == 0 for _, mean, error, _ in found)
-    return Verdict(claim, holds, f"RotateK less SparK, points: {_comparison(found)}")
-
-
-def _beats_tokens(results: Results) -> Verdict:
-    claim = "Pruning channels loses less than pruning tokens at as many bytes or more"
-    wins, said = [], []
-    for stored in results.accuracy.values():
-        for task, table in stored["tasks"].items():
-            rows = [row for row in table["methods"].values() if row.get("options") is not None]
-            ours = [row for row in rows if row["options"].get("sparsity") == 0.75 and _family(row) == "channels only"]
-            ours = [row for row in ours if "basis" not in row["options"]]
-            pruned = [row for row in rows if _family(row) == "tokens only"]
-            for row in ours:
-                rivals = [other for other in pruned if other["cache_bytes"] >= row["cache_bytes"]]
-                if rivals:
-                    best = max(rivals, key=lambda other: other["mean"])
-                    wins.append(row["mean"] > best["mean"])
-                    said.append(
-                        f"{task}: {points(row['mean'])} at {row['ratio']:.2f}x against {points(best['mean'])} at "
-                        f"{best['ratio']:.2f}x"
-                    )
-    return Verdict(claim, all(wins) if wins else None, "; ".join(said))
-
-
-def _joint_beats_tokens(results: Results) -> Verdict:
-    claim = "At the same bytes, tokens and rotated Keys together answer better than tokens alone"
-    bounds = [
-        _negated(row["second"]["loss_to_tokens_only_95"])
-        for stored in results.tokens.values()
-        for row in stored["rows"]
-        if row["channels"].startswith("RotateK 1/4") and "loss_to_tokens_only_95" in row["second"]
-    ]
-    if not bounds:
-        return Verdict(claim, None, "")
-    better, worse = sum(low > 0 for low, _ in bounds), sum(high < 0 for _, high in bounds)
-    said = f"second question, beyond the 95 % interval: better in {better}, worse in {worse} of {len(bounds)} pairs"
-    return Verdict(claim, better > 0 and worse == 0, said)
-
-
-def _family(row: Mapping[str, Any]) -> str:
-    return figures.family(row["options"])
-
-
-def _low_rank(results: Results) -> Verdict:
-    claim = "The visual Keys of a head lie close to a subspace of a quarter of its width"
-    for stored in results.diagnostics.values():
-        width = stored["head_width"]
-        kept = [head[width // 4 - 1] for layer in stored["geometry"]["layers"] for head in layer["explained_variance"]]
-        energy = [head[width // 4 - 1] for layer in stored["geometry"]["layers"] for head in layer["logit_energy"]]
-        needed = [r for layer in stored["geometry"]["layers"] for r in layer["rank_for"]["0.99"]["variance"]]
-        said = (
-            f"rank {width // 4} of {width} keeps {points(min(kept))} to {points(max(kept))} % of the variance and "
-            f"{points(min(energy))} to {points(max(energy))} % of the logit energy; 99 % of the variance needs rank "
-            f"{min(needed):.0f} to {max(needed):.0f}"
-        )
-        return Verdict(claim, min(kept) >= 0.99, said)
-    return Verdict(claim, None, "")
-
-
-def _ablation(results: Results, part: str) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """(rank, the paper's row, the row without `part`) of the stored ablations."""
-    return [
-        (rank, table[f"{rank}, the paper"], table[f"{rank}, {part}"])
-        for stored in results.diagnostics.values()
-        if (table := stored.get("ablations"))
-        for rank in dict.fromkeys(name.split(",")[0] for name in table if name != "dense")
-        if f"{rank}, {part}" in table
-    ]
-
-
-def _weight_helps(results: Results) -> Verdict:
-    claim = "The query weight helps"
-    found = _ablation(results, "no query weight")
-    if not found:
-        return Verdict(claim, None, "")
-    said = "; ".join(
-        f"{rank}: {points(paper['second']['exact_match'])} with it (KL {paper['second']['kl']:.2g}), "
-        f"{points(without['second']['exact_match'])} without (KL {without['second']['kl']:.2g})"
-        for rank, paper, without in found
-    )
-    holds = all(paper["second"]["kl"] < without["second"]["kl"] for _, paper, without in found)
-    return Verdict(claim, holds, f"second question, {said}")
-
-
-def _shared(results: Results, pair: str) -> tuple[list[float], float] | None:
-    for stored in results.diagnostics.values():
-        layers = stored["geometry"]["layers"]
-        return [float(np.mean(layer["angles"][pair]["8"]["shared"])) for layer in layers], 8 / stored["head_width"]
-    return None
-
-
-def _stable_subspace(results: Results) -> Verdict:
-    claim = "The subspace of the visual Keys is much the same from image to image"
-    found = _shared(results, "images")
-    if found is None:
-        return Verdict(claim, None, "")
-    shares, chance = found
-    said = (
-        f"8 dimensions share {min(shares):.2f} to {max(shares):.2f} between images, by layer (by chance {chance:.2f})"
-    )
-    return Verdict(claim, min(shares) >= 0.5, said)
-
-
-def _window_tells(results: Results) -> Verdict:
-    claim = "The prompt's last queries span what the answers will ask"
-    found = _shared(results, "window and answer queries")
-    if found is None:
-        return Verdict(claim, None, "")
-    shares, chance = found
-    said = f"8 dimensions share {min(shares):.2f} to {max(shares):.2f} by layer (by chance {chance:.2f})"
-    return Verdict(claim, min(shares) >= 0.5, said)
-
-
-def _cheap_fit(results: Results) -> Verdict:
-    claim = "The prefill overhead is negligible (below 5 % here)"
-    shares = [
-        (row["fit_share"], row, name)
-        for name, stored in results.latency.items()
-        for row in stored["rows"]
-        if row.get("fit_share") is not None and row["method"].startswith("RotateK") and "bit" not in row["method"]
-    ]
-    if not shares:
-        return Verdict(claim, None, "")
-    share, row, name = max(shares, key=lambda entry: entry[0])
-    said = f"at most {100 * share:.1f} % of a prefill, at {row['context']:,} tokens ({name})"
-    return Verdict(claim, share < 0.05, said)
-
-
-def _faster(results: Results) -> Verdict:
-    claim = "A decode step is about 1.5 to 2 times as fast on a GPU from 16k tokens on"
-    gains = []
-    for stored in results.latency.values():
-        if stored["environment"]["device"].startswith("CPU"):
-            continue
-        for row in stored["rows"]:
-            if "skipped" not in row and row["method"].startswith("RotateK") and row["context"] >= 16384:
-                dense = [
-                    other["token_ms"]["median"]
-                    for other in stored["rows"]
-                    if "skipped" not in other
-                    and other["method"].startswith("dense")
-                    and (other["context"], other["batch"]) == (row["context"], row["batch"])
-                ]
-                if dense:
-                    gains.append((min(dense) / row["token_ms"]["median"], row["context"]))
-    if not gains:
-        return Verdict(claim, None, "no result from a GPU is stored")
-    low, high = min(gains), max(gains)
-    said = f"{low[0]:.2f}x at {low[1]:,} to {high[0]:.2f}x at {high[1]:,} tokens, over the fastest dense cache"
-    return Verdict(claim, low[0] >= 1.5, said)
-
-
 def compose(results: Results, papers: Mapping[str, Any]) -> list[Section]:
     """The page, section by section."""
-    found = verdicts(results)
-    rows = [[verdict.claim, verdict.words(), verdict.evidence] for verdict in found]
-    opening = Section("What holds, and what does not", [READER_NOTE, Table("", ["claim", "here", "numbers"], rows)])
+    rows = [[verdict.claim, verdict.words(), verdict.evidence, verdict.why] for verdict in verdicts(results)]
+    head = ["claim", "here", "numbers", "diagnostics"]
+    opening = Section("What holds, and what does not", [READER_NOTE, Table("", head, rows)])
     return [
         opening,
+        paper_section(papers, results),
         *accuracy_sections(results),
-        paper_section(papers),
         *fidelity_sections(results),
         *tokens_sections(results),
         *diagnostics_sections(results),
@@ -656,7 +409,8 @@ def to_html(sections: Sequence[Section]) -> str:
     def inline(picture: Picture) -> str:
         return base64.b64encode(picture.png).decode()
 
-    return template.render(sections=sections, kind=kind, inline=inline)
+    marks = {"holds": "holds", "holds in part": "part", "does not hold": "does", "not measured": "not"}
+    return template.render(sections=sections, kind=kind, inline=inline, marks=marks)
 
 
 def to_markdown(sections: Sequence[Section], folder: Path) -> str:
@@ -698,7 +452,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         build(args.results, args.out)
-    except ReportError as error:
+    except StoreError as error:
         raise SystemExit(f"error: {error}") from error
     print(f"{args.out / 'report.html'} and {args.out / 'report.md'}")
 

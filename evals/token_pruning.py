@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import platform
 import statistics
 import time
@@ -49,6 +48,7 @@ from evals.fidelity import (
     score,
 )
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS
+from evals.store import rounded, write_json
 from rotatek_cache import FastV, RotateKCache, VisionZip
 from rotatek_cache.cache import storage_bytes
 from rotatek_cache.encoders import encoder_tap, token_signal
@@ -335,8 +335,7 @@ def main() -> None:
     for tokens, ratio in times.items():
         print(f"prefill with {tokens}: {ratio:.2f} times as long")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(figures.rounded(result), indent=1) + "\n")
+        write_json(args.out, rounded(result))
         if rows:
             draw(result, args.out.with_suffix(".png"))
 

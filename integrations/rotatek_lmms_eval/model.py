@@ -99,6 +99,11 @@ class RotateK(lmms):
         """Number of processes; lmms-eval deals the requests out to them."""
         return self._world_size
 
+    @property
+    def device(self) -> torch.device:
+        """Where lmms-eval puts what the processes tell one another."""
+        return torch.device(self.chat.model.device)
+
     def _new_cache(self) -> Cache:
         if self.dense:
             return DynamicCache(config=self.chat.model.config.get_text_config(decoder=True))

@@ -1,0 +1,411 @@
+"""The papers' claims against what was measured: each verdict is computed from stored numbers and changes with them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evals import figures
+from evals.store import Results
+
+QUARTER = 0.75  # the paper's sparsity: a quarter of the channels is kept
+PAPER_BASIS = {"basis": None, "tokens": None, "key_bits": None}
+ALIKE = 0.5  # mean squared cosine from which on two subspaces are called alike
+CHEAP = 0.05
+FASTER = 1.5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, in how much of what was measured it holds, and the numbers that say so.
+
+    Attributes:
+        claim: in words.
+        share: of the comparisons in which it holds, in [0, 1]; None where nothing was measured.
+        evidence: the numbers.
+        why: what the diagnostics say about it.
+    """
+
+    claim: str
+    share: float | None
+    evidence: str = ""
+    why: str = ""
+
+    def words(self) -> str:
+        """As a table says it."""
+        if self.share is None:
+            return "not measured"
+        return "holds" if self.share == 1 else "holds in part" if self.share > 0 else "does not hold"
+
+
+def points(share: float | None) -> str:
+    """A share in points of a hundred."""
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def interval(mean: float, bounds: Sequence[float]) -> str:
+    """A signed difference with its interval, in points."""
+    middle, low, high = (round(100 * value, 1) + 0.0 for value in (mean, *bounds))  # no negative zero
+    return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def negated(bounds: Sequence[float]) -> list[float]:
+    """The interval of the negative quantity."""
+    return [-bounds[1], -bounds[0]]
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    """All claims."""
+    checks: list[Callable[[Results], Verdict]] = [
+        _keeps_answers,
+        _beats_think,
+        _level_with_spark,
+        _beats_tokens,
+        _joint_beats_tokens,
+        _tenth_of_tokens,
+        _low_rank,
+        _weight_helps,
+        _stable_subspace,
+        _window_tells,
+        _cheap_fit,
+        _faster,
+        _end_to_end,
+        _attention_alone,
+    ]
+    return [check(results) for check in checks]
+
+
+def tables(results: Results) -> dict[str, Mapping[str, Any]]:
+    """Each task's table of methods once: that of the most methods where several runs hold it."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for stored in results.accuracy.values():
+        for task, table in stored["tasks"].items():
+            name = f"{task} ({stored['model']['name'].rsplit('/', 1)[-1]})" if not task.startswith("reader") else task
+            if name not in found or len(table["methods"]) > len(found[name]["methods"]):
+                found[name] = table
+    return found
+
+
+def _method(table: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The method whose options hold `wanted`; None asks for an absent option."""
+    for name, row in table["methods"].items():
+        if row.get("options") is not None and all(row["options"].get(key) == value for key, value in wanted.items()):
+            return str(name)
+    return None
+
+
+def _keeps_answers(results: Results) -> Verdict:
+    claim = "A quarter of the Key channels (sparsity 0.75) keeps the answers"
+    losses = {
+        task: table["methods"][name]["against_dense"]
+        for task, table in tables(results).items()
+        if (name := _method(table, {"sparsity": QUARTER, **PAPER_BASIS})) is not None
+    }
+    if not losses:
+        return Verdict(claim, None)
+    lost = {task: row for task, row in losses.items() if row["interval_95"][1] < 0}
+    said = f"no loss beyond the 95 % interval on {len(losses) - len(lost)} of {len(losses)} tasks"
+    worst = sorted(lost.items(), key=lambda entry: entry[1]["mean"])
+    named = [f"{task} {interval(row['mean'], row['interval_95'])}, n = {row['n']}" for task, row in worst]
+    evidence = "; ".join([said, *(["lost on " + "; ".join(named)] if named else [])])
+    return Verdict(claim, 1 - len(lost) / len(losses), evidence, _logit_errors(results, ("rotatek", "pca")))
+
+
+Difference = tuple[str, float, float, int]  # task, difference, standard error, n
+
+
+def _pairs(results: Results, wanted: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
+    """What a method scores above another on the same samples, task by task."""
+    found = []
+    for task, table in tables(results).items():
+        names = [_method(table, options) for options in (wanted, other)]
+        for pair in table["pairs"]:
+            if set(pair["methods"]) == set(names):
+                sign = 1 if pair["methods"][0] == names[0] else -1
+                found.append((task, sign * pair["mean"], pair["se"] or 0.0, pair["n"]))
+    return found
+
+
+def _sorted(found: Sequence[Difference]) -> tuple[list[Difference], list[Difference], list[Difference]]:
+    """Those that are better, level (within two standard errors) and worse."""
+    better = [one for one in found if one[1] > 2 * one[2]]
+    worse = [one for one in found if one[1] < -2 * one[2]]
+    return better, [one for one in found if one not in better and one not in worse], worse
+
+
+def _told(found: Sequence[Difference]) -> str:
+    better, level, worse = _sorted(found)
+    parts = []
+    if better:
+        low, high = min(one[1] for one in better), max(one[1] for one in better)
+        parts.append(f"better on {len(better)} tasks, by {points(low)} to {points(high)} points")
+    if level:
+        parts.append(f"level (two standard errors) on {len(level)}")
+    if worse:
+        named = "; ".join(f"{task} {100 * mean:+.1f} ± {100 * error:.1f}" for task, mean, error, _ in worse)
+        parts.append(f"worse on {len(worse)}: {named}")
+    counts = sorted({one[3] for one in found})
+    return "; ".join(parts) + f"; n = {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}"
+
+
+def _won(found: Sequence[Difference]) -> float:
+    better, _, worse = _sorted(found)
+    return len(better) / max(1, len(better) + len(worse))
+
+
+def _beats_think(results: Results) -> Verdict:
+    claim = "RotateK answers better than ThinK at the same rank (sparsity 0.75)"
+    think = {"sparsity": QUARTER, "basis": "think", "tokens": None}
+    found = _pairs(results, {"sparsity": QUARTER, **PAPER_BASIS}, think)
+    if not found:
+        return Verdict(claim, None)
+    return Verdict(claim, _won(found), _told(found), _logit_errors(results, ("rotatek", "think")))
+
+
+def _level_with_spark(results: Results) -> Verdict:
+    claim = "RotateK and SparK are level (sparsity 0.75)"
+    spark = {"sparsity": QUARTER, "basis": "spark", "tokens": None}
+    found = _pairs(results, {"sparsity": QUARTER, **PAPER_BASIS}, spark)
+    if not found:
+        return Verdict(claim, None)
+    return Verdict(claim, len(_sorted(found)[1]) / len(found), _told(found))
+
+
+def _beats_tokens(results: Results) -> Verdict:
+    claim = "Pruning channels loses less than pruning tokens at as many bytes or more"
+    found = []
+    for task, table in tables(results).items():
+        name = _method(table, {"sparsity": QUARTER, **PAPER_BASIS})
+        if name is None:
+            continue
+        held = table["methods"][name]["cache_bytes"]
+        rivals = {
+            other: row
+            for other, row in table["methods"].items()
+            if row.get("options") is not None
+            and figures.family(row["options"]) == "tokens only"
+            and row["cache_bytes"] >= held
+        }
+        if rivals:
+            best = max(rivals, key=lambda other: rivals[other]["mean"])
+            (pair,) = [pair for pair in table["pairs"] if set(pair["methods"]) == {name, best}]
+            sign = 1 if pair["methods"][0] == name else -1
+            found.append((f"{task} ({best})", sign * pair["mean"], pair["se"] or 0.0, pair["n"]))
+    if not found:
+        return Verdict(claim, None)
+    return Verdict(claim, _won(found), "against the best such token method: " + _told(found))
+
+
+def _joint_beats_tokens(results: Results) -> Verdict:
+    claim = "At the same bytes, tokens and rotated Keys together answer better than tokens alone"
+    bounds = [
+        negated(row["second"]["loss_to_tokens_only_95"])
+        for stored in results.tokens.values()
+        for row in stored["rows"]
+        if row["channels"].startswith("RotateK 1/4") and "loss_to_tokens_only_95" in row["second"]
+    ]
+    if not bounds:
+        return Verdict(claim, None)
+    better, worse = sum(low > 0 for low, _ in bounds), sum(high < 0 for _, high in bounds)
+    said = f"second question, beyond the 95 % interval: better in {better}, worse in {worse} of {len(bounds)} pairs"
+    return Verdict(claim, better / max(1, better + worse), said)
+
+
+def _tenth_of_tokens(results: Results) -> Verdict:
+    claim = "A tenth of the cache, chosen by VL-Cache, keeps the answers"
+    rows = [
+        row
+        for stored in results.tokens.values()
+        for row in stored["rows"]
+        if row["tokens"] == "VL-Cache" and row["channels"] == "tokens only" and row["budget"] == 0.1
+    ]
+    if not rows:
+        return Verdict(claim, None)
+    turns = [(turn, row[turn]) for row in rows for turn in ("first", "second")]
+    kept = [row["loss_95"][0] <= 0 for _, row in turns]
+    said = "; ".join(
+        f"{name} question {points(row['exact_match'])}, loss {interval(row['loss'], row['loss_95'])}"
+        for name, row in turns
+    )
+    return Verdict(claim, sum(kept) / len(kept), said)
+
+
+def _error(layers: Sequence[Mapping[str, Any]], basis: str, rank: int) -> float | None:
+    errors = [layer["errors"].get(basis, {}).get(str(rank)) for layer in layers]
+    if not errors or None in errors:
+        return None
+    return float(np.sqrt(np.mean([error["logits"] ** 2 for error in errors])))
+
+
+def _logit_errors(results: Results, bases: Sequence[str]) -> str:
+    """Relative error of the answers' logits under some bases at a quarter of the width, by what was asked."""
+    said = []
+    for stored in results.diagnostics.values():
+        layers, rank = stored["geometry"]["layers"], stored["head_width"] // 4
+        errors = {figures.NAMES.get(basis, basis): _error(layers, basis, rank) for basis in bases}
+        if None not in errors.values():
+            told = ", ".join(f"{name} {error:.2f}" for name, error in errors.items())
+            said.append(f"{stored['setting']['task']}: {told}")
+    return f"relative error of the answers' logits at rank 1/4: {'; '.join(said)}" if said else ""
+
+
+def _low_rank(results: Results) -> Verdict:
+    claim = "The visual Keys of a head lie close to a subspace of a quarter of its width (99 % of their variance)"
+    for stored in results.diagnostics.values():
+        width, layers = stored["head_width"], stored["geometry"]["layers"]
+        kept = [head[width // 4 - 1] for layer in layers for head in layer["explained_variance"]]
+        energy = [head[width // 4 - 1] for layer in layers for head in layer["logit_energy"]]
+        needed = [rank for layer in layers for rank in layer["rank_for"]["0.99"]["variance"]]
+        said = (
+            f"rank {width // 4} of {width} keeps {points(min(kept))} to {points(max(kept))} % of the variance; 99 % of "
+            f"it needs rank {min(needed):.0f} to {max(needed):.0f}"
+        )
+        why = f"of the logit energy it keeps {points(min(energy))} to {points(max(energy))} %"
+        return Verdict(claim, sum(share >= 0.99 for share in kept) / len(kept), said, why)
+    return Verdict(claim, None)
+
+
+def _ablation(results: Results, part: str) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """(rank, the paper's row, the row without `part`) of the stored ablations."""
+    return [
+        (rank, table[f"{rank}, the paper"], table[f"{rank}, {part}"])
+        for stored in results.diagnostics.values()
+        if (table := stored.get("ablations"))
+        for rank in dict.fromkeys(name.split(",")[0] for name in table if name != "dense")
+        if f"{rank}, {part}" in table
+    ]
+
+
+def _weight_helps(results: Results) -> Verdict:
+    claim = "The query weight helps"
+    found = _ablation(results, "no query weight")
+    if not found:
+        return Verdict(claim, None)
+    said = "; ".join(
+        f"{rank}: {points(paper['second']['exact_match'])} with it (KL {paper['second']['kl']:.2g}), "
+        f"{points(without['second']['exact_match'])} without (KL {without['second']['kl']:.2g})"
+        for rank, paper, without in found
+    )
+    helped = [paper["second"]["kl"] < without["second"]["kl"] for _, paper, without in found]
+    shared = _shared(results, "window and answer queries")
+    why = (
+        "" if shared is None else f"the window it comes from shares {_range(shared[0])} with the queries of the answers"
+    )
+    return Verdict(claim, sum(helped) / len(helped), f"second question, {said}", why)
+
+
+def _shared(results: Results, pair: str) -> tuple[list[float], float] | None:
+    """By layer, over all stored diagnostics: what 8 dimensions share, and what they would by chance."""
+    shares, chance = [], 0.0
+    for stored in results.diagnostics.values():
+        shares += [float(np.mean(layer["angles"][pair]["8"]["shared"])) for layer in stored["geometry"]["layers"]]
+        chance = 8 / stored["head_width"]
+    return (shares, chance) if shares else None
+
+
+def _range(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def _alike(results: Results, claim: str, pair: str) -> Verdict:
+    found = _shared(results, pair)
+    if found is None:
+        return Verdict(claim, None)
+    shares, chance = found
+    said = f"8 dimensions share {_range(shares)} by layer and question (1: the same, {chance:.2f}: by chance)"
+    return Verdict(claim, sum(share >= ALIKE for share in shares) / len(shares), said)
+
+
+def _stable_subspace(results: Results) -> Verdict:
+    return _alike(results, "The subspace of the visual Keys is much the same from image to image", "images")
+
+
+def _window_tells(results: Results) -> Verdict:
+    return _alike(results, "The prompt's last queries span what the answers will ask", "window and answer queries")
+
+
+def _cheap_fit(results: Results) -> Verdict:
+    claim = f"The prefill overhead is negligible (below {100 * CHEAP:.0f} % here)"
+    shares = [
+        (row["fit_share"], row, name)
+        for name, stored in results.latency.items()
+        for row in stored["rows"]
+        if row.get("fit_share") is not None and row["method"].startswith("RotateK") and "bit" not in row["method"]
+    ]
+    if not shares:
+        return Verdict(claim, None)
+    share, row, name = max(shares, key=lambda entry: entry[0])
+    said = f"at most {100 * share:.1f} % of a prefill, at {row['context']:,} tokens ({name})"
+    return Verdict(claim, sum(one[0] < CHEAP for one in shares) / len(shares), said)
+
+
+def on_gpus(results: Results) -> Iterable[Mapping[str, Any]]:
+    """Latency results that do not come from a CPU."""
+    return (stored for stored in results.latency.values() if not stored["environment"]["device"].startswith("CPU"))
+
+
+def gains(rows: Sequence[Mapping[str, Any]], time: str, name: str) -> list[tuple[float, Mapping[str, Any]]]:
+    """How often `time` of methods whose name begins so goes into that of the fastest dense cache of the setting."""
+    measured = [row for row in rows if "skipped" not in row]
+    found = []
+    for row in measured:
+        if row["method"].startswith(name):
+            dense = [
+                other[time]["median"]
+                for other in measured
+                if other["method"].startswith("dense")
+                and (other["context"], other["batch"]) == (row["context"], row["batch"])
+            ]
+            if dense:
+                found.append((min(dense) / row[time]["median"], row))
+    return found
+
+
+NO_GPU = "no result from a GPU is stored"
+
+
+def _faster(results: Results) -> Verdict:
+    claim = "A decode step is about 1.5 to 2 times as fast on a GPU from 16k tokens on"
+    found = [
+        gain
+        for stored in on_gpus(results)
+        for gain in gains(stored["rows"], "token_ms", "RotateK")
+        if gain[1]["context"] >= 16384
+    ]
+    if not found:
+        return Verdict(claim, None, NO_GPU)
+    low, high = (choose(found, key=lambda gain: gain[0]) for choose in (min, max))
+    said = (
+        f"{low[0]:.2f}x at {low[1]['context']:,} to {high[0]:.2f}x at {high[1]['context']:,} tokens, over the fastest "
+        "dense cache"
+    )
+    return Verdict(claim, sum(gain >= FASTER for gain, _ in found) / len(found), said)
+
+
+def _vl_cache(results: Results, claim: str, time: str, stated: float) -> Verdict:
+    found = [gain for stored in on_gpus(results) for gain in gains(stored["rows"], time, "VL-Cache, .1 of the bytes")]
+    if not found:
+        return Verdict(claim, None, NO_GPU)
+    best, row = max(found, key=lambda gain: gain[0])
+    ours = [
+        (gain, other["method"])
+        for stored in on_gpus(results)
+        for name in ("VL-Cache and", "all tokens")
+        for gain, other in gains(stored["rows"], time, name)
+        if (other["context"], other["batch"]) == (row["context"], row["batch"])
+    ]
+    said = f"{best:.2f}x at {row['context']:,} tokens, batch {row['batch']}"
+    said += "".join(f"; {name}: {gain:.2f}x" for gain, name in ours)
+    return Verdict(claim, float(best >= stated), f"{said}; over the fastest dense cache")
+
+
+def _end_to_end(results: Results) -> Verdict:
+    claim = "100 tokens come up to 2.33 times as fast at a tenth of the cache, prefill included (VL-Cache)"
+    return _vl_cache(results, claim, "end_to_end_ms", 2.33)
+
+
+def _attention_alone(results: Results) -> Verdict:
+    claim = "Attention alone decodes up to 7.08 times as fast at a tenth of the cache (VL-Cache)"
+    return _vl_cache(results, claim, "attention_ms", 7.08)
