@@ -173,6 +173,11 @@ def main() -> None:
             "dense, defaults": (["sglang.launch_server", *common, *dense], platform_name),
             "dense, features off": (["sglang.launch_server", *common, *dense, *FEATURES_OFF], platform_name),
         }
+        if on_gpu:  # off by default, since they have not been run yet
+            servers["compressed, CUDA graphs"] = (
+                ["rotatek_sglang.launch", *common, *options, *limit, "--cuda-graphs"],
+                {},
+            )
         rows: dict[str, dict[str, float]] = {}
         for label, (command, environment) in servers.items():
             log = folder / "server.log"
@@ -183,8 +188,9 @@ def main() -> None:
             rows[label] = {**figures, "tokens_that_fit": info["max_total_num_tokens"]}
             if label == "compressed" and given.max_total_tokens is not None:
                 (fits,) = re.findall(r"where a dense cache would hold ([\d,]+)", log.read_text(encoding="utf-8"))
-                for other, _ in list(servers.values())[1:]:
-                    other += ["--max-total-tokens", fits.replace(",", "")]
+                for kind, (other, _) in servers.items():
+                    if kind.startswith("dense"):
+                        other += ["--max-total-tokens", fits.replace(",", "")]
             print(label, {name: round(value, 2) for name, value in rows[label].items()}, flush=True)
 
     width = max(map(len, rows))
