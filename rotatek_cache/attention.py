@@ -64,7 +64,7 @@ def _kernel_reads(query: Tensor, segments: Sequence[SegmentView]) -> bool:
     ]
     return (
         all(_reads_stored(numbers, code, query.dtype) for numbers, code in stored)
-        and not any(segment.is_diagonal or segment.has_int8_basis for segment in segments)
+        and not any(segment.is_diagonal for segment in segments)
         and _kernel_is_installed()
     )
 

@@ -71,11 +71,6 @@ class SegmentView:
         return any(basis is not None and basis.is_diagonal for basis in (self.basis, self.value_basis))
 
     @property
-    def has_int8_basis(self) -> bool:
-        """Whether the basis of Keys or Values is stored as int8."""
-        return any(basis is not None and basis.scale is not None for basis in (self.basis, self.value_basis))
-
-    @property
     def heads(self) -> int:
         """KV heads."""
         return len(self.key_code.parts) if isinstance(self.key_code, HeadCodes) else self.keys.shape[0]

@@ -53,6 +53,7 @@ class Case:
     value_heads: tuple | None = None
     value_rank: int | None = None  # Values as coefficients, in numbers
     slots: bool = False
+    int8: bool = False  # the bases
     sharpness: float = 1.0  # factor on the scale: how far the logits lie apart
 
     @property
@@ -127,6 +128,14 @@ CASES = {
         ((40, 66),), (4, 2), queries=5, mask="additive", key_heads=(((4, 16), (2, 8)), ((2, 24),)), value_heads=(16, 8)
     ),
     "heads-pool": Case(((40, 66),), (4, 2), slots=True, key_heads=(((4, 16), (2, 8)), ((8, 24),)), value_heads=(16, 8)),
+    "int8-basis": Case(((130, 63),), (9, 20), width=128, value_width=128, rank=24, value_rank=16, int8=True),
+    "int8-basis-codes": Case(
+        ((40, 66), (9, 0)), (4, 2), width=80, key_code=((8, 8), (4, 24)), value_code=((4, 16),), delta=False, int8=True
+    ),
+    "int8-basis-heads-pool": Case(
+        ((40, 66),), (4, 2), slots=True, key_heads=(((4, 16), (2, 8)), ((8, 24),)), value_heads=(16, 8), int8=True
+    ),
+    "int8-basis-many-queries": Case(((40, 66),), (4, 2), queries=5, mask="bool", key_code=((4, 16),), int8=True),
     "pool": Case(((65, 0), (3, 17)), (3, 33), slots=True, mask="bool"),
     "pool-codes": Case(((40, 66),), (4, 2), slots=True, key_code=((4, 32),), value_code=((4, 16),)),
     "pool-many-queries": Case(((40, 9),), (4, 12), slots=True, queries=5, mask="bool", key_code=((4, 16),)),
@@ -172,7 +181,8 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, l
             decoder = decoder * steps(code)
         decoder = decoder.to(DEVICE, dtype).contiguous()
         delta = normal(case.heads, case.batch, width).to(DEVICE, dtype) if case.delta else None
-        return KeyBasis(decoder, decoder, delta, delta)
+        made = KeyBasis(decoder, decoder, delta, delta)
+        return made.in_int8() if case.int8 else made
 
     def mask_of(lengths):
         if not case.mask:
@@ -242,7 +252,8 @@ def in_float64(segment: SegmentView) -> SegmentView:
     def wide(basis):
         if basis is None or basis.is_identity:
             return basis
-        return KeyBasis(None, basis.B.double(), None, None if basis.delta is None else basis.delta.double())
+        decoder = basis.B.double() if basis.scale is None else basis.B.double() * basis.scale.double()[..., None, :]
+        return KeyBasis(None, decoder, None, None if basis.delta is None else basis.delta.double())
 
     return dataclasses.replace(
         segment,

@@ -197,8 +197,16 @@ def _check_basis(
         if basis.delta.shape != decoder.shape[:3]:
             raise ValueError(f"{name}.delta must have shape {tuple(decoder.shape[:3])}, got {tuple(basis.delta.shape)}")
         _check_contiguous_rows(f"{name}.delta", basis.delta)
-    for field, tensor in (("B", decoder), ("delta", basis.delta)):
-        if tensor is not None and tensor.dtype not in DTYPES:
+    if basis.scale is not None:
+        _check_tensor(f"{name}.scale", basis.scale, query)
+        expected = (*decoder.shape[:2], rank)
+        if basis.scale.shape != expected:
+            raise ValueError(f"{name}.scale must have shape {expected}, got {tuple(basis.scale.shape)}")
+        _check_contiguous_rows(f"{name}.scale", basis.scale)
+        if decoder.dtype != torch.int8:
+            raise TypeError(f"{name}.B must be int8 where it has a scale, got {decoder.dtype}")
+    for field, tensor in (("B", decoder), ("delta", basis.delta), ("scale", basis.scale)):
+        if tensor is not None and tensor.dtype not in DTYPES and (tensor is not decoder or basis.scale is None):
             raise TypeError(f"{name}.{field} must be float16, bfloat16 or float32, got {tensor.dtype}")
     rows_name = f"{name[: name.index('.')]}.basis_rows"
     if segment.basis_rows is not None:

@@ -220,9 +220,9 @@ def _key(query: Tensor, segments: Sequence[SegmentView]) -> Hashable:
             if optional is not None:
                 tensors.append(optional)
         for one in (basis, value_basis):
-            key.append(None if one is None else (type(one), one.B is None, one.delta is None))
-            if one is not None:
-                tensors += [tensor for tensor in (one.B, one.delta) if tensor is not None]
+            held = () if one is None else (one.B, one.delta, one.scale)
+            key.append(None if one is None else (type(one), *(tensor is None for tensor in held)))
+            tensors += [tensor for tensor in held if tensor is not None]
         if mask is not None:
             right = mask.shape == (rows, positions, length)
             stride = mask.stride(2) if length > 1 else 1
@@ -540,23 +540,21 @@ def _decoder(basis: KeyBasis | None) -> KeyBasis | None:
 
 
 def _basis_form(basis: KeyBasis | None) -> dict[str, int]:
-    if basis is None:
-        return {"decoder_stride": 0, "decoder_align": 1, "delta_align": 1}
-    decoder, delta = basis.B, basis.delta
-    assert decoder is not None
+    decoder, delta, scale = (None, None, None) if basis is None else (basis.B, basis.delta, basis.scale)
     return {
-        "decoder_stride": decoder.stride(2),
-        "decoder_align": _alignment(decoder, *decoder.stride()[:3]),
+        "decoder_stride": 0 if decoder is None else decoder.stride(2),
+        "decoder_align": 1 if decoder is None else _alignment(decoder, *decoder.stride()[:3]),
         "delta_align": 1 if delta is None else _alignment(delta, *delta.stride()[:2]),
+        "scale_align": 1 if scale is None else _alignment(scale, *scale.stride()[:2]),
     }
 
 
 def _basis_strides(basis: KeyBasis | None) -> tuple[int, ...]:
-    """Strides of heads and rows of decoder and delta, odd, in units of their alignment."""
+    """Strides of heads and rows of decoder, delta and scale, odd, in units of their alignment."""
     form = _basis_form(basis)
     strides = []
-    decoder, delta = (None, None) if basis is None else (basis.B, basis.delta)
-    for name, tensor in (("decoder", decoder), ("delta", delta)):
+    decoder, delta, scale = (None, None, None) if basis is None else (basis.B, basis.delta, basis.scale)
+    for name, tensor in (("decoder", decoder), ("delta", delta), ("scale", scale)):
         pair = (0, 0) if tensor is None else tensor.stride()[:2]
         strides += [odd(stride // form[f"{name}_align"]) for stride in pair]
     return tuple(strides)
@@ -583,6 +581,7 @@ def _segment_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[i
         mask,
         decoder,
         None if basis is None or decoder is None else basis.delta,
+        None if basis is None or decoder is None else basis.scale,
         None if decoder is None else rows,
         place,
         (2 * segment.max_length + 3, *mask_strides, *shape.strides),
@@ -593,11 +592,11 @@ def _segment_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[i
 def _merge_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[int, int, int]) -> MergeArguments:
     basis = segment.value_basis
     if basis is None or basis.B is None:
-        return MergeArguments(None, None, None, None, place, shape.merge_strides)
+        return MergeArguments(None, None, None, None, None, place, shape.merge_strides)
     rows = segment.basis_rows
     if rows is not None and not shape.packed_rows:
         rows = rows.contiguous()
-    return MergeArguments(basis.B, basis.delta, rows, shape.heads[1], place, shape.merge_strides)
+    return MergeArguments(basis.B, basis.delta, basis.scale, rows, shape.heads[1], place, shape.merge_strides)
 
 
 def _token_stride(tensor: Tensor) -> int:

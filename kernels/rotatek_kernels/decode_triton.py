@@ -60,6 +60,7 @@ class SegmentForm(NamedTuple):
     decoder_stride: int  # of the Keys' basis, from channel to channel
     decoder_align: int
     delta_align: int
+    scale_align: int
     state_width: int  # channels of a partial state: D_v, or the Values' coefficients
     mask_stride: int  # from token to token
     hidden: float | None  # masks: numbers up to here hide a token; None: bool, or no mask
@@ -82,11 +83,12 @@ class SegmentArguments(NamedTuple):
     mask: Any  # [B, Q, max_length] uint8 or float, or None
     decoder: Any  # [H, R, D, channels] of the Keys, or None: they are dense
     delta: Any  # [H, R, D], or None
+    scale: Any  # [H, R, channels] of an int8 decoder, or None
     basis_rows: Any  # [B], or None: row b uses row b of the basis
     place: tuple[int, ...]  # first split, splits, where its states begin in units of STATE_ALIGN
     # max_length; strides of the mask's rows and queries; of heads of Keys, of Values (or the tokens stored); of slots
     sizes: tuple[int, ...]
-    basis_strides: tuple[int, ...]  # of heads and rows of the decoder, of delta
+    basis_strides: tuple[int, ...]  # of heads and rows of the decoder, of delta, of the scale
 
 
 class MergeForm(NamedTuple):
@@ -97,6 +99,7 @@ class MergeForm(NamedTuple):
     decoder_stride: int
     decoder_align: int
     delta_align: int
+    scale_align: int
     value_heads: HeadTable
 
 
@@ -105,6 +108,7 @@ class MergeArguments(NamedTuple):
 
     decoder: Any  # [H, R, D_v, channels], or None: states are outputs
     delta: Any  # [H, R, D_v], or None
+    scale: Any  # [H, R, channels] of an int8 decoder, or None
     basis_rows: Any  # [B], or None
     value_heads: Any
     place: tuple[int, ...]
@@ -246,7 +250,14 @@ def _project(
     """
     shift = tl.zeros([query.shape[0]], tl.float32)  # [BLOCK_M]
     sums = _zeros(FORM.key_blocks, query.shape[0])
-    decoder_head_stride, decoder_row_stride, delta_head_stride, delta_row_stride = _plain(seg.basis_strides)
+    (
+        decoder_head_stride,
+        decoder_row_stride,
+        delta_head_stride,
+        delta_row_stride,
+        scale_head_stride,
+        scale_row_stride,
+    ) = _plain(seg.basis_strides)
     decoder = seg.decoder + (head * decoder_head_stride + basis_row * decoder_row_stride) * FORM.decoder_align
     for first in tl.range(0, D, BLOCK_K, num_stages=1):
         channels = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
@@ -272,11 +283,19 @@ def _project(
     for index in tl.static_range(len(FORM.key_blocks)):
         for part in tl.static_range(FORM.key_blocks[index].parts):
             projected = sums[FORM.key_blocks[index].first_part + part]
-            if FORM.key_blocks[index].width == 0:
-                columns = tl.arange(0, FORM.key_blocks[index].padded)  # [W]
-                inside = _inside(columns, width, FORM.key_blocks[index])
-                _, power = _channels(heads, columns, inside, part, FORM.key_blocks[index], FORM.key_heads)
-                projected = projected * power[None, :]
+            columns = tl.arange(0, FORM.key_blocks[index].padded)  # [W]
+            inside = _inside(columns, width, FORM.key_blocks[index])
+            if FORM.key_blocks[index].width == 0 or seg.scale is not None:
+                own, power = _channels(heads, columns, inside, part, FORM.key_blocks[index], FORM.key_heads)
+                if FORM.key_blocks[index].width == 0:
+                    projected = projected * power[None, :]
+                if seg.scale is not None:
+                    scale = tl.load(  # [W]
+                        seg.scale + (head * scale_head_stride + basis_row * scale_row_stride) * FORM.scale_align + own,
+                        mask=inside,
+                        other=0.0,
+                    )
+                    projected = projected * scale[None, :]
             if FORM.key_blocks[index].bits > 0:
                 shift += 2.0 ** (FORM.key_blocks[index].bits - 1) * tl.sum(projected, 1)
             # The projected query is no number of the query's dtype. Rounding it would cost more precision than all else
@@ -649,10 +668,23 @@ def _merge_segment(
     nothing = total == 0.0
     merged = merged / tl.where(nothing, 1.0, total)
     if seg.decoder is not None:
-        decoder_head_stride, decoder_row_stride, delta_head_stride, delta_row_stride = _plain(seg.basis_strides)
+        (
+            decoder_head_stride,
+            decoder_row_stride,
+            delta_head_stride,
+            delta_row_stride,
+            scale_head_stride,
+            scale_row_stride,
+        ) = _plain(seg.basis_strides)
         basis_row = row
         if seg.basis_rows is not None:
             basis_row = tl.load(seg.basis_rows + row).to(tl.int64)
+        if seg.scale is not None:
+            merged *= tl.load(  # [W]
+                seg.scale + (head * scale_head_stride + basis_row * scale_row_stride) * FORM.scale_align + columns,
+                mask=columns < width,
+                other=0.0,
+            )
         decoder = tl.load(  # [BLOCK_DV, W]
             seg.decoder
             + (head * decoder_head_stride + basis_row * decoder_row_stride) * FORM.decoder_align
