@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evals.bench_cuda import TOLERANCE, Clock, Setting, draw, ours_error, relative_error
 from rotatek_cache.attention import reference_attention
-from rotatek_cache.basis import FitOptions
+from rotatek_cache.options import FitOptions
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import SegmentView
 from rotatek_kernels.decode import decode_attention

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rotatek_cache.attention import attend, merge_state
-    from rotatek_cache.basis import FitOptions, KeyBasis
+    from rotatek_cache.basis import KeyBasis
     from rotatek_cache.cache import RotateKCache
     from rotatek_cache.layer import LayerKV
     from rotatek_cache.methods.aircache import AirCache
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rotatek_cache.methods.look_m import LookM
     from rotatek_cache.methods.visionzip import VisionZip
     from rotatek_cache.methods.vl_cache import VLCache
+    from rotatek_cache.options import FitOptions
     from rotatek_cache.segments import SegmentView
     from rotatek_cache.wiring import attach, detach, families
 
@@ -45,7 +46,7 @@ _HOMES = {
     "AirCache": "methods.aircache",
     "DivPrune": "methods.divprune",
     "FastV": "methods.fastv",
-    "FitOptions": "basis",
+    "FitOptions": "options",
     "KeyBasis": "basis",
     "LayerKV": "layer",
     "LookM": "methods.look_m",

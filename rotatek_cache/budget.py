@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from rotatek_cache.basis import RANK_MULTIPLE, FitOptions, padded_rank
+from rotatek_cache.basis import RANK_MULTIPLE, padded_rank
 from rotatek_cache.layer import LayerKV
 from rotatek_cache.ledger import Coming, SealPlan
+from rotatek_cache.options import FitOptions
 from rotatek_cache.report import readable_bytes
 from rotatek_cache.segments import room_for
 from rotatek_cache.tokens import AttentionMethod, FeatureMethod, TokenMethod, TokenSelection

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from rotatek_cache.basis import Allocation, Bits, FitOptions, Solver
+from rotatek_cache.basis import Solver
 from rotatek_cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.layer import LayerKV, row_index
 from rotatek_cache.ledger import VisualLedger
 from rotatek_cache.methods import key_method
 from rotatek_cache.methods.calibrated import CalibratedBasis, load_basis
+from rotatek_cache.options import Allocation, Bits, FitOptions
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
 from rotatek_cache.segments import Stored
 from rotatek_cache.token_specs import token_method

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rotatek_cache.basis import FitOptions, KeyStatistics, key_moments, matrix_roots
+from rotatek_cache.basis import KeyStatistics, key_moments, matrix_roots
 from rotatek_cache.coding import BITS, CodeLayout, quantise
 from rotatek_cache.methods.calibrated import FORMAT, read_tensors, same_fingerprint
+from rotatek_cache.options import FitOptions
 from rotatek_cache.sealing import Ranges, Sealer
 from rotatek_cache.segments import Stored
 

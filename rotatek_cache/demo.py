@@ -28,8 +28,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from rotatek_cache.basis import FitOptions
 from rotatek_cache.cache import RotateKCache, storage_bytes
+from rotatek_cache.options import FitOptions
 from rotatek_cache.report import CacheReport
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.wiring import attach

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.attention import reference_attention
-from rotatek_cache.basis import FitOptions, compute_dtype
+from rotatek_cache.basis import compute_dtype
 from rotatek_cache.ledger import SealPlan, VisualLedger, integers
+from rotatek_cache.options import FitOptions
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import SegmentView, TextSegment, VisualSegment, join_segments
 from rotatek_cache.tokens import TokenSelection

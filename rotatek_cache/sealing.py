@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.basis import (
-    Bits,
-    FitOptions,
     KeyBasis,
     KeyStatistics,
     coded_delta_dtype,
@@ -15,7 +13,6 @@ from rotatek_cache.basis import (
     key_moments,
     padded_rank,
     rank_for_energy,
-    rank_of_share,
 )
 from rotatek_cache.coding import (
     CHANNEL_BLOCK,
@@ -33,6 +30,7 @@ from rotatek_cache.coding import (
 from rotatek_cache.ledger import integers
 from rotatek_cache.methods import BASES, BasisMethod, NoRotation, SparK, key_method
 from rotatek_cache.methods.calibrated import CalibratedBasis, HeadBudget, load_basis
+from rotatek_cache.options import Bits, FitOptions, rank_of_share
 from rotatek_cache.segments import Stored
 
 # Numbers that temporaries are made of at once, in as many heads as fit, at least one: on a CPU and on a GPU, where few

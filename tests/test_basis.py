@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotatek_cache.basis import (
-    FitOptions,
     KeyBasis,
     KeyStatistics,
     key_moments,
@@ -18,6 +17,7 @@ from rotatek_cache.basis import (
     ridged,
 )
 from rotatek_cache.methods import BASES
+from rotatek_cache.options import FitOptions
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 import rotatek_cache
 from rotatek_cache import FitOptions, RotateKCache, attach, calibrate_images
-from rotatek_cache.basis import Allocation
 from rotatek_cache.calibration import Calibration, Moments, calibrate, fingerprint, output_projections, sample_weight
 from rotatek_cache.cli import app
 from rotatek_cache.coding import HeadCodes
 from rotatek_cache.demo import open_page
 from rotatek_cache.methods.calibrated import StateBasis, load_basis, same_fingerprint
+from rotatek_cache.options import Allocation
 from rotatek_cache.sealing import Sealer
 
 IMAGES = 6

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotatek_cache.attention import attend
-from rotatek_cache.basis import Allocation, FitOptions, KeyBasis
+from rotatek_cache.basis import KeyBasis
 from rotatek_cache.coding import (
     CodeLayout,
     HeadCodes,
@@ -20,6 +20,7 @@ from rotatek_cache.coding import (
 )
 from rotatek_cache.layer import LayerKV
 from rotatek_cache.ledger import VisualLedger
+from rotatek_cache.options import Allocation, FitOptions
 
 blocks = st.lists(st.sampled_from([8, 4, 2]), min_size=1, max_size=3, unique=True).flatmap(
     lambda widths: st.tuples(

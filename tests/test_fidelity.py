@@ -11,8 +11,8 @@ import transformers
 
 from evals import fidelity
 from rotatek_cache import RotateKCache
-from rotatek_cache.basis import Allocation, FitOptions
 from rotatek_cache.methods import METHODS
+from rotatek_cache.options import Allocation, FitOptions
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "rotatek_cache" / "reader" / "pages"

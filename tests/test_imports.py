@@ -40,7 +40,9 @@ def test_the_package_itself_imports_nothing_heavy():
 
 
 def test_the_maths_needs_torch_alone():
-    maths = [f"rotatek_cache.{name}" for name in ("attention", "basis", "coding", "ledger", "report", "segments")]
+    maths = [
+        f"rotatek_cache.{name}" for name in ("attention", "basis", "coding", "ledger", "options", "report", "segments")
+    ]
     body = f"""
 import importlib
 for name in {maths}:

@@ -10,9 +10,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rotatek_cache.basis import FitOptions
 from rotatek_cache.layer import LayerKV
 from rotatek_cache.ledger import VisualLedger
+from rotatek_cache.options import FitOptions
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "_unique")
 

@@ -6,9 +6,9 @@ import sys
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
-from rotatek_cache.basis import FitOptions
 from rotatek_cache.calibration import sample_weight
 from rotatek_cache.methods.calibrated import load_basis
+from rotatek_cache.options import FitOptions
 from rotatek_sglang.layout import HeadShape
 
 log = logging.getLogger(__name__)

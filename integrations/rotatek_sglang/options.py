@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from rotatek_cache.basis import Bits, FitOptions, Solver
+from rotatek_cache.basis import Solver
+from rotatek_cache.options import Bits, FitOptions
 
 PREFIX = "ROTATEK_"
 SWITCHES = ("sparsity", "rank", "energy")

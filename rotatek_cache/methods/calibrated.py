@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import Allocation, Bits, KeyBasis, padded_rank
+from rotatek_cache.basis import KeyBasis, padded_rank
 from rotatek_cache.coding import (
     BITS,
     CHANNEL_BLOCK,
@@ -21,6 +21,7 @@ from rotatek_cache.coding import (
     Numbers,
     allocate_bits,
 )
+from rotatek_cache.options import Allocation, Bits
 
 FORMAT = "rotatek-basis-2"
 STATES = ("key", "value")
