@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--mem-fraction-static", default="0.8")
     parser.add_argument("--max-total-tokens", type=int, help="of the compressed server; needed on a CPU")
     parser.add_argument("--max-running-requests", type=int, default=64)
+    parser.add_argument("--max-prefill-tokens", type=int, help="of a batch, for all servers; bounds the vision tower")
     parser.add_argument("--image", default="1120x1120", help="height x width")
     parser.add_argument("--input", type=int, default=64, help="text tokens of a prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens of an answer")
@@ -164,6 +165,8 @@ def main() -> None:
         common = ["--model-path", model, "--dtype", given.dtype, "--mem-fraction-static", given.mem_fraction_static]
         common += ["--max-running-requests", str(given.max_running_requests), "--enable-metrics"]
         common += ["--decode-log-interval", "8"]  # the metrics are as old as the log's last line
+        if given.max_prefill_tokens is not None:
+            common += ["--max-prefill-tokens", str(given.max_prefill_tokens)]
         dense = [] if on_gpu else ["--device", "cpu", "--attention-backend", "torch_native"]
         platform_name = {} if on_gpu else {"SGLANG_PLATFORM": "rotatek"}
         options = ["--sparsity", str(given.sparsity), "--text-share", str(given.text_share)]
