@@ -18,6 +18,9 @@ Implementation = Literal["auto", "torch", "triton"]
 
 OLDEST_TRITON = (3, 6)  # of those that the kernels were compiled with
 
+# Up to so many queries per KV head, a CPU reads long Keys up to twice as fast where the Keys are the left factor.
+FEW_QUERIES = 8
+
 # Scores of one chunk of queries, in numbers: 256 MiB of float32.
 MAX_SCORES = 1 << 26
 
@@ -108,10 +111,11 @@ def _attend_chunk(
     dtype = compute_dtype(query.dtype)
     # Heads first, rows second: then rows of equal length are one batched matmul on the storage as it lies.
     q = (query.to(dtype) * scale).reshape(batch, heads, -1, width).transpose(0, 1)  # [H, B, G * Q, D]
-    if len(segments) == 1:
-        scores = _scores(q, segments[0], queries, mask_rows)
-    else:
-        scores = torch.cat([_scores(q, segment, queries, mask_rows) for segment in segments], -1)
+    scores = q.new_empty(*q.shape[:-1], sum(segment.max_length for segment in segments))
+    start = 0
+    for segment in segments:
+        _score(q, segment, queries, mask_rows, scores[..., start : start + segment.max_length])
+        start += segment.max_length
     lse = None
     if return_lse or any(segment.mask is not None or not segment.batched for segment in segments):
         lse = scores.logsumexp(-1)
@@ -133,9 +137,11 @@ def _attend_chunk(
     return out.reshape(batch, queries, q_heads, value_width).to(query.dtype), lse
 
 
-def _scores(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice) -> Tensor:
-    """Scaled logits ``[H, B, G * Q, max_length]`` of queries ``[H, B, G * Q, D]``; -inf where nothing is to be seen."""
-    heads, batch, grouped, _ = q.shape
+def _score(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice, scores: Tensor) -> None:
+    """Write the scaled logits of queries ``[H, B, G * Q, D]`` into `scores` ``[H, B, G * Q, max_length]``.
+
+    They are -inf where nothing is to be seen.
+    """
     basis = segment.basis
     shift = None
     if basis is not None and not basis.is_identity:
@@ -143,26 +149,30 @@ def _scores(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice) -> 
         shift = basis.logit_shift(q)
         q = basis.project_query(q)
     if segment.batched:
-        keys = segment.batched_keys(q.dtype)
-        scores = torch.bmm(q.flatten(0, 1), keys.mT).view(heads, batch, grouped, segment.max_length)
-        if shift is not None:
-            scores += shift
+        products = _products(q.flatten(0, 1), segment.batched_keys(q.dtype)).view_as(scores)
+        scores.copy_(products) if shift is None else torch.add(products, shift, out=scores)
     else:
-        scores = q.new_full((heads, batch, grouped, segment.max_length), -torch.inf)
+        scores.fill_(-torch.inf)
         for row, (_, length) in enumerate(segment.row_ranges):
             if length:
-                row_scores = torch.bmm(q[:, row], segment.row_keys(row, q.dtype).mT)
-                scores[:, row, :, :length] = row_scores if shift is None else row_scores + shift[:, row]
+                products = _products(q[:, row], segment.row_keys(row, q.dtype))
+                scores[:, row, :, :length] = products if shift is None else products + shift[:, row]
     if segment.mask is not None:
         mask = segment.mask[:, mask_rows]  # [B, Q, max_length]
-        per_query = scores.view(heads, batch, -1, queries, segment.max_length)
+        per_query = scores.unflatten(2, (-1, queries))
         if mask.dtype == torch.bool:
             per_query.masked_fill_(~mask[:, None], -torch.inf)
         else:
             # The lowest finite number stands for "not seen" in such masks; a row of it must give nothing, not a sum.
             hidden = mask <= torch.finfo(mask.dtype).min / 2
             per_query += mask.masked_fill(hidden, -torch.inf)[:, None].to(scores.dtype)
-    return scores
+
+
+def _products(queries: Tensor, keys: Tensor) -> Tensor:
+    """``q . k`` of queries ``[n, M, w]`` and Keys ``[n, N, w]``: ``[n, M, N]``."""
+    if queries.shape[1] <= FEW_QUERIES:
+        return torch.bmm(keys, queries.mT).mT
+    return torch.bmm(queries, keys.mT)
 
 
 def _weighted_values(weights: Tensor, segment: SegmentView) -> Tensor:

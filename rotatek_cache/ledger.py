@@ -304,6 +304,7 @@ class VisualLedger:
         self._plan: tuple[tuple[int, int], SealPlan | None] | None = None
         self._mask: Tensor | None = None
         self._gathered: dict[object, tuple[object, Tensor]] = {}
+        self._text_rows: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
     @property
     def end(self) -> int:
@@ -445,6 +446,21 @@ class VisualLedger:
             rows = mask[:, 0].expand(columns.shape[0], -1, -1)
             self._gathered[key] = (key, rows.gather(2, columns[:, None].expand(-1, queries, -1)))
         return self._gathered[key][1]
+
+    def text_rows(self, alignment: Alignment | None, buffer: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """First token and number of tokens ``[B]`` of each row in a text `buffer` ``[H, B, capacity, D]``.
+
+        Layers that lie alike share them: on a GPU every index tensor of a decode step is a launch.
+        """
+        _, batch, capacity, _ = buffer.shape
+        key = (alignment, batch, capacity, length, buffer.device)
+        if self._text_rows is None or self._text_rows[0] != key:
+            starts = torch.arange(0, batch * capacity, capacity, device=buffer.device)
+            lengths = torch.full((batch,), length, dtype=torch.int32, device=buffer.device)
+            if alignment is not None and alignment.first is not None:
+                starts, lengths = starts + alignment.first, lengths - alignment.first.int()
+            self._text_rows = key, (starts, lengths)
+        return self._text_rows[1]
 
     def _check_dropped(self, mask: Tensor) -> None:
         """Raise if a query sees a position that was dropped at a seal because no query of its prompt had seen it."""

@@ -7,7 +7,7 @@ have different numbers of them.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -84,12 +84,10 @@ class SegmentView:
         return self.values.shape[-1] if self.value_code is None else self.value_code.channels
 
     def _batched(self, packed: Tensor) -> Tensor:
+        if self.max_length == self.row_stride:
+            return packed.reshape(-1, self.max_length, packed.shape[-1])
         rows = packed.unflatten(1, (-1, self.row_stride))[:, :, : self.max_length]
-        return (
-            rows.flatten(0, 1)
-            if rows.stride(0) == rows.shape[1] * rows.stride(1)
-            else rows.reshape(-1, *rows.shape[2:])
-        )
+        return rows.flatten(0, 1)
 
     def batched_keys(self, dtype: torch.dtype) -> Tensor:
         """Keys or coefficients ``[H * B, max_length, r]`` in `dtype`, copied only if not so; `batched` only."""
@@ -172,26 +170,29 @@ class VisualSegment:
     basis_rows: Tensor
     max_length: int
     uniform: bool
+    _unmasked: SegmentView | None = field(default=None, init=False, repr=False)
 
     def view(self, ledger: VisualLedger, mask: Tensor | None) -> SegmentView:
         """The segment as attention reads it, with its columns of the model's mask."""
-        return SegmentView(
-            keys=self.keys.data,
-            values=self.values.data,
-            starts=self.starts,
-            lengths=self.lengths,
-            max_length=self.max_length,
-            row_stride=self.max_length,
-            batched=self.uniform,
-            basis=self.keys.basis,
-            basis_rows=None if self.uniform else self.basis_rows,
-            key_code=self.keys.code,
-            value_basis=self.values.basis,
-            value_code=self.values.code,
-            mask=None
-            if mask is None
-            else ledger.gather_mask(mask, (self.positions, self.starts), self.token_positions),
-        )
+        if self._unmasked is None:
+            self._unmasked = SegmentView(
+                keys=self.keys.data,
+                values=self.values.data,
+                starts=self.starts,
+                lengths=self.lengths,
+                max_length=self.max_length,
+                row_stride=self.max_length,
+                batched=self.uniform,
+                basis=self.keys.basis,
+                basis_rows=None if self.uniform else self.basis_rows,
+                key_code=self.keys.code,
+                value_basis=self.values.basis,
+                value_code=self.values.code,
+            )
+        if mask is None:
+            return self._unmasked
+        columns = ledger.gather_mask(mask, (self.positions, self.starts), self.token_positions)
+        return dataclasses.replace(self._unmasked, mask=columns)
 
     def token_positions(self) -> Tensor:
         """Logical positions ``[B, max_length]``; entries past a row's length are arbitrary."""
@@ -204,6 +205,7 @@ class VisualSegment:
         self.starts, self.lengths = self.starts[index], self.lengths[index]
         self.basis_rows = self.basis_rows[index]
         self.uniform = False  # rows may share storage now, or lie in another order
+        self._unmasked = None
 
     def truncate(self, length: int) -> None:
         """Forget tokens at logical positions from `length` on."""
@@ -212,6 +214,7 @@ class VisualSegment:
         kept = (inside & (self.token_positions() < length)).sum(1, dtype=self.lengths.dtype)
         self.uniform = self.uniform and bool((kept == self.lengths).all())
         self.lengths = kept
+        self._unmasked = None
 
     def tensors(self) -> list[Tensor]:
         """Everything held."""
@@ -313,12 +316,7 @@ class TextSegment:
         """The segment as attention reads it; None while it is empty."""
         if self.length == 0 or self.keys is None or self.values is None:
             return None
-        batch, capacity, device = self.keys.shape[1], self.capacity, self.keys.device
-        starts = torch.arange(batch, device=device) * capacity
-        lengths = torch.full((batch,), self.length, dtype=torch.int32, device=device)
-        first = None if self.alignment is None else self.alignment.first
-        if first is not None:
-            starts, lengths = starts + first, lengths - first.int()
+        starts, lengths = ledger.text_rows(self.alignment, self.keys, self.length)
         columns = None
         if mask is not None:
             columns = ledger.gather_mask(mask, (self.alignment, self.length), self.token_positions)
@@ -328,8 +326,8 @@ class TextSegment:
             starts=starts,
             lengths=lengths,
             max_length=self.length,
-            row_stride=capacity,
-            batched=first is None,
+            row_stride=self.capacity,
+            batched=self.alignment is None or self.alignment.first is None,
             mask=columns,
         )
 
