@@ -24,8 +24,8 @@ import torch
 from evals.roofline import A100, B200, H200, Gpu, token_bytes
 from rotatek_cache.coding import CodeLayout, HeadCodes
 from rotatek_kernels import decode
-from rotatek_kernels.decode import BLOCK_SIZES, BlockSizes
 from rotatek_kernels.resources import Resources, plan_of_shape, resources, segment_of_shape
+from rotatek_kernels.shapes import BLOCK_SIZES, BlockSizes
 
 GPUS = (A100, H200, B200)
 LATENCY = 8e-7  # seconds that a load of a busy memory takes, about

@@ -122,8 +122,8 @@ def test_roofline_by_hand():
 def test_candidates_are_judged_by_hand():
     from evals.block_sizes import judged
     from evals.roofline import H200
-    from rotatek_kernels.decode import BLOCK_SIZES
     from rotatek_kernels.resources import Resources
+    from rotatek_kernels.shapes import BLOCK_SIZES
 
     found = Resources(160, 0, 70000, {16: 8}, [320, 40], 2000, asynchronous=True)
     sizes = BLOCK_SIZES["plain"]._replace(warps=4, stages=3)

@@ -24,7 +24,7 @@ from rotatek_cache.attention import attend, reference_attention  # noqa: E402
 from rotatek_cache.basis import KeyBasis  # noqa: E402
 from rotatek_cache.coding import CodeLayout, HeadCodes, Numbers  # noqa: E402
 from rotatek_cache.segments import SegmentView  # noqa: E402
-from rotatek_kernels import decode  # noqa: E402
+from rotatek_kernels import decode, shapes  # noqa: E402
 from rotatek_kernels.decode import decode_attention  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -303,7 +303,7 @@ def _poisoned(monkeypatch):
 def many_splits(monkeypatch):
     """Blocks of 16 tokens, each of them a split."""
     monkeypatch.setattr(
-        decode, "BLOCK_SIZES", {kind: sizes._replace(tile=1) for kind, sizes in decode.BLOCK_SIZES.items()}
+        shapes, "BLOCK_SIZES", {kind: sizes._replace(tile=1) for kind, sizes in shapes.BLOCK_SIZES.items()}
     )
     monkeypatch.setattr(decode, "_REMEMBERED", {})
     monkeypatch.setattr(decode, "TOKENS_PER_SPLIT", 16)
@@ -311,7 +311,7 @@ def many_splits(monkeypatch):
 
 
 def splits_of(query: torch.Tensor, segments: list[SegmentView]) -> list[int]:
-    launches, _, _ = decode.plan(decode.shapes_of(query, segments), query, segments, 1.0, 4096)
+    launches, _, _ = decode.plan(shapes.shapes_of(query, segments), query, segments, 1.0, 4096)
     return [(arguments.place[1] - 3) // 2 for launch in launches[:-1] for arguments in launch.arguments["segments"]]
 
 

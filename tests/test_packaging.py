@@ -45,7 +45,7 @@ def test_packages_have_their_own_names(wheel):
     top = {name.partition("/")[0] for name in wheel.namelist()}
     assert {"rotatek_cache", "rotatek_kernels"} <= top
     assert not top & {"kernels", "integrations", "tests", "evals"}
-    assert "rotatek_kernels/decode_triton.py" in wheel.namelist()
+    assert "rotatek_kernels/attend_triton.py" in wheel.namelist()
 
 
 def test_licence_and_command_are_declared(wheel):

@@ -11,7 +11,7 @@ from torch import Tensor
 from rotatek_cache.basis import RANK_MULTIPLE, KeyBasis
 from rotatek_cache.coding import Code, CodeLayout, HeadCodes, Numbers
 from rotatek_cache.segments import SegmentView
-from rotatek_kernels.decode_triton import attend_splits
+from rotatek_kernels.attend_triton import attend_splits
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)

@@ -18,7 +18,8 @@ from triton.runtime import driver
 from rotatek_cache.basis import KeyBasis
 from rotatek_cache.coding import CodeLayout, HeadCodes, Numbers
 from rotatek_cache.segments import SegmentView
-from rotatek_kernels.decode import BlockSizes, Launch, plan, shapes_of
+from rotatek_kernels.decode import Launch, plan
+from rotatek_kernels.shapes import BlockSizes, shapes_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -1,146 +1,16 @@
-"""Kernel text of the fused attention over segments; checks, grids and launches are in `decode.py`.
+"""The kernel that attends: each program reads a share of a segment's tokens for one (row, KV head, tile of queries).
 
-A layer is attended to by `attend_splits`, in which each program reads a share of the tokens of one (row, KV head,
-tile of queries) in one segment and leaves a partial state, and `merge_splits`, which adds the states up. Logarithms are
-base 2 until the merge ends. Blocks: M queries (the heads of a group side by side, position after position), N tokens,
-D head width, W columns that one token stores in one block of its layout.
-
-What differs between segments comes in tuples, an entry each: arguments (`SegmentArguments`, `MergeArguments`) and what
-is decided while the kernel is compiled (`SegmentForm`, `MergeForm`).
+It leaves a partial state, which `merge_triton.py` adds up. Logarithms are base 2 until the merge ends. Blocks: M
+queries (the heads of a group side by side, position after position), N tokens, D head width, W columns that one token
+stores in one block of its layout. What differs between segments comes in tuples, an entry each (`forms.py`).
 """
-
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from rotatek_kernels.forms import STATE_ALIGN, basis_row_of, form_of, plain
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-STATE_ALIGN = tl.constexpr(4)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-class Block(NamedTuple):
-    """Columns of a stored token: numbers as they are (`bits` 0), or codes of `bits`, ``8 // bits`` to a byte.
-
-    Where heads have widths of their own (`width` 0), which columns there are and what they hold is in a `HeadTable`.
-    Bytes are read as digits of `bits` then, the fewest of any code: a code of more bits is a sum of digits times powers
-    of two, which are folded into the projected queries, and for Values into the sum. So one body reads all mixtures.
-    """
-
-    bits: int
-    parts: int  # codes, or digits, to a byte
-    offset: int  # first number or byte within the token
-    width: int  # numbers or bytes; 0: the head's own
-    padded: int  # the power of two that holds `width`
-    channel: int  # first channel; part i of a byte holds channels ``channel + i * width`` and following
-    first_part: int  # parts of the blocks before
-
-
-class HeadTable(NamedTuple):
-    """Where the numbers stand that a head has of its own, int32 ``[H, 3 + 3 * columns]``.
-
-    Of the head: where its tokens begin, per token of the storage, and how wide they are, both in units of the alignment
-    of its rows; its channels. Of each column: the binary logarithm of its bits, the channel of its first code, and how
-    many channels further on that of the next code in the same byte is.
-    """
-
-    columns: int  # 0: all heads are alike, and there is no table
-    align: int  # divides all runs of channels that lie side by side
-
-
-class SegmentForm(NamedTuple):
-    """What is known of a segment when a kernel is compiled."""
-
-    key_blocks: tuple[Block, ...]
-    value_blocks: tuple[Block, ...]
-    key_stride: int  # from token to token
-    value_stride: int
-    key_align: int  # divides the head stride, which is counted in it, so that rows are known to be aligned
-    value_align: int
-    decoder_stride: int  # of the Keys' basis, from channel to channel
-    decoder_align: int
-    delta_align: int
-    scale_align: int
-    state_width: int  # channels of a partial state: D_v, or the Values' coefficients
-    mask_stride: int  # from token to token
-    hidden: float | None  # masks: numbers up to here hide a token; None: bool, or no mask
-    block_n: int
-    stages: int
-    key_heads: HeadTable
-    value_heads: HeadTable
-
-
-class SegmentArguments(NamedTuple):
-    """What a segment stores; integers as `odd` numbers. Strides of heads and of basis rows are in units of align."""
-
-    stored_keys: Any  # [H, N, columns], or the heads one after the other
-    stored_values: Any  # [H, N, columns] (a tuple of Triton has `values` of its own)
-    key_heads: Any  # a `HeadTable`, or None
-    value_heads: Any
-    slots: Any  # [B, n], or None: tokens lie side by side
-    starts: Any  # [B]
-    lengths: Any  # [B]
-    mask: Any  # [B, Q, max_length] uint8 or float, or None
-    decoder: Any  # [H, R, D, channels] of the Keys, or None: they are dense
-    delta: Any  # [H, R, D], or None
-    scale: Any  # [H, R, channels] of an int8 decoder, or None
-    basis_rows: Any  # [B], or None: row b uses row b of the basis
-    place: tuple[int, ...]  # first split, splits, where its states begin in units of STATE_ALIGN
-    # max_length; strides of the mask's rows and queries; of heads of Keys, of Values (or the tokens stored); of slots
-    sizes: tuple[int, ...]
-    basis_strides: tuple[int, ...]  # of heads and rows of the decoder, of delta, of the scale
-
-
-class MergeForm(NamedTuple):
-    """What is known of a segment's states when the merge is compiled."""
-
-    state_width: int
-    block_w: int  # the power of two that holds it, where it is rotated back
-    decoder_stride: int
-    decoder_align: int
-    delta_align: int
-    scale_align: int
-    value_heads: HeadTable
-
-
-class MergeArguments(NamedTuple):
-    """A segment's states, and what its Values mean; integers as `odd` numbers."""
-
-    decoder: Any  # [H, R, D_v, channels], or None: states are outputs
-    delta: Any  # [H, R, D_v], or None
-    scale: Any  # [H, R, channels] of an int8 decoder, or None
-    basis_rows: Any  # [B], or None
-    value_heads: Any
-    place: tuple[int, ...]
-    basis_strides: tuple[int, ...]
-
-
-def _form(forms, index, _semantic=None):
-    """Entry `index` of `FORMS`, as a tuple of Triton: before 3.9 it does not make those of tuples of tuples itself."""
-    form = forms[index]
-    interpreted = _semantic is None  # and takes tuples as they are
-    return form if interpreted or isinstance(form, tl.tuple) else _static(form)
-
-
-_form.__triton_builtin__ = True  # type: ignore[attr-defined]  # Python, called while a kernel is compiled
-
-
-def _static(value):
-    """A number, or tuples of numbers however deep, as a kernel holds what is known when it is compiled."""
-    if not isinstance(value, tuple):
-        return tl.constexpr(value)
-    entries = [_static(entry) for entry in value]
-    return tl.tuple(entries, tl.tuple_type([entry.type for entry in entries], getattr(value, "_fields", None)))
-
-
-@triton.jit
-def _plain(odd):
-    """The integers that `decode.odd` made odd.
-
-    Triton makes kernels of their own for integers that are 1 or multiples of 16, which inside of tuples cannot be
-    switched off; lengths and strides that change from step to step must not make new kernels.
-    """
-    return [(integer - 3) >> 1 for integer in odd]
 
 
 @triton.jit
@@ -250,15 +120,8 @@ def _project(
     """
     shift = tl.zeros([query.shape[0]], tl.float32)  # [BLOCK_M]
     sums = _zeros(FORM.key_blocks, query.shape[0])
-    (
-        decoder_head_stride,
-        decoder_row_stride,
-        delta_head_stride,
-        delta_row_stride,
-        scale_head_stride,
-        scale_row_stride,
-    ) = _plain(seg.basis_strides)
-    decoder = seg.decoder + (head * decoder_head_stride + basis_row * decoder_row_stride) * FORM.decoder_align
+    strides = plain(seg.basis_strides)
+    decoder = basis_row_of(seg.decoder, strides, head, basis_row, 0, FORM.decoder_align)
     for first in tl.range(0, D, BLOCK_K, num_stages=1):
         channels = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
         q = tl.load(  # [BLOCK_M, BLOCK_K]
@@ -266,7 +129,7 @@ def _project(
         )
         if seg.delta is not None:
             delta = tl.load(  # [BLOCK_K]
-                seg.delta + (head * delta_head_stride + basis_row * delta_row_stride) * FORM.delta_align + channels,
+                basis_row_of(seg.delta, strides, head, basis_row, 2, FORM.delta_align) + channels,
                 mask=channels < D,
                 other=0.0,
             )
@@ -291,7 +154,7 @@ def _project(
                     projected = projected * power[None, :]
                 if seg.scale is not None:
                     scale = tl.load(  # [W]
-                        seg.scale + (head * scale_head_stride + basis_row * scale_row_stride) * FORM.scale_align + own,
+                        basis_row_of(seg.scale, strides, head, basis_row, 4, FORM.scale_align) + own,
                         mask=inside,
                         other=0.0,
                     )
@@ -407,8 +270,8 @@ def _attend_segment(
     """
     BLOCK_M: tl.constexpr = query.shape[0]
     BLOCK_N: tl.constexpr = FORM.block_n
-    first_split, splits, first_state = _plain(seg.place)
-    max_length, mask_row_stride, mask_query_stride, key_head_stride, value_head_stride, slot_row_stride = _plain(
+    first_split, splits, first_state = plain(seg.place)
+    max_length, mask_row_stride, mask_query_stride, key_head_stride, value_head_stride, slot_row_stride = plain(
         seg.sizes
     )
     start = tl.load(seg.starts + row).to(tl.int64)
@@ -573,7 +436,7 @@ def attend_splits(
     BLOCK_D: tl.constexpr,
 ):
     """Partial states of segments; grid (splits of these segments * tiles of queries, H, B)."""
-    queries, total_splits, first_lse, programs, first_split, row_stride, head_stride, stride = _plain(integers)
+    queries, total_splits, first_lse, programs, first_split, row_stride, head_stride, stride = plain(integers)
     lses = states + first_lse.to(tl.int64) * STATE_ALIGN  # [B, H, total_splits, Q * G]
     split = first_split + tl.program_id(0) % programs
     tile = tl.program_id(0) // programs
@@ -589,7 +452,7 @@ def attend_splits(
         + positions.to(tl.int64) * stride * QUERY_ALIGN
     )
     for index in tl.static_range(len(FORMS)):
-        first_split, splits, _ = _plain(segments[index].place)
+        first_split, splits, _ = plain(segments[index].place)
         own = split - first_split
         if (own >= 0) & (own < splits):
             _attend_segment(
@@ -607,159 +470,8 @@ def attend_splits(
                 scale * LOG2_E,
                 total_splits,
                 queries * G,
-                _form(FORMS, index),
+                form_of(FORMS, index),
                 SINGLE,
                 D,
                 BLOCK_D,
             )
-
-
-@triton.jit
-def _merge_segment(
-    states,
-    lses,
-    seg,
-    state_row,
-    query_row,
-    head,
-    row,
-    total_splits,
-    all_queries,
-    first_channel,
-    FORM: tl.constexpr,
-    D_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Channels of a segment's output [BLOCK_DV] and its base-2 log-sum-exp; coefficients are rotated back, once."""
-    channels = first_channel + tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
-    if seg.decoder is None:
-        columns = channels  # [W]
-    else:
-        columns = tl.arange(0, FORM.block_w)  # [W]
-    first_split, splits, first_state = _plain(seg.place)
-    width = FORM.state_width
-    if seg.value_heads is not None:
-        width = tl.load(seg.value_heads + head * (3 + 3 * FORM.value_heads.columns) + 2)
-    highest = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    merged = tl.zeros([columns.shape[0]], tl.float32)  # [W]
-    for first in tl.range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)  # [BLOCK_S]
-        inside = split < splits
-        lse = tl.load(  # [BLOCK_S]
-            lses + (state_row * total_splits + first_split + split) * all_queries + query_row,
-            mask=inside,
-            other=float("-inf"),
-        )
-        state = ((state_row * splits + split) * all_queries + query_row) * FORM.state_width  # [BLOCK_S]
-        tile = tl.load(  # [BLOCK_S, W]
-            states + first_state.to(tl.int64) * STATE_ALIGN + state[:, None] + columns[None, :],
-            mask=inside[:, None] & (columns[None, :] < width),
-            other=0.0,
-        )
-        new_highest = tl.maximum(highest, tl.max(lse, 0))
-        reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(lse - reference)  # [BLOCK_S]
-        fade = tl.exp2(highest - reference)
-        total = total * fade + tl.sum(weights, 0)
-        merged = merged * fade + tl.sum(weights[:, None] * tile, 0)
-        highest = new_highest
-    nothing = total == 0.0
-    merged = merged / tl.where(nothing, 1.0, total)
-    if seg.decoder is not None:
-        (
-            decoder_head_stride,
-            decoder_row_stride,
-            delta_head_stride,
-            delta_row_stride,
-            scale_head_stride,
-            scale_row_stride,
-        ) = _plain(seg.basis_strides)
-        basis_row = row
-        if seg.basis_rows is not None:
-            basis_row = tl.load(seg.basis_rows + row).to(tl.int64)
-        if seg.scale is not None:
-            merged *= tl.load(  # [W]
-                seg.scale + (head * scale_head_stride + basis_row * scale_row_stride) * FORM.scale_align + columns,
-                mask=columns < width,
-                other=0.0,
-            )
-        decoder = tl.load(  # [BLOCK_DV, W]
-            seg.decoder
-            + (head * decoder_head_stride + basis_row * decoder_row_stride) * FORM.decoder_align
-            + channels[:, None] * FORM.decoder_stride
-            + columns[None, :],
-            mask=(channels[:, None] < D_V) & (columns[None, :] < width),
-            other=0.0,
-        )
-        merged = tl.sum(decoder.to(tl.float32) * merged[None, :], 1)  # [BLOCK_DV]
-        if seg.delta is not None:
-            merged += tl.load(
-                seg.delta + (head * delta_head_stride + basis_row * delta_row_stride) * FORM.delta_align + channels,
-                mask=channels < D_V,
-                other=0.0,
-            ).to(tl.float32)
-    return merged, tl.where(nothing, float("-inf"), highest + tl.log2(tl.where(nothing, 1.0, total)))
-
-
-@triton.jit
-def merge_splits(
-    states,  # float32: each segment's [B, H, splits, Q * G, state_width], and base-2 log-sum-exps
-    out,  # [B, Q, H * G, D_V], written
-    lse,  # [B, H * G, Q] float32, natural, written
-    segments,  # a MergeArguments each
-    integers,  # odd: Q, total_splits, where log-sum-exps begin
-    FORMS: tl.constexpr,  # a MergeForm each
-    G: tl.constexpr,
-    D_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Add the states of a query up by their log-sum-exp; grid (H * G * Q, B, blocks of channels)."""
-    queries, total_splits, first_lse = _plain(integers)
-    lses = states + first_lse.to(tl.int64) * STATE_ALIGN  # [B, H, total_splits, Q * G]
-    position = tl.program_id(0) % queries
-    query_head = tl.program_id(0) // queries
-    heads = tl.num_programs(0) // queries // G
-    row = tl.program_id(1).to(tl.int64)
-    head = (query_head // G).to(tl.int64)
-    first_channel = tl.program_id(2) * BLOCK_DV
-    highest = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    merged = tl.zeros([BLOCK_DV], tl.float32)  # [BLOCK_DV]
-    for index in tl.static_range(len(FORMS)):
-        segment_out, segment_lse = _merge_segment(
-            states,
-            lses,
-            segments[index],
-            row * heads + head,
-            position * G + query_head % G,
-            head,
-            row,
-            total_splits,
-            queries * G,
-            first_channel,
-            _form(FORMS, index),
-            D_V,
-            BLOCK_DV,
-            BLOCK_S,
-        )
-        new_highest = tl.maximum(highest, segment_lse)
-        reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weight = tl.exp2(segment_lse - reference)
-        fade = tl.exp2(highest - reference)
-        total = total * fade + weight
-        merged = merged * fade + weight * segment_out
-        highest = new_highest
-    nothing = total == 0.0
-    merged = merged / tl.where(nothing, 1.0, total)
-    natural = (highest + tl.log2(tl.where(nothing, 1.0, total))) * LN_2
-    channels = first_channel + tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
-    tl.store(
-        out + ((row * queries + position) * heads * G + query_head) * D_V + channels,
-        merged.to(out.dtype.element_ty),
-        mask=channels < D_V,
-    )
-    if first_channel == 0:
-        tl.store(lse + (row * heads * G + query_head) * queries + position, tl.where(nothing, float("-inf"), natural))

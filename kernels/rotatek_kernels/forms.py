@@ -1,0 +1,138 @@
+"""What the kernels are told of a segment: when they are compiled (forms), and when they are launched (arguments)."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+STATE_ALIGN = tl.constexpr(4)
+
+
+class Block(NamedTuple):
+    """Columns of a stored token: numbers as they are (`bits` 0), or codes of `bits`, ``8 // bits`` to a byte.
+
+    Where heads have widths of their own (`width` 0), which columns there are and what they hold is in a `HeadTable`.
+    Bytes are read as digits of `bits` then, the fewest of any code: a code of more bits is a sum of digits times powers
+    of two, which are folded into the projected queries, and for Values into the sum. So one body reads all mixtures.
+    """
+
+    bits: int
+    parts: int  # codes, or digits, to a byte
+    offset: int  # first number or byte within the token
+    width: int  # numbers or bytes; 0: the head's own
+    padded: int  # the power of two that holds `width`
+    channel: int  # first channel; part i of a byte holds channels ``channel + i * width`` and following
+    first_part: int  # parts of the blocks before
+
+
+class HeadTable(NamedTuple):
+    """Where the numbers stand that a head has of its own, int32 ``[H, 3 + 3 * columns]``.
+
+    Of the head: where its tokens begin, per token of the storage, and how wide they are, both in units of the alignment
+    of its rows; its channels. Of each column: the binary logarithm of its bits, the channel of its first code, and how
+    many channels further on that of the next code in the same byte is.
+    """
+
+    columns: int  # 0: all heads are alike, and there is no table
+    align: int  # divides all runs of channels that lie side by side
+
+
+class SegmentForm(NamedTuple):
+    """What is known of a segment when a kernel is compiled."""
+
+    key_blocks: tuple[Block, ...]
+    value_blocks: tuple[Block, ...]
+    key_stride: int  # from token to token
+    value_stride: int
+    key_align: int  # divides the head stride, which is counted in it, so that rows are known to be aligned
+    value_align: int
+    decoder_stride: int  # of the Keys' basis, from channel to channel
+    decoder_align: int
+    delta_align: int
+    scale_align: int
+    state_width: int  # channels of a partial state: D_v, or the Values' coefficients
+    mask_stride: int  # from token to token
+    hidden: float | None  # masks: numbers up to here hide a token; None: bool, or no mask
+    block_n: int
+    stages: int
+    key_heads: HeadTable
+    value_heads: HeadTable
+
+
+class SegmentArguments(NamedTuple):
+    """What a segment stores; integers as `odd` numbers. Strides of heads and of basis rows are in units of align."""
+
+    stored_keys: Any  # [H, N, columns], or the heads one after the other
+    stored_values: Any  # [H, N, columns] (a tuple of Triton has `values` of its own)
+    key_heads: Any  # a `HeadTable`, or None
+    value_heads: Any
+    slots: Any  # [B, n], or None: tokens lie side by side
+    starts: Any  # [B]
+    lengths: Any  # [B]
+    mask: Any  # [B, Q, max_length] uint8 or float, or None
+    decoder: Any  # [H, R, D, channels] of the Keys, or None: they are dense
+    delta: Any  # [H, R, D], or None
+    scale: Any  # [H, R, channels] of an int8 decoder, or None
+    basis_rows: Any  # [B], or None: row b uses row b of the basis
+    place: tuple[int, ...]  # first split, splits, where its states begin in units of STATE_ALIGN
+    # max_length; strides of the mask's rows and queries; of heads of Keys, of Values (or the tokens stored); of slots
+    sizes: tuple[int, ...]
+    basis_strides: tuple[int, ...]  # of heads and rows of the decoder, of delta, of the scale
+
+
+class MergeForm(NamedTuple):
+    """What is known of a segment's states when the merge is compiled."""
+
+    state_width: int
+    block_w: int  # the power of two that holds it, where it is rotated back
+    decoder_stride: int
+    decoder_align: int
+    delta_align: int
+    scale_align: int
+    value_heads: HeadTable
+
+
+class MergeArguments(NamedTuple):
+    """A segment's states, and what its Values mean; integers as `odd` numbers."""
+
+    decoder: Any  # [H, R, D_v, channels], or None: states are outputs
+    delta: Any  # [H, R, D_v], or None
+    scale: Any  # [H, R, channels] of an int8 decoder, or None
+    basis_rows: Any  # [B], or None
+    value_heads: Any
+    place: tuple[int, ...]
+    basis_strides: tuple[int, ...]
+
+
+def form_of(forms, index, _semantic=None):
+    """Entry `index` of `FORMS`, as a tuple of Triton: before 3.9 it does not make those of tuples of tuples itself."""
+    form = forms[index]
+    interpreted = _semantic is None  # and takes tuples as they are
+    return form if interpreted or isinstance(form, tl.tuple) else _static(form)
+
+
+form_of.__triton_builtin__ = True  # type: ignore[attr-defined]  # Python, called while a kernel is compiled
+
+
+def _static(value):
+    """A number, or tuples of numbers however deep, as a kernel holds what is known when it is compiled."""
+    if not isinstance(value, tuple):
+        return tl.constexpr(value)
+    entries = [_static(entry) for entry in value]
+    return tl.tuple(entries, tl.tuple_type([entry.type for entry in entries], getattr(value, "_fields", None)))
+
+
+@triton.jit
+def plain(odd):
+    """The integers that `shapes.odd` made odd.
+
+    Triton makes kernels of their own for integers that are 1 or multiples of 16, which inside of tuples cannot be
+    switched off; lengths and strides that change from step to step must not make new kernels.
+    """
+    return [(integer - 3) >> 1 for integer in odd]
+
+
+@triton.jit
+def basis_row_of(tensor, strides, head, basis_row, FIRST: tl.constexpr, ALIGN: tl.constexpr):
+    """Where `tensor` of a basis keeps what belongs to a head and a row; entry `FIRST` of the strides is its first."""
+    return tensor + (head * strides[FIRST] + basis_row * strides[FIRST + 1]) * ALIGN
