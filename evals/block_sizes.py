@@ -39,10 +39,10 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         for name, code in {
             "8 bit, 32 channels": CodeLayout(((8, 32),)),
             "4 bit, 32 channels": CodeLayout(((4, 32),)),
-            "2 bit, 64 channels": CodeLayout(((2, 64),)),
             "per head, to 16 bytes": MIXED,
         }.items()
     },
+    "2 bit": {"2 bit, 64 channels": dict.fromkeys(("key_code", "value_code"), CodeLayout(((2, 64),)))},
 }
 
 

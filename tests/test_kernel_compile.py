@@ -70,6 +70,15 @@ SHAPES = {  # targets, arguments of `plan`
         ["sm_80", "sm_90", "sm_100", "gfx942"],
         {"width": 128, "group": 4, "dtype": "bfloat16", "visual": FOUR_BIT},
     ),
+    "2-bit": (
+        ["sm_90"],
+        {
+            "width": 128,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_code": [[2, 64]], "value_code": [[2, 64]]},
+        },
+    ),
     "masked-rank16-width64": (
         ["sm_90"],
         {"width": 64, "group": 4, "dtype": "bfloat16", "visual": {"rank": 16}, "mask": "bool"},

@@ -54,6 +54,8 @@ BLOCK_SIZES = {
     # Bound by instructions: several warps would each unpack all codes (14 a token with one warp, 26 with two, 52 with
     # four, at 4 bits and r 32). Larger tiles spill beside a text segment of D 128, which then has 16 tokens a block.
     "codes": BlockSizes(warps=1, rows=16, programs=22, tokens=64, tile=8 * 1024, stages=3, registers=None),
+    # Blocks of 32 tokens of 16 bytes each are not loaded ahead of their use, 16 are: 28 instructions a token, not 37.
+    "2 bit": BlockSizes(warps=1, rows=16, programs=22, tokens=64, tile=4 * 1024, stages=3, registers=None),
     # Without tensor cores; with four warps the dense segment needs twice the registers.
     "float32": BlockSizes(warps=8, rows=16, programs=4, tokens=64, tile=32 * 1024, stages=3, registers=None),
     # 64 rows by 64 tokens spill (976 instructions of it at D 128 with a mask), 64 by 32 do not.
@@ -178,9 +180,13 @@ def _kind(query: Tensor, segments: Sequence[SegmentView]) -> str:
         return "float32"
     if query.shape[2] > 1:
         return "queries"
-    coded = any(_is_narrow(segment.key_code) and _is_narrow(segment.value_code) for segment in segments)
+    coded = [segment for segment in segments if _is_narrow(segment.key_code) and _is_narrow(segment.value_code)]
     widest = max(query.shape[3], *(segment.value_width for segment in segments))
-    return "codes" if coded and widest <= ONE_WARP else "plain"
+    if not coded or widest > ONE_WARP:
+        return "plain"
+    codes = [code for segment in coded for code in (segment.key_code, segment.value_code)]
+    two = all(isinstance(code, CodeLayout) and all(bits == 2 for bits, _ in code.blocks) for code in codes)
+    return "2 bit" if two else "codes"
 
 
 def _is_narrow(code: Code | None) -> bool:
