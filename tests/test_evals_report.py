@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from evals import report
-from evals.accuracy import score
 from evals.report import build
+from evals.scores import score
 from evals.store import Results, StoreError, read, write_json
 from evals.verdicts import verdicts
 
