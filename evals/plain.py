@@ -14,7 +14,7 @@ PROVENANCE = (
     "machine",
 )  # these stand in a table of their own
 SETTINGS = ("setting", "settings")
-LONGEST = 40  # rows that are shown
+LONGEST = 48  # rows that are shown
 WIDEST = 10  # columns
 
 

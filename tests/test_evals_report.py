@@ -253,7 +253,7 @@ def test_any_result_becomes_tables():
     assert chose.rows == [["s", "2", "2"], ["t", "1", "3"]] and chose.head == ["shape", "candidates", "regs"]
     many = [{"n": index} for index in range(50)]
     (table,) = plain.blocks({"many": many})
-    assert len(table.rows) == 40 and table.caption == "many, the first 40 of 50"
+    assert len(table.rows) == 48 and table.caption == "many, the first 48 of 50"
     wide = [dict.fromkeys("abcdefghijkl", index) for index in range(2)]
     (table,) = plain.blocks({"wide": wide})
     assert table.head == ["", "0", "1"] and table.rows[0] == ["a", "0", "1"] and len(table.rows) == 12
