@@ -16,7 +16,6 @@ import datetime
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import platform
 import shlex
@@ -35,8 +34,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import Cache, DynamicCache
 
-from evals.fidelity import bootstrap
-from evals.metrics import METRICS
+from evals.metrics import MetricError, require
+from evals.scores import DENSE, print_table, score
 from evals.store import write_json
 from evals.tasks import Sample, SampleError, Task, TaskError, load_task, task_names
 from rotatek_cache import RotateKCache
@@ -44,7 +43,6 @@ from rotatek_cache.cache import storage_bytes
 from rotatek_lmms_eval.chat import Chat, ChatError
 
 READER = Path(__file__).parent.parent / "rotatek_cache" / "reader"
-DENSE = "dense"
 
 
 class RunError(Exception):
@@ -76,10 +74,12 @@ class Settings:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch"):
+        for name, least in (("limit", 1), ("batch", 1), ("seed", 0), ("max_new_tokens", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise RunError(f"{name} must be a positive integer, got {value!r}")
+            if value is None and name in ("seed", "max_new_tokens"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise RunError(f"{name} must be a whole number from {least} on, got {value!r}")
         if not self.tasks:
             raise RunError(f"tasks must name at least one of {', '.join(task_names())}")
         if DENSE in self.methods:
@@ -98,16 +98,18 @@ class Settings:
         return "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
-def expand(methods: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def expand(methods: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
     """One method for each combination of the options given as lists, named by them."""
-    expanded = {}
-    for name, options in methods.items():
+    expanded: dict[str, dict[str, Any]] = {}
+    for name, options in methods:
         if not isinstance(options, Mapping):
             raise RunError(f"method '{name}' must be a mapping of options of RotateKCache, got {options!r}")
         swept = {option: value for option, value in options.items() if isinstance(value, list)}
         for values in itertools.product(*swept.values()):
             chosen = dict(zip(swept, values, strict=True))
             label = " ".join([str(name), *(f"{option}={value}" for option, value in chosen.items())])
+            if label in expanded:
+                raise RunError(f"methods: two are called '{label}'; give one of them another name")
             expanded[label] = dict(options) | chosen
     return expanded
 
@@ -119,10 +121,13 @@ class Run:
         self.folder = folder
         self.state = state
         given = json.loads(json.dumps(asdict(settings)))
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"--out must be a folder, and '{folder}' is a file")
         if (folder / "scores.json").exists():
             raise RunError(f"'{folder}' holds a finished run, which is not overwritten: choose another --out")
         stored = folder / "run.json"
-        if stored.exists():
+        # A run that failed before its first answer binds nobody to its settings.
+        if stored.exists() and any(part.stat().st_size for part in self._parts()):
             before = json.loads(stored.read_text())
             if changed := [name for name in given if given[name] != before.get(name)]:
                 raise RunError(
@@ -133,8 +138,8 @@ class Run:
         if state.is_main_process:
             write_json(stored, given)
             for part in self._parts():  # a process that was killed may have left half a line
-                text = part.read_text(encoding="utf-8")
-                part.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+                text = part.read_bytes()
+                part.write_bytes(text[: text.rfind(b"\n") + 1])
         state.wait_for_everyone()
         self.done: dict[tuple[str, str, int], dict[str, Any]] = {}
         self.collect()
@@ -170,7 +175,7 @@ def _key(line: Mapping[str, Any]) -> tuple[str, str, int]:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSONL file, which another process may be writing to."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def sample_order(task: Task, limit: int, seed: int | None) -> list[int]:
@@ -261,6 +266,8 @@ def run(settings: Settings, folder: Path, device: str = "auto", *, quiet: bool =
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     tasks = {name: load_task(name, options) for name, options in settings.tasks.items()}
+    for task in tasks.values():
+        require(task.metric)  # what is missing to score answers should not show when all are there
     started = time.monotonic()
     progress_of = Run(folder, settings, state)
     source = str(READER) if settings.model == "reader" else settings.model
@@ -352,75 +359,6 @@ def environment(device: str, processes: int = 1) -> dict[str, Any]:
     }
 
 
-def score(metric: str, table: Mapping[str, list[dict[str, Any]]], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores of every method of a task, with paired differences.
-
-    Args:
-        metric: name of the metric.
-        table: lines of each method, sample by sample in the same order; the first method is the reference. Each turn
-            gets its "score" written into it.
-        options: of the methods.
-    """
-    failed = [{"index": line["index"], "error": line["error"]} for line in table[DENSE] if "error" in line]
-    usable = {method: [line for line in lines if "error" not in line] for method, lines in table.items()}
-    per_sample: dict[str, np.ndarray] = {}
-    rows: dict[str, Any] = {}
-    for method, lines in usable.items():
-        turns = [turn for line in lines for turn in line["turns"]]
-        points = METRICS[metric]([t["prediction"] for t in turns], [t["reference"] for t in turns]) if turns else []
-        for turn, points_of_turn in zip(turns, points, strict=True):
-            turn["score"] = points_of_turn
-        per_sample[method] = np.array(
-            [np.mean([turn["score"] for turn in line["turns"] if turn["scored"]]) for line in lines]
-        )
-        row = mean_and_error(per_sample[method]) | {"options": options.get(method)}
-        scored = [turn for turn in turns if turn["scored"]]
-        kinds = sorted({turn["kind"] for turn in scored} - {""})
-        row["kinds"] = {kind: mean_and_error([t["score"] for t in scored if t["kind"] == kind]) for kind in kinds}
-        longest = max((len(line["turns"]) for line in lines), default=0)
-        row["turns"] = [
-            mean_and_error([line["turns"][turn]["score"] for line in lines if len(line["turns"]) > turn])
-            for turn in range(longest)
-        ]
-        row["cache_bytes"] = float(np.mean([line["cache_bytes"] for line in lines])) if lines else None
-        rows[method] = row
-    dense = rows[DENSE]["cache_bytes"]
-    for method, row in rows.items():
-        row["ratio"] = dense / row["cache_bytes"] if dense else None
-        if method != DENSE and len(per_sample[method]):
-            difference = per_sample[method] - per_sample[DENSE]
-            low, high = bootstrap(difference)
-            row["against_dense"] = mean_and_error(difference) | {"interval_95": [low, high]}
-    pairs = [
-        {"methods": [a, b]} | mean_and_error(per_sample[a] - per_sample[b])
-        for a, b in itertools.combinations(options, 2)
-    ]
-    return {"samples": len(usable[DENSE]), "failed": failed, "methods": rows, "pairs": pairs}
-
-
-def mean_and_error(scores: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """Mean, its standard error (None below two samples) and the count."""
-    values = np.asarray(scores, float)
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-    return {"mean": float(values.mean()) if len(values) else None, "se": error, "n": len(values)}
-
-
-def print_table(result: Mapping[str, Any]) -> None:
-    """A line for each task and method."""
-    for name, task in result["tasks"].items():
-        print(f"\n{name}: {task['metric']}, {task['samples']} samples, {len(task['failed'])} left out")
-        for method, row in task["methods"].items():
-            if row["mean"] is None:
-                continue
-            error = "" if row["se"] is None else f" +- {100 * row['se']:.2f}"
-            line = f"  {method:44} {100 * row['mean']:6.2f}{error:9} {row['ratio']:5.2f}x"
-            if "against_dense" in row:
-                paired = row["against_dense"]
-                low, high = (100 * bound for bound in paired["interval_95"])
-                line += f"   {100 * paired['mean']:+6.2f} [{low:.2f}, {high:.2f}]"
-            print(line)
-
-
 def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, str]:
     """Settings from the YAML and the flags that override it; where results go; the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -441,24 +379,40 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, str]:
     if flags.config:
         try:
             given = yaml.safe_load(flags.config.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RunError(f"--config '{flags.config}' cannot be read: {error}") from error
+        if not isinstance(given, Mapping):
+            raise RunError(f"--config '{flags.config}' must hold settings by their names, got {given!r}")
         known = Settings.__dataclass_fields__
         if unknown := sorted(set(given) - set(known)):
             raise RunError(f"--config: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
     for name in ("model", "limit", "seed", "batch", "dtype", "max_new_tokens"):
         if getattr(flags, name) is not None:
             given[name] = getattr(flags, name)
-    tasks = flags.tasks or given.get("tasks") or {}
-    options = given.get("tasks") if isinstance(given.get("tasks"), Mapping) else {}
-    names = list(tasks)
+    given["tasks"] = _tasks(given.get("tasks") or {}, flags.tasks)
+    methods = given.get("methods") or {}
+    if not isinstance(methods, Mapping):
+        raise RunError(f"methods must be a mapping of names to options, got {methods!r}")
+    given["methods"] = expanded = expand([_method(text) for text in flags.method] or methods.items())
+    if flags.only:
+        given["methods"] = {n: o for n, o in expanded.items() if any(word in n for word in flags.only)}
+        if not given["methods"]:
+            raise RunError(f"--only {' '.join(flags.only)} is in no name of {', '.join(expanded) or 'no method'}")
+    return Settings(**given), flags.out, flags.device
+
+
+def _tasks(given: Any, chosen: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """Options of each task by its name: of those given in the YAML, or of those chosen by flags."""
+    if not isinstance(given, Mapping | list):
+        raise RunError(f"tasks must be a list of names or a mapping of names to options, got {given!r}")
+    options = given if isinstance(given, Mapping) else {}
+    names = list(chosen or given)
     if unknown := [name for name in names if name not in task_names()]:
         raise RunError(f"tasks: unknown {', '.join(map(repr, unknown))}; known are {', '.join(task_names())}")
-    given["tasks"] = {name: dict((options or {}).get(name) or {}) for name in names}
-    given["methods"] = expand(dict(map(_method, flags.method)) or given.get("methods") or {})
-    if flags.only:
-        given["methods"] = {n: o for n, o in given["methods"].items() if any(word in n for word in flags.only)}
-    return Settings(**given), flags.out, flags.device
+    for name in names:
+        if not isinstance(options.get(name) or {}, Mapping):
+            raise RunError(f"tasks: options of '{name}' must be a mapping, got {options[name]!r}")
+    return {name: dict(options.get(name) or {}) for name in names}
 
 
 def _method(text: str) -> tuple[str, Any]:
@@ -474,7 +428,7 @@ def main() -> None:
     try:
         settings, folder, device = parse()
         result = run(settings, folder, device)
-    except (RunError, TaskError, ChatError) as error:
+    except (RunError, TaskError, ChatError, MetricError) as error:
         raise SystemExit(f"error: {error}") from error
     if result:
         print_table(result)

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -15,6 +16,7 @@ mpl.use("Agg")
 
 WIDTH = 9.0  # inches
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
+LINES = [*mpl.colormaps["tab10"].colors, *mpl.colormaps["Dark2"].colors]  # more methods than one map tells apart
 NAMES = {
     "rotatek": "RotateK",
     "tempered": "RotateK, weights^0.5",
@@ -22,6 +24,9 @@ NAMES = {
     "pca_uncentred": "PCA, not centred",
     "oblique": "oblique",
     "think": "ThinK",
+    "spark": "SparK",
+    "spark_mean": "SparK, signed mean",
+    "none": "no rotation",
 }
 
 
@@ -30,6 +35,8 @@ def new(rows: int = 1, columns: int = 1, height: float = 3.0, **options: Any) ->
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
+        axis.title.set_size(10)  # a size by name would follow the settings outside
     return figure, axes
 
 
@@ -152,7 +159,7 @@ def family(options: Mapping[str, Any]) -> str:
 def _label(options: Mapping[str, Any]) -> str:
     """The method without its budget."""
     basis = options.get("basis", "rotatek")
-    name = NAMES.get(basis, {"spark": "SparK"}.get(basis, Path(str(basis)).stem))
+    name = NAMES.get(basis, f"calibrated, {Path(str(basis)).stem}")
     tokens = str(options.get("tokens") or "").split(":")[0]
     bits = options.get("key_bits")
     if family(options) == "tokens only":
@@ -162,7 +169,8 @@ def _label(options: Mapping[str, Any]) -> str:
 
 def _grid(tasks: Mapping[str, Any]) -> tuple[Figure, list[Any]]:
     columns = min(3, len(tasks))
-    figure, axes = new(-(-len(tasks) // columns), columns, 2.9)
+    rows = -(-len(tasks) // columns)
+    figure, axes = new(rows, columns, 2.6 + 1.2 / rows)  # the legend below takes its part once
     flat = list(axes.flat)
     for axis in flat[len(tasks) :]:
         axis.set_axis_off()
@@ -175,9 +183,11 @@ MARKERS = {"channels only": "o", "coded": "D", "tokens only": "s", "tokens and c
 def trade_off(result: Mapping[str, Any]) -> Figure:
     """Score against the bytes of the cache, a panel for each task."""
     figure, axes = _grid(result["tasks"])
-    colours: dict[str, str] = {}
+    colours: dict[str, tuple[float, ...]] = {}
     for axis, (task, found) in zip(axes, result["tasks"].items(), strict=False):
         dense = found["methods"]["dense"]
+        if dense["mean"] is None:  # no sample of the task could be used
+            continue
         axis.axhline(100 * dense["mean"], color="grey", lw=0.8, ls=":", label="dense")
         lines: dict[str, list[tuple[float, float, float, str]]] = {}
         for row in found["methods"].values():
@@ -186,7 +196,7 @@ def trade_off(result: Mapping[str, Any]) -> Figure:
                 entry = (share, 100 * row["mean"], 100 * (row["se"] or 0), family(row["options"]))
                 lines.setdefault(_label(row["options"]), []).append(entry)
         for label, entries in lines.items():
-            colour = colours.setdefault(label, f"C{len(colours) % 10}")
+            colour = colours.setdefault(label, LINES[len(colours) % len(LINES)])
             shares, means, errors, kinds = zip(*sorted(entries), strict=True)
             axis.errorbar(
                 shares,
@@ -199,11 +209,14 @@ def trade_off(result: Mapping[str, Any]) -> Figure:
                 capsize=2,
                 label=label,
             )
-        axis.set(title=f"{task}, n = {found['samples']}", xlabel="bytes of the dense cache, %")
-    axes[0].set_ylabel("score")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        axis.set(title=f"{task.removeprefix('reader-')}, n = {found['samples']}", xlabel="bytes of the dense cache, %")
+    _legend_below(figure, axes[0])
     return figure
+
+
+def _legend_below(figure: Figure, axis: Any) -> None:
+    axis.set_ylabel("score")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
 def robustness(result: Mapping[str, Any]) -> Figure | None:
@@ -212,7 +225,8 @@ def robustness(result: Mapping[str, Any]) -> Figure | None:
     for task, found in result["tasks"].items():
         for row in found["methods"].values():
             options = row.get("options")
-            if options is not None and options.get("sparsity") and family(options) == "channels only":
+            usable = options is not None and row["mean"] is not None
+            if usable and options.get("sparsity") and family(options) == "channels only":
                 entry = (options["sparsity"], 100 * row["mean"], 100 * (row["se"] or 0))
                 swept.setdefault(task, {}).setdefault(_label(options), []).append(entry)
     if not any(len(curve) > 1 for curves in swept.values() for curve in curves.values()):
@@ -223,9 +237,9 @@ def robustness(result: Mapping[str, Any]) -> Figure | None:
         for label, curve in curves.items():
             shares, means, errors = zip(*sorted(curve), strict=True)
             axis.errorbar(shares, means, yerr=errors, fmt="o-", ms=4, lw=1, capsize=2, label=label)
-        axis.set(title=task, xlabel="share of Key channels removed")
-    axes[0].set_ylabel("score")
-    axes[0].legend(frameon=False)
+        count = result["tasks"][task]["samples"]
+        axis.set(title=f"{task.removeprefix('reader-')}, n = {count}", xlabel="share of Key channels removed")
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -242,5 +256,11 @@ def latency(rows: list[Mapping[str, Any]]) -> Figure:
         axes[0, 1].plot(lengths, [row["cache_bytes"] / 2**20 for row in own], "o-", ms=3, lw=1)
     for axis, title in zip(axes[0], ("decode step, ms", "cache, MiB"), strict=True):
         axis.set(title=title, xlabel="tokens of the prompt", xscale="log", yscale="log")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        axis.set_xticks(sorted({row["context"] for row in single}))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        axis.yaxis.set_major_formatter(ticker.LogFormatter())
+        axis.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure

@@ -20,6 +20,16 @@ Metric = Callable[[Sequence[str], Sequence[Reference]], list[float]]
 METRICS: dict[str, Metric] = {}
 
 
+class MetricError(Exception):
+    """A metric cannot be computed on this machine; the message says what is missing."""
+
+
+def require(metric: str) -> None:
+    """Raises MetricError if `metric` needs a program that is not here."""
+    if metric == "cider" and shutil.which("java") is None:
+        raise MetricError("the metric 'cider' runs the Stanford tokenizer: install a Java runtime (command `java`)")
+
+
 def _each(score: Callable[[str, Reference], float]) -> Callable[[str, Reference], float]:
     """Register a metric that scores one prediction at a time, under its function's name."""
     METRICS[score.__name__] = lambda predictions, references: [
@@ -106,7 +116,7 @@ def relaxed_accuracy(prediction: str, reference: Reference) -> float:
 def _relaxed(prediction: str, answer: str) -> bool:
     given, truth = _number(prediction), _number(answer)
     if given is not None and truth:
-        return abs(given - truth) <= 0.05 * abs(truth)
+        return abs(given - truth) / abs(truth) <= 0.05
     return prediction.lower() == answer.lower()
 
 
@@ -173,8 +183,7 @@ def cider(predictions: Sequence[str], references: Sequence[Reference]) -> list[f
 
     Captions are cut into words by the Penn Treebank tokenizer that the benchmark uses, a Java program.
     """
-    if shutil.which("java") is None:
-        raise RuntimeError("the CIDEr metric runs the Stanford tokenizer: install a Java runtime (command `java`)")
+    require("cider")
     captions = {index: [{"caption": text}] for index, text in enumerate(predictions)}
     truths = {index: [{"caption": text} for text in ref["answers"]] for index, ref in enumerate(references)}
     # One call, since each starts a Java machine; keys of the two halves stay apart.

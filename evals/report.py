@@ -3,60 +3,30 @@
     python -m evals.report --results evals/results --out report
 
 writes `report.html`, which needs no other file, and `report.md` with its pictures in `figures/`. Result files are known
-by what they hold (those of accuracy, diagnostics, latency and fidelity); any other JSON is shown as it is. Verdicts
-are computed from the numbers on the page, so that they change with them.
+by what they hold (those of accuracy, diagnostics, latency and fidelity); any other JSON is shown as tables of what it
+holds. Verdicts are computed from the numbers on the page, so that they change with them.
 """
 
 import argparse
-import base64
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import yaml
 
-from evals import figures
+from evals import figures, plain
+from evals.page import Picture, Section, Table, to_html, to_markdown
 from evals.store import Results, StoreError, read
-from evals.verdicts import interval, negated, points, verdicts
+from evals.tasks.reader import tells_nothing
+from evals.verdicts import count_of, interval, negated, pairs, points, verdicts
 
 PAPERS = Path(__file__).parent / "papers.yaml"
-PAGE = Path(__file__).parent / "report.html.jinja"
+TEXTS = yaml.safe_load((Path(__file__).parent / "texts.yaml").read_text(encoding="utf-8"))
 READER_NOTE = (
     "The reader is one small model that reads one kind of page. What holds on it is a hint at what other models do, "
     "no proof."
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under a head."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG picture."""
-
-    name: str
-    caption: str
-    png: bytes = field(repr=False)
-
-
-Block = str | Table | Picture
-
-
-@dataclass
-class Section:
-    """A heading and what stands under it."""
-
-    title: str
-    blocks: list[Block] = field(default_factory=list)
 
 
 def with_error(row: Mapping[str, Any]) -> str:
@@ -70,35 +40,36 @@ def against_dense(row: Mapping[str, Any]) -> str:
     return "" if paired is None else interval(paired["mean"], paired["interval_95"])
 
 
-ACCURACY_NOTE = (
-    "Scores are means with their standard errors, in points; differences are paired with the dense cache on the same "
-    "samples, with the 95 % interval of the bootstrap. Bytes are those of the whole cache, text and bases included. "
-    "The first token of a first answer comes from the prefill, which attends to dense Keys, so that first answers of "
-    "one word (cell, count) say nothing about channels compressed after it; second questions (second, then-...) do."
-)
+def titled(name: str, kind: str) -> Section:
+    """A section with the title and the introduction of a stored result."""
+    known = TEXTS["results"].get(name, {})
+    return Section(known.get("title", f"{kind}: {name}"), [known["note"]] if "note" in known else [])
+
+
+def described(method: str, options: Mapping[str, Any] | None) -> str:
+    """A method's name with those of its options that the name leaves out."""
+    shown = {name: Path(str(value)).stem if name == "basis" else value for name, value in (options or {}).items()}
+    left = [f"{name}={value}" for name, value in shown.items() if name != "always_compress"]
+    return " ".join([method, *(text for text in left if text not in method)])
 
 
 def accuracy_sections(results: Results) -> Iterable[Section]:
     """Tables of the accuracy script, with the trade-off and robustness pictures."""
     for name, stored in results.accuracy.items():
         tasks = stored["tasks"]
-        model = f"Model {stored['model']['name'].rsplit('/', 1)[-1]}, {stored['model']['dtype']}. "
-        section = Section(f"Accuracy: {name}", [model + ACCURACY_NOTE])
-        methods = list(dict.fromkeys(method for found in tasks.values() for method in found["methods"]))
-        for caption, cell in (("Scores", with_error), ("Against the dense cache", against_dense)):
-            rows = [
-                [method, _ratios(tasks, method)]
-                + [cell(found["methods"][method]) if method in found["methods"] else "" for found in tasks.values()]
-                for method in methods
-                if cell is with_error or method != "dense"
-            ]
-            section.blocks.append(Table(caption, ["method", "cache", *map(_task_title, tasks)], rows))
+        model = f"Model {stored['model']['name'].rsplit('/', 1)[-1]}, {stored['model']['dtype']}."
+        section = titled(name, "Accuracy")
+        section.blocks.append(model)
+        section.blocks += _accuracy_tables(tasks)
         measured = "; ".join(
             f"{task}: {found['metric']}, n = {found['samples']}"
             + (f", {len(found['failed'])} left out" if found["failed"] else "")
             for task, found in tasks.items()
         )
         section.blocks.append(f"Metrics and samples: {measured}.")
+        if controls := {task: why for task in tasks if (why := tells_nothing(task))}:
+            told = "; ".join(f"{_task_title(task)}: {why}" for task, why in controls.items())
+            section.blocks.append(f"Controls, which no verdict counts: {told}.")
         if memory := stored.get("resident_mib"):
             section.blocks.append(
                 f"Resident memory of the main process: {memory['after_a_tenth']:.0f} MiB after a tenth of its "
@@ -106,6 +77,29 @@ def accuracy_sections(results: Results) -> Iterable[Section]:
             )
         section.blocks += _accuracy_pictures(name, stored)
         yield section
+
+
+def _accuracy_tables(tasks: Mapping[str, Any]) -> Iterable[Table]:
+    """Scores and differences of each method: side by side for few tasks, one table each for many."""
+    options = {name: row.get("options") for found in tasks.values() for name, row in found["methods"].items()}
+    few = len(tasks) <= 3
+    for caption, cells in (
+        [("Scores, and differences from the dense cache", (with_error, against_dense))]
+        if few
+        else [("Scores", (with_error,)), ("Against the dense cache", (against_dense,))]
+    ):
+        rows = [
+            [described(method, options[method]), _ratios(tasks, method)]
+            + [cell(row) if (row := found["methods"].get(method)) else "" for found in tasks.values() for cell in cells]
+            for method in options
+            if method != "dense" or with_error in cells
+        ]
+        head = [
+            _task_title(task) + (", against dense" if few and cell is against_dense else "")
+            for task in tasks
+            for cell in cells
+        ]
+        yield Table(caption, ["method", "cache", *head], rows)
 
 
 def _task_title(task: str) -> str:
@@ -142,7 +136,7 @@ def paper_section(papers: Mapping[str, Any], results: Results) -> Section:
         [
             (
                 "Differences in points of the papers' three tasks (mean) and, in the same row, of the reader's second "
-                "question with the 95 % interval, at the nearest budget that was measured."
+                "question on hard pages, with its 95 % interval or standard error, at the nearest budget measured."
             ),
             Table("Gains", ["comparison", "paper", "reader", "at"], gains),
             Table(stated["source"], ["method", *stated["columns"]], rows),
@@ -162,18 +156,10 @@ def _here(results: Results, wanted: Mapping[str, Any]) -> list[str]:
                     gain = interval(-second["loss_to_tokens_only"], negated(second["loss_to_tokens_only_95"]))
                     return [gain, f"{row['bytes_share']:.2f} of the bytes, n = {count_of(second)}"]
     else:
-        for stored in results.fidelity.values():
-            one, other = (stored["methods"].get(wanted[name]) for name in ("better", "worse"))
-            if one and other:
-                gain = 100 * (one["second"]["exact_match"] - other["second"]["exact_match"])
-                at = f"visual Keys {one['key_ratio']:.1f}x and {other['key_ratio']:.1f}x, n = {count_of(one['second'])}"
-                return [f"{gain:+.1f}", at]
+        for task, mean, error, count in pairs(results, wanted["better"], wanted["worse"]):
+            if task == wanted["task"]:
+                return [f"{100 * mean:+.1f} ± {100 * error:.1f}", f"{wanted['at']}, n = {count}"]
     return ["not measured", ""]
-
-
-def count_of(turn: Mapping[str, Any]) -> int:
-    """How many samples a turn's scores are of."""
-    return int(turn.get("images", turn.get("pages", 0)))
 
 
 def fidelity_sections(results: Results) -> Iterable[Section]:
@@ -194,7 +180,8 @@ def fidelity_sections(results: Results) -> Iterable[Section]:
         ]
         head = ["method", "Keys", "Values", "both", "second question", "against dense", "KL"]
         caption = f"Exact match of the second question after compression, n = {count}; bytes of the visual part"
-        section = Section(f"Fidelity: {name}", [Table(caption, head, rows)])
+        section = titled(name, "Fidelity")
+        section.blocks.append(Table(caption, head, rows))
         if name in results.pictures:
             section.blocks.append(Picture(name, "Exact match against bytes.", results.pictures[name].read_bytes()))
         yield section
@@ -223,7 +210,8 @@ def tokens_sections(results: Results) -> Iterable[Section]:
         head = ["tokens", "channels", "kept", "bytes", "first question", "second question", "over tokens only"]
         count = count_of(stored["rows"][0]["second"]) if stored["rows"] else 0
         caption = f"Exact match at matched bytes of the visual Keys and Values (dense: 1), n = {count}"
-        section = Section(f"Tokens and channels: {name}", [Table(caption, head, rows)])
+        section = titled(name, "Tokens and channels")
+        section.blocks.append(Table(caption, head, rows))
         if name in results.pictures:
             section.blocks.append(Picture(name, "Exact match against bytes.", results.pictures[name].read_bytes()))
         yield section
@@ -233,7 +221,7 @@ def diagnostics_sections(results: Results) -> Iterable[Section]:
     """Why it works: numbers and pictures."""
     for name, stored in results.diagnostics.items():
         geometry = stored["geometry"]
-        section = Section(f"Why it works: {name}")
+        section = titled(name, "Why it works")
         section.blocks.append(
             f"Geometry over {geometry['samples']} conversations of '{stored['setting']['task']}', "
             f"{stored['visual_tokens']} visual tokens, head width {stored['head_width']}; logit energy over the "
@@ -289,6 +277,7 @@ def latency_sections(results: Results) -> Iterable[Section]:
     """Times and bytes of whole models."""
     for name, stored in results.latency.items():
         measured = [row for row in stored["rows"] if "skipped" not in row]
+        peaks = any(_peaks(row) for row in measured)  # a GPU's
         first: dict[tuple[int, int], Mapping[str, Any]] = {}
         rows = []
         for row in measured:
@@ -298,17 +287,17 @@ def latency_sections(results: Results) -> Iterable[Section]:
                 [
                     f"{row['context']:,} x {row['batch']}",
                     row["method"],
-                    f"{row['prefill_ms']['median']:.0f} ms",
+                    f"{row['prefill_ms']['median']:.0f}\u00a0ms",
                     share,
                     *(_time(row, reference, time) for time in ("token_ms", "attention_ms", "end_to_end_ms")),
-                    f"{row['cache_bytes'] / 2**20:.1f} MiB",
-                    _peaks(row),
+                    f"{row['cache_bytes'] / 2**20:.1f}\u00a0MiB",
+                    *([_peaks(row)] if peaks else []),
                 ]
             )
         tokens = stored["setting"]["tokens"]
         head = ["tokens x batch", "method", "prefill", "of it fit", "a token", "its attention", f"{tokens} tokens",
-                "cache", "peak: prefill, decode"]  # fmt: skip
-        section = Section(f"Latency and memory: {name}")
+                "cache", *(["peak: prefill, decode"] if peaks else [])]  # fmt: skip
+        section = titled(name, "Latency and memory")
         section.blocks.append(
             f"Medians of {stored['setting']['rounds']} rounds with their range; in brackets how often a time goes into "
             f"that of the first method of the setting. '{tokens} tokens' is end to end, prefill included. Prompt: "
@@ -343,23 +332,13 @@ def _peaks(row: Mapping[str, Any]) -> str:
 
 
 def other_sections(results: Results) -> Iterable[Section]:
-    """Results of other scripts, as they are."""
+    """Results of other scripts, as tables of what they hold."""
     for name, stored in results.other.items():
-        rows = [[path, value] for path, value in _flat(stored) if not path.startswith(("environment", "versions"))]
-        shown = rows[:120]
-        note = [f"{len(rows) - len(shown)} more numbers are in the file."] if len(rows) > len(shown) else []
-        yield Section(f"Other results: {name}", [Table(f"{name}.json", ["", ""], shown), *note])
-
-
-def _flat(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _flat(part, f"{path} / {name}" if path else str(name))
-    elif isinstance(value, list) and any(isinstance(part, Mapping | list) for part in value):
-        for index, part in enumerate(value):
-            yield from _flat(part, f"{path} [{index}]")
-    else:
-        yield path, f"{value:.5g}" if isinstance(value, float) else str(value)
+        section = titled(name, "Other results")
+        section.blocks += plain.blocks(stored)
+        if name in results.pictures:
+            section.blocks.append(Picture(name, section.title, results.pictures[name].read_bytes()))
+        yield section
 
 
 def provenance(results: Results) -> Section:
@@ -368,25 +347,32 @@ def provenance(results: Results) -> Section:
     kinds = (results.accuracy, results.diagnostics, results.latency, results.fidelity, results.tokens, results.other)
     for name, stored in ((name, stored) for kind in kinds for name, stored in kind.items()):
         environment = stored.get("environment", {})
-        hardware = environment.get("device", stored.get("hardware", ""))
+        machine = stored.get("machine", "")
+        hardware = environment.get("device") or stored.get("hardware") or machine
+        if isinstance(hardware, Mapping):
+            hardware = ", ".join(f"{part} {value}" for part, value in hardware.items())
         if "load_average" in environment:
             hardware += f", load average {environment['load_average']:g}"
         versions = environment.get("versions", stored.get("versions", {}))
         packages = ", ".join(f"{package} {version}" for package, version in versions.items())
         date = environment.get("date", stored.get("date", ""))
-        rows.append([name, str(stored.get("command", "")), str(hardware), packages, str(date)])
-    return Section(
-        "Where the numbers come from", [Table("", ["result", "command", "hardware", "versions", "date"], rows)]
-    )
+        rows.append([name, _command(stored), str(hardware), packages, str(date)])
+    head = ["result", "command or setting", "hardware", "versions", "date"]
+    return Section("Where the numbers come from", [Table("", head, rows)])
+
+
+def _command(stored: Mapping[str, Any]) -> str:
+    setting = stored.get("setting") or stored.get("settings") or {}
+    return str(stored.get("command") or ", ".join(f"{name} {plain.cell(value)}" for name, value in setting.items()))
 
 
 def compose(results: Results, papers: Mapping[str, Any]) -> list[Section]:
     """The page, section by section."""
     rows = [[verdict.claim, verdict.words(), verdict.evidence, verdict.why] for verdict in verdicts(results)]
     head = ["claim", "here", "numbers", "diagnostics"]
-    opening = Section("What holds, and what does not", [READER_NOTE, Table("", head, rows)])
     return [
-        opening,
+        Section("What holds, and what does not", [READER_NOTE, Table("", head, rows)]),
+        Section("How to read the tables", TEXTS["how to read"]),
         paper_section(papers, results),
         *accuracy_sections(results),
         *fidelity_sections(results),
@@ -398,41 +384,8 @@ def compose(results: Results, papers: Mapping[str, Any]) -> list[Section]:
     ]
 
 
-def to_html(sections: Sequence[Section]) -> str:
-    """One page with everything inside."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(PAGE.read_text(encoding="utf-8"))
-
-    def kind(block: Block) -> str:
-        return type(block).__name__
-
-    def inline(picture: Picture) -> str:
-        return base64.b64encode(picture.png).decode()
-
-    marks = {"holds": "holds", "holds in part": "part", "does not hold": "does", "not measured": "not"}
-    return template.render(sections=sections, kind=kind, inline=inline, marks=marks)
-
-
-def to_markdown(sections: Sequence[Section], folder: Path) -> str:
-    """The same as Markdown, with pictures as files in `folder`."""
-    lines = ["# RotateK: measured", ""]
-    for section in sections:
-        lines += [f"## {section.title}", ""]
-        for block in section.blocks:
-            if isinstance(block, Table):
-                lines += [f"**{block.caption}**", ""] if block.caption else []
-                lines += [_line(block.head), _line(["---"] * len(block.head)), *map(_line, block.rows), ""]
-            elif isinstance(block, Picture):
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{block.name}.png").write_bytes(block.png)
-                lines += [f"![{block.caption}]({folder.name}/{block.name}.png)", "", block.caption, ""]
-            else:
-                lines += [block, ""]
-    return "\n".join(lines)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+MARKS = {"holds": "holds", "holds in part": "part", "does not hold": "does", "not measured": "not"}
+TITLE = "RotateK: measured"
 
 
 def build(folders: Sequence[Path], out: Path) -> None:
@@ -440,8 +393,8 @@ def build(folders: Sequence[Path], out: Path) -> None:
     results = read(folders)
     sections = compose(results, yaml.safe_load(PAPERS.read_text(encoding="utf-8")))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.html").write_text(to_html(sections), encoding="utf-8")
-    (out / "report.md").write_text(to_markdown(sections, out / "figures"), encoding="utf-8")
+    (out / "report.html").write_text(to_html(TITLE, sections, MARKS), encoding="utf-8")
+    (out / "report.md").write_text(to_markdown(TITLE, sections, out / "figures"), encoding="utf-8")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from evals import figures
 from evals.store import Results
+from evals.tasks.reader import tells_nothing
 
 QUARTER = 0.75  # the paper's sparsity: a quarter of the channels is kept
 PAPER_BASIS = {"basis": None, "tokens": None, "key_bits": None}
@@ -50,6 +51,11 @@ def interval(mean: float, bounds: Sequence[float]) -> str:
     return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
 
 
+def count_of(turn: Mapping[str, Any]) -> int:
+    """How many samples a turn's scores are of, in results of fidelity and of token pruning."""
+    return int(turn.get("images", turn.get("pages", 0)))
+
+
 def negated(bounds: Sequence[float]) -> list[float]:
     """The interval of the negative quantity."""
     return [-bounds[1], -bounds[0]]
@@ -76,36 +82,42 @@ def verdicts(results: Results) -> list[Verdict]:
     return [check(results) for check in checks]
 
 
-def tables(results: Results) -> dict[str, Mapping[str, Any]]:
-    """Each task's table of methods once: that of the most methods where several runs hold it."""
-    found: dict[str, Mapping[str, Any]] = {}
+def tables(results: Results) -> dict[str, list[Mapping[str, Any]]]:
+    """Each task's tables of methods, those of most samples first; tasks that tell nothing about Keys are left out."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for stored in results.accuracy.values():
         for task, table in stored["tasks"].items():
-            name = f"{task} ({stored['model']['name'].rsplit('/', 1)[-1]})" if not task.startswith("reader") else task
-            if name not in found or len(table["methods"]) > len(found[name]["methods"]):
-                found[name] = table
-    return found
+            if table["samples"] and not tells_nothing(task):
+                model = stored["model"]["name"].rsplit("/", 1)[-1]
+                found.setdefault(task if task.startswith("reader") else f"{task} ({model})", []).append(table)
+    return {task: sorted(held, key=lambda table: -table["samples"]) for task, held in found.items()}
+
+
+def _holds(options: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    return all(options.get(key) == value for key, value in wanted.items())
 
 
 def _method(table: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     """The method whose options hold `wanted`; None asks for an absent option."""
     for name, row in table["methods"].items():
-        if row.get("options") is not None and all(row["options"].get(key) == value for key, value in wanted.items()):
+        if row.get("options") is not None and _holds(row["options"], wanted):
             return str(name)
     return None
 
 
 def _keeps_answers(results: Results) -> Verdict:
     claim = "A quarter of the Key channels (sparsity 0.75) keeps the answers"
-    losses = {
-        task: table["methods"][name]["against_dense"]
-        for task, table in tables(results).items()
-        if (name := _method(table, {"sparsity": QUARTER, **PAPER_BASIS})) is not None
-    }
+    losses = {}
+    for task, held in tables(results).items():
+        for table in held:
+            name = _method(table, {"sparsity": QUARTER, **PAPER_BASIS})
+            if name is not None:
+                losses.setdefault(task, table["methods"][name]["against_dense"])
     if not losses:
         return Verdict(claim, None)
     lost = {task: row for task, row in losses.items() if row["interval_95"][1] < 0}
     said = f"no loss beyond the 95 % interval on {len(losses) - len(lost)} of {len(losses)} tasks"
+    said += f", n = {_counts([row['n'] for row in losses.values()])}"
     worst = sorted(lost.items(), key=lambda entry: entry[1]["mean"])
     named = [f"{task} {interval(row['mean'], row['interval_95'])}, n = {row['n']}" for task, row in worst]
     evidence = "; ".join([said, *(["lost on " + "; ".join(named)] if named else [])])
@@ -115,16 +127,23 @@ def _keeps_answers(results: Results) -> Verdict:
 Difference = tuple[str, float, float, int]  # task, difference, standard error, n
 
 
-def _pairs(results: Results, wanted: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
+def pairs(results: Results, wanted: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
     """What a method scores above another on the same samples, task by task."""
-    found = []
-    for task, table in tables(results).items():
-        names = [_method(table, options) for options in (wanted, other)]
-        for pair in table["pairs"]:
-            if set(pair["methods"]) == set(names):
-                sign = 1 if pair["methods"][0] == names[0] else -1
-                found.append((task, sign * pair["mean"], pair["se"] or 0.0, pair["n"]))
-    return found
+    found = {}
+    for task, held in tables(results).items():
+        for table in held:
+            names = [_method(table, options) for options in (wanted, other)]
+            for pair in table["pairs"]:
+                if set(pair["methods"]) == set(names) and task not in found:
+                    sign = 1 if pair["methods"][0] == names[0] else -1
+                    found[task] = (task, sign * pair["mean"], pair["se"] or 0.0, pair["n"])
+    return list(found.values())
+
+
+def _counts(counts: Iterable[int]) -> str:
+    """A number of samples, or the least and the most."""
+    ordered = sorted(set(counts))
+    return " to ".join(map(str, ordered[:: max(1, len(ordered) - 1)]))
 
 
 def _sorted(found: Sequence[Difference]) -> tuple[list[Difference], list[Difference], list[Difference]]:
@@ -145,8 +164,7 @@ def _told(found: Sequence[Difference]) -> str:
     if worse:
         named = "; ".join(f"{task} {100 * mean:+.1f} ± {100 * error:.1f}" for task, mean, error, _ in worse)
         parts.append(f"worse on {len(worse)}: {named}")
-    counts = sorted({one[3] for one in found})
-    return "; ".join(parts) + f"; n = {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}"
+    return "; ".join(parts) + f"; n = {_counts(one[3] for one in found)}"
 
 
 def _won(found: Sequence[Difference]) -> float:
@@ -157,7 +175,7 @@ def _won(found: Sequence[Difference]) -> float:
 def _beats_think(results: Results) -> Verdict:
     claim = "RotateK answers better than ThinK at the same rank (sparsity 0.75)"
     think = {"sparsity": QUARTER, "basis": "think", "tokens": None}
-    found = _pairs(results, {"sparsity": QUARTER, **PAPER_BASIS}, think)
+    found = pairs(results, {"sparsity": QUARTER, **PAPER_BASIS}, think)
     if not found:
         return Verdict(claim, None)
     return Verdict(claim, _won(found), _told(found), _logit_errors(results, ("rotatek", "think")))
@@ -166,7 +184,7 @@ def _beats_think(results: Results) -> Verdict:
 def _level_with_spark(results: Results) -> Verdict:
     claim = "RotateK and SparK are level (sparsity 0.75)"
     spark = {"sparsity": QUARTER, "basis": "spark", "tokens": None}
-    found = _pairs(results, {"sparsity": QUARTER, **PAPER_BASIS}, spark)
+    found = pairs(results, {"sparsity": QUARTER, **PAPER_BASIS}, spark)
     if not found:
         return Verdict(claim, None)
     return Verdict(claim, len(_sorted(found)[1]) / len(found), _told(found))
@@ -175,40 +193,49 @@ def _level_with_spark(results: Results) -> Verdict:
 def _beats_tokens(results: Results) -> Verdict:
     claim = "Pruning channels loses less than pruning tokens at as many bytes or more"
     found = []
-    for task, table in tables(results).items():
-        name = _method(table, {"sparsity": QUARTER, **PAPER_BASIS})
-        if name is None:
-            continue
-        held = table["methods"][name]["cache_bytes"]
-        rivals = {
-            other: row
-            for other, row in table["methods"].items()
-            if row.get("options") is not None
-            and figures.family(row["options"]) == "tokens only"
-            and row["cache_bytes"] >= held
-        }
-        if rivals:
-            best = max(rivals, key=lambda other: rivals[other]["mean"])
-            (pair,) = [pair for pair in table["pairs"] if set(pair["methods"]) == {name, best}]
-            sign = 1 if pair["methods"][0] == name else -1
-            found.append((f"{task} ({best})", sign * pair["mean"], pair["se"] or 0.0, pair["n"]))
+    for task, held in tables(results).items():
+        compared = [one for table in held if (one := _with_best_tokens(task, table)) is not None]
+        found += compared[:1]
     if not found:
         return Verdict(claim, None)
     return Verdict(claim, _won(found), "against the best such token method: " + _told(found))
 
 
+def _with_best_tokens(task: str, table: Mapping[str, Any]) -> Difference | None:
+    """RotateK's score above that of the best token method whose cache is not smaller."""
+    name = _method(table, {"sparsity": QUARTER, **PAPER_BASIS})
+    if name is None:
+        return None
+    methods = table["methods"]
+    rivals = [
+        other
+        for other, row in methods.items()
+        if row.get("options") is not None
+        and figures.family(row["options"]) == "tokens only"
+        and row["cache_bytes"] >= methods[name]["cache_bytes"]
+    ]
+    if not rivals:
+        return None
+    best = max(rivals, key=lambda other: float(methods[other]["mean"]))
+    (pair,) = [pair for pair in table["pairs"] if set(pair["methods"]) == {name, best}]
+    sign = 1 if pair["methods"][0] == name else -1
+    return f"{task} ({best})", sign * pair["mean"], pair["se"] or 0.0, pair["n"]
+
+
 def _joint_beats_tokens(results: Results) -> Verdict:
     claim = "At the same bytes, tokens and rotated Keys together answer better than tokens alone"
-    bounds = [
-        negated(row["second"]["loss_to_tokens_only_95"])
+    rows = [
+        row["second"]
         for stored in results.tokens.values()
         for row in stored["rows"]
         if row["channels"].startswith("RotateK 1/4") and "loss_to_tokens_only_95" in row["second"]
     ]
-    if not bounds:
+    if not rows:
         return Verdict(claim, None)
+    bounds = [negated(row["loss_to_tokens_only_95"]) for row in rows]
     better, worse = sum(low > 0 for low, _ in bounds), sum(high < 0 for _, high in bounds)
     said = f"second question, beyond the 95 % interval: better in {better}, worse in {worse} of {len(bounds)} pairs"
+    said += f"; n = {_counts(map(count_of, rows))}"
     return Verdict(claim, better / max(1, better + worse), said)
 
 
@@ -228,6 +255,7 @@ def _tenth_of_tokens(results: Results) -> Verdict:
         f"{name} question {points(row['exact_match'])}, loss {interval(row['loss'], row['loss_95'])}"
         for name, row in turns
     )
+    said += f"; n = {_counts(count_of(row) for _, row in turns)}"
     return Verdict(claim, sum(kept) / len(kept), said)
 
 
@@ -259,7 +287,7 @@ def _low_rank(results: Results) -> Verdict:
         needed = [rank for layer in layers for rank in layer["rank_for"]["0.99"]["variance"]]
         said = (
             f"rank {width // 4} of {width} keeps {points(min(kept))} to {points(max(kept))} % of the variance; 99 % of "
-            f"it needs rank {min(needed):.0f} to {max(needed):.0f}"
+            f"it needs rank {min(needed):.0f} to {max(needed):.0f}; {stored['geometry']['samples']} images"
         )
         why = f"of the logit energy it keeps {points(min(energy))} to {points(max(energy))} %"
         return Verdict(claim, sum(share >= 0.99 for share in kept) / len(kept), said, why)
@@ -278,30 +306,38 @@ def _ablation(results: Results, part: str) -> list[tuple[str, Mapping[str, Any],
 
 
 def _weight_helps(results: Results) -> Verdict:
-    claim = "The query weight helps"
-    found = _ablation(results, "no query weight")
+    claim = "The query weight helps (RotateK over PCA at the same rank)"
+    found = []
+    for sparsity in sorted({s for held in tables(results).values() for table in held for s in _sparsities(table)}):
+        weighted = {"sparsity": sparsity, **PAPER_BASIS}
+        plain = {"sparsity": sparsity, "basis": "pca", "tokens": None, "key_bits": None}
+        found += [(f"{task} at {sparsity:g}", *rest) for task, *rest in pairs(results, weighted, plain)]
+    why = "; ".join(
+        f"KL {rank} {paper['second']['kl']:.2g} with it, {without['second']['kl']:.2g} without, "
+        f"n = {count_of(paper['second'])}"
+        for rank, paper, without in _ablation(results, "no query weight")
+    )
+    shared = _shared(results, "window and answer queries")
+    if shared is not None:
+        why += f"; the window it comes from shares {_range(shared[0])} with the queries of the answers"
     if not found:
         return Verdict(claim, None)
-    said = "; ".join(
-        f"{rank}: {points(paper['second']['exact_match'])} with it (KL {paper['second']['kl']:.2g}), "
-        f"{points(without['second']['exact_match'])} without (KL {without['second']['kl']:.2g})"
-        for rank, paper, without in found
-    )
-    helped = [paper["second"]["kl"] < without["second"]["kl"] for _, paper, without in found]
-    shared = _shared(results, "window and answer queries")
-    why = (
-        "" if shared is None else f"the window it comes from shares {_range(shared[0])} with the queries of the answers"
-    )
-    return Verdict(claim, sum(helped) / len(helped), f"second question, {said}", why)
+    return Verdict(claim, _won(found), _told(found).replace(" tasks", " tasks and sparsities"), why)
 
 
-def _shared(results: Results, pair: str) -> tuple[list[float], float] | None:
-    """By layer, over all stored diagnostics: what 8 dimensions share, and what they would by chance."""
-    shares, chance = [], 0.0
+def _sparsities(table: Mapping[str, Any]) -> set[float]:
+    """At which a table holds the paper's method."""
+    options = [row.get("options") or {} for row in table["methods"].values()]
+    return {held["sparsity"] for held in options if held.get("sparsity") and _holds(held, PAPER_BASIS)}
+
+
+def _shared(results: Results, pair: str) -> tuple[list[float], float, int] | None:
+    """By layer, over all stored diagnostics: what 8 dimensions share, what they would by chance, and conversations."""
+    shares, chance, count = [], 0.0, 0
     for stored in results.diagnostics.values():
         shares += [float(np.mean(layer["angles"][pair]["8"]["shared"])) for layer in stored["geometry"]["layers"]]
-        chance = 8 / stored["head_width"]
-    return (shares, chance) if shares else None
+        chance, count = 8 / stored["head_width"], count + stored["geometry"]["samples"]
+    return (shares, chance, count) if shares else None
 
 
 def _range(values: Iterable[float]) -> str:
@@ -313,8 +349,11 @@ def _alike(results: Results, claim: str, pair: str) -> Verdict:
     found = _shared(results, pair)
     if found is None:
         return Verdict(claim, None)
-    shares, chance = found
-    said = f"8 dimensions share {_range(shares)} by layer and question (1: the same, {chance:.2f}: by chance)"
+    shares, chance, count = found
+    said = (
+        f"8 dimensions share {_range(shares)} by layer and question (1: the same, {chance:.2f}: by chance); "
+        f"{count} conversations"
+    )
     return Verdict(claim, sum(share >= ALIKE for share in shares) / len(shares), said)
 
 
@@ -327,17 +366,18 @@ def _window_tells(results: Results) -> Verdict:
 
 
 def _cheap_fit(results: Results) -> Verdict:
-    claim = f"The prefill overhead is negligible (below {100 * CHEAP:.0f} % here)"
+    claim = f"The prefill overhead is negligible (taken as below {100 * CHEAP:.0f} %)"
     shares = [
-        (row["fit_share"], row, name)
-        for name, stored in results.latency.items()
+        (row["fit_share"], row, stored)
+        for stored in results.latency.values()
         for row in stored["rows"]
         if row.get("fit_share") is not None and row["method"].startswith("RotateK") and "bit" not in row["method"]
     ]
     if not shares:
         return Verdict(claim, None)
-    share, row, name = max(shares, key=lambda entry: entry[0])
-    said = f"at most {100 * share:.1f} % of a prefill, at {row['context']:,} tokens ({name})"
+    share, row, stored = max(shares, key=lambda entry: entry[0])
+    where = f"{stored['model']}; {stored['environment']['device']}"
+    said = f"at most {100 * share:.1f} % of a prefill, at {row['context']:,} tokens ({where})"
     return Verdict(claim, sum(one[0] < CHEAP for one in shares) / len(shares), said)
 
 

@@ -16,8 +16,10 @@ from PIL import Image
 from transformers import DynamicCache
 
 from evals import accuracy
-from evals.accuracy import RunError, Settings, expand, parse, run, sample_order, score
+from evals.accuracy import RunError, Settings, expand, parse, run, sample_order
+from evals.metrics import MetricError
 from evals.reader.pages import SAMPLE_SEEDS, ask, make_page
+from evals.scores import score
 from evals.tasks import SampleError, TaskError, load_task, task_names
 from rotatek_cache import RotateKCache
 from rotatek_lmms_eval.chat import Chat, ChatError
@@ -105,6 +107,18 @@ def test_benchmarks_are_read_with_the_hubs_own_fields(tmp_path, name, way):
     assert sample.id == (str(ROWS[name][fields.id]) if fields.id else "1")
 
 
+def test_tables_may_name_image_files(tmp_path):
+    """As image folders with metadata do, and tables of paths in the dataset's folder."""
+    row = ROWS["chartqa"]
+    for name, key, table in (("folder", "file_name", "metadata.jsonl"), ("paths", "image", "test.jsonl")):
+        home = tmp_path / name if key == "image" else tmp_path / name / "test"
+        home.mkdir(parents=True)
+        Image.new("RGB", (16, 12), "blue").save(home / "1.png")
+        (home / table).write_text(json.dumps(row | {key: "1.png"}) + "\n")
+        sample = load_task("chartqa", {"path": str(tmp_path / name)}).sample(0)
+        assert sample.images[0].getpixel((3, 3)) == (0, 0, 255) and sample.turns[0].reference["answers"] == ["14"]
+
+
 def test_a_folder_that_changes_is_read_again(tmp_path):
     for answer in ("1", "2"):
         path = save(tmp_path / "data", [ROWS["chartqa"] | {"image": picture(), "answer": answer}], "test")
@@ -150,6 +164,12 @@ def test_missing_fields_splits_and_folders_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(TaskError, match=r"'chartqa': split 'test' of '.*empty' cannot be loaded"):
         load_task("chartqa", {"path": str(tmp_path / "empty")})
+    datasets.Dataset.from_list([ROWS["chartqa"] | {"image": 3}]).save_to_disk(tmp_path / "numbers")
+    with pytest.raises(TaskError, match=r"field 'image' of .*numbers' must hold one image a row, it holds .*int64"):
+        load_task("chartqa", {"path": str(tmp_path / "numbers")})
+    datasets.Dataset.from_list([ROWS["chartqa"] | {"image": [picture()]}]).save_to_disk(tmp_path / "lists")
+    with pytest.raises(TaskError, match="must hold one image a row"):
+        load_task("chartqa", {"path": str(tmp_path / "lists")})
     renamed = load_task("chartqa", {"path": path, "question": "query", "kind": "", "suffix": ""})
     assert renamed.sample(0).turns[0].text == "?"
 
@@ -243,12 +263,14 @@ def test_scores_errors_and_paired_differences_by_hand():
 
 
 def test_lists_of_options_become_methods():
-    methods = expand({"a": {"sparsity": [0.5, 0.75], "basis": "pca"}, "b": {"rank": 8}})
+    methods = expand([("a", {"sparsity": [0.5, 0.75], "basis": "pca"}), ("b", {"rank": 8})])
     assert methods == {
         "a sparsity=0.5": {"sparsity": 0.5, "basis": "pca"},
         "a sparsity=0.75": {"sparsity": 0.75, "basis": "pca"},
         "b": {"rank": 8},
     }
+    with pytest.raises(RunError, match="two are called 'a rank=8'"):
+        expand([("a", {"rank": [8]}), ("a rank=8", {"rank": 16})])
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +317,9 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
         run(settings, tmp_path / "again", "cpu", quiet=True)
     part = tmp_path / "again" / "part-0.jsonl"
     with part.open("a") as file:
-        file.write('{"task": "reader-easy-conv')  # as a kill in the middle of a line leaves it
+        file.write('{"task": "reader-easy-conv')
+    with part.open("ab") as file:
+        file.write("é".encode()[:1])  # as a kill in the middle of a line leaves it, and of a letter
     with pytest.raises(RunError, match=r"other settings \(limit\)"):
         run(Settings(**vars(settings) | {"limit": 3}), tmp_path / "again", "cpu", quiet=True)
     monkeypatch.setattr(
@@ -353,7 +377,10 @@ def test_a_benchmark_from_disk_is_scored_and_bad_samples_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"limit": 0}, "limit must be a positive integer, got 0"),
+        ({"limit": 0}, "limit must be a whole number from 1 on, got 0"),
+        ({"batch": True}, "batch must be a whole number from 1 on, got True"),
+        ({"seed": -1}, "seed must be a whole number from 0 on, got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 on, got 0"),
         ({"tasks": {}}, "tasks must name at least one"),
         ({"methods": {"dense": {}}}, "methods: 'dense'"),
         ({"methods": {"x": {"sparsity": 2}}}, r"method 'x' .*sparsity"),
@@ -382,6 +409,41 @@ def test_flags_override_the_file(tmp_path):
         parse(["--config", str(config), "--out", "o"])
     with pytest.raises(RunError, match="tasks: unknown 'x'"):
         parse(["--tasks", "x", "--out", "o"])
+    with pytest.raises(RunError, match="two are called 'c'"):
+        parse(["--tasks", "chartqa", "--method", "c={rank: 4}", "--method", "c={rank: 8}", "--out", "o"])
+    with pytest.raises(RunError, match="--only b is in no name of c"):
+        parse(["--tasks", "chartqa", "--method", "c={rank: 4}", "--only", "b", "--out", "o"])
+    for text, message in (
+        ("- a\n", "must hold settings by their names"),
+        ("tasks: chartqa\n", "tasks must be a list of names or a mapping"),
+        ("tasks: {chartqa: here}\n", "options of 'chartqa' must be a mapping, got 'here'"),
+        ("tasks: [chartqa]\nmethods: [a]\n", "methods must be a mapping"),
+    ):
+        config.write_text(text)
+        with pytest.raises(RunError, match=message):
+            parse(["--config", str(config), "--out", "o"])
+
+
+def test_a_run_that_answered_nothing_binds_nobody(tmp_path):
+    settings = Settings(model=str(tmp_path / "none"), tasks={"reader-easy-cell": {}}, limit=1)
+    with pytest.raises(ChatError, match=r"model '.*none' cannot be used"):
+        run(settings, tmp_path / "run", "cpu", quiet=True)
+    with pytest.raises(ChatError, match="device 'foo' cannot be used"):
+        run(Settings(tasks={"reader-easy-cell": {}}), tmp_path / "run", "foo", quiet=True)
+    result = run(Settings(tasks={"reader-easy-cell": {}}, limit=1), tmp_path / "run", "cpu", quiet=True)
+    assert result["tasks"]["reader-easy-cell"]["samples"] == 1
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="--out must be a folder"):
+        run(settings, tmp_path / "file", "cpu", quiet=True)
+
+
+def test_what_a_metric_needs_is_missed_before_the_first_answer(tmp_path, monkeypatch):
+    row = ROWS["coco-caption"] | {"image": picture()}
+    path = save(tmp_path / "data", [row], "val")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MetricError, match="install a Java runtime"):
+        run(Settings(tasks={"coco-caption": {"path": path}}), tmp_path / "run", "cpu", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_images_is_refused(tmp_path):

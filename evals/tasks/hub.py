@@ -121,7 +121,13 @@ class HubTask:
         self.max_new_tokens = fields.max_new_tokens
         self.fields = fields
         # Decoded by us, so that an unreadable image costs its sample and not the run.
-        self.rows = rows.cast_column(fields.image, datasets.Image(decode=False))
+        try:
+            self.rows = rows.cast_column(fields.image, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:  # what Arrow and NumPy raise
+            raise TaskError(
+                f"task '{name}': the field '{fields.image}' of '{fields.path}' must hold one image a row, it holds "
+                f"{rows.features[fields.image]}. Name another field in the task's option `image`"
+            ) from error
 
     @classmethod
     def open(cls, name: str, **options: Any) -> "HubTask":
@@ -147,7 +153,7 @@ class HubTask:
             raise SampleError(
                 f"sample {label} of '{self.name}' has no answer: its field '{fields.answers}' is {given!r}"
             )
-        image = _open_image(row[fields.image], f"the image of sample {label} of '{self.name}'")
+        image = _open_image(row[fields.image], Path(fields.path), f"the image of sample {label} of '{self.name}'")
         question = fields.prompt or str(row[fields.question]).strip()
         if fields.capitalise:
             question = question.capitalize()
@@ -172,8 +178,8 @@ def _rows(name: str, fields: HubFields) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # what datasets and the hub's client raise
         raise TaskError(
             f"task '{name}': split '{fields.split}' of '{fields.path}' cannot be loaded: "
-            f"{type(error).__name__}: {error}. Give a local directory as the task's option `path`, or check "
-            "the connection to the hub"
+            f"{type(error).__name__}: {error}. Give another split or a local directory as the task's option `split` or "
+            "`path`, or check the connection to the hub"
         ) from error
 
 
@@ -189,10 +195,11 @@ def _cache_of(folder: Path) -> str:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "local" / digest[:16])
 
 
-def _open_image(stored: Mapping[str, Any] | None, what: str) -> Image.Image:
+def _open_image(stored: Mapping[str, Any] | None, folder: Path, what: str) -> Image.Image:
+    """The image of a row; a path that a table of the dataset states is one in the dataset's folder."""
     if not stored or (stored.get("bytes") is None and not stored.get("path")):
         raise SampleError(f"{what} is missing")
-    source = stored["path"] if stored.get("bytes") is None else io.BytesIO(stored["bytes"])
+    source = folder.expanduser() / stored["path"] if stored.get("bytes") is None else io.BytesIO(stored["bytes"])
     try:
         with Image.open(source) as opened:
             return opened.convert("RGB")

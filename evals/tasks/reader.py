@@ -69,6 +69,18 @@ WHAT = {
 }
 
 
+def tells_nothing(task: str) -> str:
+    """Why no answer to a task tells how well Keys are kept, "" if answers do."""
+    if not task.startswith("reader-"):
+        return ""
+    what = "-".join(task.split("-")[2:])
+    if what in ("cell", "count", "compare", "where"):
+        return "a first answer of one token, which comes from the dense prefill"
+    if what == "then-compare":
+        return "the reader guesses"
+    return "the reader was not trained to read two images" if what == "images" else ""
+
+
 def reader_names() -> list[str]:
     """Names of all reader tasks."""
     return [f"reader-{level}-{what}" for level, what in itertools.product(LEVELS, WHAT)]

@@ -81,8 +81,10 @@ class Chat:
         """Load and attach a model by its name or path.
 
         Raises:
-            ChatError: transformers has no such vision-language model, or `attach` does not know it.
+            ChatError: transformers has no such vision-language model, `attach` does not know it, or there is no such
+                device.
         """
+        check_device(device)
         try:
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
             model = AutoModelForImageTextToText.from_pretrained(
@@ -197,6 +199,14 @@ class Chat:
         if not after.startswith(before):
             raise ChatError("the chat template rewrites earlier turns, so that a cache cannot go on with them")
         return after.removeprefix(before)
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raises ChatError if torch cannot put a tensor on `device`."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a kind that this build or machine lacks
+        raise ChatError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _user(text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
