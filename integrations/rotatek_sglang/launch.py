@@ -23,6 +23,7 @@ def main() -> None:
     given, rest = parser.parse_known_args()
     try:
         chosen = options.ServingOptions(**vars(given))
+        chosen.check_basis_file()
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     os.environ.update(chosen.environment(), SGLANG_PLATFORM="rotatek")

@@ -28,7 +28,7 @@ def stop_unless_supported() -> None:
     if version != SGLANG_VERSION:
         raise SystemExit(f"rotatek_sglang needs sglang {SGLANG_VERSION}, found {version}")
     try:
-        options.from_environment()
+        options.from_environment().check_basis_file()
     except (TypeError, ValueError) as error:
         raise SystemExit(f"rotatek_sglang: {error}") from None
 

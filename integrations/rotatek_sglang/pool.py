@@ -32,6 +32,11 @@ def plan_for(configurator: Any) -> Plan:
     model, layers = configurator.model_config, configurator.layer_info
     asked = options.from_environment()
     parallel = get_parallel()
+    if asked.fit.allocation.over == "heads" and parallel.attn_tp_size > 1:
+        raise ValueError(
+            "rotatek_sglang does not serve allocation='heads' with tensor parallelism: a token would take more bytes "
+            "in one process than in another; use 'layers' or 'uniform'"
+        )
     heads = HeadShape.of_rank(
         model.num_attention_heads,
         model.get_total_num_kv_heads(),

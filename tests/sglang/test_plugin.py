@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rotatek_sglang import SGLANG_VERSION, options, plugin
+from rotatek_sglang import SGLANG_VERSION, launch, options, plugin
 from rotatek_sglang.options import ServingOptions
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +37,23 @@ def test_every_option_is_a_flag():
 
 
 @pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--rank", "8", "--key-bits", "3"], "argument --key-bits: expected 8, 4, 2 or auto, got '3'"),
+        (["--rank", "8", "--basis", "none.safetensors"], "basis file none.safetensors does not exist"),
+        (["--rank", "8", "--basis", "pyproject.toml"], "basis must be one of"),
+        ([], "exactly one of sparsity, rank and energy"),
+    ],
+)
+def test_wrong_flags_end_the_launcher_before_anything_starts(flags, complaint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["launch", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        launch.main()
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("variables", "complaint"),
     [
         ({}, "exactly one of sparsity, rank and energy"),
@@ -47,6 +64,10 @@ def test_every_option_is_a_flag():
         ({"ROTATEK_RANK": "8", "ROTATEK_TEXT_SHARE": "0"}, "text_share must be in"),
         ({"ROTATEK_ENERGY": "0.9"}, "energy needs a calibrated basis"),
         ({"ROTATEK_SPARSITY": "0.9", "ROTATEK_KEY_BITS": "auto"}, "key_bits='auto' needs a calibrated basis"),
+        ({"ROTATEK_RANK": "8", "ROTATEK_BASIS": "spark"}, "basis must be one of oblique, .* got 'spark'"),
+        ({"ROTATEK_RANK": "8", "ROTATEK_BASIS_BITS": "4"}, "basis_bits must be None or 8, got 4"),
+        ({"ROTATEK_RANK": "8", "ROTATEK_ALLOCATION": "heads"}, "allocation needs a calibrated basis"),
+        ({"ROTATEK_RANK": "8", "ROTATEK_ALLOCATION": "tokens"}, "'uniform', 'layers' or 'heads', got 'tokens'"),
     ],
 )
 def test_wrong_options_are_named(variables, complaint):
@@ -81,6 +102,10 @@ def test_wrong_options_end_the_process(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: SGLANG_VERSION)
     with pytest.raises(SystemExit, match="rank must be at least 1"):
         plugin.register()
+    monkeypatch.setenv("ROTATEK_RANK", "8")
+    monkeypatch.setenv("ROTATEK_BASIS", "none.safetensors")
+    with pytest.raises(SystemExit, match=r"basis file none\.safetensors does not exist"):
+        plugin.activate_platform()
 
 
 def test_the_extra_asks_for_the_version_that_is_supported():
