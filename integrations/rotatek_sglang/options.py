@@ -1,7 +1,7 @@
 """What the adapter is asked to do: read from the environment, which SGLang's processes inherit.
 
-`ROTATEK_SPARSITY`, `ROTATEK_RANK` or `ROTATEK_ENERGY` switch it on; the other fields of `ServingOptions` have variables
-of the same form. The launcher offers all of them as flags.
+Each field of `ServingOptions` has a variable, such as `ROTATEK_SPARSITY`; any of them switches it on. The launcher
+offers all of them as flags.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from rotatek_cache.methods.calibrated import load_basis
 from rotatek_cache.options import Allocation, Bits, FitOptions
 
 PREFIX = "ROTATEK_"
-SWITCHES = ("sparsity", "rank", "energy")
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,12 @@ HELP: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def asked_for(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment asks for compression."""
-    return any(PREFIX + name.upper() in environment for name in SWITCHES)
+    """Whether the environment asks for compression; options without a rank do so, too, and are an error."""
+    return any(name.startswith(PREFIX) for name in environment)
 
 
-def from_environment(environment: Mapping[str, str] = os.environ) -> ServingOptions:
-    """The options that the environment states; a ValueError that names the variable where one is wrong."""
+def read(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The options that the environment states, by name; a ValueError that names the variable where one is wrong."""
     given = {}
     for name, value in environment.items():
         if not name.startswith(PREFIX):
@@ -137,7 +136,12 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> ServingOpti
             given[option] = HELP[option][0](value)
         except ValueError as error:
             raise ValueError(f"{name}={value!r} in the environment: {error}") from None
-    return ServingOptions(**given)
+    return given
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> ServingOptions:
+    """The options of `read`, checked together."""
+    return ServingOptions(**read(environment))
 
 
 def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:

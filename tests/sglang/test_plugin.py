@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -53,6 +54,18 @@ def test_wrong_flags_end_the_launcher_before_anything_starts(flags, complaint, m
     assert complaint in capsys.readouterr().err
 
 
+def test_flags_go_before_the_environment(monkeypatch):
+    for name, value in {"SPARSITY": "0.5", "BASIS": "pca", "VALUE_BITS": "4"}.items():
+        monkeypatch.setenv(f"ROTATEK_{name}", value)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: SGLANG_VERSION)
+    monkeypatch.setattr(runpy, "run_module", lambda *args, **kwargs: None)
+    monkeypatch.setenv("SGLANG_PLATFORM", "")  # which the launcher sets: to be undone
+    monkeypatch.setattr("sys.argv", ["launch", "--sparsity", "0.75", "--basis", "rotatek", "--model-path", "model"])
+    launch.main()
+    assert options.from_environment() == ServingOptions(sparsity=0.75, value_bits=4)
+    assert sys.argv[1:3] == ["--model-path", "model"]
+
+
 @pytest.mark.parametrize(
     ("variables", "complaint"),
     [
@@ -76,7 +89,7 @@ def test_wrong_options_are_named(variables, complaint):
 
 
 def test_nothing_happens_unless_asked_for(monkeypatch):
-    for name in ("SGLANG_PLATFORM", *(f"ROTATEK_{switch.upper()}" for switch in options.SWITCHES)):
+    for name in ("SGLANG_PLATFORM", *(f"ROTATEK_{option.upper()}" for option in options.HELP)):
         monkeypatch.delenv(name, raising=False)
     assert plugin.activate_platform() is None
     script = "import json, sys; from rotatek_sglang import plugin; plugin.register(); print(json.dumps([*sys.modules]))"
@@ -86,6 +99,14 @@ def test_nothing_happens_unless_asked_for(monkeypatch):
     )
     loaded = json.loads(done.stdout)
     assert not {name for name in loaded if name.startswith(("sglang", "transformers"))}
+
+
+@pytest.mark.parametrize("name", ["ROTATEK_BASIS", "ROTATEK_SPARSTY"])
+def test_a_variable_that_asks_for_too_little_is_no_request_for_dense_keys(monkeypatch, name):
+    monkeypatch.setenv(name, "0.5")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: SGLANG_VERSION)
+    with pytest.raises(SystemExit, match=r"exactly one of sparsity, rank and energy|unknown option ROTATEK_SPARSTY"):
+        plugin.register()
 
 
 def test_another_sglang_ends_the_process(monkeypatch):
