@@ -208,10 +208,11 @@ class Plan:
         bases: int,
         requests: int,
         context: int,
+        tables: int = 1,
     ) -> "Plan":
-        """The plan for so many requests at once, of up to `context` tokens each."""
-        table = requests * context * ROW_NUMBER_BYTES  # the rows of each request
-        fixed = bases * layout.basis_bytes + table + PROMPTS_IN_CHUNKS * layout.window_bytes(sealers)
+        """The plan for so many requests at once, of up to `context` tokens each, whose rows stand in so many tables."""
+        rows = tables * requests * context * ROW_NUMBER_BYTES
+        fixed = bases * layout.basis_bytes + rows + PROMPTS_IN_CHUNKS * layout.window_bytes(sealers)
         return cls(sealers, layout, text_share, bases, fixed)
 
     @property

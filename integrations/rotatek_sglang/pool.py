@@ -49,7 +49,8 @@ def plan_for(configurator: Any) -> Plan:
     layout = find_layout(sealers, heads, configurator.kv_cache_dtype, configurator.device)
     requests = get_schedule().max_running_requests
     bases = asked.bases or BASES_PER_REQUEST * requests
-    return Plan.make(sealers, layout, asked.text_share, bases, requests, model.context_len)
+    tables = 2 if asked.cuda_graphs else 1  # graphs read a table of their own
+    return Plan.make(sealers, layout, asked.text_share, bases, requests, model.context_len, tables)
 
 
 def plan_memory(configurator: Any, sizes: Any) -> None:
