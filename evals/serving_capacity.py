@@ -65,7 +65,7 @@ def compressed(
     for layer in storage:
         tensors += [layer.text_keys, layer.text_values]
         for pool in (layer.keys, layer.values):
-            tensors += [t for t in (pool.data, pool.decoder, pool.delta) if t is not None]
+            tensors += [pool.data, *pool.tables.values()]
     return {"tokens": tokens, "storage_bytes": filled(tensors), "process_bytes": resident() - before}
 
 

@@ -11,11 +11,11 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from rotatek_cache.attention import attend
-from rotatek_cache.sealing import Sealer
+from rotatek_cache.sealing import Sealer, Verdict
 from rotatek_cache.segments import SegmentView
 from rotatek_sglang import options
 from rotatek_sglang.checks import check_basis, check_model
-from rotatek_sglang.decode_tables import GRAPH_SEGMENTS, GraphTables, count_segments, table_of
+from rotatek_sglang.decode_tables import GRAPH_SEGMENTS, GraphTables, count_segments, padded, table_of
 from rotatek_sglang.metrics import Gauges
 from rotatek_sglang.pool import RotateKPool
 from rotatek_sglang.rows import ChunkedPrompt, Segment
@@ -80,6 +80,7 @@ class RotateKBackend(AttentionBackend):
             pool.gauges = Gauges({"model_name": runner.server_args.model_path})
             pool.publish()
         self.parts: list[PromptPart] = []
+        self.verdicts: list[Verdict] = []
         self.table: SegmentTable | None = None
         self.new_rows = torch.zeros(0, dtype=torch.int64)
         self.graph_tables: GraphTables | None = None
@@ -89,6 +90,7 @@ class RotateKBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Find the rows of the forward's tokens; once per forward, for all layers."""
+        self._report()
         mode = forward_batch.forward_mode
         if mode.is_decode():
             if self.can_run_graph(forward_batch):
@@ -102,8 +104,8 @@ class RotateKBackend(AttentionBackend):
         elif not mode.is_idle():
             raise NotImplementedError(f"the attention backend 'rotatek' does not run forwards of mode {mode.name}")
 
-    def _decoding(self, batch: Any) -> tuple[list[int], list[int], list[list[Segment]]]:
-        """The requests of a batch that decodes, their lengths and their visual segments."""
+    def _decoding(self, batch: Any) -> tuple[list[int], list[list[Segment]]]:
+        """Lengths and visual segments of the requests of a batch that decodes."""
         requests = self.ledger.requests
         lengths = batch.seq_lens_cpu[: len(requests)].tolist()
         if len(requests) != len(lengths):
@@ -111,10 +113,10 @@ class RotateKBackend(AttentionBackend):
         for request, length in zip(requests, lengths, strict=True):
             if request in self.ledger.moved:
                 self._read_slots(request, length)
-        return requests, lengths, [self.ledger.segments.get(request, []) for request in requests]
+        return lengths, [self.ledger.segments.get(request, []) for request in requests]
 
     def _prepare_decode(self, batch: Any) -> None:
-        _, lengths, held = self._decoding(batch)
+        lengths, held = padded(*self._decoding(batch), batch.batch_size)
         self.new_rows = self.pool.table.rows[batch.out_cache_loc].long()
         self.rows_of[batch.req_pool_indices, batch.seq_lens - 1] = self.new_rows.int()
         self.table = table_of(self.rows_of, batch.req_pool_indices, held, lengths)
@@ -134,13 +136,14 @@ class RotateKBackend(AttentionBackend):
         """Whether the buffers of the graphs hold what this batch has."""
         if self.graph_tables is None or batch.batch_size > len(self.graph_tables.new_rows):
             return False
-        return count_segments(self._decoding(batch)[2]) <= GRAPH_SEGMENTS
+        return count_segments(self._decoding(batch)[1]) <= GRAPH_SEGMENTS
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """What a step needs of the host, into the buffers."""
         assert self.graph_tables is not None
-        _, lengths, held = ([], [], []) if in_capture else self._decoding(forward_batch)
-        self.graph_tables.fill(held, lengths, forward_batch.batch_size)
+        known = ([], []) if in_capture else self._decoding(forward_batch)
+        lengths, held = padded(*known, forward_batch.batch_size)
+        self.graph_tables.fill(held, lengths)
         self.table = self.graph_tables.table(forward_batch.batch_size)
         self.new_rows = self.graph_tables.new_rows[: forward_batch.batch_size]
 
@@ -192,6 +195,17 @@ class RotateKBackend(AttentionBackend):
             prompt=prompt,
         )
 
+    def _report(self) -> None:
+        """Say what is known by now of states that were not finite."""
+        waiting = []
+        for verdict in self.verdicts:
+            try:
+                if not verdict.known():
+                    waiting.append(verdict)
+            except ValueError as error:
+                log.error("%s", error)  # noqa: TRY400 (where it was found out says nothing)
+        self.verdicts = waiting
+
     def _read_slots(self, request: int, length: int) -> None:
         """Find the rows of a request's first tokens, from its slots."""
         rows, self.ledger.segments[request] = self.pool.table.layout(self.slots_of[request, :length])
@@ -236,20 +250,21 @@ class RotateKBackend(AttentionBackend):
         if part.visual is None:
             storage.write_text(part.text_rows, k, v)
             return
-        storage.write_text(part.text_rows, k[part.text], v[part.text])
         keys, values = k[part.visual], v[part.visual]
         if part.waiting is not None:
             keys = torch.cat([storage.text_keys[part.waiting], keys])
             values = torch.cat([storage.text_values[part.waiting], values])
         keys, values, queries = keys.transpose(0, 1), values.transpose(0, 1), queries.transpose(0, 1)[None]
         span = [(0, keys.shape[1])]
-        finite = bool(keys.isfinite().all() & values.isfinite().all() & queries.isfinite().all())
-        if not finite:
-            # Dense attention would answer this request with NaN, and so does this, by way of its text; a basis cannot
-            # be fitted. The other requests of the batch are none of its business.
-            log.error("Layer %s holds NaN or infinity for a prompt with an image", sealer.layer)
-            storage.write_text(part.text_rows, k[part.text].fill_(torch.nan), v[part.text].fill_(torch.nan))
-            keys, values, queries = (tensor.nan_to_num(0.0, 0.0, 0.0) for tensor in (keys, values, queries))
+        # Dense attention would answer this request with NaN, and so does this, by way of its text; a basis cannot be
+        # fitted. The other requests of the batch are none of its business, and nothing waits for the device.
+        finite = keys.isfinite().all() & values.isfinite().all() & queries.isfinite().all()
+        marked = torch.where(finite, 0.0, torch.nan).to(k.dtype)
+        self.verdicts.append(Verdict(marked, f"Layer {sealer.layer} holds NaN or infinity for a prompt with an image"))
+        storage.write_text(part.text_rows, k[part.text] + marked, v[part.text] + marked)
+        for states in (keys, values):  # picked out of the forward's: nobody else's
+            states.masked_fill_(~finite, 0.0)
+        queries = torch.where(finite, queries, 0.0)
         stored_keys = sealer.store_keys(keys, span, queries, None)
         stored_values = sealer.store_values(values, span)
         assert part.visual_rows is not None

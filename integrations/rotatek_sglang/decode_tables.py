@@ -17,6 +17,14 @@ def count_segments(held: Sequence[Sequence[Segment]]) -> int:
     return max(map(len, held), default=0)
 
 
+def padded(
+    lengths: Sequence[int], held: Sequence[Sequence[Segment]], batch: int
+) -> tuple[list[int], list[Sequence[Segment]]]:
+    """Lengths and visual segments with those of rows that are no requests, up to `batch`: one token in text row 0."""
+    spare = batch - len(held)
+    return [*lengths, *[1] * spare], [*held, *[[]] * spare]
+
+
 def segment_numbers(
     held: Sequence[Sequence[Segment]], lengths: Sequence[int], segments: int, pin: bool
 ) -> tuple[Tensor, Tensor]:
@@ -103,13 +111,12 @@ class GraphTables:
         self.new_rows = torch.zeros(most_requests, dtype=torch.int64, device=device)
         self.slots = torch.zeros(most_requests, context, dtype=torch.int32, device=device)
 
-    def fill(self, held: Sequence[Sequence[Segment]], lengths: Sequence[int], padded: int) -> None:
-        """Say where the requests' tokens are; rows beyond them, up to `padded`, have one token in text row 0."""
-        spare = padded - len(held)
-        held, lengths = [*held, *[[]] * spare], [*lengths, *[1] * spare]
+    def fill(self, held: Sequence[Sequence[Segment]], lengths: Sequence[int]) -> None:
+        """Say where the tokens of the batch are."""
+        batch = len(held)
         places, counts = segment_numbers(held, lengths, GRAPH_SEGMENTS, pin=self.slots.is_cuda)
-        self.places[:, :padded].copy_(places, non_blocking=True)
-        self.counts[:, :padded].copy_(counts, non_blocking=True)
+        self.places[:, :batch].copy_(places, non_blocking=True)
+        self.counts[:, :batch].copy_(counts, non_blocking=True)
 
     def gather(self, slot_rows: Tensor, new_slots: Tensor, indices: Tensor, lengths: Tensor) -> None:
         """Look up the rows of the new tokens and of all others.

@@ -1,6 +1,7 @@
 """`python -m rotatek_sglang.launch --model-path ... --sparsity 0.75`: `sglang.launch_server` with compression.
 
-Our flags become environment variables, which SGLang's processes inherit; all others are SGLang's own.
+Our flags become environment variables, which SGLang's processes inherit, and go before those that are set already. All
+others are SGLang's own.
 """
 
 import argparse
@@ -22,9 +23,12 @@ def main() -> None:
     options.add_flags(parser)
     given, rest = parser.parse_known_args()
     try:
-        chosen = options.ServingOptions(**vars(given))
+        chosen = options.ServingOptions(**{**options.read(), **vars(given)})
+        chosen.check_basis_file()
     except (TypeError, ValueError) as error:
         parser.error(str(error))
+    for name in [name for name in os.environ if name.startswith(options.PREFIX)]:
+        del os.environ[name]
     os.environ.update(chosen.environment(), SGLANG_PLATFORM="rotatek")
     plugin.stop_unless_supported()
     import torch  # noqa: PLC0415 (only to see which machine this is)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import CodeLayout
+from rotatek_cache.coding import CodeLayout, HeadCodes
 from rotatek_cache.sealing import Sealer
 from rotatek_cache.segments import Stored
 
@@ -54,57 +54,61 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """What is stored of the visual Keys, or Values, of one layer.
+    """What is stored of the visual Keys, or Values, of one layer, in all heads of this process.
 
     Attributes:
-        width: numbers, or bytes of codes, per token and head.
+        heads: how many there are.
+        width: numbers, or bytes of codes, per token.
         dtype: of what is stored.
-        code: how codes are packed; None if numbers are stored.
-        rank: columns of the decoder; None if dense states are stored.
-        shared: the decoder ``[H, 1, D, r]`` of the model; None if each basis has its own.
-        delta_dtype: of a basis' delta; None if it has none.
-        dense_width: D.
-        basis_dtype: of the decoder.
+        code: how codes are packed; None if numbers are stored alike in all heads.
+        ranks: coefficients of each head; dense states have D.
+        shared: the decoder ``[H, 1, D, r]`` of the model; None if each basis has its own, or there is none.
+        tables: what a basis has of its own: by attribute of `KeyBasis`, the shape per head and the dtype.
     """
 
+    heads: int
     width: int
     dtype: torch.dtype
-    code: CodeLayout | None
-    rank: int | None
+    code: CodeLayout | HeadCodes | None
+    ranks: tuple[int, ...]
     shared: Tensor | None
-    delta_dtype: torch.dtype | None
-    dense_width: int
-    basis_dtype: torch.dtype
+    tables: dict[str, tuple[tuple[int, ...], torch.dtype]]
 
     @classmethod
-    def of(cls, stored: Stored, dense_width: int, dtype: torch.dtype) -> "StateLayout":
+    def of(cls, stored: Stored) -> "StateLayout":
         """The layout of what a seal stored; a ValueError where a pool cannot hold it."""
-        basis = stored.basis if stored.basis is not None else KeyBasis()
-        decoder = basis.B
-        if not (stored.code is None or isinstance(stored.code, CodeLayout)) or basis.is_diagonal:
+        basis, code = stored.basis if stored.basis is not None else KeyBasis(), stored.code
+        if not (code is None or isinstance(code, CodeLayout | HeadCodes)) or basis.is_diagonal:
             raise ValueError("only rotated coefficients can be served: basis='spark', 'spark_mean' and 'none' cannot")
-        return cls(
-            width=stored.data.shape[-1],
-            dtype=stored.data.dtype,
-            code=stored.code,
-            rank=None if decoder is None else decoder.shape[-1],
-            # One row of the calibrated decoder is all of it; a copy would keep the probe alive.
-            shared=decoder[:, :1] if basis.shared and decoder is not None else None,
-            delta_dtype=None if basis.delta is None else basis.delta.dtype,
-            dense_width=dense_width,
-            basis_dtype=dtype,
-        )
+        held = {name: getattr(basis, name) for name in ("B", "scale", "delta")}
+        tables = {
+            name: (tuple(tensor.shape[2:]), tensor.dtype)
+            for name, tensor in held.items()
+            if tensor is not None and not (basis.shared and name == "B")
+        }
+        if isinstance(code, HeadCodes):
+            heads, width, ranks = len(code.parts), sum(code.widths), tuple(part.channels for part in code.parts)
+        else:
+            heads = stored.data.shape[0]
+            width, ranks = heads * stored.data.shape[-1], (stored.channels,) * heads
+        # One row of the calibrated decoder is all of it; a copy would keep the probe alive.
+        shared = basis.B[:, :1] if basis.shared and basis.B is not None else None
+        return cls(heads, width, stored.data.dtype, code, ranks, shared, tables)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether states are stored as they are."""
+        return self.shared is None and "B" not in self.tables
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token and head."""
+        """Bytes of one token."""
         return self.width * self.dtype.itemsize
 
     @property
     def basis_bytes(self) -> int:
-        """Bytes that one basis adds, per head."""
-        matrix = 0 if self.rank is None or self.shared is not None else self.rank * self.basis_dtype.itemsize
-        return self.dense_width * (matrix + (0 if self.delta_dtype is None else self.delta_dtype.itemsize))
+        """Bytes that one basis adds."""
+        return self.heads * sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tables.values())
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,12 @@ class CacheLayout:
     @property
     def visual_bytes(self) -> int:
         """Bytes of a visual token, without its basis."""
-        return self.heads.kv_heads * sum(layer.keys.token_bytes + layer.values.token_bytes for layer in self.layers)
+        return sum(layer.keys.token_bytes + layer.values.token_bytes for layer in self.layers)
 
     @property
     def basis_bytes(self) -> int:
         """Bytes of one basis."""
-        return self.heads.kv_heads * sum(layer.keys.basis_bytes + layer.values.basis_bytes for layer in self.layers)
+        return sum(layer.keys.basis_bytes + layer.values.basis_bytes for layer in self.layers)
 
     def window_bytes(self, sealers: Sequence[Sealer]) -> int:
         """Bytes of the queries that are kept of a prompt until its last chunk is there."""
@@ -145,15 +149,15 @@ class CacheLayout:
         return sum(s.options.query_window * numbers * self.dtype.itemsize for s in sealers if s.calibrated is None)
 
     def ranks(self) -> str:
-        """Ranks of the Keys and Values, over the layers."""
+        """Ranks of the Keys and Values, over layers and heads."""
 
-        def span(parts: Sequence[StateLayout]) -> str:
-            ranks = sorted({part.dense_width if part.rank is None else part.rank for part in parts})
+        def span(parts: Sequence[StateLayout], width: int) -> str:
+            ranks = sorted({rank for part in parts for rank in part.ranks})
             text = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-            return f"{text} of {parts[0].dense_width}"
+            return f"{text} of {width}"
 
         keys, values = [layer.keys for layer in self.layers], [layer.values for layer in self.layers]
-        return f"Keys {span(keys)}, Values {span(values)}"
+        return f"Keys {span(keys, self.heads.key_width)}, Values {span(values, self.heads.value_width)}"
 
 
 def find_layout(
@@ -173,12 +177,7 @@ def find_layout(
     for sealer in sealers:
         stored_keys = sealer.store_keys(keys, [(0, tokens)], queries, None)
         stored_values = sealer.store_values(values, [(0, tokens)])
-        found.append(
-            LayerLayout(
-                StateLayout.of(stored_keys, heads.key_width, dtype),
-                StateLayout.of(stored_values, heads.value_width, dtype),
-            )
-        )
+        found.append(LayerLayout(StateLayout.of(stored_keys), StateLayout.of(stored_values)))
     return CacheLayout(heads, dtype, tuple(found))
 
 
@@ -209,10 +208,11 @@ class Plan:
         bases: int,
         requests: int,
         context: int,
+        tables: int = 1,
     ) -> "Plan":
-        """The plan for so many requests at once, of up to `context` tokens each."""
-        table = requests * context * ROW_NUMBER_BYTES  # the rows of each request
-        fixed = bases * layout.basis_bytes + table + PROMPTS_IN_CHUNKS * layout.window_bytes(sealers)
+        """The plan for so many requests at once, of up to `context` tokens each, whose rows stand in so many tables."""
+        rows = tables * requests * context * ROW_NUMBER_BYTES
+        fixed = bases * layout.basis_bytes + rows + PROMPTS_IN_CHUNKS * layout.window_bytes(sealers)
         return cls(sealers, layout, text_share, bases, fixed)
 
     @property
@@ -239,8 +239,15 @@ class Worth:
         """The answer for a number of tokens."""
         if tokens not in self.known:
             heads, dtype = self.layout.heads, self.layout.dtype
+            # With `energy` the ranks follow from the basis; all else the sealer knows.
             self.known[tokens] = tokens > 0 and all(
-                sealer.is_worth(tokens, heads.key_width, heads.value_width, dtype, part.keys.rank)
+                sealer.is_worth(
+                    tokens,
+                    heads.key_width,
+                    heads.value_width,
+                    dtype,
+                    None if sealer.options.energy is None else math.ceil(sum(part.keys.ranks) / len(part.keys.ranks)),
+                )
                 for sealer, part in zip(self.sealers, self.layout.layers, strict=True)
             )
         return self.known[tokens]

@@ -1,20 +1,21 @@
 """What the adapter is asked to do: read from the environment, which SGLang's processes inherit.
 
-`ROTATEK_SPARSITY`, `ROTATEK_RANK` or `ROTATEK_ENERGY` switch it on; the other fields of `ServingOptions` have variables
-of the same form. The launcher offers all of them as flags.
+Each field of `ServingOptions` has a variable, such as `ROTATEK_SPARSITY`; any of them switches it on. The launcher
+offers all of them as flags.
 """
 
 import argparse
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from rotatek_cache.basis import Solver
-from rotatek_cache.options import Bits, FitOptions
+from rotatek_cache.methods import BASES
+from rotatek_cache.methods.calibrated import load_basis
+from rotatek_cache.options import Allocation, Bits, FitOptions
 
 PREFIX = "ROTATEK_"
-SWITCHES = ("sparsity", "rank", "energy")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ServingOptions:
     key_bits: Bits = None
     value_sparsity: float | None = None
     value_bits: Bits = None
+    basis_bits: Literal[8] | None = None
+    allocation: str = "uniform"
     always_compress: bool = False
     text_share: float = 0.25
     bases: int | None = None
@@ -42,6 +45,11 @@ class ServingOptions:
             raise ValueError(f"bases must be at least 1, got {self.bases}")
         fit = self.fit  # checks the rest
         if not fit.is_calibrated:
+            if self.basis not in BASES:
+                raise ValueError(
+                    f"basis must be one of {', '.join(sorted(BASES))}, which are stored as rotated coefficients, or "
+                    f"the path of a calibrated basis (a .safetensors file), got {self.basis!r}"
+                )
             if self.energy is not None:
                 raise ValueError(
                     "energy needs a calibrated basis (basis=file.safetensors): ranks that differ from request to "
@@ -58,7 +66,13 @@ class ServingOptions:
     def fit(self) -> FitOptions:
         """The part that the method knows."""
         names = {field.name for field in fields(FitOptions)} & {field.name for field in fields(self)}
-        return FitOptions(**{name: getattr(self, name) for name in names})
+        given = {name: getattr(self, name) for name in names}
+        return FitOptions(**{**given, "allocation": Allocation.of(self.allocation)})
+
+    def check_basis_file(self) -> None:
+        """Raise a ValueError if a basis file is asked for and cannot be read; later checks need the model."""
+        if self.fit.is_calibrated:
+            load_basis(self.basis)
 
     def environment(self) -> dict[str, str]:
         """The variables that say this."""
@@ -88,6 +102,11 @@ HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "key_bits": (_bits, "code coefficients of Keys with 8, 4 or 2 bits, or, with a calibrated basis, auto"),
     "value_sparsity": (float, "share of Value channels removed from visual tokens (default: Values stay dense)"),
     "value_bits": (_bits, "as key-bits, for Values"),
+    "basis_bits": (int, "8 keeps the bases that requests own as int8, half the bytes of half precision"),
+    "allocation": (
+        str,
+        "uniform (default), or layers or heads: a calibrated basis deals coefficients or bits out to them by worth",
+    ),
     "always_compress": (_flag, "compress images too small to earn their basis back, too"),
     "text_share": (
         float,
@@ -99,12 +118,12 @@ HELP: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def asked_for(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment asks for compression."""
-    return any(PREFIX + name.upper() in environment for name in SWITCHES)
+    """Whether the environment asks for compression; options without a rank do so, too, and are an error."""
+    return any(name.startswith(PREFIX) for name in environment)
 
 
-def from_environment(environment: Mapping[str, str] = os.environ) -> ServingOptions:
-    """The options that the environment states; a ValueError that names the variable where one is wrong."""
+def read(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The options that the environment states, by name; a ValueError that names the variable where one is wrong."""
     given = {}
     for name, value in environment.items():
         if not name.startswith(PREFIX):
@@ -117,7 +136,24 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> ServingOpti
             given[option] = HELP[option][0](value)
         except ValueError as error:
             raise ValueError(f"{name}={value!r} in the environment: {error}") from None
-    return ServingOptions(**given)
+    return given
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> ServingOptions:
+    """The options of `read`, checked together."""
+    return ServingOptions(**read(environment))
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` for argparse, which drops what an ordinary ValueError says."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -127,4 +163,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if parse is _flag:
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(flag, type=parse, default=argparse.SUPPRESS, help=text)
+            parser.add_argument(flag, type=_argument(parse), default=argparse.SUPPRESS, help=text)

@@ -28,7 +28,7 @@ def stop_unless_supported() -> None:
     if version != SGLANG_VERSION:
         raise SystemExit(f"rotatek_sglang needs sglang {SGLANG_VERSION}, found {version}")
     try:
-        options.from_environment()
+        options.from_environment().check_basis_file()
     except (TypeError, ValueError) as error:
         raise SystemExit(f"rotatek_sglang: {error}") from None
 
@@ -40,6 +40,8 @@ def activate_platform() -> str | None:
     on_gpu = torch.cuda.is_available()
     if options.asked_for():
         stop_unless_supported()
+        if torch.version.hip is not None:
+            raise SystemExit("rotatek_sglang serves on CUDA and on a CPU, not on ROCm")
         return f"rotatek_sglang.platforms.RotateK{'Cuda' if on_gpu else 'Cpu'}Platform"
     if os.environ.get("SGLANG_PLATFORM") == "rotatek" and not on_gpu:
         return "rotatek_sglang.platforms.TorchCpuPlatform"

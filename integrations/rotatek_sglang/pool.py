@@ -32,6 +32,11 @@ def plan_for(configurator: Any) -> Plan:
     model, layers = configurator.model_config, configurator.layer_info
     asked = options.from_environment()
     parallel = get_parallel()
+    if asked.fit.allocation.over == "heads" and parallel.attn_tp_size > 1:
+        raise ValueError(
+            "rotatek_sglang does not serve allocation='heads' with tensor parallelism: a token would take more bytes "
+            "in one process than in another; use 'layers' or 'uniform'"
+        )
     heads = HeadShape.of_rank(
         model.num_attention_heads,
         model.get_total_num_kv_heads(),
@@ -44,7 +49,8 @@ def plan_for(configurator: Any) -> Plan:
     layout = find_layout(sealers, heads, configurator.kv_cache_dtype, configurator.device)
     requests = get_schedule().max_running_requests
     bases = asked.bases or BASES_PER_REQUEST * requests
-    return Plan.make(sealers, layout, asked.text_share, bases, requests, model.context_len)
+    tables = 2 if asked.cuda_graphs else 1  # graphs read a table of their own
+    return Plan.make(sealers, layout, asked.text_share, bases, requests, model.context_len, tables)
 
 
 def plan_memory(configurator: Any, sizes: Any) -> None:

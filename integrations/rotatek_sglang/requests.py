@@ -22,9 +22,13 @@ def visual_tokens(req: Any, begin: int, end: int) -> Tensor:
 
 
 def compressed_tokens(pool: RotateKPool, req: Any, begin: int, end: int) -> Tensor:
-    """bool ``[end - begin]``: which of the request's new tokens go to visual rows."""
+    """bool ``[end - begin]``: which of the request's new tokens go to visual rows.
+
+    All visual ones, or none: where compression costs bytes, and where there will never be so many visual rows.
+    """
     mask = visual_tokens(req, begin, end)
-    return mask if pool.worth(int(mask.sum())) else torch.zeros_like(mask)
+    count = int(mask.sum())
+    return mask if count <= pool.table.visual_rows and pool.worth(count) else torch.zeros_like(mask)
 
 
 def assign_prompt(allocated: Any, batch: Any) -> None:
@@ -111,17 +115,17 @@ def refuse_too_large(scheduler: Any, req: Any) -> None:
         return
     table: SlotTable = pool.table
     tokens = len(req.origin_input_ids)
-    visual = int(compressed_tokens(pool, req, 0, tokens).sum())
-    text = tokens - visual
-    if text >= table.text_rows or visual > table.visual_rows:
+    # Text rows that are left for the answer, less one that the step takes which begins before its end is seen.
+    room = table.text_rows - (tokens - int(compressed_tokens(pool, req, 0, tokens).sum())) - 1
+    if room < 1:
+        visual = int(visual_tokens(req, 0, tokens).sum())
         req.set_finish_with_abort(
-            f"The prompt needs {text} text rows and {visual} visual rows of the KV pool, which has "
-            f"{table.text_rows} and {table.visual_rows}: shorten it, use a smaller image, or start the server with "
-            "more memory or another --text-share."
+            f"The prompt has {visual} visual tokens and {tokens - visual} others; the KV pool has {table.visual_rows} "
+            f"visual rows and {table.text_rows} text rows, two of which the answer takes at least: shorten it, use a "
+            "smaller image, or start the server with more memory or another --text-share."
         )
         req.sampling_params.max_new_tokens = 0
         return
-    room = table.text_rows - text - 1
     sampling = req.sampling_params
     sampling.max_new_tokens = min(sampling.max_new_tokens, room)
     sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)

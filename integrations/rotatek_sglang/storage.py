@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.basis import KeyBasis
+from rotatek_cache.coding import HeadCodes
 from rotatek_cache.segments import SegmentView, Stored
 from rotatek_sglang.layout import CacheLayout, StateLayout
 
@@ -14,41 +15,39 @@ from rotatek_sglang.layout import CacheLayout, StateLayout
 class StatePool:
     """Rows of the visual Keys, or Values, of one layer, and the bases that decode them."""
 
-    def __init__(self, layout: StateLayout, rows: int, bases: int, kv_heads: int, device: torch.device | str) -> None:
+    def __init__(self, layout: StateLayout, rows: int, bases: int, device: torch.device | str) -> None:
         self.layout = layout
-        self.data = torch.zeros(rows, kv_heads, layout.width, dtype=layout.dtype, device=device)
-        self.decoder: Tensor | None = None
-        self.delta: Tensor | None = None
-        if layout.rank is not None:
-            if layout.shared is not None:
-                self.decoder = layout.shared.expand(-1, bases, -1, -1)
-            else:
-                table = torch.zeros(bases, kv_heads, layout.dense_width, layout.rank, dtype=layout.basis_dtype)
-                self.decoder = table.to(device).transpose(0, 1)
-        if layout.delta_dtype is not None:
-            table = torch.zeros(bases, kv_heads, layout.dense_width, dtype=layout.delta_dtype)
-            self.delta = table.to(device).transpose(0, 1)
-        self.basis = KeyBasis(
-            B=self.decoder, delta=self.delta, fitted_rank=layout.rank, shared=layout.shared is not None
-        )
+        each = layout.width // layout.heads
+        shape = (rows * layout.width,) if isinstance(layout.code, HeadCodes) else (rows, layout.heads, each)
+        self.data = torch.zeros(shape, dtype=layout.dtype, device=device)
+        # Bases first in memory, so that one of them lies side by side; heads first to those who read.
+        self.tables = {
+            name: torch.zeros(bases, layout.heads, *shape, dtype=dtype, device=device).transpose(0, 1)
+            for name, (shape, dtype) in layout.tables.items()
+        }
+        shared = {} if layout.shared is None else {"B": layout.shared.expand(-1, bases, -1, -1)}
+        self.basis = KeyBasis(**self.tables, **shared, fitted_rank=max(layout.ranks), shared=bool(shared))
+
+    @property
+    def stored(self) -> Tensor:
+        """The rows as attention reads them: ``[H, rows, w]``, or as `HeadCodes` says."""
+        return self.data if isinstance(self.layout.code, HeadCodes) else self.data.transpose(0, 1)
 
     def write(self, stored: Stored, rows: Tensor, basis: int) -> None:
         """Keep what a seal stored of one request: tokens at int64 `rows`, its basis under the number `basis`."""
-        self.data[rows] = stored.data.transpose(0, 1)
-        if stored.basis is None:
-            return
-        if self.decoder is not None and self.layout.shared is None:
-            assert stored.basis.B is not None
-            self.decoder[:, basis] = stored.basis.B[:, 0]
-        if self.delta is not None:
-            assert stored.basis.delta is not None
-            self.delta[:, basis] = stored.basis.delta[:, 0]
+        code = self.layout.code
+        if isinstance(code, HeadCodes):
+            for pool, head in zip(code.split(self.data), code.split(stored.data), strict=True):
+                pool[0, rows] = head[0]
+        else:
+            self.data[rows] = stored.data.transpose(0, 1)
+        for name, table in self.tables.items():
+            table[:, basis] = getattr(stored.basis, name)[:, 0]
 
     @property
     def own_bytes(self) -> int:
         """Bytes held: rows, and what bases have of their own."""
-        tables = [self.delta] if self.layout.shared is not None else [self.decoder, self.delta]
-        return sum(t.numel() * t.element_size() for t in (self.data, *tables) if t is not None)
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.data, *self.tables.values()))
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,15 @@ class LayerStorage:
         """The tokens of a batch as attention reads them."""
         views = [
             SegmentView(
-                keys=self.keys.data.transpose(0, 1),
-                values=self.values.data.transpose(0, 1),
+                keys=self.keys.stored,
+                values=self.values.stored,
                 starts=part.starts,
                 lengths=part.lengths,
                 max_length=part.max_length,
                 basis=self.keys.basis,
                 basis_rows=part.bases,
                 key_code=self.keys.layout.code,
-                value_basis=None if self.values.layout.rank is None else self.values.basis,
+                value_basis=None if self.values.layout.is_dense else self.values.basis,
                 value_code=self.values.layout.code,
                 slots=table.slots,
             )
@@ -141,8 +140,8 @@ def build_storage(
 
     return [
         LayerStorage(
-            StatePool(layer.keys, visual_rows, bases, heads.kv_heads, device),
-            StatePool(layer.values, visual_rows, bases, heads.kv_heads, device),
+            StatePool(layer.keys, visual_rows, bases, device),
+            StatePool(layer.values, visual_rows, bases, device),
             text(heads.key_width),
             text(heads.value_width),
         )

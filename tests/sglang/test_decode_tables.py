@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotatek_cache import FitOptions, attend
 from rotatek_cache.sealing import Sealer
-from rotatek_sglang.decode_tables import GRAPH_SEGMENTS, GraphTables, count_segments, segment_numbers, table_of
+from rotatek_sglang.decode_tables import GRAPH_SEGMENTS, GraphTables, count_segments, padded, segment_numbers, table_of
 from rotatek_sglang.layout import HeadShape, find_layout
 from rotatek_sglang.rows import Segment, SlotTable
 from rotatek_sglang.storage import build_storage
@@ -127,20 +127,21 @@ def check_buffers(options, impl):
     serving.begin(6, [("v", 5), ("t", 1), ("v", 4), ("t", 2)])
     graph = GraphTables(6, serving.rows_of, VISUAL, TEXT)
     places = [t.data_ptr() for t in (graph.slots, graph.places, graph.counts, graph.new_rows)]
-    for requests, padded in (([3, 1, 6], 4), ([6], 1), ([1], 2), ([6, 3], 6), ([3, 1, 6], 3)):
+    for requests, size in (([3, 1, 6], 4), ([6], 1), ([1], 2), ([6, 3], 6), ([3, 1, 6], 3)):
         new, lengths = serving.step(requests)
-        batch, spare = len(requests), padded - len(requests)
+        batch, spare = len(requests), size - len(requests)
         indices = torch.tensor(requests)
-        graph.fill(serving.held(requests), lengths.tolist(), padded)
+        every_length, held = padded(lengths.tolist(), serving.held(requests), size)
+        graph.fill(held, every_length)
         # What SGLang pads with: request 0, slot 0, and the length that the backend names.
         pad = torch.zeros(spare, dtype=torch.int64)
         with NoSync():
             graph.gather(
                 serving.table.rows, torch.cat([new, pad]), torch.cat([indices, pad]), torch.cat([lengths, pad + 1])
             )
-            table = graph.table(padded)
-        assert torch.equal(graph.new_rows[:padded], torch.cat([serving.table.rows[new].long(), pad]))
-        serving.layer.write_text(graph.new_rows[:padded], torch.randn(padded, 2, 16), torch.randn(padded, 2, 8))
+            table = graph.table(size)
+        assert torch.equal(graph.new_rows[:size], torch.cat([serving.table.rows[new].long(), pad]))
+        serving.layer.write_text(graph.new_rows[:size], torch.randn(size, 2, 16), torch.randn(size, 2, 8))
 
         eager = table_of(serving.rows_of, indices, serving.held(requests), lengths.tolist())
         assert len(table.visual) == GRAPH_SEGMENTS
@@ -150,7 +151,7 @@ def check_buffers(options, impl):
             assert torch.equal(part.starts[:batch], expected.starts)
             assert torch.equal(part.lengths[:batch], expected.lengths)
             assert torch.equal(part.bases[:batch], expected.bases)
-        query = torch.randn(padded, 4, 1, 16)
+        query = torch.randn(size, 4, 1, 16)
         output, _ = attend(query, serving.layer.views(table), 0.3, impl=impl)
         expected, _ = attend(query[:batch], serving.layer.views(eager), 0.3)
         torch.testing.assert_close(output[:batch], expected, atol=1e-5, rtol=1e-5)
@@ -159,7 +160,7 @@ def check_buffers(options, impl):
     serving.end(6)
     serving.begin(6, [("t", 3), ("v", 7)])
     new, lengths = serving.step([6])
-    graph.fill(serving.held([6]), lengths.tolist(), 1)
+    graph.fill(serving.held([6]), lengths.tolist())
     graph.gather(serving.table.rows, new, torch.tensor([6]), lengths)
     query = torch.randn(1, 4, 1, 16)
     output, _ = attend(query, serving.layer.views(graph.table(1)), 0.3, impl=impl)

@@ -9,7 +9,7 @@ from serving import VIDEOS, Server, message, picture, video
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 COMMON = ["--dtype", "float32", "--device", "cpu", "--max-total-tokens", "8192", "--mem-fraction-static", "0.3"]
-LIMITS = ["--max-running-requests", "16", "--random-seed", "0", "--enable-cache-report", *VIDEOS]
+LIMITS = ["--max-running-requests", "16", "--random-seed", "0", "--enable-cache-report", "--enable-metrics", *VIDEOS]
 REQUESTS = {
     "text": message("hello"),
     "long text": message("the quick brown fox jumps over the lazy dog " * 12),
@@ -18,6 +18,7 @@ REQUESTS = {
     "small image": message("and this one?", picture(3, 56, 56)),
     "two images": message("what changed?", picture(4), picture(5, 168, 252)),
     "another question": message("is there a red circle on a blue square?", picture(1)),  # on the image of "image"
+    "image beyond the visual rows": message("what is this?", picture(9, 784, 784)),
     "video": message("what happens?", video(1)),
     "video and image": message("is this from it?", video(2, frames=4, seconds=2), picture(8, 112, 112)),
     "second turn": [
@@ -45,6 +46,7 @@ def server(tiny, logs, dense):
     """
     arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--chunked-prefill-size", "32"]
     environment = {"ROTATEK_RANK": "64", "ROTATEK_ALWAYS_COMPRESS": "1", "ROTATEK_CUDA_GRAPHS": "1"}
+    environment["ROTATEK_TEXT_SHARE"] = "0.925"  # leaves 614 visual rows, for all images but one and all videos
     with Server("sglang.launch_server", *arguments, log=logs / "full.log", environment=environment) as running:
         yield running
 
@@ -63,6 +65,15 @@ def test_prompts_came_in_chunks(server, dense):
     before = server.log_text().count("#new-token: 32,")
     tokens = server.ask(REQUESTS["two images"], 1).prompt_tokens
     assert server.log_text().count("#new-token: 32,") - before == tokens // 32
+
+
+def test_an_image_for_which_there_are_too_few_visual_rows_is_stored_as_text(server, dense):
+    server.flush()
+    assert server.ask(REQUESTS["image beyond the visual rows"], 1).prompt_tokens > 784
+    held = server.metrics()
+    assert held["rotatek_visual_rows"] == 614
+    assert held["rotatek_visual_rows_used"] == 0
+    assert held["rotatek_text_rows_used"] > 784
 
 
 def test_a_cached_image_is_used_again(server, dense):

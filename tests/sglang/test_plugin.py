@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rotatek_sglang import SGLANG_VERSION, options, plugin
+from rotatek_sglang import SGLANG_VERSION, launch, options, plugin
 from rotatek_sglang.options import ServingOptions
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,35 @@ def test_every_option_is_a_flag():
 
 
 @pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--rank", "8", "--key-bits", "3"], "argument --key-bits: expected 8, 4, 2 or auto, got '3'"),
+        (["--rank", "8", "--basis", "none.safetensors"], "basis file none.safetensors does not exist"),
+        (["--rank", "8", "--basis", "pyproject.toml"], "basis must be one of"),
+        ([], "exactly one of sparsity, rank and energy"),
+    ],
+)
+def test_wrong_flags_end_the_launcher_before_anything_starts(flags, complaint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["launch", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        launch.main()
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_flags_go_before_the_environment(monkeypatch):
+    for name, value in {"SPARSITY": "0.5", "BASIS": "pca", "VALUE_BITS": "4"}.items():
+        monkeypatch.setenv(f"ROTATEK_{name}", value)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: SGLANG_VERSION)
+    monkeypatch.setattr(runpy, "run_module", lambda *args, **kwargs: None)
+    monkeypatch.setenv("SGLANG_PLATFORM", "")  # which the launcher sets: to be undone
+    monkeypatch.setattr("sys.argv", ["launch", "--sparsity", "0.75", "--basis", "rotatek", "--model-path", "model"])
+    launch.main()
+    assert options.from_environment() == ServingOptions(sparsity=0.75, value_bits=4)
+    assert sys.argv[1:3] == ["--model-path", "model"]
+
+
+@pytest.mark.parametrize(
     ("variables", "complaint"),
     [
         ({}, "exactly one of sparsity, rank and energy"),
@@ -47,6 +77,10 @@ def test_every_option_is_a_flag():
         ({"ROTATEK_RANK": "8", "ROTATEK_TEXT_SHARE": "0"}, "text_share must be in"),
         ({"ROTATEK_ENERGY": "0.9"}, "energy needs a calibrated basis"),
         ({"ROTATEK_SPARSITY": "0.9", "ROTATEK_KEY_BITS": "auto"}, "key_bits='auto' needs a calibrated basis"),
+        ({"ROTATEK_RANK": "8", "ROTATEK_BASIS": "spark"}, "basis must be one of oblique, .* got 'spark'"),
+        ({"ROTATEK_RANK": "8", "ROTATEK_BASIS_BITS": "4"}, "basis_bits must be None or 8, got 4"),
+        ({"ROTATEK_RANK": "8", "ROTATEK_ALLOCATION": "heads"}, "allocation needs a calibrated basis"),
+        ({"ROTATEK_RANK": "8", "ROTATEK_ALLOCATION": "tokens"}, "'uniform', 'layers' or 'heads', got 'tokens'"),
     ],
 )
 def test_wrong_options_are_named(variables, complaint):
@@ -55,7 +89,7 @@ def test_wrong_options_are_named(variables, complaint):
 
 
 def test_nothing_happens_unless_asked_for(monkeypatch):
-    for name in ("SGLANG_PLATFORM", *(f"ROTATEK_{switch.upper()}" for switch in options.SWITCHES)):
+    for name in ("SGLANG_PLATFORM", *(f"ROTATEK_{option.upper()}" for option in options.HELP)):
         monkeypatch.delenv(name, raising=False)
     assert plugin.activate_platform() is None
     script = "import json, sys; from rotatek_sglang import plugin; plugin.register(); print(json.dumps([*sys.modules]))"
@@ -65,6 +99,14 @@ def test_nothing_happens_unless_asked_for(monkeypatch):
     )
     loaded = json.loads(done.stdout)
     assert not {name for name in loaded if name.startswith(("sglang", "transformers"))}
+
+
+@pytest.mark.parametrize("name", ["ROTATEK_BASIS", "ROTATEK_SPARSTY"])
+def test_a_variable_that_asks_for_too_little_is_no_request_for_dense_keys(monkeypatch, name):
+    monkeypatch.setenv(name, "0.5")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: SGLANG_VERSION)
+    with pytest.raises(SystemExit, match=r"exactly one of sparsity, rank and energy|unknown option ROTATEK_SPARSTY"):
+        plugin.register()
 
 
 def test_another_sglang_ends_the_process(monkeypatch):
@@ -81,6 +123,10 @@ def test_wrong_options_end_the_process(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: SGLANG_VERSION)
     with pytest.raises(SystemExit, match="rank must be at least 1"):
         plugin.register()
+    monkeypatch.setenv("ROTATEK_RANK", "8")
+    monkeypatch.setenv("ROTATEK_BASIS", "none.safetensors")
+    with pytest.raises(SystemExit, match=r"basis file none\.safetensors does not exist"):
+        plugin.activate_platform()
 
 
 def test_the_extra_asks_for_the_version_that_is_supported():

@@ -17,6 +17,8 @@ FLAGS = {
     "the hierarchical cache (HiCache)": ["--enable-hierarchical-cache"],
     "data parallelism in one server": ["--dp-size", "2"],
     "pipeline parallelism": ["--pp-size", "2"],
+    "LoRA adapters": ["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "all"],
+    "the KV canary": ["--kv-canary", "log"],
     "another attention backend": ["--attention-backend", "triton"],
     "another attention backend for decoding": ["--decode-attention-backend", "triton"],
 }

@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotatek_cache import FitOptions, attend
+from rotatek_cache.calibration import Calibration
+from rotatek_cache.coding import HeadCodes
+from rotatek_cache.options import Allocation
 from rotatek_cache.sealing import Sealer
 from rotatek_sglang.layout import HeadShape, Worth, find_layout
 from rotatek_sglang.metrics import values
@@ -173,13 +176,50 @@ OPTIONS = [
     {"sparsity": 0.5},
     {"rank": 16, "basis": "pca_uncentred"},
     {"rank": 8, "key_bits": 4, "value_sparsity": 0, "value_bits": 8},
+    {"rank": 8, "basis_bits": 8},
+    {"rank": 8, "key_bits": 4, "value_sparsity": 0.5, "basis_bits": 8},
+    {"sparsity": 0.5, "basis": "calibrated", "value_sparsity": 0.5},
+    {"sparsity": 0.5, "basis": "calibrated", "allocation": "heads"},
+    {"sparsity": 0.7, "basis": "calibrated", "allocation": "heads", "key_bits": "auto"},
+    {"sparsity": 0.7, "basis": "calibrated", "allocation": "layers", "key_bits": "auto", "value_bits": 8},
 ]
 
 
+@pytest.fixture(scope="module")
+def fit_options(tmp_path_factory):
+    """`FitOptions` of entries of `OPTIONS`; the calibrated basis is that of random states, uneven between heads."""
+    state = Calibration(torch.zeros(1), "none")
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.tensor([1.0, 4.0])[:, None, None]
+    for layer, (which, width) in itertools.product(range(2), [("key", 16), ("value", 8)]):
+        fall = 0.7 ** torch.arange(width)
+        states = torch.randn(2, 200, width, generator=generator) * fall * scale
+        state.add(layer, which, states, torch.eye(width, dtype=torch.float64).expand(2, -1, -1))
+    path = tmp_path_factory.mktemp("basis") / "basis.safetensors"
+    state.write_basis(path)
+
+    def make(given):
+        chosen = {**given, "allocation": Allocation.of(given.get("allocation", "uniform"))}
+        if given.get("basis") == "calibrated":
+            chosen["basis"] = str(path)
+        return FitOptions(**chosen)
+
+    return make
+
+
+def decoded(stored):
+    """States ``[H, N, D]`` from what a seal stored of one request."""
+    if isinstance(stored.code, HeadCodes):
+        coefficients = stored.code.unpack(stored.code.split(stored.data))
+    else:
+        coefficients = stored.data if stored.code is None else stored.code.unpack(stored.data)
+    return stored.basis.reconstruct(coefficients[:, None].float())[:, 0]
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_what_was_sealed_is_what_attention_reads(options):
+def test_what_was_sealed_is_what_attention_reads(options, fit_options):
     """Two requests, one with an image, scattered over the pools: as the segments of `Sealer` themselves decode."""
-    sealer = Sealer(FitOptions(**options), 0)
+    sealer = Sealer(fit_options(options), 0)
     layout = find_layout([sealer], HEADS, torch.float32, "cpu")
     (layer,) = build_storage(layout, text_rows=10, visual_rows=12, bases=3, device="cpu")
     keys, values = torch.randn(2, 7, 16), torch.randn(2, 7, 8)  # [H, N, D]
@@ -199,13 +239,8 @@ def test_what_was_sealed_is_what_attention_reads(options):
     query = torch.randn(2, 4, 1, 16)
     output, _ = attend(query, layer.views(table), 0.3)
 
-    basis = stored_keys.basis
-    coefficients = stored_keys.data if stored_keys.code is None else stored_keys.code.unpack(stored_keys.data)
-    image_keys = basis.reconstruct(coefficients[:, None].float())[:, 0]
-    image_values = values
-    if stored_values.basis is not None:
-        codes = stored_values.code.unpack(stored_values.data)
-        image_values = stored_values.basis.reconstruct(codes[:, None].float())[:, 0]
+    image_keys = decoded(stored_keys)
+    image_values = values if stored_values.basis is None else decoded(stored_values)
     parts = [
         (
             torch.cat([image_keys, text_keys[:2].transpose(0, 1)], 1),
@@ -220,8 +255,8 @@ def test_what_was_sealed_is_what_attention_reads(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_planned_bytes_are_those_of_the_storage(options):
-    sealers = [Sealer(FitOptions(**options), index) for index in range(2)]
+def test_the_planned_bytes_are_those_of_the_storage(options, fit_options):
+    sealers = [Sealer(fit_options(options), index) for index in range(2)]
     layout = find_layout(sealers, HEADS, torch.bfloat16, "cpu")
     text_rows, visual_rows, bases = 11, 13, 3
     layers = build_storage(layout, text_rows, visual_rows, bases, "cpu")

@@ -112,8 +112,8 @@ def test_metrics_follow_a_request(server, untouched):
 def test_a_prompt_larger_than_the_pool_is_an_error_for_it_alone(server, untouched):
     answers = server.ask_all([((message("?", HUGE),), {}), ((TEXT,), {}), ((message("fox " * 400),), {})])
     assert [answer.status for answer in answers] == [400, 200, 400]
-    assert "1024 visual rows" in answers[0].text
-    assert "300 and 900" in answers[0].text
+    assert "The prompt has 1024 visual tokens and 13 others" in answers[0].text
+    assert "900 visual rows and 300 text rows" in answers[0].text
 
 
 @pytest.mark.parametrize(
