@@ -224,19 +224,26 @@ def _with_best_tokens(task: str, table: Mapping[str, Any]) -> Difference | None:
 
 def _joint_beats_tokens(results: Results) -> Verdict:
     claim = "At the same bytes, tokens and rotated Keys together answer better than tokens alone"
-    rows = [
-        row["second"]
-        for stored in results.tokens.values()
-        for row in stored["rows"]
-        if row["channels"].startswith("RotateK 1/4") and "loss_to_tokens_only_95" in row["second"]
+    joint = [
+        row for stored in results.tokens.values() for row in stored["rows"] if "loss_to_tokens_only_95" in row["second"]
     ]
-    if not rows:
+    papers = [row for row in joint if row["channels"].startswith("RotateK 1/4")]
+    if not papers:
         return Verdict(claim, None)
-    bounds = [negated(row["loss_to_tokens_only_95"]) for row in rows]
+    better, worse, said = _won_pairs(papers)
+    coded = [row for row in joint if row not in papers]
+    if coded:
+        said += "; with coefficients of a few bits: " + _won_pairs(coded)[2]
+    return Verdict(claim, better / max(1, better + worse), "second question, beyond the 95 % interval: " + said)
+
+
+def _won_pairs(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int, str]:
+    """In how many joint rows the second question is answered better and worse than by tokens only, and in words."""
+    seconds = [row["second"] for row in rows]
+    bounds = [negated(second["loss_to_tokens_only_95"]) for second in seconds]
     better, worse = sum(low > 0 for low, _ in bounds), sum(high < 0 for _, high in bounds)
-    said = f"second question, beyond the 95 % interval: better in {better}, worse in {worse} of {len(bounds)} pairs"
-    said += f"; n = {_counts(map(count_of, rows))}"
-    return Verdict(claim, better / max(1, better + worse), said)
+    counts = _counts(map(count_of, seconds))
+    return better, worse, f"better in {better}, worse in {worse} of {len(bounds)} pairs, n = {counts}"
 
 
 def _tenth_of_tokens(results: Results) -> Verdict:
