@@ -292,7 +292,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             for row in result["rows"]:
                 if row["budget"] is None and row["channels"] != "dense":
                     axis.plot(row["bytes_share"], row[which]["exact_match"], marker="*", color="black", linestyle="")
-            axis.set_title(f"{channel}: {which} question", fontsize=9)
+            axis.set_title(f"{channel}\n{which} question", fontsize=9)
             axis.axhline(result["rows"][0][which]["exact_match"], color="grey", linestyle=":", linewidth=1)
         axes[1, column].set_xlabel("bytes of the visual KV, dense = 1")
     for line in range(2):
