@@ -1,5 +1,6 @@
 """`RotateKCache`, a transformers `Cache`, and its layers: thin shells over `LayerKV`."""
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -438,14 +439,17 @@ class RotateKCache(Cache):
         return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes(), plan)
 
     def __repr__(self) -> str:
-        options = self.options
-        chosen = next(
-            f"{name}={getattr(options, name)}"
-            for name in ("sparsity", "rank", "energy")
-            if getattr(options, name) is not None
-        )
-        tokens, held = self.get_seq_length(), self.nbytes()
-        return f"RotateKCache({chosen}, layers={len(self.layers)}, tokens={tokens}, bytes={held:,})"
+        every = {field: getattr(self.options, field.name) for field in dataclasses.fields(FitOptions)}
+        chosen = {field.name: value for field, value in every.items() if value != field.default}
+        if self.planner is not None:
+            if self.planner.rank_open:
+                del chosen["sparsity"]  # follows from the budget
+            chosen["budget"] = self.planner.budget.given
+        if self.tokens is not None:
+            chosen["tokens"] = self.tokens
+        given = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+        held = f"{len(self.layers)} layers, {self.get_seq_length()} tokens, {self.nbytes():,} bytes"
+        return f"<RotateKCache({given}): {held}>"
 
 
 def _absolute(basis: Any) -> Any:

@@ -199,10 +199,11 @@ def test_sliding_layers_keep_the_stock_layer():
 
 def test_report_and_repr(llava: Host):
     cache = RotateKCache(rank=9)
-    assert "tokens=0" in repr(cache)
+    assert repr(cache) == "<RotateKCache(rank=9): 0 layers, 0 tokens, 0 bytes>"
+    assert repr(RotateKCache(budget="0.5x", key_bits=4)).startswith("<RotateKCache(key_bits=4, budget='0.5x'): ")
     str(cache.report())
     ways.generate(llava.attached, ways.padded(llava.tiny), cache)
-    assert repr(cache).startswith("RotateKCache(rank=9, layers=3")
+    assert repr(cache).startswith("<RotateKCache(rank=9): 3 layers, ")
     report = cache.report()
     assert report.dense_bytes == sum(layer.dense_bytes for layer in report.layers)
     tokens = cache.get_seq_length()
