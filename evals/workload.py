@@ -111,15 +111,17 @@ def read_prompt(model: Any, processor: Any, images: Sequence[Image.Image], batch
     return Prompt(rows, None, batch, int(inputs["input_ids"].shape[1]))
 
 
+DENSE: dict[str, Callable[[Any, int], Cache]] = {
+    "dynamic": lambda text, _: DynamicCache(config=text),
+    "static": lambda text, longest: StaticCache(config=text, max_cache_len=longest),
+}
+
+
 def make_cache(options: Mapping[str, Any], config: Any, visual: Tensor | None, longest: int) -> Cache:
     """The empty cache that a method's options describe."""
     text = config.get_text_config(decoder=True)
     if "dense" in options:
-        kinds: dict[str, Callable[[], Cache]] = {
-            "dynamic": lambda: DynamicCache(config=text),
-            "static": lambda: StaticCache(config=text, max_cache_len=longest),
-        }
-        return kinds[options["dense"]]()
+        return DENSE[options["dense"]](text, longest)
     if "quantized" in options:
         try:
             return QuantizedCache(config=text, **options["quantized"])
