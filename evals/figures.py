@@ -71,6 +71,20 @@ def heat_maps(layers: Mapping[int, tuple[Tensor, Tensor]]) -> Figure:
     return figure
 
 
+def spaced(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, evenly apart, the first and the last among them."""
+    return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
+
+
+def _layer_styles(count: int) -> list[dict[str, Any]]:
+    """Colour and label of each layer's line: few are all named, of many along a colour map some."""
+    if count <= 8:
+        return [{"color": f"C{index}", "label": f"layer {index}"} for index in range(count)]
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.95, count))
+    named = spaced(count, 6)
+    return [{"color": colours[i], "label": f"layer {i}" if i in named else None} for i in range(count)]
+
+
 def diagnostics(result: Mapping[str, Any]) -> dict[str, Figure]:
     """The pictures of `evals/diagnostics.py` by name."""
     drawn = {
@@ -89,11 +103,9 @@ def _variance(result: Mapping[str, Any]) -> Figure:
     for axis, name, title in zip(
         axes[0], ("explained_variance", "logit_energy"), ("variance of the Keys", "logit energy"), strict=True
     ):
-        for index, layer in enumerate(layers):
+        for layer, style in zip(layers, _layer_styles(len(layers)), strict=True):
             for head, curve in enumerate(layer[name]):
-                axis.plot(
-                    range(1, len(curve) + 1), curve, color=f"C{index}", lw=1, label=None if head else f"layer {index}"
-                )
+                axis.plot(range(1, len(curve) + 1), curve, lw=1, **(style | ({"label": None} if head else {})))
         axis.axhline(0.99, color="grey", lw=0.8, ls=":")
         axis.set(title=f"cumulative {title}", xlabel="rank", xscale="log")
     axes[0, 0].set_ylabel("share kept")
@@ -107,9 +119,9 @@ def _angles(result: Mapping[str, Any]) -> Figure:
     figure, axes = new(1, len(pairs), 3.0, sharey=True)
     for axis, pair in zip(axes[0], pairs, strict=True):
         ranks = list(layers[0]["angles"][pair])
-        for index, layer in enumerate(layers):
+        for layer, style in zip(layers, _layer_styles(len(layers)), strict=True):
             shared = [np.mean(layer["angles"][pair][rank]["shared"]) for rank in ranks]
-            axis.plot([int(rank) for rank in ranks], shared, "o-", color=f"C{index}", ms=3, label=f"layer {index}")
+            axis.plot([int(rank) for rank in ranks], shared, "o-", ms=3, **style)
         axis.plot(
             [int(rank) for rank in ranks], [int(rank) / result["head_width"] for rank in ranks], "k:", label="by chance"
         )
