@@ -255,6 +255,51 @@ def robustness(result: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
+def fidelity(result: Mapping[str, Any]) -> Figure:
+    """Loss on the second question against the bytes of the visual KV: one line a family, 95 % intervals."""
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for name, row in result["methods"].items():
+        if name != "dense":
+            families.setdefault(name.partition(":")[0], []).append(row)
+    keys_only = {name: all(row["value_ratio"] < 1.05 for row in rows) for name, rows in families.items()}
+    titles = {True: "visual Keys, times smaller", False: "visual Keys and Values, times smaller"}
+    panels = [alone for alone in titles if alone in keys_only.values()]
+    figure, axes = new(1, len(panels), 3.8 + 0.11 * len(families), sharey=True)  # with a legend in two columns
+    highest = max(100 * row["second"]["loss_95"][1] for rows in families.values() for row in rows)
+    points = [-0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    for axis, alone in zip(axes[0], panels, strict=True):
+        ratio = "key_ratio" if alone else "kv_ratio"
+        for number, (family, found) in enumerate(families.items()):
+            if keys_only[family] != alone:
+                continue
+            rows = sorted(found, key=lambda row: row[ratio])
+            loss = [100 * row["second"]["loss"] for row in rows]
+            bounds = np.array([[100 * bound for bound in row["second"]["loss_95"]] for row in rows]).T
+            axis.errorbar(
+                [row[ratio] for row in rows],
+                loss,
+                np.abs(bounds - loss),
+                fmt=f"{'osD^v'[number % 5]}-",
+                ms=4,
+                lw=1,
+                capsize=2,
+                color=LINES[number % len(LINES)],
+                label=family,
+            )
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_yticks(points, [f"{point:g}" for point in points])
+        axis.set_ylim(-0.6, max(1.0, 1.2 * highest))
+        axis.set(xscale="log", xlabel=titles[alone])
+        ticks = [1, 2, 4, 8, 16, 32, 64]
+        axis.set_xticks(ticks, list(map(str, ticks)))
+        axis.minorticks_off()
+        axis.axhline(0.5, color="grey", ls=":", lw=1)
+    axes[0, 0].set_ylabel("points lost (dotted: a half)")
+    handles = [handle for axis in axes[0] for handle in zip(*axis.get_legend_handles_labels(), strict=True)]
+    figure.legend(*zip(*handles, strict=True), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
 def latency(rows: list[Mapping[str, Any]]) -> Figure:
     """Decode step and cache bytes against prompt length, at batch 1."""
     single = [row for row in rows if row["batch"] == 1] or rows
