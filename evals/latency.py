@@ -262,6 +262,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-context", type=positive, default=16384)
     parser.add_argument("--largest", type=positive, help="prompt length at which the largest batch is sought (CUDA)")
     parser.add_argument("--images", type=Path, nargs="+", help="with --model: pictures that its own tower reads")
+    parser.add_argument("--question", default="What does the picture show?", help="with --images: what follows them")
     parser.add_argument("--text", type=natural, default=64, help="text tokens of the prompt, half before the image")
     parser.add_argument("--tokens", type=positive, default=32, help="decoded tokens")
     parser.add_argument("--rounds", type=positive, default=3)
@@ -317,7 +318,7 @@ def main() -> None:
         "command": shlex.join(["python", "-m", "evals.latency", *sys.argv[1:]]),
         "setting": {
             "prompt": "images through the model's tower" if args.pictures else "drawn embeddings",
-            "text": None if args.pictures else args.text,
+            "text": args.question if args.pictures else args.text,
             "tokens": args.tokens,
             "rounds": args.rounds,
             "seed": args.seed,
@@ -330,7 +331,7 @@ def main() -> None:
         for context, batch in tqdm(args.settings, desc="settings"):
             try:
                 prompt = (
-                    read_prompt(model, processor, args.pictures, batch, context)
+                    read_prompt(model, processor, args.pictures, args.question, batch, context)
                     if args.pictures
                     else draw_prompt(model, batch, context, args.text, args.seed)
                 )

@@ -84,16 +84,18 @@ def visual_span(batch: int, context: int, text: int, device: torch.device) -> Te
     return visual
 
 
-def read_prompt(model: Any, processor: Any, images: Sequence[Image.Image], batch: int, context: int) -> Prompt:
+def read_prompt(
+    model: Any, processor: Any, images: Sequence[Image.Image], question: str, batch: int, context: int
+) -> Prompt:
     """As many of `images`, in turn, as `context` tokens hold, and a question: the model's own tower reads them.
 
     Raises:
-        PromptError: not even one image fits.
+        PromptError: not even one image fits, or no text follows it, so that a prefill would compress nothing.
     """
 
     def encode(count: int) -> Any:
         shown = [{"type": "image", "image": images[number % len(images)]} for number in range(count)]
-        turn = {"role": "user", "content": [*shown, {"type": "text", "text": "?"}]}
+        turn = {"role": "user", "content": [*shown, {"type": "text", "text": question}]}
         return processor.apply_chat_template(
             [[turn]], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
@@ -107,6 +109,8 @@ def read_prompt(model: Any, processor: Any, images: Sequence[Image.Image], batch
     while length(count + 1) <= context:  # images differ in size
         count += 1
     inputs = encode(count).to(model.device, model.dtype)
+    if int(inputs["input_ids"][0, -1]) == model.config.image_token_id:
+        raise PromptError(f"--question {question!r} gives no token of this model behind the image: ask another")
     rows = {name: torch.cat([value] * batch) for name, value in inputs.items()}
     return Prompt(rows, None, batch, int(inputs["input_ids"].shape[1]))
 

@@ -21,6 +21,7 @@ from evals.workload import (
     decode,
     draw_prompt,
     fill,
+    fit_share,
     held_bytes,
     make_cache,
     prefill,
@@ -112,15 +113,21 @@ def test_images_go_through_the_models_own_tower():
     model = AutoModelForImageTextToText.from_pretrained(READER, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(READER)
     page = Image.open(next((READER / "pages").glob("*.png"))).convert("RGB")
-    prompt = read_prompt(model, processor, [page], 2, 800)
+    prompt = read_prompt(model, processor, [page], "row 3?", 2, 800)
     visual = prompt.inputs["input_ids"] == model.config.image_token_id
     assert visual.sum(1).tolist() == [2 * 324] * 2 and 648 < prompt.context <= 800
     methods = {"dense": {"dense": "dynamic"}, "ours": {"rank": 16}}
     with torch.inference_mode():
         dense, ours = measure(model, methods, prompt, 2, 1)
     assert ours["cache_bytes"] < 0.8 * dense["cache_bytes"]
+    cache = make_cache({"rank": 16}, model.config, None, 900)
+    with torch.inference_mode():
+        assert fit_share(model, cache, prompt) > 0
+    assert all(layer.kv.segments for layer in cache.layers)  # so that the share is that of a seal
+    with pytest.raises(PromptError, match=r"--question '\?' gives no token of this model behind the image"):
+        read_prompt(model, processor, [page], "?", 1, 800)
     with pytest.raises(PromptError, match=r"an image and a question take 3\d\d tokens, --contexts asks for 200"):
-        read_prompt(model, processor, [page], 1, 200)
+        read_prompt(model, processor, [page], "row 3?", 1, 200)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="FlashAttention is installed")
