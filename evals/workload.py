@@ -183,7 +183,6 @@ def prefill(model: Any, cache: Cache, prompt: Prompt) -> float:
 def fit_share(model: Any, cache: Cache, prompt: Prompt) -> float | None:
     """Share of a prefill that goes into seals; None for caches without."""
     if not isinstance(cache, RotateKCache):
-        prefill(model, cache, prompt)
         return None
     cache.learn_config(model.config)
     for layer in cache.layers:
