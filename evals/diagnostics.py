@@ -2,11 +2,12 @@
 
     python -m evals.diagnostics --out evals/results/diagnostics_reader.json --figures evals/results/figures
 
-Geometry, for any model and task: explained variance and logit energy per layer and head, the rank that keeps 99 % of
-them, principal angles between images, between visual and text Keys, and between the prompt's window and the queries of
-the answers, and the error of each basis against its rank. Sequences are read one by one with a dense cache that
-listens. Ablations, on the reader's pages: answers without the rotation, the query weight, the centring or delta, with
-the exact solver, and with windows of 4 to 128 queries, scored as `evals/fidelity.py` does.
+Geometry, for any model and task (`--model`, `--task`; `--options "{path: folder}"` for a dataset at hand): explained
+variance and logit energy per layer and head, the rank that keeps 99 % of them, principal angles between images, between
+visual and text Keys, and between the prompt's window and the queries of the answers, and the error of each basis
+against its rank. Sequences are read one by one with a dense cache that listens. Ablations, on the reader's pages:
+answers without the rotation, the query weight, the centring or delta, with the exact solver, and with windows of 4 to
+128 queries, scored as `evals/fidelity.py` does.
 
 Errors are relative: that of Keys to their distance from the image's mean, that of logits to their spread over the
 image's tokens (a constant per query changes no attention), over the queries that answer.
@@ -23,19 +24,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from evals import fidelity, figures
 from evals.accuracy import READER, environment, sample_order
-from evals.reader.pages import ADDRESS_KINDS
+from evals.fidelity import natural, positive
+from evals.reader.pages import ADDRESS_KINDS, LEVELS
 from evals.store import rounded, write_json
-from evals.tasks import Sample, load_task
+from evals.tasks import Sample, SampleError, Task, TaskError, load_task
 from rotatek_cache import RotateKCache
 from rotatek_cache.basis import KeyStatistics, key_moments, matrix_roots, principal_directions
 from rotatek_cache.layer import LayerKV
 from rotatek_cache.methods import BASES
-from rotatek_lmms_eval.chat import Chat
+from rotatek_lmms_eval.chat import Chat, ChatError
 
 SHARES = (0.9, 0.99, 0.999)
 ANGLE_RANKS = (4, 8, 16, 32)
@@ -90,7 +93,11 @@ class _ListeningKV(LayerKV):
 
 
 def listen(chat: Chat, sample: Sample, max_new_tokens: int, window: int = 32) -> list[Heard]:
-    """What each layer holds of one conversation."""
+    """What each layer holds of one conversation.
+
+    Raises:
+        SampleError: its answers ended with their first token, which the prompt's last query gives.
+    """
     cache = ListeningCache()
     first, *later = sample.turns
     batch = chat.begin([sample.images], [first.text], cache, max_new_tokens=max_new_tokens)
@@ -99,6 +106,8 @@ def listen(chat: Chat, sample: Sample, max_new_tokens: int, window: int = 32) ->
     for turn in later:
         answers_from = len(cache.layers[0].kv.queries)
         chat.go_on(batch, [turn.text])
+    if len(cache.layers[0].kv.queries) <= answers_from:
+        raise SampleError(f"sample {sample.id}: the answer ended with its first token, so that no query answers")
     visual = batch.ids[0, :-1] == chat.model.config.image_token_id
     heard = []
     for layer in cache.layers:
@@ -302,42 +311,84 @@ def heat(heard: list[Heard], layer: int, head: int) -> tuple[Tensor, Tensor]:
     return one.visual[head], basis.encode(one.visual[:, None])[head, 0]
 
 
-def main() -> None:
-    """Listen, compute, ablate, draw, store."""
+def listen_to(chat: Chat, task: Task, numbers: Sequence[int], ranks: Sequence[int]) -> list[list[Heard]]:
+    """What is heard of each sample in each layer; samples that cannot be used are left out, with a word.
+
+    Raises:
+        TaskError: fewer than two samples can be used, or a rank is more than the model's head width.
+    """
+    found = []
+    for number in tqdm(numbers, desc="samples", mininterval=5):
+        try:
+            found.append(listen(chat, task.sample(number), task.max_new_tokens))
+        except SampleError as error:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+            continue
+        width = found[0][0].visual.shape[-1]
+        if too_wide := [rank for rank in ranks if rank > width]:
+            raise TaskError(f"--ranks must be at most the head width of the model, {width}, got {too_wide}")
+    if len(found) < 2:
+        raise TaskError(
+            f"task '{task.name}': images are compared with one another, so two are needed, got {len(found)}"
+        )
+    return found
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """A mapping in YAML, of a flag."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a mapping such as '{{path: folder}}', got {text!r}")
+    return value
+
+
+def parse() -> argparse.Namespace:
+    """The flags, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=READER, help="name or path")
     parser.add_argument("--task", default="reader-hard-second", help="conversations that are listened to")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16, 24, 32, 48, 64, 96])
-    parser.add_argument("--pages", type=int, default=256, help="pages of the ablations; 0 leaves them out")
-    parser.add_argument("--ablation-ranks", type=int, nargs="+", default=[16, 8])
-    parser.add_argument("--level", default="hard")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--options", type=mapping, default={}, help="of a dataset's task: '{path: folder}'")
+    parser.add_argument("--samples", type=positive, default=32, help="at least two")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[4, 8, 16, 24, 32, 48, 64, 96])
+    parser.add_argument("--pages", type=natural, default=256, help="pages of the ablations; 0 leaves them out")
+    parser.add_argument("--ablation-ranks", type=positive, nargs="+", default=[16, 8])
+    parser.add_argument("--level", choices=sorted(LEVELS), default="hard", help="of the pages of the ablations")
+    parser.add_argument("--batch", type=positive, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--figures", type=Path, help="folder for PNG files")
     args = parser.parse_args()
     if args.pages and args.model != READER:
         parser.error("the ablations are scored on the reader's pages: give --pages 0 with another model")
-    chat = Chat.load(str(args.model), dtype=torch.float32, device=args.device)
-    task = load_task(args.task)
-    numbers = sample_order(task, args.samples, args.seed)
-    heard = [
-        listen(chat, task.sample(number), task.max_new_tokens)
-        for number in tqdm(numbers, desc="samples", mininterval=5)
-    ]
+    if args.samples < 2:
+        parser.error("--samples must be at least 2: images are compared with one another")
+    return args
+
+
+def main() -> None:
+    """Listen, compute, ablate, draw, store."""
+    args = parse()
+    try:
+        task = load_task(args.task, args.options)
+        chat = Chat.load(str(args.model), dtype=torch.float32, device=args.device)
+        heard = listen_to(chat, task, sample_order(task, args.samples, args.seed), args.ranks)
+    except (TaskError, ChatError) as error:
+        raise SystemExit(f"error: {error}") from error
     with torch.inference_mode():
         result: dict[str, Any] = {
             "model": args.model.name,
             "command": shlex.join(["python", "-m", "evals.diagnostics", *sys.argv[1:]]),
-            "setting": {"task": args.task, "samples": args.samples, "seed": args.seed, "pages": args.pages},
+            "setting": {"task": args.task, "samples": len(heard), "seed": args.seed, "pages": args.pages},
             "visual_tokens": int(heard[0][0].visual.shape[1]),
             "head_width": int(heard[0][0].visual.shape[2]),
             "geometry": geometry(heard, args.ranks),
         }
         if args.figures:
-            maps = {layer: heat(heard[0], layer, 0) for layer in range(len(heard[0]))}
+            maps = {layer: heat(heard[0], layer, 0) for layer in figures.spaced(len(heard[0]), 5)}
             figures.save(figures.heat_maps(maps), args.figures / f"{args.out.stem}_heat.png")
     if args.pages:
         result["ablations"] = answers_without(args)

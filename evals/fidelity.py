@@ -35,12 +35,13 @@ import itertools
 import json
 import multiprocessing
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import yaml
@@ -48,6 +49,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, Cache, DynamicCache, QuantizedCache
 
+from evals import figures
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
 from rotatek_cache import RotateKCache
 from rotatek_cache.attention import causal_mask
@@ -434,51 +436,6 @@ def print_table(result: dict[str, Any]) -> None:
         print(f"{basis}: {size:,} bytes once per model, not counted above")
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Loss on the second question against the bytes of the visual KV: one line a family, 95 % intervals."""
-    families: dict[str, list[dict[str, Any]]] = {}
-    for name, row in result["methods"].items():
-        if name != "dense":
-            families.setdefault(name.partition(":")[0], []).append(row)
-    titles = {"key_ratio": "visual Keys, times smaller", "kv_ratio": "visual Keys and Values, times smaller"}
-    figure, axes = plt.subplots(1, 2, figsize=(14, 6), sharey=True, layout="constrained")
-    styles = itertools.cycle(itertools.product("osD^v", [f"C{index}" for index in range(10)]))
-    for (family, found), (marker, colour) in zip(families.items(), styles, strict=False):
-        keys_only = all(row["value_ratio"] < 1.05 for row in found)
-        ratio = "key_ratio" if keys_only else "kv_ratio"
-        rows = sorted(found, key=lambda row: row[ratio])
-        loss = [100 * row["second"]["loss"] for row in rows]
-        bounds = np.array([[100 * bound for bound in row["second"]["loss_95"]] for row in rows]).T
-        axes[0 if keys_only else 1].errorbar(
-            [row[ratio] for row in rows],
-            loss,
-            np.abs(bounds - loss),
-            marker=marker,
-            color=colour,
-            label=family,
-            capsize=3,
-            linewidth=1,
-        )
-    points = [-0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100]
-    highest = max(100 * row["second"]["loss_95"][1] for rows in families.values() for row in rows)
-    for axis, title in zip(axes, titles.values(), strict=True):
-        axis.set_yscale("symlog", linthresh=1)
-        axis.set_yticks(points, [f"{point:g}" for point in points])
-        axis.set_ylim(-0.6, max(1.0, 1.2 * highest))
-        axis.set(xscale="log", xlabel=title)
-        axis.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
-        axis.minorticks_off()
-        axis.axhline(0.5, color="grey", linestyle=":", linewidth=1)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, loc="upper left")
-    axes[0].set_ylabel("points of exact match lost, second question (dotted: half a point)")
-    count = result["methods"]["dense"]["second"]["images"]
-    setting = ", ".join(f"{name} {value}" for name, value in result["setting"].items())
-    figure.suptitle(f"{result['model']}, {count} images: {setting}; bars are 95 % intervals", fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def natural(text: str) -> int:
     """A number from 0 on, of a flag."""
     if not text.isdecimal():
@@ -525,6 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result |= {
         "setting": drawn if args.images is None else asked,
         "model": args.model or "reader",
+        "command": shlex.join(["python", "-m", "evals.fidelity", *(sys.argv[1:] if arguments is None else arguments)]),
         "hardware": f"{platform.machine()}, {args.workers} processes of {args.threads} threads",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -533,7 +491,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-        draw(result, args.out.with_suffix(".png"))
+        figures.save(figures.fidelity(result), args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,20 @@ def heat_maps(layers: Mapping[int, tuple[Tensor, Tensor]]) -> Figure:
     return figure
 
 
+def spaced(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, evenly apart, the first and the last among them."""
+    return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
+
+
+def _layer_styles(count: int) -> list[dict[str, Any]]:
+    """Colour and label of each layer's line: few are all named, of many along a colour map some."""
+    if count <= 8:
+        return [{"color": f"C{index}", "label": f"layer {index}"} for index in range(count)]
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.95, count))
+    named = spaced(count, 6)
+    return [{"color": colours[i], "label": f"layer {i}" if i in named else None} for i in range(count)]
+
+
 def diagnostics(result: Mapping[str, Any]) -> dict[str, Figure]:
     """The pictures of `evals/diagnostics.py` by name."""
     drawn = {
@@ -89,11 +103,9 @@ def _variance(result: Mapping[str, Any]) -> Figure:
     for axis, name, title in zip(
         axes[0], ("explained_variance", "logit_energy"), ("variance of the Keys", "logit energy"), strict=True
     ):
-        for index, layer in enumerate(layers):
+        for layer, style in zip(layers, _layer_styles(len(layers)), strict=True):
             for head, curve in enumerate(layer[name]):
-                axis.plot(
-                    range(1, len(curve) + 1), curve, color=f"C{index}", lw=1, label=None if head else f"layer {index}"
-                )
+                axis.plot(range(1, len(curve) + 1), curve, lw=1, **(style | ({"label": None} if head else {})))
         axis.axhline(0.99, color="grey", lw=0.8, ls=":")
         axis.set(title=f"cumulative {title}", xlabel="rank", xscale="log")
     axes[0, 0].set_ylabel("share kept")
@@ -107,9 +119,9 @@ def _angles(result: Mapping[str, Any]) -> Figure:
     figure, axes = new(1, len(pairs), 3.0, sharey=True)
     for axis, pair in zip(axes[0], pairs, strict=True):
         ranks = list(layers[0]["angles"][pair])
-        for index, layer in enumerate(layers):
+        for layer, style in zip(layers, _layer_styles(len(layers)), strict=True):
             shared = [np.mean(layer["angles"][pair][rank]["shared"]) for rank in ranks]
-            axis.plot([int(rank) for rank in ranks], shared, "o-", color=f"C{index}", ms=3, label=f"layer {index}")
+            axis.plot([int(rank) for rank in ranks], shared, "o-", ms=3, **style)
         axis.plot(
             [int(rank) for rank in ranks], [int(rank) / result["head_width"] for rank in ranks], "k:", label="by chance"
         )
@@ -240,6 +252,51 @@ def robustness(result: Mapping[str, Any]) -> Figure | None:
         count = result["tasks"][task]["samples"]
         axis.set(title=f"{task.removeprefix('reader-')}, n = {count}", xlabel="share of Key channels removed")
     _legend_below(figure, axes[0])
+    return figure
+
+
+def fidelity(result: Mapping[str, Any]) -> Figure:
+    """Loss on the second question against the bytes of the visual KV: one line a family, 95 % intervals."""
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for name, row in result["methods"].items():
+        if name != "dense":
+            families.setdefault(name.partition(":")[0], []).append(row)
+    keys_only = {name: all(row["value_ratio"] < 1.05 for row in rows) for name, rows in families.items()}
+    titles = {True: "visual Keys, times smaller", False: "visual Keys and Values, times smaller"}
+    panels = [alone for alone in titles if alone in keys_only.values()]
+    figure, axes = new(1, len(panels), 3.8 + 0.11 * len(families), sharey=True)  # with a legend in two columns
+    highest = max(100 * row["second"]["loss_95"][1] for rows in families.values() for row in rows)
+    points = [-0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    for axis, alone in zip(axes[0], panels, strict=True):
+        ratio = "key_ratio" if alone else "kv_ratio"
+        for number, (family, found) in enumerate(families.items()):
+            if keys_only[family] != alone:
+                continue
+            rows = sorted(found, key=lambda row: row[ratio])
+            loss = [100 * row["second"]["loss"] for row in rows]
+            bounds = np.array([[100 * bound for bound in row["second"]["loss_95"]] for row in rows]).T
+            axis.errorbar(
+                [row[ratio] for row in rows],
+                loss,
+                np.abs(bounds - loss),
+                fmt=f"{'osD^v'[number % 5]}-",
+                ms=4,
+                lw=1,
+                capsize=2,
+                color=LINES[number % len(LINES)],
+                label=family,
+            )
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_yticks(points, [f"{point:g}" for point in points])
+        axis.set_ylim(-0.6, max(1.0, 1.2 * highest))
+        axis.set(xscale="log", xlabel=titles[alone])
+        ticks = [1, 2, 4, 8, 16, 32, 64]
+        axis.set_xticks(ticks, list(map(str, ticks)))
+        axis.minorticks_off()
+        axis.axhline(0.5, color="grey", ls=":", lw=1)
+    axes[0, 0].set_ylabel("points lost (dotted: a half)")
+    handles = [handle for axis in axes[0] for handle in zip(*axis.get_legend_handles_labels(), strict=True)]
+    figure.legend(*zip(*handles, strict=True), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 

@@ -13,7 +13,7 @@ model's own tower reads them instead, as many as the context holds. In every rou
 own and decodes `--tokens` tokens, so that all methods meet the same machine; figures are medians over rounds with their
 range. "end to end" is a prefill with all its tokens. "attention" is a decode step's appending and attending in all
 layers, without the model around them. "fit" is the share of a prefill that goes into sealing (fit, encode, copy), taken
-in a prefill of its own. Bytes are those of the cache's storage.
+in a prefill of its own, when all is warm. Bytes are those of the cache's storage.
 """
 
 import argparse
@@ -32,8 +32,10 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evals.accuracy import environment
+from evals.fidelity import natural, positive
 from evals.store import rounded, write_json
 from evals.workload import (
+    DENSE,
     NotHereError,
     Prompt,
     PromptError,
@@ -50,10 +52,16 @@ from evals.workload import (
     switch_attention,
     visual_span,
 )
+from rotatek_cache import RotateKCache
+from rotatek_lmms_eval.chat import ChatError, check_device
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
 METHODS = Path(__file__).parent / "latency.yaml"
 REFUSALS = (NotHereError, ValueError, ImportError, NotImplementedError)  # a method's, which the others go on without
+
+
+class MethodsError(Exception):
+    """The methods cannot be used; the message names what, what was expected and what came."""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -84,11 +92,15 @@ def measure(
             try:
                 switch_attention(model, options)
                 compiled = options.get("compiled", False)
-                cache = make_cache(options, model.config, prompt.visual, prompt.context + 2 * tokens + 8)
+                longest = prompt.context + 2 * tokens + 8
+                cache = make_cache(options, model.config, prompt.visual, longest)
                 if number == 0:
-                    row["fit_share"] = fit_share(model, cache, prompt)
+                    prefill(model, cache, prompt)
                     decode(model, cache, prompt.batch, min(3, tokens), compiled=compiled)
                     attention_steps(model, cache, prompt.batch, 1)
+                    cache = None  # before the next one takes its room
+                    cache = make_cache(options, model.config, prompt.visual, longest)
+                    row["fit_share"] = fit_share(model, cache, prompt)
                     continue
                 peak()
                 first = prefill(model, cache, prompt)
@@ -206,8 +218,42 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         print(f"{setting}{times} {fit:>6} {row['cache_bytes'] / 2**20:6.1f} MiB")
 
 
-def main() -> None:
-    """Parse, measure, print, store."""
+def _check(options: Mapping[str, Any]) -> None:
+    """Raises what is wrong with a method, as far as it shows without a model."""
+    if "dense" in options:
+        if options["dense"] not in DENSE:
+            raise ValueError(f"dense must be one of {', '.join(DENSE)}, got {options['dense']!r}")
+    elif "quantized" not in options:
+        RotateKCache(**options)
+
+
+def read_methods(path: Path, only: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
+    """The methods of a YAML file, those whose name holds a word of `only` if there are some.
+
+    Raises:
+        MethodsError: the file cannot be read, a method cannot be made, or none is left.
+    """
+    try:
+        methods = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MethodsError(f"--methods '{path}' cannot be read: {error}") from error
+    if not isinstance(methods, dict) or not methods:
+        raise MethodsError(f"--methods '{path}' must map names of methods to their options")
+    for name, options in methods.items():
+        if not isinstance(options, dict):
+            raise MethodsError(f"method '{name}' must be a mapping of options, got {options!r}")
+        try:
+            _check(options)
+        except (TypeError, ValueError, OSError) as error:
+            raise MethodsError(f"method '{name}': {error}") from error
+    kept = {name: options for name, options in methods.items() if not only or any(word in name for word in only)}
+    if not kept:
+        raise MethodsError(f"--only {' '.join(only or ())} is in no name of {', '.join(methods)}")
+    return kept
+
+
+def parse() -> argparse.Namespace:
+    """The flags, checked, with `methods` read."""
     shapes = yaml.safe_load(SHAPES.read_text())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
@@ -215,73 +261,95 @@ def main() -> None:
     which.add_argument("--shape", choices=sorted(shapes), help="random weights of that shape")
     parser.add_argument("--methods", type=Path, default=METHODS, help="YAML: name -> options")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="methods whose name holds one of these words")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096], help="prompt lengths, at batch 1")
-    parser.add_argument("--batches", type=int, nargs="*", default=[], help="batches, at --batch-context")
-    parser.add_argument("--batch-context", type=int, default=16384)
-    parser.add_argument("--largest", type=int, help="prompt length at which the largest batch is sought (CUDA)")
+    parser.add_argument("--contexts", type=positive, nargs="+", default=[1024, 4096], help="prompt lengths, at batch 1")
+    parser.add_argument("--batches", type=positive, nargs="*", default=[], help="batches, at --batch-context")
+    parser.add_argument("--batch-context", type=positive, default=16384)
+    parser.add_argument("--largest", type=positive, help="prompt length at which the largest batch is sought (CUDA)")
     parser.add_argument("--images", type=Path, nargs="+", help="with --model: pictures that its own tower reads")
-    parser.add_argument("--text", type=int, default=64, help="text tokens of the prompt, half of them before the image")
-    parser.add_argument("--tokens", type=int, default=32, help="decoded tokens")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--question", default="What does the picture show?", help="with --images: what follows them")
+    parser.add_argument("--text", type=natural, default=64, help="text tokens of the prompt, half before the image")
+    parser.add_argument("--tokens", type=positive, default=32, help="decoded tokens")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on CUDA, float32 on the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write, which must not be there; kept up after each setting"
+    )
     args = parser.parse_args()
     if args.images and not args.model:
         parser.error("--images needs a model with a trained tower: give --model in place of --shape")
+    if args.out and args.out.exists():
+        parser.error(f"--out '{args.out}' is there already and is not overwritten")
+    try:
+        check_device(args.device)
+        args.methods = read_methods(args.methods, args.only)
+        args.pictures = [Image.open(path).convert("RGB") for path in args.images or []]
+    except (ChatError, MethodsError, OSError) as error:
+        parser.error(str(error))
     if args.largest and not args.device.startswith("cuda"):
         parser.error(f"--largest looks for the end of a GPU's memory; --device is '{args.device}'")
-    if least := [context for context in args.contexts if context <= args.text]:
-        parser.error(f"--contexts must be longer than --text ({args.text}), got {least}")
+    args.settings = [(context, 1) for context in args.contexts]
+    args.settings += [(args.batch_context, batch) for batch in args.batches]
+    lengths = [context for context, _ in args.settings] + ([args.largest] if args.largest else [])
+    if least := [length for length in lengths if length <= args.text]:
+        parser.error(f"--contexts, --batch-context and --largest must be longer than --text ({args.text}), got {least}")
+    args.longest = max(lengths) + 2 * args.tokens + 8
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    dtype = getattr(torch, args.dtype, None)
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         parser.error(f"--dtype must be 'auto' or the name of a torch dtype, got {args.dtype!r}")
-    methods = yaml.safe_load(args.methods.read_text())
-    if args.only:
-        methods = {name: options for name, options in methods.items() if any(word in name for word in args.only)}
-    settings = [(context, 1) for context in args.contexts] + [(args.batch_context, batch) for batch in args.batches]
-    longest = max([context for context, _ in settings] + [args.largest or 0]) + 2 * args.tokens + 8
+    args.shape_fields = shapes.get(args.shape)
+    return args
+
+
+def main() -> None:
+    """Parse, measure, print, store."""
+    args = parse()
+    dtype = getattr(torch, args.dtype)
+    processor = None
     if args.shape:
-        model = build(shapes[args.shape], args.device, dtype, longest)
+        model = build(args.shape_fields, args.device, dtype, args.longest)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
-    rows: list[dict[str, Any]] = []
-    pictures = [Image.open(path).convert("RGB") for path in args.images or []]
-    processor = AutoProcessor.from_pretrained(args.model) if pictures else None
-    with torch.inference_mode():
-        for context, batch in tqdm(settings, desc="settings"):
-            try:
-                prompt = (
-                    read_prompt(model, processor, pictures, batch, context)
-                    if pictures
-                    else draw_prompt(model, batch, context, args.text, args.seed)
-                )
-            except PromptError as error:
-                parser.error(str(error))
-            rows += measure(model, methods, prompt, args.tokens, args.rounds)
-            del prompt
-        found = largest_batches(model, methods, args.largest, args.text) if args.largest else []
-    print_table(rows)
-    for row in found:
-        print(f"{row['context']:8}        {row['method']:38} {row.get('skipped') or row['largest_batch']}")
-    result = {
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+            processor = AutoProcessor.from_pretrained(args.model) if args.pictures else None
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise SystemExit(f"error: --model '{args.model}' cannot be used: {error}") from error
+    result: dict[str, Any] = {
         "model": args.model or f"{args.shape}, random weights",
         "dtype": args.dtype,
         "command": shlex.join(["python", "-m", "evals.latency", *sys.argv[1:]]),
         "setting": {
-            "prompt": "images through the model's tower" if pictures else "drawn embeddings",
-            "text": None if pictures else args.text,
+            "prompt": "images through the model's tower" if args.pictures else "drawn embeddings",
+            "text": args.question if args.pictures else args.text,
             "tokens": args.tokens,
             "rounds": args.rounds,
             "seed": args.seed,
         },
-        "rows": rows,
-        "largest": found,
+        "rows": [],
+        "largest": [],
         "environment": environment(args.device),
     }
+    with torch.inference_mode():
+        for context, batch in tqdm(args.settings, desc="settings"):
+            try:
+                prompt = (
+                    read_prompt(model, processor, args.pictures, args.question, batch, context)
+                    if args.pictures
+                    else draw_prompt(model, batch, context, args.text, args.seed)
+                )
+            except PromptError as error:
+                raise SystemExit(f"error: {error}") from error
+            result["rows"] += measure(model, args.methods, prompt, args.tokens, args.rounds)
+            del prompt
+            if args.out:  # what is measured stays, whatever comes
+                write_json(args.out, rounded(result))
+        if args.largest:
+            result["largest"] = largest_batches(model, args.methods, args.largest, args.text)
+    print_table(result["rows"])
+    for row in result["largest"]:
+        print(f"{row['context']:8}        {row['method']:38} {row.get('skipped') or row['largest_batch']}")
     if args.out:
         write_json(args.out, rounded(result))
 

@@ -48,12 +48,16 @@ class Results:
             return self.accuracy
         if "geometry" in stored:
             return self.diagnostics
-        if "rows" in stored and "largest" in stored:
+        if {"rows", "largest", "environment"} <= stored.keys():
             return self.latency
         if stored.get("rows") and all("tokens" in row and "channels" in row for row in stored["rows"]):
             return self.tokens
         methods = stored.get("methods")
-        if isinstance(methods, Mapping) and all("second" in row and "kv_ratio" in row for row in methods.values()):
+        if (
+            methods
+            and isinstance(methods, Mapping)
+            and all("second" in row and "kv_ratio" in row for row in methods.values())
+        ):
             return self.fidelity
         return self.other
 

@@ -21,7 +21,9 @@ import dataclasses
 import datetime
 import importlib.metadata
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -327,6 +329,7 @@ def main() -> None:
             "pages": len(rows[0].scores.exact[0]) if rows else 0,
         },
         "model": "reader",
+        "command": shlex.join(["python", "-m", "evals.token_pruning", *sys.argv[1:]]),
         "hardware": f"{platform.machine()}, one process of {args.threads} threads",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -84,16 +84,18 @@ def visual_span(batch: int, context: int, text: int, device: torch.device) -> Te
     return visual
 
 
-def read_prompt(model: Any, processor: Any, images: Sequence[Image.Image], batch: int, context: int) -> Prompt:
+def read_prompt(
+    model: Any, processor: Any, images: Sequence[Image.Image], question: str, batch: int, context: int
+) -> Prompt:
     """As many of `images`, in turn, as `context` tokens hold, and a question: the model's own tower reads them.
 
     Raises:
-        PromptError: not even one image fits.
+        PromptError: not even one image fits, or no text follows it, so that a prefill would compress nothing.
     """
 
     def encode(count: int) -> Any:
         shown = [{"type": "image", "image": images[number % len(images)]} for number in range(count)]
-        turn = {"role": "user", "content": [*shown, {"type": "text", "text": "?"}]}
+        turn = {"role": "user", "content": [*shown, {"type": "text", "text": question}]}
         return processor.apply_chat_template(
             [[turn]], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
@@ -107,19 +109,23 @@ def read_prompt(model: Any, processor: Any, images: Sequence[Image.Image], batch
     while length(count + 1) <= context:  # images differ in size
         count += 1
     inputs = encode(count).to(model.device, model.dtype)
+    if int(inputs["input_ids"][0, -1]) == model.config.image_token_id:
+        raise PromptError(f"--question {question!r} gives no token of this model behind the image: ask another")
     rows = {name: torch.cat([value] * batch) for name, value in inputs.items()}
     return Prompt(rows, None, batch, int(inputs["input_ids"].shape[1]))
+
+
+DENSE: dict[str, Callable[[Any, int], Cache]] = {
+    "dynamic": lambda text, _: DynamicCache(config=text),
+    "static": lambda text, longest: StaticCache(config=text, max_cache_len=longest),
+}
 
 
 def make_cache(options: Mapping[str, Any], config: Any, visual: Tensor | None, longest: int) -> Cache:
     """The empty cache that a method's options describe."""
     text = config.get_text_config(decoder=True)
     if "dense" in options:
-        kinds: dict[str, Callable[[], Cache]] = {
-            "dynamic": lambda: DynamicCache(config=text),
-            "static": lambda: StaticCache(config=text, max_cache_len=longest),
-        }
-        return kinds[options["dense"]]()
+        return DENSE[options["dense"]](text, longest)
     if "quantized" in options:
         try:
             return QuantizedCache(config=text, **options["quantized"])
@@ -177,7 +183,6 @@ def prefill(model: Any, cache: Cache, prompt: Prompt) -> float:
 def fit_share(model: Any, cache: Cache, prompt: Prompt) -> float | None:
     """Share of a prefill that goes into seals; None for caches without."""
     if not isinstance(cache, RotateKCache):
-        prefill(model, cache, prompt)
         return None
     cache.learn_config(model.config)
     for layer in cache.layers:

@@ -141,6 +141,20 @@ def test_a_sample_that_cannot_be_used_says_why(tmp_path):
     assert task.sample(4).turns[0].reference["answers"] == ["14"]
 
 
+def test_peoples_answers_are_all_kept_and_enough(tmp_path):
+    good = ROWS["textvqa"] | {"image": picture()}
+    rows = [good | {"answers": ["nokia"] * 8 + ["", None]}, good | {"answers": ["nokia"] * 3}]
+    path = save(tmp_path / "data", rows, "validation")
+    task = load_task("textvqa", {"path": path})
+    assert task.sample(0).turns[0].reference["answers"] == ["nokia"] * 8 + ["", ""]
+    with pytest.raises(SampleError, match="needs the answers of at least 4 people, got 3"):
+        task.sample(1)
+    other = load_task("textvqa", {"path": path, "metric": "anls"})
+    assert other.sample(0).turns[0].reference["answers"] == ["nokia"] * 8 and other.sample(1)
+    with pytest.raises(TaskError, match=r"metric must be one of .*anls.*, got 'bleu'"):
+        load_task("textvqa", {"path": path, "metric": "bleu"})
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -1,10 +1,15 @@
 """Diagnostics against planted geometry and against what transformers' own cache holds."""
 
+import io
+import json
+import sys
+
+import datasets
 import pytest
 import torch
 from transformers import DynamicCache
 
-from evals import figures
+from evals import diagnostics, figures
 from evals.accuracy import READER
 from evals.diagnostics import (
     Heard,
@@ -141,3 +146,70 @@ def test_geometry_and_its_pictures_are_whole(chat, tmp_path):
     for name, figure in figures.diagnostics({"geometry": found, "head_width": 128}).items():
         figures.save(figure, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_many_layers_are_drawn_and_some_of_them_named(tmp_path):
+    layer = {
+        "explained_variance": [[0.5, 1.0]] * 2, "logit_energy": [[0.6, 1.0]] * 2,
+        "angles": {"images": {"1": {"shared": [0.5], "degrees": [45.0]}}},
+        "errors": {"pca": {"1": {"keys": 0.5, "logits": 0.4}, "2": {"keys": 0.1, "logits": 0.1}}},
+    }  # fmt: skip
+    drawn = figures.diagnostics({"geometry": {"layers": [layer] * 36}, "head_width": 2})
+    for name in ("variance", "angles"):
+        labels = drawn[name].axes[0].get_legend_handles_labels()[1]
+        assert [label for label in labels if label != "by chance"] == [f"layer {i}" for i in (0, 7, 14, 21, 28, 35)]
+    assert figures.spaced(4, 5) == [0, 1, 2, 3] and figures.spaced(1, 5) == [0]
+
+
+def command(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["diagnostics", *map(str, flags)])
+    diagnostics.main()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--samples", "1"], "--samples must be at least 2"),
+        (["--options", "{"], "argument --options: expected a mapping such as '{path: folder}', got '{'"),
+        (["--ranks", "0"], "argument --ranks: expected a whole number from 1 on"),
+        (["--level", "hardest"], "argument --level: invalid choice: 'hardest'"),
+        (["--model", "other"], "give --pages 0 with another model"),
+    ],
+)
+def test_wrong_flags_are_named(flags, message, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--out", tmp_path / "d.json", *flags)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_wrong_tasks_devices_and_ranks_are_named(tmp_path, monkeypatch):
+    few = ["--samples", "2", "--pages", "0", "--out", tmp_path / "d.json"]
+    for flags, message in (
+        (["--task", "nope"], "unknown task 'nope'"),
+        (["--device", "foo"], "device 'foo' cannot be used"),
+        (["--ranks", "8", "129"], r"at most the head width of the model, 128, got \[129\]"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            command(monkeypatch, *few, *flags)
+
+
+def test_the_command_leaves_out_samples_that_cannot_be_used(tmp_path, monkeypatch, capsys):
+    file = io.BytesIO()
+    load_task("reader-easy-row").sample(0).images[0].save(file, "PNG")
+    pictures = [{"bytes": file.getvalue(), "path": None}] * 2 + [{"bytes": b"none", "path": None}]
+    asked = ["row 1?", "column A?", "row 1?", "row 1?\nAnswer the question with a single word."]
+    rows = [
+        {"type": "h", "question": question, "answer": "1", "image": picture}
+        for question, picture in zip(asked, [*pictures, pictures[0]], strict=True)
+    ]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "data")
+    options = json.dumps({"path": str(tmp_path / "data"), "suffix": ""})
+    flags = ["--task", "chartqa", "--options", options, "--pages", "0", "--ranks", "8"]
+    command(monkeypatch, *flags, "--out", tmp_path / "d.json", "--figures", tmp_path)
+    stored = json.loads((tmp_path / "d.json").read_text())
+    assert stored["geometry"]["samples"] == stored["setting"]["samples"] == 2
+    said = capsys.readouterr().err
+    assert "left out: the image of sample 2" in said
+    assert "left out: sample 3: the answer ended with its first token" in said  # no question of the reader's
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"d_heat", "d_variance", "d_angles", "d_errors"}

@@ -21,6 +21,7 @@ from evals.workload import (
     decode,
     draw_prompt,
     fill,
+    fit_share,
     held_bytes,
     make_cache,
     prefill,
@@ -112,15 +113,21 @@ def test_images_go_through_the_models_own_tower():
     model = AutoModelForImageTextToText.from_pretrained(READER, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(READER)
     page = Image.open(next((READER / "pages").glob("*.png"))).convert("RGB")
-    prompt = read_prompt(model, processor, [page], 2, 800)
+    prompt = read_prompt(model, processor, [page], "row 3?", 2, 800)
     visual = prompt.inputs["input_ids"] == model.config.image_token_id
     assert visual.sum(1).tolist() == [2 * 324] * 2 and 648 < prompt.context <= 800
     methods = {"dense": {"dense": "dynamic"}, "ours": {"rank": 16}}
     with torch.inference_mode():
         dense, ours = measure(model, methods, prompt, 2, 1)
     assert ours["cache_bytes"] < 0.8 * dense["cache_bytes"]
+    cache = make_cache({"rank": 16}, model.config, None, 900)
+    with torch.inference_mode():
+        assert fit_share(model, cache, prompt) > 0
+    assert all(layer.kv.segments for layer in cache.layers)  # so that the share is that of a seal
+    with pytest.raises(PromptError, match=r"--question '\?' gives no token of this model behind the image"):
+        read_prompt(model, processor, [page], "?", 1, 800)
     with pytest.raises(PromptError, match=r"an image and a question take 3\d\d tokens, --contexts asks for 200"):
-        read_prompt(model, processor, [page], 1, 200)
+        read_prompt(model, processor, [page], "row 3?", 1, 200)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="FlashAttention is installed")
@@ -162,22 +169,83 @@ def test_the_largest_that_fits_is_found(most):
     assert len(asked) <= 14
 
 
-def test_the_command_writes_what_it_measured_and_refuses_what_it_cannot(tmp_path, monkeypatch, capsys):
+QUICK = [
+    "latency", "--shape", "four-layers", "--contexts", "128", "--tokens", "2", "--rounds", "1", "--text", "8",
+    "--device", "cpu",
+]  # fmt: skip
+
+
+def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     out = tmp_path / "l.json"
-    small = ["latency", "--shape", "four-layers", "--contexts", "128", "--tokens", "2", "--rounds", "1", "--text", "8"]
-    monkeypatch.setattr(sys, "argv", [*small, "--device", "cpu", "--only", "RotateK r=32", "--out", str(out)])
+    command = [*QUICK, "--only", "RotateK r=32", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
     latency.main()
     stored = json.loads(out.read_text())
     assert {"command", "environment", "rows", "setting"} <= set(stored)
     assert "RotateK r=32, 4 bit" in capsys.readouterr().out and len(stored["rows"]) == 4
-    monkeypatch.setattr(sys, "argv", [*small, "--largest", "1024", "--device", "cpu"])
     with pytest.raises(SystemExit):
         latency.main()
-    monkeypatch.setattr(sys, "argv", [*small, "--images", "page.png"])
+    assert f"--out '{out}' is there already and is not overwritten" in capsys.readouterr().err
+
+
+def test_what_is_measured_stays_when_a_later_setting_fails(tmp_path, monkeypatch):
+    out = tmp_path / "l.json"
+    real = latency.measure
+
+    def fails_second(model, methods, prompt, *rest):
+        if prompt.context == 129:
+            raise RuntimeError("the device is gone")
+        return real(model, methods, prompt, *rest)
+
+    monkeypatch.setattr(latency, "measure", fails_second)
+    command = [*QUICK, "--contexts", "128", "129", "--only", "preallocated", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        latency.main()
+    assert {row["context"] for row in json.loads(out.read_text())["rows"]} == {128}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--largest", "1024"], "--largest looks for the end of a GPU's memory; --device is 'cpu'"),
+        (["--images", "page.png"], "--images needs a model with a trained tower"),
+        (["--tokens", "0"], "argument --tokens: expected a whole number from 1 on, got '0'"),
+        (["--rounds", "0"], "argument --rounds: expected a whole number from 1 on, got '0'"),
+        (["--text", "-4"], "--text"),
+        (["--batches", "0"], "argument --batches: expected a whole number from 1 on"),
+        (["--batches", "2", "--batch-context", "8"], "must be longer than --text (8), got [8]"),
+        (["--only", "nothing"], "--only nothing is in no name of dense, sdpa"),
+        (["--device", "foo"], "device 'foo' cannot be used"),
+        (["--dtype", "float3"], "--dtype must be 'auto' or the name of a torch dtype, got 'float3'"),
+        (["--methods", "nowhere.yaml"], "--methods 'nowhere.yaml' cannot be read"),
+    ],
+)
+def test_wrong_flags_are_named(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [*QUICK, *flags])
     with pytest.raises(SystemExit):
         latency.main()
-    assert "--images needs a model with a trained tower" in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.setattr(sys, "argv", [*small, "--largest", "1024", "--device", "cpu"])
-    with pytest.raises(SystemExit):
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "must map names of methods"),
+        ("a: 3", "method 'a' must be a mapping of options, got 3"),
+        ("a: {dense: paged}", "method 'a': dense must be one of dynamic, static, got 'paged'"),
+        ("a: {rank: 0}", "method 'a': rank must be"),
+        ("a: {rnk: 8}", "method 'a': .*'rnk'"),
+    ],
+)
+def test_wrong_methods_are_named(text, message, tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text(text)
+    with pytest.raises(latency.MethodsError, match=message):
+        latency.read_methods(path, None)
+
+
+def test_a_model_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["latency", "--model", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"error: --model '.*' cannot be used"):
         latency.main()
-    assert "--largest looks for the end of a GPU's memory; --device is 'cpu'" in capsys.readouterr().err

@@ -185,6 +185,19 @@ def test_results_are_known_by_what_they_hold(folder):
     assert "fidelity_reader" in read([RESULTS]).fidelity
 
 
+def test_what_only_looks_like_a_result_is_shown_as_it_is(tmp_path):
+    for name, value in (
+        ("a", {"rows": [], "largest": []}),
+        ("b", {"methods": {}}),
+        ("c", [1]),
+        ("d", {"z": [[1], []]}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    assert list(read([tmp_path]).other) == ["a", "b", "d"]
+    build([tmp_path], tmp_path / "out")
+    assert "## Other results: d" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_what_cannot_be_read_is_named(folder, tmp_path):
     with pytest.raises(StoreError, match=r"there is no folder '.*nowhere'"):
         read([tmp_path / "nowhere"])

@@ -14,8 +14,10 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from evals.metrics import METRICS
 from evals.tasks import Sample, SampleError, TaskError, Turn
 
+LEAST_PEOPLE = 4  # whose answers the VQA accuracy compares
 SHORT = "\nAnswer the question using a single word or phrase."
 WORD = "\nAnswer the question with a single word."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -138,6 +140,8 @@ class HubTask:
                 f"task '{name}' has no option {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
             )
         fields = dataclasses.replace(HUB[name], **options)
+        if fields.metric not in METRICS:
+            raise TaskError(f"task '{name}': metric must be one of {', '.join(METRICS)}, got {fields.metric!r}")
         return cls(name, fields, _rows(name, fields))
 
     def __len__(self) -> int:
@@ -148,11 +152,20 @@ class HubTask:
         fields, row = self.fields, self.rows[index]
         label = str(row[fields.id]) if fields.id else str(index)
         given = row[fields.answers]
-        answers = [str(a) for a in (given if isinstance(given, list) else [given]) if a is not None and str(a).strip()]
+        told = ["" if answer is None else str(answer) for answer in (given if isinstance(given, list) else [given])]
+        answers = [answer for answer in told if answer.strip()]
         if not answers:
             raise SampleError(
                 f"sample {label} of '{self.name}' has no answer: its field '{fields.answers}' is {given!r}"
             )
+        if fields.metric == "vqa_accuracy":
+            answers = told  # one for each person; a blank one is an answer that nobody else gave
+            if len(answers) < LEAST_PEOPLE:
+                raise SampleError(
+                    f"sample {label} of '{self.name}': 'vqa_accuracy' asks that three others agree, so it needs the "
+                    f"answers of at least {LEAST_PEOPLE} people, got {len(answers)}; another metric is the task's "
+                    "option `metric`"
+                )
         image = _open_image(row[fields.image], Path(fields.path), f"the image of sample {label} of '{self.name}'")
         question = fields.prompt or str(row[fields.question]).strip()
         if fields.capitalise:

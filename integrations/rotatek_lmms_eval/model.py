@@ -7,6 +7,7 @@ Model arguments beside those of `RotateK` are the options of `RotateKCache`; a c
 semicolon (`tokens=vl_cache:0.4;uniform=0.8`). `cache=dense` answers from the dense cache, for comparison.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,8 +68,16 @@ class RotateK(lmms):
             raise ValueError(f"cache must be 'rotatek' or 'dense', got {cache!r}")
         if cache == "dense" and options:
             raise ValueError(f"cache=dense takes no options of RotateKCache, got {', '.join(options)}")
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"batch_size must be a positive number, got {batch_size!r}")
+        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+            if not str(value).isdigit() or int(value) < 1:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype must be 'auto' or the name of a torch dtype, got {dtype!r}")
+        if unknown := [name for name in options if name not in CACHE_OPTIONS]:
+            raise ValueError(
+                f"unknown model arguments {', '.join(map(repr, unknown))}; known are {', '.join(OWN)}, and the options "
+                f"of RotateKCache: {', '.join(CACHE_OPTIONS)}"
+            )
         self.options = {
             name: value.replace(";", ",") if isinstance(value, str) else value for name, value in options.items()
         }
@@ -77,7 +86,7 @@ class RotateK(lmms):
         self.max_new_tokens = int(max_new_tokens)
         wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        where = self.accelerator.device if device in (None, "auto", "cuda") else torch.device(str(device))
+        where = self.accelerator.device if device in (None, "auto", "cuda") else str(device)
         if not self.dense:
             RotateKCache(**self.options)  # wrong options should not wait for the model
         self.chat = Chat.load(
@@ -147,6 +156,16 @@ class RotateK(lmms):
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Refused."""
         raise NotImplementedError("the model 'rotatek' answers single questions; tasks of several rounds are not run")
+
+
+def _names(function: Any) -> list[str]:
+    """Of the arguments that it takes by name."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind != inspect.Parameter.VAR_KEYWORD]
+
+
+OWN = _names(RotateK)
+CACHE_OPTIONS = _names(RotateKCache)
 
 
 def _sampling(given: dict[str, Any]) -> dict[str, Any]:
