@@ -160,6 +160,19 @@ class CacheLayout:
         return f"Keys {span(keys, self.heads.key_width)}, Values {span(values, self.heads.value_width)}"
 
 
+def check_heads(sealer: Sealer, heads: HeadShape) -> None:
+    """Raise a ValueError if the layer's calibrated basis, where there is one, is for heads of another shape."""
+    if sealer.calibrated is None:
+        return
+    for which, width in (("key", heads.key_width), ("value", heads.value_width)):
+        count, found = sealer.calibrated.state(sealer.layer, which).encoder.shape[:2]
+        if (count, found) != (heads.kv_heads, width):
+            raise ValueError(
+                f"basis file {sealer.options.basis} was calibrated on another model: in layer {sealer.layer} it has "
+                f"{count} {which} heads of width {found}, where this one has {heads.kv_heads} of width {width}"
+            )
+
+
 def find_layout(
     sealers: Sequence[Sealer], heads: HeadShape, dtype: torch.dtype, device: torch.device | str
 ) -> CacheLayout:
@@ -175,6 +188,7 @@ def find_layout(
     queries = random(1, heads.q_heads, 4, heads.key_width)
     found = []
     for sealer in sealers:
+        check_heads(sealer, heads)
         stored_keys = sealer.store_keys(keys, [(0, tokens)], queries, None)
         stored_values = sealer.store_values(values, [(0, tokens)])
         found.append(LayerLayout(StateLayout.of(stored_keys), StateLayout.of(stored_values)))

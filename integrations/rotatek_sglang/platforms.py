@@ -85,6 +85,8 @@ def apply_defaults(args: Any) -> None:
     switch_off(args)
     args.attention_backend = BACKEND
     if args.page_size in (None, 1):
+        if args.page_size == 1:
+            log.warning("RotateK: pages have %s tokens, the fewest that are supported, not 1", PAGE_SIZE)
         args.page_size = PAGE_SIZE
     if args.max_running_requests is None:
         args.max_running_requests = MAX_RUNNING_REQUESTS

@@ -45,10 +45,11 @@ def assign_prompt(allocated: Any, batch: Any) -> None:
     pool.publish()
 
 
-def need_of_prompt(pool: RotateKPool, req: Any, in_chunks: bool = False) -> Need:
-    """What a request takes for its tokens after its prefix and for its answer, at most."""
-    tokens = len(req.full_untruncated_fill_ids) - req.prefix_len
-    visual = int(compressed_tokens(pool, req, req.prefix_len, req.prefix_len + tokens).sum())
+def need_of_prompt(pool: RotateKPool, req: Any, *, in_chunks: bool = False, prefix: int | None = None) -> Need:
+    """What a request takes for its tokens after `prefix` (default: what is cached) and for its answer, at most."""
+    first, end = req.prefix_len if prefix is None else prefix, len(req.full_untruncated_fill_ids)
+    tokens = end - first
+    visual = int(compressed_tokens(pool, req, first, end).sum())
     left = max(0, req.sampling_params.max_new_tokens - len(req.output_ids))
     text = tokens - visual + min(left, CLIP_MAX_NEW_TOKENS)
     return Need(max(text, tokens) if in_chunks else text, visual, int(visual > 0))
@@ -56,12 +57,39 @@ def need_of_prompt(pool: RotateKPool, req: Any, in_chunks: bool = False) -> Need
 
 def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a request wait while rows for its prompt and its answer are short; runs around `PrefillAdder.add_one_req`."""
-    allocator = adder.token_to_kv_pool_allocator
+    allocator, running = adder.token_to_kv_pool_allocator, adder.running_batch
     pool = allocator.get_kvcache()
+    fits, at_once = fits_beside_others(adder, req)
+    if not fits and not (adder.can_run_list or pool.ledger.chunked or (running is not None and running.reqs)):
+        # Nobody to wait for, so what is cached of its own prompt is in the way: each turn of a chat has a basis of its
+        # own, and images too small for one in text rows. All of the prompt fits, or it would have been refused.
+        whole = need_of_prompt(pool, req, prefix=0)
+        make_room(allocator, adder.tree_cache, whole)
+        req.init_next_round_input(adder.tree_cache)
+        fits, at_once = fits_beside_others(adder, req)
+    if not fits:
+        return AddReqResult.NO_TOKEN
+    if not at_once:
+        return add_one_req(adder, req, *args, **kwargs)
+    chunk = adder.rem_chunk_tokens
+    before = len(adder.can_run_list)
+    adder.rem_chunk_tokens = None
+    try:
+        result = add_one_req(adder, req, *args, **kwargs)
+    finally:
+        adder.rem_chunk_tokens = chunk
+    if len(adder.can_run_list) > before:
+        adder.rem_chunk_tokens = 0  # this forward is full
+    return result
+
+
+def fits_beside_others(adder: Any, req: Any) -> tuple[bool, bool]:
+    """Whether there is room for a request, once cached prefixes made way; and whether its prompt is read at once."""
+    pool = adder.token_to_kv_pool_allocator.get_kvcache()
     chunk = adder.rem_chunk_tokens
     tokens = len(req.full_untruncated_fill_ids) - req.prefix_len
     in_chunks = chunk is not None and adder.ceil_paged_tokens(tokens) > chunk
-    needs = [need_of_prompt(pool, req, in_chunks)]
+    needs = [need_of_prompt(pool, req, in_chunks=in_chunks)]
     at_once = in_chunks and needs[0].visual > 0 and len(req.full_untruncated_fill_ids) > pool.longest_in_chunks
     if at_once:
         needs = [need_of_prompt(pool, req)]
@@ -74,19 +102,8 @@ def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> 
         offset = adder._get_running_request_total_token_offset  # noqa: SLF001 (its own estimate, not a second one)
         needs += [Need(text=1 + max(0, int(offset(running)))) for running in adder.running_batch.reqs]
     with adder._lock_node(req.last_node):  # noqa: SLF001 (what is cached of this request must stay)
-        if not make_room(allocator, adder.tree_cache, Need(*map(sum, zip(*needs, strict=True)))):
-            return AddReqResult.NO_TOKEN
-    if not at_once:
-        return add_one_req(adder, req, *args, **kwargs)
-    before = len(adder.can_run_list)
-    adder.rem_chunk_tokens = None
-    try:
-        result = add_one_req(adder, req, *args, **kwargs)
-    finally:
-        adder.rem_chunk_tokens = chunk
-    if len(adder.can_run_list) > before:
-        adder.rem_chunk_tokens = 0  # this forward is full
-    return result
+        total = Need(*map(sum, zip(*needs, strict=True)))
+        return make_room(adder.token_to_kv_pool_allocator, adder.tree_cache, total), at_once
 
 
 def keep_to_itself(stash: Any, scheduler: Any, req: Any) -> None:

@@ -67,6 +67,37 @@ def _qwen2(tokenizer: Any) -> tuple[Any, Any]:
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_text_config(tokenizer))), None
 
 
+def _qwen2_images(tokenizer: Any, processor: Any) -> Any:
+    """The processor of Qwen2-VL, whose image processor Qwen2.5-VL has as well."""
+    return processor(
+        image_processor=transformers.Qwen2VLImageProcessor(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 1024),
+        video_processor=transformers.Qwen2VLVideoProcessor(),
+        tokenizer=tokenizer,
+        chat_template=CHAT,
+    )
+
+
+def _qwen2_vl(tokenizer: Any) -> tuple[Any, Any]:
+    rope = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0}
+    config = transformers.Qwen2VLConfig(
+        text_config=_text_config(tokenizer, rope_parameters=rope),
+        vision_config={
+            "depth": 2,
+            "embed_dim": 128,
+            "hidden_size": 256,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "in_chans": 3,  # SGLang reads it by this name, as the published configurations have it
+        },
+        tie_word_embeddings=False,
+        **_vision_ids(tokenizer),
+    )
+    processor = _qwen2_images(tokenizer, transformers.Qwen2VLProcessor)
+    return transformers.Qwen2VLForConditionalGeneration(config), processor
+
+
 def _qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
     rope = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0}
     config = transformers.Qwen2_5_VLConfig(
@@ -85,12 +116,7 @@ def _qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
         tie_word_embeddings=False,
         **_vision_ids(tokenizer),
     )
-    processor = transformers.Qwen2_5_VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 1024),
-        video_processor=transformers.Qwen2VLVideoProcessor(),
-        tokenizer=tokenizer,
-        chat_template=CHAT,
-    )
+    processor = _qwen2_images(tokenizer, transformers.Qwen2_5_VLProcessor)
     return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
@@ -122,7 +148,7 @@ def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
     return transformers.Qwen3VLForConditionalGeneration(config), processor
 
 
-MODELS = {"qwen2": _qwen2, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
+MODELS = {"qwen2": _qwen2, "qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
 
 
 def save_model(name: str, folder: Path) -> None:

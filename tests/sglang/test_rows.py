@@ -1,5 +1,6 @@
 """Rows, bases and views of the serving pools, against a plain model of the same thing; needs no SGLang."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -262,6 +263,15 @@ def test_the_planned_bytes_are_those_of_the_storage(options, fit_options):
     layers = build_storage(layout, text_rows, visual_rows, bases, "cpu")
     held = sum(sum(layer.tensors_bytes()) for layer in layers)
     assert held == text_rows * layout.text_bytes + visual_rows * layout.visual_bytes + bases * layout.basis_bytes
+
+
+@pytest.mark.parametrize("shape", [{"kv_heads": 4}, {"key_width": 32}, {"value_width": 16}], ids=str)
+def test_a_basis_for_other_heads_is_refused(shape, fit_options):
+    sealer = Sealer(fit_options({"sparsity": 0.5, "basis": "calibrated"}), 0)
+    with pytest.raises(
+        ValueError, match=r"calibrated on another model: in layer 0 it has 2 (key|value) heads of width"
+    ):
+        find_layout([sealer], dataclasses.replace(HEADS, **shape), torch.float32, "cpu")
 
 
 def test_bytes_of_a_token_worked_by_hand():

@@ -74,6 +74,18 @@ def test_cached_images_make_way(server, untouched):
     assert server.metrics()["rotatek_visual_rows_used"] > 300
 
 
+def test_a_chat_with_more_images_than_there_are_bases(server, untouched):
+    """Each turn's image is cached with a basis of its own, until the chat's own prefix is in its way."""
+    turns = []
+    for index in range(10):
+        turns += message("?", picture(300 + index, 140, 140))
+        answer = server.ask(turns, 2)
+        assert answer.status == 200
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer.text}]})
+        assert server.metrics()["rotatek_bases_used"] <= 8
+    assert server.metrics()["rotatek_visual_rows_used"] == 10 * 25
+
+
 def test_an_image_that_does_not_pay_for_a_basis_stays_dense(server, tiny):
     small = message("what is in this image?", picture(3, 56, 56))  # 4 tokens
     assert server.ask(small).logprobs == pytest.approx(greedy_logprobs(tiny("qwen2_5_vl"), small, sparsity=0), abs=5e-5)
