@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_serving
 from torch import Tensor
 
 from rotatek_cache.attention import attend
@@ -77,7 +77,7 @@ class RotateKBackend(AttentionBackend):
         self.ledger = pool.ledger
         runner.req_to_token_pool.attach_aux_cache(self.ledger)
         if runner.server_args.enable_metrics and get_parallel().tp_rank == 0:
-            pool.gauges = Gauges({"model_name": runner.server_args.model_path})
+            pool.gauges = Gauges({"model_name": get_serving().served_model_name})  # as in SGLang's own
             pool.publish()
         self.parts: list[PromptPart] = []
         self.verdicts: list[Verdict] = []

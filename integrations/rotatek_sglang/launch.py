@@ -17,7 +17,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rotatek_sglang.launch",
         description="Start an SGLang server whose visual Keys (and Values) are stored as coefficients.",
-        epilog="All other flags are those of sglang.launch_server.",
+        epilog="All other flags are those of sglang.launch_server. It can be started itself, with these options in the "
+        "environment: ROTATEK_SPARSITY=0.75, ROTATEK_ALWAYS_COMPRESS=1.",
         allow_abbrev=False,
     )
     options.add_flags(parser)
@@ -33,7 +34,7 @@ def main() -> None:
     plugin.stop_unless_supported()
     import torch  # noqa: PLC0415 (only to see which machine this is)
 
-    if not torch.cuda.is_available() and "--device" not in rest:
+    if not torch.cuda.is_available() and not any(flag.partition("=")[0] == "--device" for flag in rest):
         rest += ["--device", "cpu"]
     sys.argv = ["sglang.launch_server", *rest]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)

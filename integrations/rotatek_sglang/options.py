@@ -96,7 +96,7 @@ HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "sparsity": (float, "share of Key channels removed from visual tokens, in [0, 1)"),
     "rank": (int, "coefficients kept per visual Key"),
     "energy": (float, "share of the calibrated Key variance that each layer keeps; needs a calibrated basis"),
-    "basis": (str, "how Keys are rotated: a name (default: rotatek), or the path of a calibrated basis file"),
+    "basis": (str, f"how Keys are rotated: {', '.join(BASES)} (default: rotatek), or a calibrated basis file"),
     "query_window": (int, "how many of a prompt's last queries weigh the channels (default: 32)"),
     "solver": (str, "subspace (default) or eigh"),
     "key_bits": (_bits, "code coefficients of Keys with 8, 4 or 2 bits, or, with a calibrated basis, auto"),

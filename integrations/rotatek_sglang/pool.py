@@ -31,6 +31,12 @@ def plan_for(configurator: Any) -> Plan:
     """The plan for a model whose pool SGLang is about to size (a `KVCacheConfigurator`)."""
     model, layers = configurator.model_config, configurator.layer_info
     asked = options.from_environment()
+    if configurator.kv_cache_dtype != model.dtype:
+        raise ValueError(
+            f"rotatek_sglang keeps the KV cache in the model's dtype, {model.dtype}; --kv-cache-dtype or the model's "
+            f"files ask for {configurator.kv_cache_dtype}: start the server with --dtype bfloat16 --kv-cache-dtype "
+            "bfloat16"
+        )
     parallel = get_parallel()
     if asked.fit.allocation.over == "heads" and parallel.attn_tp_size > 1:
         raise ValueError(
@@ -46,7 +52,7 @@ def plan_for(configurator: Any) -> Plan:
         parallel.attn_tp_size,
     )
     sealers = [Sealer(asked.fit, index, heads.kv_slice) for index in range(layers.start_layer, layers.end_layer)]
-    layout = find_layout(sealers, heads, configurator.kv_cache_dtype, configurator.device)
+    layout = find_layout(sealers, heads, model.dtype, configurator.device)
     requests = get_schedule().max_running_requests
     bases = asked.bases or BASES_PER_REQUEST * requests
     tables = 2 if asked.cuda_graphs else 1  # graphs read a table of their own

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from serving import Server
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -76,3 +77,14 @@ def test_a_model_is_refused_by_what_it_has(said, kind):
 def test_all_else_is_served(said):
     assert said["nothing special"] == "served"
     assert said["no flags"] == {"attention_backend": "rotatek", "page_size": "2"}
+
+
+def test_a_cache_in_another_dtype_than_the_model_is_refused(tiny, logs):
+    """Also where the files of the model ask for it, which is known once it is loaded."""
+    arguments = ["--model-path", tiny("qwen2_5_vl"), "--rank", "16", "--mem-fraction-static", "0.3"]
+    arguments += ["--max-total-tokens", "1200", "--dtype", "float32", "--kv-cache-dtype", "bfloat16"]
+    with (
+        pytest.raises(RuntimeError, match=r"in the model's dtype, torch\.float32; .* ask for torch\.bfloat16"),
+        Server("rotatek_sglang.launch", *arguments, log=logs / "dtype.log"),
+    ):
+        pass

@@ -22,6 +22,7 @@ IMAGE = message("what is in this image?", picture(1))
 @pytest.fixture(scope="module")
 def server(tiny, logs):
     arguments = ["--model-path", tiny("qwen2_5_vl"), *SMALL_POOL, "--sparsity", "0.75", "--bases", "8"]
+    arguments += ["--served-model-name", "tiny"]
     with Server("rotatek_sglang.launch", *arguments, log=logs / "compressed.log") as running:
         yield running
 
@@ -101,6 +102,7 @@ def test_the_log_and_the_metrics_say_what_is_stored(server):
     idle = server.settled()
     assert (idle["rotatek_text_rows"], idle["rotatek_visual_rows"]) == (300, 900)
     assert idle["rotatek_compression_ratio"] == 1
+    assert 'rotatek_text_rows{model_name="tiny"}' in server.get("/metrics")
 
 
 def test_metrics_follow_a_request(server, untouched):
