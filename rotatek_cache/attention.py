@@ -45,7 +45,8 @@ def attend(
 
     Returns:
         Output ``[B, Q, H_q, D_v]`` in the query's dtype and natural log-sum-exp ``[B, H_q, Q]`` in float32 (float64
-        for float64 queries). A query that sees no token has output 0 and log-sum-exp -inf.
+        for float64 queries). A query that sees no token has output 0 and log-sum-exp -inf. Of the two implementations
+        the reference alone is differentiable, and "auto" takes it for a query that requires a gradient.
     """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
@@ -150,7 +151,10 @@ def _score(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice, scor
         q = basis.project_query(q)
     if segment.batched:
         products = _products(q.flatten(0, 1), segment.batched_keys(q.dtype)).view_as(scores)
-        scores.copy_(products) if shift is None else torch.add(products, shift, out=scores)
+        if shift is None or products.requires_grad:  # an `out` takes no part in a gradient
+            scores.copy_(products if shift is None else products + shift)
+        else:
+            torch.add(products, shift, out=scores)
     else:
         scores.fill_(-torch.inf)
         for row, (_, length) in enumerate(segment.row_ranges):

@@ -46,9 +46,10 @@ def get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
             f"tokens={method} need the features of each image by itself; '{inner.config.model_type}' gives a tensor "
             f"{list(features.shape)}"
         )
-    lengths = [len(image) for image in features]
+    images = [image for image in features if len(image)]  # Idefics has an empty one for a row without images
+    lengths = [len(image) for image in images]
     method, counts = cache.counts_before(inner.config, inner.get_input_embeddings().weight.dtype, lengths)
-    choices = choose(method, list(features), counts, token_signal(tap, inner, given, lengths))
+    choices = choose(method, images, counts, token_signal(tap, inner, given, lengths))
     output.pooler_output = _applied(choices, features)
     if getattr(output, "deepstack_features", None) is not None:  # Qwen3-VL adds these in later layers
         output.deepstack_features = [_applied(choices, layer) for layer in output.deepstack_features]
@@ -59,8 +60,9 @@ def get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _applied(choices: Sequence[Choice], features: Any) -> Any:
-    """Features of each image as the choices leave them, in the form that they had."""
-    images = [choice.apply(image) for choice, image in zip(choices, features, strict=True)]
+    """Features of each image as the choices leave them, one for each that has any, in the form that they had."""
+    coming = iter(choices)
+    images = [next(coming).apply(image) if len(image) else image for image in features]
     return torch.stack(images) if isinstance(features, Tensor) else type(features)(images)
 
 

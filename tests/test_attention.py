@@ -99,6 +99,13 @@ def test_equals_softmax_attention_over_what_the_coefficients_stand_for(case, chu
     torch.testing.assert_close(without, expected)
 
 
+@pytest.mark.parametrize("lengths", [[6, 9], [9, 9]], ids=["ragged", "alike"])
+def test_a_gradient_reaches_the_query(lengths):
+    query, segments, _ = draw(2, 2, 2, 3, 32, 32, 8, lengths, 5)
+    with torch.enable_grad():
+        assert torch.autograd.gradcheck(lambda q: attend(q, segments, 0.3), query.requires_grad_())
+
+
 def test_masks_hide_tokens_and_a_query_that_sees_none_gives_zero():
     query, segments, dense = draw(2, 2, 2, 4, 32, 32, 8, [6, 9], 5)
     visible = torch.rand(2, 4, 14, generator=torch.Generator().manual_seed(1)) > 0.4

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rotatek_cache import DivPrune, VisionZip
+from rotatek_cache import DivPrune, RotateKCache, VisionZip
 from rotatek_cache.encoders import ENCODERS, encoder_tap, token_signal
 from rotatek_cache.vision import choose
 from rotatek_cache.wiring import families
@@ -350,6 +350,27 @@ def test_dropped_tokens_are_hidden_in_every_family(family, method):
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=2e-4, rtol=1e-4)
     full = [layer for layer in cache.report().layers if layer.kind == "RotateKLayer"]
     assert [layer.dropped for layer in full] == [int(dropped.sum())] * len(full)
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "smolvlm"])
+@pytest.mark.parametrize("options", [{"tokens": "divprune:0.4"}, {"tokens": "visionzip", "budget": "0.35x"}], ids=str)
+def test_rows_without_images_may_stand_anywhere(family, options):
+    """Idefics has features of each row, and empty ones for a row without images."""
+    host = build_host(family)
+    prompts = [host.tiny.prompt(n, images=images, text=12) for n, images in enumerate([(), (0, 0), (), (0,), ()])]
+
+    def generated(rows, **options):
+        cache = RotateKCache(**options)
+        output = ways.generate(host.attached, host.tiny.inputs(*rows), cache)
+        return output.sequences[:, -ways.NEW :], cache.report().layers[0].dropped
+
+    answers, dropped = generated(prompts, rank=16, **options)
+    assert dropped
+    assert torch.equal(answers[::2], generated(prompts, sparsity=0)[0][::2])
+    if "budget" not in options:  # which is that of all rows together
+        alone = [generated([prompt], rank=16, **options) for prompt in prompts]
+        assert dropped == sum(count for _, count in alone)
+        assert torch.equal(answers, torch.cat([answer for answer, _ in alone]))
 
 
 @pytest.mark.parametrize("family", ["gemma3", "aya_vision", "cohere2_vision"])
