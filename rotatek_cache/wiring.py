@@ -85,6 +85,7 @@ def families() -> list[str]:
 
 
 _SELECTING = threading.Lock()
+_POSITIONS = threading.Lock()  # while a model's M-RoPE offset is that of one conversation
 
 
 @dataclass
@@ -311,10 +312,11 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
             "cache.reset()"
         )
     if hasattr(module, "rope_deltas"):
-        if not begin and given.get("position_ids") is None:
-            module.rope_deltas = cache.rope_deltas = None  # of another conversation, or an attempt that failed
-        elif begin or cache.rope_deltas is not None:
-            module.rope_deltas = cache.rope_deltas
+        with _POSITIONS:
+            if not begin and given.get("position_ids") is None:
+                module.rope_deltas = cache.rope_deltas = None  # of another conversation, or an attempt that failed
+            elif begin or cache.rope_deltas is not None:
+                module.rope_deltas = cache.rope_deltas
     visual = _visual_positions(module, cache, given, begin)
     cache.announce_visual(visual, tokens)
     coming = cache.ledger.coming
@@ -416,10 +418,11 @@ def _prepare_position_ids_for_generation(top: Any, inputs_tensor: Tensor, model_
     prepare = type(top)._prepare_position_ids_for_generation
     if not isinstance(cache, RotateKCache) or not hasattr(inner, "rope_deltas"):
         return prepare(top, inputs_tensor, model_kwargs)
-    if cache.rope_deltas is not None and cache.get_seq_length():
-        inner.rope_deltas = cache.rope_deltas
-    positions = prepare(top, inputs_tensor, model_kwargs)
-    cache.rope_deltas = inner.rope_deltas  # another one where the turn brings images
+    with _POSITIONS:
+        if cache.rope_deltas is not None and cache.get_seq_length():
+            inner.rope_deltas = cache.rope_deltas
+        positions = prepare(top, inputs_tensor, model_kwargs)
+        cache.rope_deltas = inner.rope_deltas  # another one where the turn brings images
     return positions
 
 
