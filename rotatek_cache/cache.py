@@ -372,6 +372,8 @@ class RotateKCache(Cache):
         count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         super().crop(count if count <= 0 else min(0, count - self.get_seq_length()))
         self.ledger.truncate(self.get_seq_length())
+        if not self.get_seq_length():
+            self.rope_deltas = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b be what row ``beam_idx[b]`` was."""

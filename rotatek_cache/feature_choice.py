@@ -54,7 +54,7 @@ def get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
     if getattr(output, "deepstack_features", None) is not None:  # Qwen3-VL adds these in later layers
         output.deepstack_features = [_applied(choices, layer) for layer in output.deepstack_features]
     cache.chosen = True
-    if inner._rotatek.threads:  # in a forward, whose positions have been announced
+    if threading.get_ident() in inner._rotatek.threads:  # in a forward, whose positions have been announced
         cache.ledger.drop(kept_features(output.pooler_output))
     return output
 

@@ -85,6 +85,7 @@ def families() -> list[str]:
 
 
 _SELECTING = threading.Lock()
+_POSITIONS = threading.Lock()  # while a model's M-RoPE offset is that of one conversation
 
 
 @dataclass
@@ -311,10 +312,11 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
             "cache.reset()"
         )
     if hasattr(module, "rope_deltas"):
-        if begin:
-            module.rope_deltas = cache.rope_deltas
-        elif given.get("position_ids") is None:
-            module.rope_deltas = None  # of another conversation
+        with _POSITIONS:
+            if not begin and given.get("position_ids") is None:
+                module.rope_deltas = cache.rope_deltas = None  # of another conversation, or an attempt that failed
+            elif begin or cache.rope_deltas is not None:
+                module.rope_deltas = cache.rope_deltas
     visual = _visual_positions(module, cache, given, begin)
     cache.announce_visual(visual, tokens)
     coming = cache.ledger.coming
@@ -347,8 +349,8 @@ def _end(module: Any, cache: RotateKCache, output: Any) -> None:
     cache.ledger.end_forward()
     if cache.ledger.coming is not None and cache.ledger.end >= cache.ledger.coming.end:
         cache.ledger.coming = None
-    if output is not None:
-        # M-RoPE families keep the position offset of a conversation on the model.
+    if output is not None and cache.rope_deltas is None:
+        # M-RoPE families keep the position offset of a conversation on the model, where others may follow.
         cache.rope_deltas = getattr(module, "rope_deltas", None)
 
 
@@ -412,10 +414,16 @@ def _prepare_inputs_for_generation(top: Any, input_ids: Tensor, *args: Any, **kw
 
 def _prepare_position_ids_for_generation(top: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
     """Stands in for the model's method: M-RoPE positions go on from this conversation's offset."""
-    cache = model_kwargs.get("past_key_values")
-    if isinstance(cache, RotateKCache) and cache.rope_deltas is not None and cache.get_seq_length():
-        _inner(top).rope_deltas = cache.rope_deltas
-    return type(top)._prepare_position_ids_for_generation(top, inputs_tensor, model_kwargs)
+    cache, inner = model_kwargs.get("past_key_values"), _inner(top)
+    prepare = type(top)._prepare_position_ids_for_generation
+    if not isinstance(cache, RotateKCache) or not hasattr(inner, "rope_deltas"):
+        return prepare(top, inputs_tensor, model_kwargs)
+    with _POSITIONS:
+        if cache.rope_deltas is not None and cache.get_seq_length():
+            inner.rope_deltas = cache.rope_deltas
+        positions = prepare(top, inputs_tensor, model_kwargs)
+        cache.rope_deltas = inner.rope_deltas  # another one where the turn brings images
+    return positions
 
 
 def _generate_batch(top: Any, *args: Any, **kwargs: Any) -> Any:

@@ -188,6 +188,58 @@ def test_threads_share_a_model(llava: Host):
     assert model.config.text_config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("host", ["qwen2_vl"], indirect=True)
+def test_threads_have_positions_of_their_own(host: Host, monkeypatch):
+    """Another thread begins its answer just where the offset of this one's positions lies on the model."""
+    prompts = [host.tiny.inputs(host.tiny.prompt(1, images=images, text=3)) for images in ((0,), (0, 1))]
+
+    def conversation(inputs):
+        cache = RotateKCache(sparsity=0)
+        first = ways.generate(host.attached, inputs, cache)
+        return ways.generate(host.attached, ways.follow_up(host.tiny, inputs, first.sequences, [7, 8]), cache).sequences
+
+    expected = [conversation(inputs) for inputs in prompts]
+    prepare = type(host.attached)._prepare_position_ids_for_generation
+    got = {}
+    other = threading.Thread(target=lambda: got.update(other=conversation(prompts[1])))
+
+    def interrupted(*args):
+        positions = prepare(*args)
+        if threading.current_thread() is threading.main_thread() and other.ident is None:
+            other.start()
+            other.join(0.3)  # it must wait for this thread
+        return positions
+
+    monkeypatch.setattr(type(host.attached), "_prepare_position_ids_for_generation", interrupted)
+    got["this"] = conversation(prompts[0])
+    other.join()
+    assert torch.equal(got["this"], expected[0])
+    assert torch.equal(got["other"], expected[1])
+
+
+def test_tokens_are_chosen_by_features_while_another_thread_is_in_a_forward(llava: Host):
+    model, inputs = copy.deepcopy(llava.attached), ways.padded(llava.tiny)
+    options = {"rank": 16, "tokens": "divprune:0.5"}
+    expected = ways.generate(model, inputs, RotateKCache(**options)).sequences
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*_):
+        if threading.current_thread() is other:
+            inside.set()
+            done.wait(30)
+
+    model.model.language_model.layers[1].register_forward_pre_hook(wait)
+    other = threading.Thread(target=lambda: ways.generate(model, inputs, RotateKCache(sparsity=0)))
+    other.start()
+    assert inside.wait(30)
+    try:
+        got = ways.generate(model, inputs, RotateKCache(**options)).sequences
+    finally:
+        done.set()
+        other.join()
+    assert torch.equal(got, expected)
+
+
 # --- PEFT -------------------------------------------------------------------------------------------------------------
 
 

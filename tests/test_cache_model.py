@@ -124,7 +124,8 @@ def _forward(
         given_mask = None
     elif additive:
         given_mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
-    handle, _ = cache.update(keys, values, 0)
-    got, _ = rotatek_attention_forward(_Attention(), query, handle, handle, given_mask)
-    # A query on padding sees nothing; what it gets is nobody's business.
-    torch.testing.assert_close(got[new], expected[new], atol=1e-9, rtol=1e-9)
+    for layer in (0, 1):  # the second one finds what layers share
+        handle, _ = cache.update(keys, values, layer)
+        got, _ = rotatek_attention_forward(_Attention(), query, handle, handle, given_mask)
+        # A query on padding sees nothing; what it gets is nobody's business.
+        torch.testing.assert_close(got[new], expected[new], atol=1e-9, rtol=1e-9)

@@ -143,7 +143,9 @@ def second_turn_with_an_image(tiny: Tiny, model: PreTrainedModel, make: Make) ->
         second[tiny.token_types] = (second["input_ids"] == IMAGE).int()
         second["image_grid_thw"] = tiny.collate([[*prompt.images, content]])["image_grid_thw"]
         new = {"mm_encoder_outputs": {"image": model.model.get_image_features(**new, return_dict=True)}}
-    return _result(first) + _result(generate(model, second | new, cache))
+    answer = generate(model, second | new, cache)
+    third = follow_up(tiny, second, answer.sequences, words(6, 4))  # where its positions begin follows from both images
+    return _result(first) + _result(answer) + _result(generate(model, third, cache))
 
 
 @way
