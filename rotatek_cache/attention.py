@@ -1,4 +1,4 @@
-"""Attention over segment views: the reference in torch, which is the specification, and the way to the kernel."""
+"""Attention over segment views: the reference in torch, which is the specification, and the way to the kernels."""
 
 import functools
 import importlib
@@ -14,8 +14,11 @@ from rotatek_cache.basis import compute_dtype
 from rotatek_cache.coding import Code, CodeLayout, HeadCodes
 from rotatek_cache.segments import SegmentView
 
-Implementation = Literal["auto", "torch", "triton"]
+Implementation = Literal["auto", "torch", "triton", "cpp"]
 
+# The kernels are an optional room, imported by name where they are dispatched to: the one arrow up.
+KERNELS = {"triton": "rotatek_kernels.decode", "cpp": "rotatek_kernels.decode_cpu"}
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_TRITON = (3, 6)  # of those that the kernels were compiled with
 
 # Up to so many queries per KV head, a CPU reads long Keys up to twice as fast where the Keys are the left factor.
@@ -39,38 +42,36 @@ def attend(
         query: ``[B, H_q, Q, D]`` after RoPE.
         segments: views of what the cache stores; their KV heads divide ``H_q``.
         scale: factor on ``q . k``.
-        impl: "torch" is the reference, "triton" the kernel (an error where it cannot run), "auto" the kernel
-            on CUDA where Triton (3.6 or newer) is installed and the reference otherwise.
+        impl: "torch" is the reference, "triton" the kernel on CUDA, "cpp" the one on CPUs (errors where they cannot
+            run). "auto" is the kernel of the query's device if it reads these segments and can be had: on CUDA where
+            Triton (3.6 or newer) is installed, on CPUs where Linux has a C++ compiler. Else it is the reference.
         return_lse: whether the caller needs the log-sum-exp; None may stand in its place otherwise.
 
     Returns:
         Output ``[B, Q, H_q, D_v]`` in the query's dtype and natural log-sum-exp ``[B, H_q, Q]`` in float32 (float64
-        for float64 queries). A query that sees no token has output 0 and log-sum-exp -inf. Of the two implementations
+        for float64 queries). A query that sees no token has output 0 and log-sum-exp -inf. Of the implementations
         the reference alone is differentiable, and "auto" takes it for a query that requires a gradient.
     """
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
-    if impl == "triton" or (impl == "auto" and _kernel_reads(query, segments)):
-        # The one arrow up: the kernels are an optional room, imported by name where they are dispatched to.
-        kernel = importlib.import_module("rotatek_kernels.decode")
-        return kernel.decode_attention(query, segments, scale)
-    return reference_attention(query, segments, scale, return_lse=return_lse)
+    if impl == "auto":
+        impl = _kernel_for(query, segments) or "torch"
+    if impl == "torch":
+        return reference_attention(query, segments, scale, return_lse=return_lse)
+    if impl not in KERNELS:
+        raise ValueError(f"impl must be 'auto', 'torch', 'triton' or 'cpp', got {impl!r}")
+    return importlib.import_module(KERNELS[impl]).decode_attention(query, segments, scale)
 
 
-def _kernel_reads(query: Tensor, segments: Sequence[SegmentView]) -> bool:
-    """Whether the kernel is at hand and reads this: numbers of the query's dtype, or packed codes, on CUDA."""
-    if not query.is_cuda or query.requires_grad or query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return False
-    stored = [
-        (stored, code)
-        for segment in segments
-        for stored, code in ((segment.keys, segment.key_code), (segment.values, segment.value_code))
-    ]
-    return (
-        all(_reads_stored(numbers, code, query.dtype) for numbers, code in stored)
-        and not any(segment.is_diagonal for segment in segments)
-        and _kernel_is_installed()
-    )
+def _kernel_for(query: Tensor, segments: Sequence[SegmentView]) -> Implementation | None:
+    """The kernel that is at hand and reads this: numbers of the query's dtype, or packed codes."""
+    if query.requires_grad or query.dtype not in KERNEL_DTYPES:
+        return None
+    for segment in segments:
+        stored = ((segment.keys, segment.key_code), (segment.values, segment.value_code))
+        if segment.is_diagonal or not all(_reads_stored(numbers, code, query.dtype) for numbers, code in stored):
+            return None
+    if query.is_cuda:
+        return "triton" if _triton_is_installed() else None
+    return "cpp" if query.device.type == "cpu" and _cpp_is_compiled() else None
 
 
 def _reads_stored(stored: Tensor, code: Code | None, dtype: torch.dtype) -> bool:
@@ -80,11 +81,18 @@ def _reads_stored(stored: Tensor, code: Code | None, dtype: torch.dtype) -> bool
 
 
 @functools.cache
-def _kernel_is_installed() -> bool:
+def _triton_is_installed() -> bool:
     if any(importlib.util.find_spec(name) is None for name in ("triton", "rotatek_kernels")):
         return False
     version = importlib.metadata.version("triton").split(".")
     return (int(version[0]), int(version[1])) >= OLDEST_TRITON
+
+
+@functools.cache
+def _cpp_is_compiled() -> bool:
+    if importlib.util.find_spec("rotatek_kernels") is None:
+        return False
+    return importlib.import_module("rotatek_kernels.cpu_library").load() is not None
 
 
 def reference_attention(

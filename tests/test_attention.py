@@ -211,7 +211,7 @@ def test_the_error_of_the_output_falls_with_the_rank():
 
 def test_unknown_implementation_is_named():
     query, segments, _ = draw(1, 2, 2, 1, 32, 32, 8, [6], 5)
-    with pytest.raises(ValueError, match="impl must be 'auto', 'torch' or 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match="impl must be 'auto', 'torch', 'triton' or 'cpp', got 'cuda'"):
         attend(query, segments, 1.0, impl="cuda")
 
 

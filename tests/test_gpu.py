@@ -52,13 +52,11 @@ def test_generate_through_the_kernel_gives_what_torch_gives(host, options, dtype
     model = copy.deepcopy(host.attached).to("cuda", dtype)
     inputs = on("cuda", dtype, host.tiny.inputs(host.tiny.prompt(0, (0,)), host.tiny.prompt(1, (0,), text=3)))
     launches = []
-    reads = attention._kernel_reads
-    monkeypatch.setattr(
-        attention, "_kernel_reads", lambda *arguments: launches.append(reads(*arguments)) or launches[-1]
-    )
+    chosen = attention._kernel_for
+    monkeypatch.setattr(attention, "_kernel_for", lambda *given: launches.append(chosen(*given)) or launches[-1])
     ours = generate(model, inputs, **options)
-    assert any(launches)
-    monkeypatch.setattr(attention, "_kernel_reads", lambda *_: False)
+    assert "triton" in launches
+    monkeypatch.setattr(attention, "_kernel_for", lambda *_: None)
     expected = generate(model, inputs, **options)
     size = expected.logits[1].float().abs().max()
     # The first logits are the prefill's; in the next both have read the same cache after the same tokens.

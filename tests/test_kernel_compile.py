@@ -207,7 +207,7 @@ def test_a_triton_older_than_the_kernel_was_compiled_with_is_not_used(version, u
     from rotatek_cache import attention
 
     monkeypatch.setattr(attention.importlib.metadata, "version", lambda name: version)
-    assert attention._kernel_is_installed.__wrapped__() is used
+    assert attention._triton_is_installed.__wrapped__() is used
 
 
 def test_importing_the_package_imports_neither_triton_nor_torch():

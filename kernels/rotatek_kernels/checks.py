@@ -1,17 +1,19 @@
-"""What the fused attention can read: checks of its arguments, which name what is wrong before anything is launched."""
+"""What the fused attention can read: checks of its arguments, which name what is wrong before anything is launched.
+
+They are the same for all kernels. What checks look at, but the scale, is in `arguments_key`, so that what follows from
+arguments that were found right can be kept under it.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from rotatek_cache.basis import RANK_MULTIPLE, KeyBasis
 from rotatek_cache.coding import Code, CodeLayout, HeadCodes, Numbers
 from rotatek_cache.segments import SegmentView
-from rotatek_kernels.attend_triton import attend_splits
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -38,11 +40,38 @@ def check_arguments(query: Tensor, segments: Sequence[SegmentView], scale: float
         if not isinstance(segment, SegmentView):
             raise TypeError(f"segments[{index}] must be a SegmentView, got {type(segment).__name__}")
         _check_segment(f"segments[{index}]", segment, query, segments[0])
-    if query.device.type != "cuda" and isinstance(attend_splits, triton.runtime.JITFunction):
-        raise ValueError(
-            f"query must be on a GPU, got {query.device}; on the CPU use impl='torch', or set TRITON_INTERPRET=1 "
-            "before Triton is imported"
-        )
+
+
+def arguments_key(query: Tensor, segments: Sequence[SegmentView]) -> Hashable:
+    """What the checks look at, and all shapes, strides and dtypes.
+
+    Raises:
+        AttributeError, TypeError: something is not of its type, which `check_arguments` will name.
+    """
+    grad = torch.is_grad_enabled()
+    rows, positions = query.shape[0], query.shape[2]
+    key: list[Any] = [type(segments), grad]
+    tensors = [query]
+    for segment in segments:
+        basis, value_basis, mask, length = segment.basis, segment.value_basis, segment.mask, segment.max_length
+        # Lengths and masks differ from step to step: of them the key holds what matters.
+        key += [type(segment), segment.key_code, segment.value_code, type(length), length >> 30, length > 0]
+        tensors += [segment.keys, segment.values, segment.starts, segment.lengths]
+        for optional in (segment.slots, segment.basis_rows):
+            key.append(optional is None)
+            if optional is not None:
+                tensors.append(optional)
+        for one in (basis, value_basis):
+            held = () if one is None else (one.B, one.delta, one.scale)
+            key.append(None if one is None else (type(one), *(tensor is None for tensor in held)))
+            tensors += [tensor for tensor in held if tensor is not None]
+        if mask is not None:
+            right = mask.shape == (rows, positions, length)
+            stride = mask.stride(2) if length > 1 else 1
+            gradient = mask.requires_grad and grad
+            key.append((type(mask), mask.dtype, mask.device, stride, gradient, right or mask.shape))
+    key += [(type(t), t.dtype, t.device, t.shape, t.stride(), t.requires_grad and grad) for t in tensors]
+    return tuple(key)
 
 
 def check_scale(scale: float) -> None:

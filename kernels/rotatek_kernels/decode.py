@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from rotatek_cache.segments import SegmentView
 from rotatek_kernels.attend_triton import attend_splits
-from rotatek_kernels.checks import check_arguments, check_scale
+from rotatek_kernels.checks import arguments_key, check_arguments, check_scale
 from rotatek_kernels.forms import STATE_ALIGN, MergeArguments, SegmentArguments
 from rotatek_kernels.merge_triton import merge_splits
 from rotatek_kernels.shapes import BlockSizes, SegmentShape, Shapes, odd, shapes_of
@@ -84,7 +85,7 @@ def forced_sizes(sizes: BlockSizes) -> Iterator[None]:
 def _checked_shapes(query: Tensor, segments: Sequence[SegmentView], scale: float) -> Shapes:
     """`shapes_of` checked arguments. All that checks look at, but the scale, is in the key under which it is kept."""
     try:
-        key = _key(query, segments)
+        key = arguments_key(query, segments)
         shapes = _REMEMBERED.get(key)
     except (AttributeError, TypeError):
         key = shapes = None  # something is not of its type, which the checks will name
@@ -92,39 +93,17 @@ def _checked_shapes(query: Tensor, segments: Sequence[SegmentView], scale: float
         check_scale(scale)
         return shapes
     check_arguments(query, segments, scale)
+    if query.device.type != "cuda" and isinstance(attend_splits, triton.runtime.JITFunction):
+        raise ValueError(
+            f"query must be on a GPU, got {query.device}; on the CPU use impl='cpp' or 'torch', or set "
+            "TRITON_INTERPRET=1 before Triton is imported"
+        )
     shapes = shapes_of(query, segments, _FORCED.get(None))
     if key is not None:
         if len(_REMEMBERED) >= REMEMBERED:
             _REMEMBERED.clear()
         _REMEMBERED[key] = shapes
     return shapes
-
-
-def _key(query: Tensor, segments: Sequence[SegmentView]) -> Hashable:
-    grad = torch.is_grad_enabled()
-    rows, positions = query.shape[0], query.shape[2]
-    key: list[Any] = [type(segments), grad]
-    tensors = [query]
-    for segment in segments:
-        basis, value_basis, mask, length = segment.basis, segment.value_basis, segment.mask, segment.max_length
-        # Lengths and masks differ from step to step: of them the key holds what matters.
-        key += [type(segment), segment.key_code, segment.value_code, type(length), length >> 30, length > 0]
-        tensors += [segment.keys, segment.values, segment.starts, segment.lengths]
-        for optional in (segment.slots, segment.basis_rows):
-            key.append(optional is None)
-            if optional is not None:
-                tensors.append(optional)
-        for one in (basis, value_basis):
-            held = () if one is None else (one.B, one.delta, one.scale)
-            key.append(None if one is None else (type(one), *(tensor is None for tensor in held)))
-            tensors += [tensor for tensor in held if tensor is not None]
-        if mask is not None:
-            right = mask.shape == (rows, positions, length)
-            stride = mask.stride(2) if length > 1 else 1
-            gradient = mask.requires_grad and grad
-            key.append((type(mask), mask.dtype, mask.device, stride, gradient, right or mask.shape))
-    key += [(type(t), t.dtype, t.device, t.shape, t.stride(), t.requires_grad and grad) for t in tensors]
-    return tuple(key)
 
 
 def plan(

@@ -1,0 +1,98 @@
+"""The compiled part of the CPU attention: built from `attend_cpu.cpp` for this processor when it is first needed."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("attend_cpu.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+COMPILERS = ("c++", "g++", "clang++")
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library; None, after a warning that says why, where it cannot be compiled.
+
+    Where there is no C++ compiler (`CXX` names one, else ``c++``, ``g++`` or ``clang++`` is looked for) or the system
+    is not Linux, it is None without a warning: nothing is wrong there.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    try:
+        return opened(build(compiler, FLAGS))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        warnings.warn(
+            f"the attention of rotatek_kernels on CPUs could not be compiled with {' '.join(compiler)}, torch does its "
+            f"work, slower; the compiler said: {said.strip()}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def opened(path: Path) -> ctypes.CDLL:
+    """The library with the types of its function."""
+    library = ctypes.CDLL(str(path))
+    library.rotatek_attend.argtypes = (ctypes.c_void_p, ctypes.c_double)
+    library.rotatek_attend.restype = None
+    return library
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a C++ compiler, on Linux."""
+    if sys.platform != "linux":
+        return None
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        return named
+    found = next((name for name in COMPILERS if shutil.which(name)), None)
+    return None if found is None else [found]
+
+
+def build(compiler: list[str], flags: tuple[str, ...]) -> Path:
+    """The shared library, compiled if the cache folder does not have it.
+
+    The folder is ``rotatek`` under `XDG_CACHE_HOME` (``~/.cache`` by default). The name says for which source, flags,
+    compiler and processor a library is.
+    """
+    command = [*compiler, *flags]
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), *command, _openmp(), _processor()]).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotatek"
+    library = folder / f"attend_cpu-{key[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        made = Path(place) / library.name
+        libraries = [_openmp()] if _openmp() else []
+        subprocess.run([*command, str(SOURCE), *libraries, "-o", str(made)], check=True, capture_output=True, text=True)  # noqa: S603
+        made.replace(library)  # at once, so that processes that compile at the same time do not meet half a file
+    return library
+
+
+def _openmp() -> str:
+    """torch's own OpenMP library, if it brings one: with another, its idle threads and ours would be in the way."""
+    path = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    return str(path) if path.exists() else ""
+
+
+@functools.cache
+def _processor() -> str:
+    """What ``-march=native`` goes by, so that machines that share a home folder do not share a library."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {features}"
