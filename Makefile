@@ -20,6 +20,11 @@ SHAPES ?= llava-next-8b qwen2.5-vl-7b qwen3-vl-8b
 # The demo's own: IMAGE=page.png QUESTION="row 3?" MODEL=name-or-path SPARSITY=0.75 OUT=folder
 export IMAGE QUESTION MODEL SPARSITY OUT
 
+# How the C++ of the kernels is laid out.
+CLANG_STYLE := {BasedOnStyle: Google, IndentWidth: 4, ColumnLimit: 120, AllowShortCaseLabelsOnASingleLine: true, \
+	AccessModifierOffset: -2}
+CPP := kernels/rotatek_kernels/*.cpp
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -74,10 +79,12 @@ report: $(VENV)/.evals  ## One page, report/report.html, out of the stored resul
 lint: $(VENV)/.dev  ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --style='$(CLANG_STYLE)' --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff format
+	$(BIN)/clang-format --style='$(CLANG_STYLE)' -i $(CPP)
 
 # On CPU builds of torch the torchvision of lmms-eval cannot be imported, and transformers would try.
 $(VENV)/.lmms: $(VENV)/.torch pyproject.toml

@@ -112,6 +112,9 @@ CASES = {
         value_heads=(((8, 72),), ((4, 8),), ((2, 16),)),
     ),
     "heads-numbers": Case(((40, 66),), (4, 2), key_heads=(8, 40), value_heads=(24, 64)),
+    "heads-only-one": Case(
+        ((40, 66),), (4, 2), heads=1, delta=False, key_heads=(((8, 8), (2, 16)),), value_heads=(((4, 40),),)
+    ),
     "heads-many-queries": Case(
         ((40, 66),), (4, 2), queries=5, mask="additive", key_heads=(((4, 16), (2, 8)), ((2, 24),)), value_heads=(16, 8)
     ),
@@ -610,3 +613,15 @@ def test_segments_without_room_see_nothing(kernel):
     out, lse = kernel.decode_attention(query, [empty], 0.125)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+
+
+@pytest.mark.parametrize("state", ["keys", "values"])
+@pytest.mark.parametrize("spoilt", [slice(0, 1), slice(None)], ids=["one-token", "all"])
+def test_what_is_not_a_number_is_not_hidden(state, spoilt, kernel):
+    query, segments = draw(CASES["no-text"], torch.float32, kernel.device)
+    getattr(segments[0], state)[:, 3:67][:, spoilt] = torch.nan  # of the first row
+    out, lse = kernel.decode_attention(query, segments, 0.125)
+    expected_out, expected_lse = reference_attention(query, segments, 0.125)
+    assert torch.equal(out.isnan(), expected_out.isnan())
+    assert torch.equal(lse.isnan(), expected_lse.isnan())
+    assert out[0].isnan().all()

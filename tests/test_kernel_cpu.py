@@ -25,6 +25,7 @@ from kernel_contract import (
     test_order_of_segments_does_not_matter,  # noqa: F401
     test_rows_without_tokens_see_nothing,  # noqa: F401
     test_segments_without_room_see_nothing,  # noqa: F401
+    test_what_is_not_a_number_is_not_hidden,  # noqa: F401
 )
 from tiny_models import FAMILIES
 

@@ -1,9 +1,10 @@
 // Attention over segment views on a CPU, decoded from what the segments store.
 //
-// The tokens that a row and KV head see are cut into pieces. A piece goes through its tokens tile by tile: numbers and
-// codes become float32 in the first-level cache (float32 rows of whole vectors are read where they lie), all queries of
-// the head meet them there, an online softmax keeps what is summed of the Values. What the pieces of a row and head
-// found is merged by its log-sum-exp, and coefficients of Values are rotated back once.
+// The tokens that a row and KV head see are cut into pieces. A piece goes through its tokens tile by tile: all queries
+// of the head meet them in the first-level cache, where an online softmax keeps what is summed of the Values. Rows of
+// numbers are read where they lie if they are whole vectors; others, and codes, become rows of float32 beside them.
+// What the pieces of a row and head found is merged by its log-sum-exp, and coefficients of Values are rotated back
+// once.
 //
 // All inner loops are two: products of rows (`dots`: scores, and rotating back) and weighted sums of rows (`sums`:
 // outputs, and projecting queries). Vectors are as wide as those of the processor this is compiled for.
@@ -42,22 +43,6 @@ typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 
 constexpr int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
 
-inline Floats load(const float* from) {
-    Floats vector;
-    std::memcpy(&vector, from, sizeof vector);
-    return vector;
-}
-
-struct Brain {  // bfloat16
-    uint16_t bits;
-};
-
-struct Half {  // float16
-    uint16_t bits;
-};
-
-inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
-
 inline Floats all(float number) { return number - Floats{}; }
 
 // ---- numbers ----
@@ -66,9 +51,13 @@ enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16, INT8, UINT8, INT32, INT64, BOO
 
 inline int64_t size_of(Type type) {
     switch (type) {
-        case INT8: case UINT8: case BOOL: return 1;
-        case BFLOAT16: case FLOAT16: return 2;
-        case FLOAT32: case INT32: return 4;
+        case INT8:
+        case UINT8:
+        case BOOL: return 1;
+        case BFLOAT16:
+        case FLOAT16: return 2;
+        case FLOAT32:
+        case INT32: return 4;
         default: return 8;
     }
 }
@@ -79,55 +68,58 @@ inline float as_float(uint32_t bits) {
     return number;
 }
 
-inline float from_bfloat16(uint16_t bits) { return as_float(uint32_t(bits) << 16); }
-
-inline float from_float16(uint16_t bits) {
-    const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13;
-    const float scaled = as_float(magnitude) * 0x1p112f;  // subnormal numbers come out right
-    const float number = magnitude >= (0x7c00u << 13) ? as_float(magnitude | 0x7f800000u) : scaled;
-    return bits & 0x8000 ? -number : number;
-}
-
 inline uint32_t bits_of(float number) {
     uint32_t bits;
     std::memcpy(&bits, &number, sizeof bits);
     return bits;
 }
 
-inline uint16_t to_bfloat16(float number) {
-    const uint32_t bits = bits_of(number);
-    if (number != number) return uint16_t(bits >> 16 | 0x40);
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to the nearest, ties to even
-}
+struct Brain {  // bfloat16
+    uint16_t bits;
 
-inline uint16_t to_float16(float number) {
-    const uint32_t bits = bits_of(number), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
-    if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to more than the largest
-    if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves multiples of 2^-24 in the lowest bits
-        return uint16_t(sign | (bits_of(as_float(magnitude) + 0.5f) - 0x3f000000));
+    Brain() = default;
+    explicit Brain(float number) {
+        const uint32_t wide = bits_of(number);
+        if (number != number) {
+            bits = uint16_t(wide >> 16 | 0x40);
+        } else {
+            bits = uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);  // to the nearest, ties to even
+        }
     }
-    return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
-}
+    operator float() const { return as_float(uint32_t(bits) << 16); }
+};
 
-inline float number_at(const char* data, Type type, int64_t index) {
-    switch (type) {
-        case FLOAT32: return reinterpret_cast<const float*>(data)[index];
-        case BFLOAT16: return from_bfloat16(reinterpret_cast<const uint16_t*>(data)[index]);
-        case FLOAT16: return from_float16(reinterpret_cast<const uint16_t*>(data)[index]);
-        case FLOAT64: return float(reinterpret_cast<const double*>(data)[index]);
-        default: return float(reinterpret_cast<const int8_t*>(data)[index]);
+struct Half {  // float16
+    uint16_t bits;
+
+    Half() = default;
+    explicit Half(float number) {
+        const uint32_t wide = bits_of(number), magnitude = wide & 0x7fffffff;
+        uint32_t half;
+        if (magnitude > 0x7f800000) {
+            half = 0x7e00;  // not a number
+        } else if (magnitude >= 0x477ff000) {
+            half = 0x7c00;                    // rounds to more than the largest
+        } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves multiples of 2^-24 in the lowest bits
+            half = bits_of(as_float(magnitude) + 0.5f) - 0x3f000000;
+        } else {
+            half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+        }
+        bits = uint16_t((wide >> 16 & 0x8000) | half);
     }
-}
+    operator float() const {
+        const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13;
+        const float scaled = as_float(magnitude) * 0x1p112f;  // subnormal numbers come out right
+        const float number = magnitude >= (0x7c00u << 13) ? as_float(magnitude | 0x7f800000u) : scaled;
+        return bits & 0x8000 ? -number : number;
+    }
+};
 
-inline int64_t integer_at(const char* data, Type type, int64_t index) {
-    return type == INT32 ? reinterpret_cast<const int32_t*>(data)[index] : reinterpret_cast<const int64_t*>(data)[index];
+inline Floats load(const float* from) {
+    Floats vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
 }
-
-inline float number(float stored) { return stored; }
-inline float number(int8_t stored) { return stored; }
-inline float number(Brain stored) { return from_bfloat16(stored.bits); }
-inline float number(Half stored) { return from_float16(stored.bits); }
 
 inline Floats load(const Brain* from) {
     typedef uint16_t Stored __attribute__((vector_size(LANES * 2)));
@@ -146,15 +138,43 @@ inline Floats load(const Half* from) {
     return Floats(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
     Floats vector;
-    for (int i = 0; i < LANES; ++i) vector[i] = number(from[i]);
+    for (int i = 0; i < LANES; ++i) vector[i] = from[i];
     return vector;
 #endif
 }
 
+inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
+
+template <typename Number>
+inline Number at(const char* data, int64_t index) {
+    return reinterpret_cast<const Number*>(data)[index];
+}
+
+inline float number_at(const char* data, Type type, int64_t index) {
+    switch (type) {
+        case FLOAT32: return at<float>(data, index);
+        case BFLOAT16: return at<Brain>(data, index);
+        case FLOAT16: return at<Half>(data, index);
+        case FLOAT64: return float(at<double>(data, index));
+        default: return at<int8_t>(data, index);
+    }
+}
+
+inline int64_t integer_at(const char* data, Type type, int64_t index) {
+    return type == INT32 ? at<int32_t>(data, index) : at<int64_t>(data, index);
+}
+
+inline void write_number(char* data, Type type, int64_t index, float number) {
+    switch (type) {
+        case BFLOAT16: reinterpret_cast<Brain*>(data)[index] = Brain(number); break;
+        case FLOAT16: reinterpret_cast<Half*>(data)[index] = Half(number); break;
+        default: reinterpret_cast<float*>(data)[index] = number;
+    }
+}
+
 template <typename Number>
 inline void read_as(const char* data, int64_t width, float* to) {
-    const Number* numbers = reinterpret_cast<const Number*>(data);
-    for (int64_t i = 0; i < width; ++i) to[i] = number(numbers[i]);
+    for (int64_t i = 0; i < width; ++i) to[i] = at<Number>(data, i);
 }
 
 inline void read_numbers(const char* data, Type type, int64_t width, float* to) {
@@ -205,7 +225,7 @@ struct Words {
     const char* address() { return reinterpret_cast<const char*>(*next++); }
 };
 
-struct Vector {  // of integers, one a row
+struct Vector {  // of integers, one for each row
     const char* data;
     Type type;
     int64_t stride;
@@ -218,7 +238,11 @@ struct Matrix {  // of a basis: heads, rows, and what is inside
     Type type;
     int64_t head, row, line;
     explicit Matrix(Words& words)
-        : data(words.address()), type(words.type()), head(words.integer()), row(words.integer()), line(words.integer()) {}
+        : data(words.address()),
+          type(words.type()),
+          head(words.integer()),
+          row(words.integer()),
+          line(words.integer()) {}
     const char* of(int64_t h, int64_t r) const { return data + (h * head + r * row) * size_of(type); }
 };
 
@@ -235,8 +259,15 @@ struct Rows {  // Keys or Values of a segment
     Matrix decoder, delta, scale;
 
     explicit Rows(Words& words)
-        : data(words.address()), type(words.type()), head_stride(words.integer()), token_stride(words.integer()),
-          tokens(words.integer()), heads(table(words)), decoder(words), delta(words), scale(words) {}
+        : data(words.address()),
+          type(words.type()),
+          head_stride(words.integer()),
+          token_stride(words.integer()),
+          tokens(words.integer()),
+          heads(table(words)),
+          decoder(words),
+          delta(words),
+          scale(words) {}
 
     static std::vector<HeadRows> table(Words& words) {
         Words entries{reinterpret_cast<const int64_t*>(words.address())};
@@ -261,7 +292,7 @@ struct Rows {  // Keys or Values of a segment
 struct Segment {
     Rows keys, values;
     Vector starts, lengths, basis_rows;
-    Vector slots;
+    Vector slots;  // of token j of a row, whose numbers are `stride` apart
     int64_t max_length;
     const char* mask;
     Type mask_type;
@@ -269,15 +300,26 @@ struct Segment {
     double hidden;
 
     explicit Segment(Words& words)
-        : keys(words), values(words), starts(words), lengths(words), basis_rows(words), slots(words),
-          max_length(words.integer()), mask(words.address()), mask_type(words.type()),
-          mask_row(words.integer()), mask_query(words.integer()), mask_token(words.integer()) {
+        : keys(words),
+          values(words),
+          starts(words),
+          lengths(words),
+          basis_rows(words),
+          slots(words),
+          max_length(words.integer()),
+          mask(words.address()),
+          mask_type(words.type()),
+          mask_row(words.integer()),
+          mask_query(words.integer()),
+          mask_token(words.integer()) {
         std::memcpy(&hidden, words.next++, sizeof hidden);
     }
 
     int64_t length(int64_t row) const { return std::clamp<int64_t>(lengths.at(row), 0, max_length); }
     int64_t basis_row(int64_t row) const { return basis_rows.data ? basis_rows.at(row) : row; }
-    int64_t slot(int64_t row, int64_t index) const { return integer_at(slots.data, slots.type, row * slots.stride + index); }
+    int64_t slot(int64_t row, int64_t index) const {
+        return integer_at(slots.data, slots.type, row * slots.stride + index);
+    }
 };
 
 // Rows of numbers, whole vectors wide, and behind them AHEAD more addresses, of what is going to be read next.
@@ -410,17 +452,17 @@ void dots_as(const float* queries, int64_t query_stride, int n, const Tile& tile
              float* scores, int64_t score_stride) {
     int m = 0;
     for (; m + 4 <= n; m += 4) {
-        dots_of_rows<Number, 4>(queries + m * query_stride, query_stride, tile, count, width,
-                                scores + m * score_stride, score_stride);
+        dots_of_rows<Number, 4>(queries + m * query_stride, query_stride, tile, count, width, scores + m * score_stride,
+                                score_stride);
     }
     if (m + 2 <= n) {
-        dots_of_rows<Number, 2>(queries + m * query_stride, query_stride, tile, count, width,
-                                scores + m * score_stride, score_stride);
+        dots_of_rows<Number, 2>(queries + m * query_stride, query_stride, tile, count, width, scores + m * score_stride,
+                                score_stride);
         m += 2;
     }
     if (m < n) {
-        dots_of_rows<Number, 1>(queries + m * query_stride, query_stride, tile, count, width,
-                                scores + m * score_stride, score_stride);
+        dots_of_rows<Number, 1>(queries + m * query_stride, query_stride, tile, count, width, scores + m * score_stride,
+                                score_stride);
     }
 }
 
@@ -600,8 +642,7 @@ void project(const Problem& problem, const Segment& segment, const Piece& piece,
 void hide(const Problem& problem, const Segment& segment, const Piece& piece, int64_t from, int count, float* scores) {
     for (int64_t m = 0; m < piece.queries; ++m) {
         const int64_t query = (piece.query + m) % problem.queries;
-        const int64_t first =
-            piece.row * segment.mask_row + query * segment.mask_query + from * segment.mask_token;
+        const int64_t first = piece.row * segment.mask_row + query * segment.mask_query + from * segment.mask_token;
         float* of_query = scores + m * TILE;
         for (int t = 0; t < count; ++t) {
             const int64_t index = first + t * segment.mask_token;
@@ -696,7 +737,7 @@ void merge(const Problem& problem, const std::vector<Piece>& pieces, std::size_t
         for (; i < to && pieces[i].segment == index; ++i) {
             for (int64_t m = 0; m < n; ++m) {
                 const int64_t state = states.first[i] + m;
-                if (states.most[state] == NONE) continue;
+                if (states.total[state] == 0) continue;
                 const float weight = std::exp(states.most[state] - peaks[m]);
                 held[m] += weight * states.total[state];
                 const float* numbers = &states.sums[state * states.width];
@@ -740,16 +781,11 @@ void merge(const Problem& problem, const std::vector<Piece>& pieces, std::size_t
         const int64_t index = one.query + m, position = index % problem.queries;
         const int64_t head = one.head * problem.group + index / problem.queries;
         problem.lse[(one.row * q_heads + head) * problem.queries + position] =
-            totals[m] > 0 ? peaks[m] + std::log(totals[m]) : NONE;
-        const float factor = totals[m] > 0 ? 1 / totals[m] : 0.0f;
+            totals[m] == 0 ? NONE : peaks[m] + std::log(totals[m]);
+        const float factor = totals[m] == 0 ? 0.0f : 1 / totals[m];
         const int64_t first = ((one.row * problem.queries + position) * q_heads + head) * value_width;
         for (int64_t d = 0; d < value_width; ++d) {
-            const float number = out[m * value_width + d] * factor;
-            switch (problem.type) {
-                case FLOAT32: reinterpret_cast<float*>(problem.out)[first + d] = number; break;
-                case BFLOAT16: reinterpret_cast<uint16_t*>(problem.out)[first + d] = to_bfloat16(number); break;
-                default: reinterpret_cast<uint16_t*>(problem.out)[first + d] = to_float16(number);
-            }
+            write_number(problem.out, problem.type, first + d, out[m * value_width + d] * factor);
         }
     }
 }
@@ -808,7 +844,8 @@ extern "C" void rotatek_attend(const int64_t* described, double scale) {
     int64_t widest = padded(std::max(problem.width, problem.value_width)), state_width = padded(problem.value_width);
     for (int64_t s = 0; s < count; ++s) {
         problem.segments.emplace_back(words);
-        for (const HeadRows& head : problem.segments.back().keys.heads) widest = std::max(widest, padded(head.channels));
+        for (const HeadRows& head : problem.segments.back().keys.heads)
+            widest = std::max(widest, padded(head.channels));
         for (const HeadRows& head : problem.segments.back().values.heads) {
             state_width = std::max(state_width, padded(head.channels));
         }

@@ -109,8 +109,8 @@ def _rows(stored: Tensor, code: Code | None, basis: KeyBasis | None) -> list[int
     """What `Rows` of attend_cpu.cpp reads, in its order."""
     assert code is None or isinstance(code, CodeLayout | HeadCodes)  # as checked
     table = _table(code or Numbers(stored.shape[-1]))
-    if isinstance(code, HeadCodes):  # heads one after the other: what they have in common is their number of tokens
-        place = (0, 0, stored.numel() // sum(code.widths))
+    if isinstance(code, HeadCodes):  # heads one after the other, whose strides follow from their widths
+        place = (0, code.widths[0], stored.numel() // sum(code.widths))
     else:
         place = (stored.stride(0), stored.stride(1), stored.shape[1])
     words = [stored.data_ptr(), TYPES[stored.dtype], *place, table.address]
