@@ -1,14 +1,14 @@
 """Time of decode attention: RotateK against the best dense decodes at hand.
 
-    python -m evals.bench_kernel --device cpu         # one decoded token of one layer, update plus attention, in torch
+    python -m evals.bench_kernel --device cpu         # one decoded token of one layer, update plus attention
     python -m evals.bench_kernel --device cuda        # the fused kernel, all sizes; JSON and a figure beside it
     python -m evals.bench_kernel --device rehearsal   # the same in Triton's interpreter, small and without a clock
     python -m evals.bench_kernel --roofline           # what bytes and instructions allow on an H200; needs no GPU
 
 On the CPU every method is run in turn, round after round, so that all of them meet the same machine and cold caches;
-ratios are of medians in that one run. On CUDA medians are taken with a cold L2 cache, called and replayed from a CUDA
-graph. No speed is printed before the answers agree; on the CPU the Keys are drawn with rank r, so that the compressed
-answer must equal the dense one.
+ratios are of medians in that one run, over the best of the dense ways that torch and transformers have. On CUDA medians
+are taken with a cold L2 cache, called and replayed from a CUDA graph. No speed is printed before the answers agree; on
+the CPU the Keys are drawn with rank r, so that the compressed answer must equal the dense one.
 
 `--only` picks parts of a run on CUDA: "decode" (batches and tokens as given), "queries" (several queries a row), "fit"
 (a basis, beside the prefill of a layer), "blocks" (block sizes in turn; see `evals.block_sizes`). `--minutes` ends it
@@ -50,6 +50,7 @@ def main() -> None:
     cpu.add_argument("--kv-heads", type=int, default=8)
     cpu.add_argument("--width", type=int, default=128, help="head width")
     cpu.add_argument("--rank", type=int, default=32)
+    cpu.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     cpu.add_argument("--rounds", type=int, default=60)
     cpu.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -87,6 +87,9 @@ CASES = {
     ),
     "width256-group16-one-query": Case(((70,),), (5,), heads=1, group=16, width=256, value_width=256, rank=64),
     "batch-256": Case(((1, 2) * 128,), None, heads=1, group=1, width=16, value_width=16, rank=8),
+    "image-of-16k": Case(
+        ((16384,),), (5,), heads=1, group=1, width=16, value_width=16, rank=8, value_code=((4, 16),), sharpness=3.0
+    ),
     "text-of-32k": Case(((9,),), (32768,), heads=1, group=1, width=16, value_width=16, rank=8),
     "heads-mixed-bits": Case(
         ((65, 40),),

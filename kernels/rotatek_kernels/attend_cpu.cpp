@@ -481,12 +481,7 @@ void dots(const float* queries, int64_t query_stride, int n, const Tile& tile, i
 template <typename Number, int M, int VECTORS>
 inline void sums_of(const float* weights, int64_t weight_stride, const Tile& tile, int count, int64_t column,
                     const float* factors, float* sums, int64_t sum_stride) {
-    Floats held[M][VECTORS];
-    for (int m = 0; m < M; ++m) {
-        for (int v = 0; v < VECTORS; ++v) {
-            held[m][v] = load(sums + m * sum_stride + column + v * LANES) * all(factors[m]);
-        }
-    }
+    Floats held[M][VECTORS] = {};  // of the tile alone: thousands of tokens added up one by one would lose digits
     for (int t = 0; t < count; ++t) {
         const Number* row = reinterpret_cast<const Number*>(tile.row[t]) + column;
         const Number* next = reinterpret_cast<const Number*>(tile.row[t + AHEAD]) + column;
@@ -501,7 +496,10 @@ inline void sums_of(const float* weights, int64_t weight_stride, const Tile& til
         }
     }
     for (int m = 0; m < M; ++m) {
-        for (int v = 0; v < VECTORS; ++v) store(sums + m * sum_stride + column + v * LANES, held[m][v]);
+        for (int v = 0; v < VECTORS; ++v) {
+            float* sum = sums + m * sum_stride + column + v * LANES;
+            store(sum, load(sum) * all(factors[m]) + held[m][v]);
+        }
     }
 }
 
