@@ -20,7 +20,9 @@ import datetime
 import importlib
 import json
 import os
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,7 @@ def main() -> None:
             rehearse(args)
             return
         result = on_cuda(args) if args.device == "cuda" else importlib.import_module("evals.bench_cpu").run(args)
+    result["command"] = shlex.join(["python", "-m", "evals.bench_kernel", *sys.argv[1:]])
     result["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -205,6 +206,7 @@ def main() -> None:
         "settings": {name: value for name, value in vars(given).items() if name != "out"},
         "machine": machine,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "sglang", "transformers")},
+        "command": shlex.join(["python", "evals/bench_serving.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "rows": rows,
     }

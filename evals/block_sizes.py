@@ -13,6 +13,8 @@ import datetime
 import functools
 import json
 import math
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
@@ -167,7 +169,9 @@ def main() -> None:
     if args.out:
         versions = {name: metadata.version(name) for name in ("torch", "triton")}
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        result = {"measured": "compiled code, no clock", "rows": rows, "versions": versions, "date": date}
+        command = shlex.join(["python", "-m", "evals.block_sizes", *sys.argv[1:]])
+        result = {"measured": "compiled code, no clock", "command": command, "rows": rows}
+        result |= {"versions": versions, "date": date}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -11,6 +11,8 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import shlex
+import sys
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -105,6 +107,7 @@ def main() -> None:
     found = {
         "settings": {name: value for name, value in vars(given).items() if name != "out"},
         "machine": {"cpu": platform.machine(), "torch": importlib.metadata.version("torch")},
+        "command": shlex.join(["python", "evals/serving_capacity.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "dense": base,
         "rows": rows,
