@@ -27,7 +27,7 @@ from evals.roofline import A100, B200, H200, Gpu, token_bytes
 from rotatek_cache.coding import CodeLayout, HeadCodes
 from rotatek_kernels import decode
 from rotatek_kernels.resources import Resources, plan_of_shape, resources, segment_of_shape
-from rotatek_kernels.shapes import BLOCK_SIZES, BlockSizes
+from rotatek_kernels.shapes import BLOCK_SIZES, BlockSizes, kind_of
 
 GPUS = (A100, H200, B200)
 LATENCY = 8e-7  # seconds that a load of a busy memory takes, about
@@ -44,6 +44,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
             "per head, to 16 bytes": MIXED,
         }.items()
     },
+    "8 bit": {"8 bit, 32 channels": dict.fromkeys(("key_code", "value_code"), CodeLayout(((8, 32),)))},
     "2 bit": {"2 bit, 64 channels": dict.fromkeys(("key_code", "value_code"), CodeLayout(((2, 64),)))},
 }
 
@@ -90,6 +91,12 @@ def judged(found: Resources, sizes: BlockSizes, block_n: int, size: int, gpu: Gp
         "KiB in flight": in_flight / 1024,
         "ps a token": max(by_bytes, by_issue) * 1e12 if programs and not found.spills else math.inf,
     }
+
+
+def used(kind: str, name: str, width: int) -> bool:
+    """Whether an entry of `BLOCK_SIZES` is that of a shape with heads of `width`."""
+    query = torch.empty(1, 32, 1, width, dtype=torch.bfloat16, device="meta")
+    return kind_of(query, [segment_of_shape(1, 8, 1, width, torch.bfloat16, **SHAPES[kind][name])]) == kind
 
 
 def by_code(kind: str, name: str, width: int, gpu: Gpu) -> dict[str, Any]:
@@ -155,6 +162,8 @@ def main() -> None:
         for kind in args.kinds:
             for name in SHAPES[kind]:
                 for width in args.widths:
+                    if not used(kind, name, width):
+                        continue
                     row = by_code(kind, name, width, gpu)
                     rows.append(row)
                     print(f"{gpu.target} D {width} {name}: best is candidate {row['best']}")

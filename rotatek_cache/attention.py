@@ -50,7 +50,7 @@ def attend(
     Returns:
         Output ``[B, Q, H_q, D_v]`` in the query's dtype and natural log-sum-exp ``[B, H_q, Q]`` in float32 (float64
         for float64 queries). A query that sees no token has output 0 and log-sum-exp -inf. Of the implementations
-        the reference alone is differentiable, and "auto" takes it for a query that requires a gradient.
+        the reference alone is differentiable, and "auto" takes it where a gradient is required.
     """
     if impl == "auto":
         impl = _kernel_for(query, segments) or "torch"
@@ -63,7 +63,11 @@ def attend(
 
 def _kernel_for(query: Tensor, segments: Sequence[SegmentView]) -> Implementation | None:
     """The kernel that is at hand and reads this: numbers of the query's dtype, or packed codes."""
-    if query.requires_grad or query.dtype not in KERNEL_DTYPES:
+    if query.dtype not in KERNEL_DTYPES:
+        return None
+    if torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (query, *(t for s in segments for t in (s.keys, s.values)))
+    ):
         return None
     for segment in segments:
         stored = ((segment.keys, segment.key_code), (segment.values, segment.value_code))

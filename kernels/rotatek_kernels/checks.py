@@ -17,9 +17,7 @@ from rotatek_cache.segments import SegmentView
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
-MAX_GRID = 65535  # programs along the second and third dimension of a grid
 USE = "use impl='torch'"
-MAX_GROUP = 64  # query heads of a KV head
 
 
 def check_arguments(query: Tensor, segments: Sequence[SegmentView], scale: float) -> None:
@@ -29,8 +27,6 @@ def check_arguments(query: Tensor, segments: Sequence[SegmentView], scale: float
         raise TypeError(f"query must be float16, bfloat16 or float32, got {query.dtype}")
     if query.dim() != 4 or 0 in query.shape:
         raise ValueError(f"query must be [B, H_q, Q, D], none of them 0, got shape {tuple(query.shape)}")
-    if query.shape[0] > MAX_GRID:
-        raise ValueError(f"query must have at most {MAX_GRID} rows, got {query.shape[0]}")
     check_scale(scale)
     if isinstance(segments, SegmentView) or not isinstance(segments, Sequence):
         raise TypeError(f"segments must be a sequence of SegmentView, got {type(segments).__name__}")
@@ -92,14 +88,10 @@ def _check_segment(name: str, segment: SegmentView, query: Tensor, first: Segmen
     for state, code in (("keys", segment.key_code), ("values", segment.value_code)):
         _check_storage(f"{name}.{state}", getattr(segment, state), code, query)
     heads = segment.heads
-    if heads == 0 or heads > MAX_GRID or q_heads % heads or heads != first.heads:
+    if heads == 0 or q_heads % heads or heads != first.heads:
         raise ValueError(
             f"{name}.keys must have KV heads that divide the query's {q_heads} and are those of segments[0] "
             f"({first.heads}), got {heads}"
-        )
-    if q_heads // heads > MAX_GROUP:
-        raise ValueError(
-            f"{name}.keys must have at least one KV head for {MAX_GROUP} query heads, got {heads} for {q_heads}"
         )
     key_shape, value_shape = (
         _heads_and_tokens(segment.keys, segment.key_code),

@@ -32,11 +32,11 @@ def load() -> ctypes.CDLL | None:
         return None
     try:
         return opened(build(compiler, FLAGS))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         warnings.warn(
-            f"the attention of rotatek_kernels on CPUs could not be compiled with {' '.join(compiler)}, torch does its "
-            f"work, slower; the compiler said: {said.strip()}",
+            f"the attention of rotatek_kernels on CPUs could not be compiled with {' '.join(compiler)}; torch does its "
+            f"work, slower. {said.strip()}",
             RuntimeWarning,
             stacklevel=2,
         )

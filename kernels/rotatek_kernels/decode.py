@@ -20,6 +20,8 @@ SEGMENTS_PER_LAUNCH = 8  # each is a branch of the kernel
 TOKENS_PER_SPLIT = 256  # below this a split costs more than it brings: it projects the queries and merges a state
 UNIT = STATE_ALIGN.value
 REMEMBERED = 1024  # shapes
+MAX_GRID = 65535  # programs along the second and third dimension of a grid
+MAX_GROUP = 64  # query heads of a KV head
 
 
 class Launch(NamedTuple):
@@ -93,17 +95,29 @@ def _checked_shapes(query: Tensor, segments: Sequence[SegmentView], scale: float
         check_scale(scale)
         return shapes
     check_arguments(query, segments, scale)
-    if query.device.type != "cuda" and isinstance(attend_splits, triton.runtime.JITFunction):
-        raise ValueError(
-            f"query must be on a GPU, got {query.device}; on the CPU use impl='cpp' or 'torch', or set "
-            "TRITON_INTERPRET=1 before Triton is imported"
-        )
+    _check_launch(query, segments[0].heads)
     shapes = shapes_of(query, segments, _FORCED.get(None))
     if key is not None:
         if len(_REMEMBERED) >= REMEMBERED:
             _REMEMBERED.clear()
         _REMEMBERED[key] = shapes
     return shapes
+
+
+def _check_launch(query: Tensor, heads: int) -> None:
+    """What Triton needs besides."""
+    if query.device.type != "cuda" and isinstance(attend_splits, triton.runtime.JITFunction):
+        raise ValueError(
+            f"query must be on a GPU, got {query.device}; on the CPU use impl='cpp' or 'torch', or set "
+            "TRITON_INTERPRET=1 before Triton is imported"
+        )
+    rows, q_heads = query.shape[:2]
+    if rows > MAX_GRID or heads > MAX_GRID:
+        raise ValueError(f"query must have at most {MAX_GRID} rows and KV heads, got {rows} and {heads}")
+    if q_heads // heads > MAX_GROUP:
+        raise ValueError(
+            f"segments[0].keys must have at least one KV head for {MAX_GROUP} query heads, got {heads} for {q_heads}"
+        )
 
 
 def plan(

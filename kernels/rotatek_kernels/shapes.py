@@ -16,6 +16,7 @@ from rotatek_kernels.forms import Block, HeadTable, MergeForm, SegmentForm
 MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
 MERGE_SPLITS = 16  # states that it reads at once
 ONE_WARP = 128  # head width up to which one warp holds the output of text
+NARROW = 64  # channels of a head
 REMEMBERED = 1024  # tables of heads
 # Bytes of a block where each head has codes of its own and one warp reads them: the least of a matrix product, so that
 # narrow heads leave blocks out. More of them than these would spill; several warps share one block as wide as it takes.
@@ -54,6 +55,8 @@ BLOCK_SIZES = {
     # Bound by instructions: several warps would each unpack all codes (14 a token with one warp, 26 with two, 52 with
     # four, at 4 bits and r 32). Larger tiles spill beside a text segment of D 128, which then has 16 tokens a block.
     "codes": BlockSizes(warps=1, rows=16, programs=22, tokens=64, tile=8 * 1024, stages=3, registers=None),
+    # In heads of at most `NARROW` channels, where on sm_90 blocks of 64 tokens spill beside a text segment.
+    "8 bit": BlockSizes(warps=1, rows=16, programs=22, tokens=64, tile=4 * 1024, stages=3, registers=None),
     # Blocks of 32 tokens of 16 bytes each are not loaded ahead of their use, 16 are: 28 instructions a token, not 37.
     "2 bit": BlockSizes(warps=1, rows=16, programs=22, tokens=64, tile=4 * 1024, stages=3, registers=None),
     # Without tensor cores; with four warps the dense segment needs twice the registers.
@@ -119,7 +122,7 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
     heads = segments[0].heads
     group = q_heads // heads
     value_width = segments[0].value_width
-    sizes = sizes or BLOCK_SIZES[_kind(query, segments)]
+    sizes = sizes or BLOCK_SIZES[kind_of(query, segments)]
     # Few block sizes, so that few kernels are made: a tile holds as many positions as fit.
     rows = max(_block(group), min(sizes.rows, _block(positions * group)))
     tile_queries = rows // group
@@ -174,7 +177,7 @@ def odd(integer: int) -> int:
     return 2 * integer + 3
 
 
-def _kind(query: Tensor, segments: Sequence[SegmentView]) -> str:
+def kind_of(query: Tensor, segments: Sequence[SegmentView]) -> str:
     """The entry of `BLOCK_SIZES` for these arguments."""
     if query.dtype == torch.float32:
         return "float32"
@@ -185,8 +188,13 @@ def _kind(query: Tensor, segments: Sequence[SegmentView]) -> str:
     if not coded or widest > ONE_WARP:
         return "plain"
     codes = [code for segment in coded for code in (segment.key_code, segment.value_code)]
-    two = all(isinstance(code, CodeLayout) and all(bits == 2 for bits, _ in code.blocks) for code in codes)
-    return "2 bit" if two else "codes"
+    layouts = [code for code in codes if isinstance(code, CodeLayout)]
+    widths = {bits for code in layouts for bits, _ in code.blocks}
+    if len(layouts) < len(codes):
+        return "codes"
+    if widths == {2}:
+        return "2 bit"
+    return "8 bit" if widths == {8} and widest <= NARROW else "codes"
 
 
 def _is_narrow(code: Code | None) -> bool:
