@@ -70,6 +70,15 @@ SHAPES = {  # targets, arguments of `plan`
         ["sm_80", "sm_90", "sm_100", "gfx942"],
         {"width": 128, "group": 4, "dtype": "bfloat16", "visual": FOUR_BIT},
     ),
+    "8-bit-width64": (
+        ["sm_80", "sm_90", "sm_100"],
+        {
+            "width": 64,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_code": [[8, 32]], "value_code": [[8, 32]]},
+        },
+    ),
     "2-bit": (
         ["sm_90"],
         {
