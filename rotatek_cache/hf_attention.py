@@ -73,19 +73,22 @@ def rotatek_attention_forward(
         dense = kv.dense()
         mask = attention_mask
         hidden = kv.hidden()
-        if mask is None and (
-            hidden is not None or (query.shape[2] > 1 and (dense is None or kv.length > query.shape[2]))
-        ):
-            # sdpa's own causal mask is that of a prompt without a past.
-            mask = causal_mask(query.shape[2], kv.length, query.device)
-        if hidden is not None:
-            assert mask is not None
-            mask = hide(mask, hidden)
-        if dense is not None:
-            output, _ = sdpa_attention_forward(module, query, *dense, mask, scaling=scaling, **kwargs)
+        if dense is not None and hidden is not None:
+            output = attend_kept(module, query, *dense, mask, hidden, scaling=scaling, **kwargs)
         else:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            output, _ = attend(query, kv.views(mask), scale, return_lse=False)
+            if mask is None and (
+                hidden is not None or (query.shape[2] > 1 and (dense is None or kv.length > query.shape[2]))
+            ):
+                # sdpa's own causal mask is that of a prompt without a past.
+                mask = causal_mask(query.shape[2], kv.length, query.device)
+            if dense is not None:
+                output, _ = sdpa_attention_forward(module, query, *dense, mask, scaling=scaling, **kwargs)
+            else:
+                if hidden is not None:
+                    assert mask is not None
+                    mask = hide(mask, hidden)
+                scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+                output, _ = attend(query, kv.views(mask), scale, return_lse=False)
         kv.observe(query, attention_mask, scaling)
     if torch.is_grad_enabled() and query.requires_grad:
         output = _NoBackward.apply(output, query)
@@ -115,6 +118,70 @@ def hide(mask: Tensor, hidden: Tensor) -> Tensor:
     )
     gone = hidden.to(mask.device)[:, None, None] & ~own
     return mask & ~gone if mask.dtype == torch.bool else mask.masked_fill(gone, torch.finfo(mask.dtype).min)
+
+
+def attend_kept(
+    module: torch.nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    hidden: Tensor,
+    **kwargs: Any,
+) -> Tensor:
+    """sdpa among the tokens that are not `hidden`, which are taken together: the others cost nothing.
+
+    Args:
+        module: the attention module.
+        query: ``[B, H_q, Q, D]`` of the last Q tokens.
+        keys, values: ``[B, H_kv, T, D]``.
+        mask: bool or additive ``[B or 1, 1, Q, T]``; None is causal.
+        hidden: bool ``[B, T]``.
+        kwargs: for sdpa.
+
+    Returns:
+        Output ``[B, Q, H_q, D_v]``; 0 for hidden tokens, of which nobody reads what comes.
+    """
+    batch, tokens, queries = keys.shape[0], keys.shape[2], query.shape[2]
+    columns, own_columns = _in_front(~hidden, keys.device)
+    rows, own_rows = _in_front(~hidden[:, tokens - queries :], keys.device)
+    every = torch.arange(batch, device=keys.device)[:, None]
+
+    def taken(states: Tensor, index: Tensor) -> Tensor:
+        return states.transpose(1, 2)[every, index].transpose(1, 2)
+
+    if mask is not None or own_columns is not None or own_rows is not None or rows.shape != columns.shape:
+        # Otherwise it is sdpa's own causal mask among as many queries as Keys.
+        mask = causal_mask(queries, tokens, keys.device) if mask is None else mask
+        mask = mask[:, 0].expand(batch, -1, -1)[every[..., None], rows[..., None], columns[:, None]][:, None]
+        if own_columns is not None:
+            gone = ~own_columns[:, None, None]
+            mask = mask & ~gone if mask.dtype == torch.bool else mask.masked_fill(gone, torch.finfo(mask.dtype).min)
+    output = query.new_zeros(batch, queries, query.shape[1], values.shape[-1])
+    if rows.shape[1] == 0:  # a chunk of which nothing is kept
+        return output
+    kept, _ = sdpa_attention_forward(
+        module, taken(query, rows), taken(keys, columns), taken(values, columns), mask, **kwargs
+    )
+    if own_rows is None:
+        output[every, rows] = kept
+    else:
+        output[every.expand_as(rows)[own_rows], rows[own_rows]] = kept[own_rows]
+    return output
+
+
+def _in_front(kept: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Columns of bool ``[B, n]`` in which it is True, in order: int64 ``[B, most of a row]``, and which are the row's.
+
+    The second is None if all are: the rows have as many. A row with fewer has its first column again.
+    """
+    counts = kept.sum(1)
+    width = int(counts.max())
+    columns = (~kept).int().argsort(dim=1, stable=True)[:, :width]
+    if bool((counts == width).all()):
+        return columns.to(device), None
+    own = torch.arange(width, device=counts.device) < counts[:, None]
+    return columns.where(own, columns[:, :1]).to(device), own.to(device)
 
 
 def register() -> None:
