@@ -14,8 +14,8 @@ class FastV(AttentionMethod):
     """Ranks visual tokens by the attention of the prompt's last query in layer ``layer - 1``, averaged over heads.
 
     Layers before `layer` keep all tokens. Later ones neither store nor attend to the dropped ones, in the prefill
-    itself too, which saves their attention but not their part in other layers' products. In a chunked prefill the last query is that of the chunk at which the images are complete, and earlier chunks have
-    attended to all tokens.
+    itself too, which saves their attention, but not what projections and MLPs compute of them. In a chunked prefill the
+    last query is that of the chunk at which the images are complete, and earlier chunks have attended to all tokens.
 
     Args:
         keep: share in (0, 1] of the visual tokens that layers from `layer` on keep.
