@@ -30,12 +30,13 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int TILE = 64;          // tokens
-constexpr int AHEAD = 32;         // rows that are fetched before they are met: memory is slow to answer
-constexpr int QUERIES = 64;       // of a piece; more of them are several pieces
-constexpr int LEAST_PIECE = 128;  // tokens; a piece has a state to be merged
-constexpr int PIECES = 4;         // wanted for each thread, so that none waits long for the last
-constexpr int MAX_BLOCKS = 3;     // of codes: 8, 4 and 2 bits
+constexpr int TILE = 64;                  // tokens
+constexpr int AHEAD = 32;                 // rows that are fetched before they are met: memory is slow to answer
+constexpr int QUERIES = 64;               // of a piece; more of them are several pieces
+constexpr int LEAST_PIECE = 128;          // tokens; a piece has a state to be merged
+constexpr int PIECES = 4;                 // wanted for each thread, so that none waits long for the last
+constexpr int64_t THREAD_WORK = 1 << 18;  // products that make another thread worth waking
+constexpr int MAX_BLOCKS = 3;             // of codes: 8, 4 and 2 bits
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
@@ -788,6 +789,20 @@ void merge(const Problem& problem, const std::vector<Piece>& pieces, std::size_t
     }
 }
 
+// Products of numbers, about.
+int64_t work_of(const Problem& problem) {
+    int64_t numbers = 0;
+    for (const Segment& segment : problem.segments) {
+        int64_t tokens = 0, channels = 0;
+        for (int64_t row = 0; row < problem.batch; ++row) tokens += segment.length(row);
+        for (int64_t head = 0; head < problem.heads; ++head) {
+            channels += segment.keys.channels(head) + segment.values.channels(head);
+        }
+        numbers += tokens * channels;
+    }
+    return numbers * problem.group * problem.queries;
+}
+
 // Pieces of all rows and heads, those of the same queries side by side, and where each such run begins.
 std::vector<Piece> cut(const Problem& problem, std::vector<std::size_t>& runs) {
     std::vector<Piece> pieces;
@@ -849,6 +864,7 @@ extern "C" void rotatek_attend(const int64_t* described, double scale) {
         }
     }
     widest = std::max(widest, state_width);
+    problem.threads = std::clamp<int64_t>(work_of(problem) / THREAD_WORK, 1, problem.threads);
     std::vector<std::size_t> runs;
     const std::vector<Piece> pieces = cut(problem, runs);
     const std::size_t last_run = runs.size() - 1;
