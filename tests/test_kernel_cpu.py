@@ -211,8 +211,9 @@ def test_processors_with_shorter_vectors_agree(dtype):
 
 def test_the_source_has_no_warnings(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    # GCC's own header for half precision starts a variable with itself.
-    as_errors = ("-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+    # GCC's own header for half precision starts a variable with itself; Clang knows but one of the names of that.
+    headers = ("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option")
+    as_errors = ("-Wall", "-Wextra", "-Werror", *headers)
     cpu_library.build(cpu_library.find_compiler(), (*cpu_library.FLAGS, *as_errors))
 
 
