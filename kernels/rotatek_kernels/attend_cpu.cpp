@@ -236,13 +236,16 @@ struct Vector {  // of integers, one for each row
 struct Matrix {  // of a basis: heads, rows, and what is inside
     const char* data;
     Type type;
+    int64_t rows;  // -1 where there is none
     int64_t head, row, line;
     explicit Matrix(Words& words)
         : data(words.address()),
           type(words.type()),
+          rows(words.integer()),
           head(words.integer()),
           row(words.integer()),
           line(words.integer()) {}
+    bool has(int64_t r) const { return rows < 0 || (0 <= r && r < rows); }
     const char* of(int64_t h, int64_t r) const { return data + (h * head + r * row) * size_of(type); }
 };
 
@@ -295,7 +298,6 @@ struct Segment {
     Vector starts, lengths, basis_rows;
     Vector slots;     // of token j of a row, whose numbers are `stride` apart
     int64_t columns;  // that starts and lengths are within: of slots, or tokens
-    int64_t bases;    // rows of its bases, -1 without any
     int64_t max_length;
     const char* mask;
     Type mask_type;
@@ -310,7 +312,6 @@ struct Segment {
           basis_rows(words),
           slots(words),
           columns(words.integer()),
-          bases(words.integer()),
           max_length(words.integer()),
           mask(words.address()),
           mask_type(words.type()),
@@ -338,7 +339,8 @@ struct Segment {
             }
             if (least < 0 || most >= keys.tokens) return SLOTS;
         }
-        return bases >= 0 && (basis_row(row) < 0 || basis_row(row) >= bases) ? BASES : NOTHING;
+        const int64_t basis = basis_row(row);
+        return keys.decoder.has(basis) && values.decoder.has(basis) ? NOTHING : BASES;
     }
 };
 

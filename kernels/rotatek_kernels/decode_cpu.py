@@ -77,16 +77,16 @@ def _outside(segments: Sequence[SegmentView], index: int, row: int, what: int) -
     """What to say of a row for which `Outside` of attend_cpu.cpp is `what`."""
     segment = segments[index]
     name, start, length = f"segments[{index}]", int(segment.starts[row]), int(segment.lengths[row])
-    columns, bases = _bounds(segment)
     if what == 1:
         said = "starts and lengths must stay within its " + ("tokens" if segment.slots is None else "slots of a row")
-        return ValueError(f"{name}.{said}, which are {columns}, got {start} and {length} in row {row}")
+        return ValueError(f"{name}.{said}, which are {_columns(segment)}, got {start} and {length} in row {row}")
     if what == 2:
         assert segment.slots is not None
         slots = segment.slots[row, start : start + min(length, segment.max_length)]
         got = f"{int(slots.min())} to {int(slots.max())}"
         return ValueError(f"{name}.slots must be of its tokens, [0, {_tokens(segment)}), got {got} in row {row}")
     assert segment.basis_rows is not None
+    bases = min(one.B.shape[1] for one in (segment.basis, segment.value_basis) if one is not None and one.B is not None)
     got = f"{int(segment.basis_rows[row])}"
     return ValueError(f"{name}.basis_rows must be rows of its bases, [0, {bases}), got {got} in row {row}")
 
@@ -97,11 +97,9 @@ def _tokens(segment: SegmentView) -> int:
     return segment.keys.numel() // sum(code.widths) if isinstance(code, HeadCodes) else segment.keys.shape[1]
 
 
-def _bounds(segment: SegmentView) -> tuple[int, int]:
-    """What starts and lengths have to stay within, and what rows of bases have to: -1 where there are none."""
-    columns = _tokens(segment) if segment.slots is None else segment.slots.shape[1]
-    bases = [one.B.shape[1] for one in (segment.basis, segment.value_basis) if one is not None and one.B is not None]
-    return columns, min(bases, default=-1)
+def _columns(segment: SegmentView) -> int:
+    """What starts and lengths have to stay within."""
+    return _tokens(segment) if segment.slots is None else segment.slots.shape[1]
 
 
 _FOUND_RIGHT: set[Hashable] = set()
@@ -131,7 +129,7 @@ def _segment(segment: SegmentView) -> list[int]:
     words += _rows(segment.values, segment.value_code, segment.value_basis)
     for vector in (segment.starts, segment.lengths, segment.basis_rows, segment.slots):
         words += (0, 0, 0) if vector is None else (vector.data_ptr(), TYPES[vector.dtype], vector.stride(0))
-    words += (*_bounds(segment), segment.max_length)
+    words += (_columns(segment), segment.max_length)
     if mask is None:
         words += (0, 0, 0, 0, 0, 0)
     else:
@@ -149,10 +147,10 @@ def _rows(stored: Tensor, code: Code | None, basis: KeyBasis | None) -> list[int
     words = [stored.data_ptr(), TYPES[stored.dtype], *place, *_table(code or Numbers(stored.shape[-1]))]
     for tensor in (None, None, None) if basis is None or basis.B is None else (basis.B, basis.delta, basis.scale):
         if tensor is None:
-            words += (0, 0, 0, 0, 0)
+            words += (0, 0, -1, 0, 0, 0)
         else:
             line = tensor.stride(2) if tensor.dim() == 4 else 0
-            words += (tensor.data_ptr(), TYPES[tensor.dtype], *tensor.stride()[:2], line)
+            words += (tensor.data_ptr(), TYPES[tensor.dtype], tensor.shape[1], *tensor.stride()[:2], line)
     return words
 
 
