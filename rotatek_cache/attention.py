@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import compute_dtype
+from rotatek_cache.basis import RANK_MULTIPLE, KeyBasis, compute_dtype
 from rotatek_cache.coding import Code, CodeLayout, HeadCodes
 from rotatek_cache.segments import SegmentView
 
@@ -65,13 +65,13 @@ def _kernel_for(query: Tensor, segments: Sequence[SegmentView]) -> Implementatio
     """The kernel that is at hand and reads this: numbers of the query's dtype, or packed codes."""
     if query.dtype not in KERNEL_DTYPES:
         return None
-    if torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (query, *(t for s in segments for t in (s.keys, s.values)))
-    ):
+    if torch.is_grad_enabled() and (query.requires_grad or any(segment.requires_grad for segment in segments)):
         return None
     for segment in segments:
         stored = ((segment.keys, segment.key_code), (segment.values, segment.value_code))
         if segment.is_diagonal or not all(_reads_stored(numbers, code, query.dtype) for numbers, code in stored):
+            return None
+        if not (_reads_basis(segment.basis) and _reads_basis(segment.value_basis)):
             return None
     if query.is_cuda:
         return "triton" if _triton_is_installed() else None
@@ -81,7 +81,15 @@ def _kernel_for(query: Tensor, segments: Sequence[SegmentView]) -> Implementatio
 def _reads_stored(stored: Tensor, code: Code | None, dtype: torch.dtype) -> bool:
     if isinstance(code, HeadCodes):
         return stored.dtype in (torch.uint8, dtype)
-    return isinstance(code, CodeLayout) if code else stored.dtype == dtype
+    return (isinstance(code, CodeLayout) if code else stored.dtype == dtype) and stored.stride(-1) == 1
+
+
+def _reads_basis(basis: KeyBasis | None) -> bool:
+    if basis is None or basis.B is None:
+        return True
+    held = [tensor for tensor in (basis.B, basis.delta, basis.scale) if tensor is not None]
+    known = all(tensor.dtype in (*KERNEL_DTYPES, torch.int8) and tensor.stride(-1) == 1 for tensor in held)
+    return known and basis.B.shape[-1] % RANK_MULTIPLE == 0
 
 
 @functools.cache

@@ -71,6 +71,14 @@ class SegmentView:
         return any(basis is not None and basis.is_diagonal for basis in (self.basis, self.value_basis))
 
     @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient is to reach anything of it."""
+        held = [self.keys, self.values, self.mask]
+        for basis in (self.basis, self.value_basis):
+            held += [] if basis is None else [basis.B, basis.delta, basis.scale]
+        return any(tensor is not None and tensor.requires_grad for tensor in held)
+
+    @property
     def heads(self) -> int:
         """KV heads."""
         return len(self.key_code.parts) if isinstance(self.key_code, HeadCodes) else self.keys.shape[0]

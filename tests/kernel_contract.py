@@ -466,6 +466,11 @@ BAD = {
     ),
     "mask-shape": (lambda q, v, t, s: (q, [change(v, mask=v.mask[..., 1:]), t], s), ValueError, "mask must have shape"),
     "mask-dtype": (lambda q, v, t, s: (q, [change(v, mask=v.mask.int()), t], s), TypeError, "mask must be bool or"),
+    "mask-float8": (
+        lambda q, v, t, s: (q, [change(v, mask=v.mask.to(torch.float8_e4m3fn)), t], s),
+        TypeError,
+        "mask must be bool or .* got torch.float8",
+    ),
     "rank-12": (
         lambda q, v, t, s: (
             q,

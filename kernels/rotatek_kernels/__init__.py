@@ -1,4 +1,4 @@
-"""Fused Triton kernels over the cache's segment views; `rotatek_kernels.decode` is what the cache dispatches to.
+"""Fused attention over the cache's segment views: `rotatek_kernels.decode` (Triton) and `decode_cpu` (C++).
 
-Importing this package imports nothing else: Triton comes with `rotatek_kernels.decode`, CUDA with the first call.
+Importing this package imports nothing else: Triton comes with `decode`, CUDA and a compiler with the first call.
 """

@@ -237,13 +237,16 @@ struct Vector {  // of integers, one for each row
 struct Matrix {  // of a basis: heads, rows, and what is inside
     const char* data;
     Type type;
+    int64_t rows;  // -1 where there is none
     int64_t head, row, line;
     explicit Matrix(Words& words)
         : data(words.address()),
           type(words.type()),
+          rows(words.integer()),
           head(words.integer()),
           row(words.integer()),
           line(words.integer()) {}
+    bool has(int64_t r) const { return rows < 0 || (0 <= r && r < rows); }
     const char* of(int64_t h, int64_t r) const { return data + (h * head + r * row) * size_of(type); }
 };
 
@@ -271,12 +274,11 @@ struct Rows {  // Keys or Values of a segment
           scale(words) {}
 
     static std::vector<HeadRows> table(Words& words) {
-        Words entries{reinterpret_cast<const int64_t*>(words.address())};
-        std::vector<HeadRows> heads(entries.integer());
+        std::vector<HeadRows> heads(words.integer());
         for (HeadRows& head : heads) {
-            head = {entries.integer(), entries.integer(), entries.integer(), entries.integer(), {}};
+            head = {words.integer(), words.integer(), words.integer(), words.integer(), {}};
             for (int64_t i = 0; i < head.blocks; ++i) {
-                head.block[i] = {entries.integer(), entries.integer(), entries.integer(), entries.integer()};
+                head.block[i] = {words.integer(), words.integer(), words.integer(), words.integer()};
             }
         }
         return heads;
@@ -290,10 +292,13 @@ struct Rows {  // Keys or Values of a segment
     }
 };
 
+enum Outside : int64_t { NOTHING, TOKENS, SLOTS, BASES };
+
 struct Segment {
     Rows keys, values;
     Vector starts, lengths, basis_rows;
-    Vector slots;  // of token j of a row, whose numbers are `stride` apart
+    Vector slots;     // of token j of a row, whose numbers are `stride` apart
+    int64_t columns;  // that starts and lengths are within: of slots, or tokens
     int64_t max_length;
     const char* mask;
     Type mask_type;
@@ -307,6 +312,7 @@ struct Segment {
           lengths(words),
           basis_rows(words),
           slots(words),
+          columns(words.integer()),
           max_length(words.integer()),
           mask(words.address()),
           mask_type(words.type()),
@@ -320,6 +326,22 @@ struct Segment {
     int64_t basis_row(int64_t row) const { return basis_rows.data ? basis_rows.at(row) : row; }
     int64_t slot(int64_t row, int64_t index) const {
         return integer_at(slots.data, slots.type, row * slots.stride + index);
+    }
+    // What of a row is outside of what is stored, which a kernel must not read.
+    Outside outside(int64_t row) const {
+        const int64_t count = length(row), start = starts.at(row);
+        if (count == 0) return NOTHING;
+        if (start < 0 || start > columns - count) return TOKENS;
+        if (slots.data) {
+            int64_t least = 0, most = 0;
+            for (int64_t i = start; i < start + count; ++i) {
+                least = std::min(least, slot(row, i));
+                most = std::max(most, slot(row, i));
+            }
+            if (least < 0 || most >= keys.tokens) return SLOTS;
+        }
+        const int64_t basis = basis_row(row);
+        return keys.decoder.has(basis) && values.decoder.has(basis) ? NOTHING : BASES;
     }
 };
 
@@ -670,10 +692,11 @@ void attend(const Problem& problem, const Piece& piece, Scratch& scratch, float*
     const int64_t value_width = padded(segment.values.channels(piece.head));
     float shifts[QUERIES], factors[QUERIES];
     Tile tile;
-    project(problem, segment, piece, scratch.projected.get(), shifts, scratch.room.get());
     std::fill(state, state + n * width, 0.0f);
     std::fill(most, most + n, NONE);
     std::fill(total, total + n, 0.0f);
+    if (piece.from == piece.to) return;  // a row without tokens, whose basis may be none
+    project(problem, segment, piece, scratch.projected.get(), shifts, scratch.room.get());
     for (int64_t from = piece.from; from < piece.to; from += TILE) {
         const int count = int(std::min<int64_t>(TILE, piece.to - from));
         float* scores = scratch.scores.get();
@@ -727,6 +750,10 @@ void merge(const Problem& problem, const std::vector<Piece>& pieces, std::size_t
         for (int64_t m = 0; m < n; ++m) peaks[m] = std::max(peaks[m], states.most[states.first[i] + m]);
     }
     for (std::size_t i = from; i < to;) {
+        if (pieces[i].from == pieces[i].to) {
+            ++i;
+            continue;
+        }
         const Segment& segment = problem.segments[pieces[i].segment];
         std::fill(sum.begin(), sum.end(), 0.0f);
         std::fill(held.begin(), held.end(), 0.0f);
@@ -835,7 +862,8 @@ std::vector<Piece> cut(const Problem& problem, std::vector<std::size_t>& runs) {
 
 }  // namespace
 
-extern "C" void rotatek_attend(const int64_t* described, double scale) {
+// 0 if all could be read; else nothing is written, and it is (segment * batch + row) * 4 + what of it is outside.
+extern "C" int64_t rotatek_attend(const int64_t* described, double scale) {
     Words words{described};
     Problem problem;
     problem.query = words.address();
@@ -861,6 +889,12 @@ extern "C" void rotatek_attend(const int64_t* described, double scale) {
             widest = std::max(widest, padded(head.channels));
         for (const HeadRows& head : problem.segments.back().values.heads) {
             state_width = std::max(state_width, padded(head.channels));
+        }
+    }
+    for (int64_t s = 0; s < count; ++s) {
+        for (int64_t row = 0; row < problem.batch; ++row) {
+            const Outside outside = problem.segments[s].outside(row);
+            if (outside != NOTHING) return (s * problem.batch + row) * 4 + outside;
         }
     }
     widest = std::max(widest, state_width);
@@ -891,4 +925,5 @@ extern "C" void rotatek_attend(const int64_t* described, double scale) {
             merge(problem, pieces, runs[i], runs[i + 1], states, scratch);
         }
     }
+    return 0;
 }

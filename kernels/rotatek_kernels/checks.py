@@ -16,6 +16,7 @@ from rotatek_cache.coding import Code, CodeLayout, HeadCodes, Numbers
 from rotatek_cache.segments import SegmentView
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MASK_DTYPES = (torch.bool, torch.float64, *DTYPES)
 INDEX_DTYPES = (torch.int32, torch.int64)
 USE = "use impl='torch'"
 
@@ -189,8 +190,8 @@ def _check_slots(name: str, slots: Tensor, query: Tensor) -> None:
 
 def _check_mask(name: str, mask: Tensor, max_length: int, query: Tensor) -> None:
     _check_tensor(name, mask, query)
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{name} must be bool or floating point, got {mask.dtype}")
+    if mask.dtype not in MASK_DTYPES:
+        raise TypeError(f"{name} must be bool or numbers of 16, 32 or 64 bits, got {mask.dtype}")
     expected = (query.shape[0], query.shape[2], max_length)
     if mask.shape != expected:
         raise ValueError(f"{name} must have shape {expected}, got {tuple(mask.shape)}")

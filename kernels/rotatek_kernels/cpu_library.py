@@ -22,40 +22,43 @@ COMPILERS = ("c++", "g++", "clang++")
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The library; None, after a warning that says why, where it cannot be compiled.
+    """The library; None, after a warning that says why, where it cannot be compiled or opened.
 
     Where there is no C++ compiler (`CXX` names one, else ``c++``, ``g++`` or ``clang++`` is looked for) or the system
     is not Linux, it is None without a warning: nothing is wrong there.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        return None
     try:
-        return opened(build(compiler, FLAGS))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        warnings.warn(
-            f"the attention of rotatek_kernels on CPUs could not be compiled with {' '.join(compiler)}; torch does its "
-            f"work, slower. {said.strip()}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
+        compiler = find_compiler()
+        return None if compiler is None else opened(build(compiler, FLAGS))
+    except subprocess.CalledProcessError as error:
+        said = f"{shlex.join(error.cmd)} said: {error.stderr.strip() or 'nothing'}"
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:
+        said = str(error)
+    warnings.warn(
+        "the attention of rotatek_kernels on CPUs could not be compiled or opened; torch does its work, slower. "
+        + said,
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
 
 
 def opened(path: Path) -> ctypes.CDLL:
     """The library with the types of its function."""
     library = ctypes.CDLL(str(path))
     library.rotatek_attend.argtypes = (ctypes.c_void_p, ctypes.c_double)
-    library.rotatek_attend.restype = None
+    library.rotatek_attend.restype = ctypes.c_int64
     return library
 
 
 def find_compiler() -> list[str] | None:
-    """The command of a C++ compiler, on Linux."""
+    """The command of a C++ compiler, on Linux; ValueError if `CXX` is none."""
     if sys.platform != "linux":
         return None
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise ValueError(f"CXX must be the command of a compiler, got {os.environ['CXX']!r}: {error}") from None
     if named:
         return named
     found = next((name for name in COMPILERS if shutil.which(name)), None)
@@ -63,24 +66,31 @@ def find_compiler() -> list[str] | None:
 
 
 def build(compiler: list[str], flags: tuple[str, ...]) -> Path:
-    """The shared library, compiled if the cache folder does not have it.
+    """The shared library, compiled if the cache folder does not have it whole.
 
     The folder is ``rotatek`` under `XDG_CACHE_HOME` (``~/.cache`` by default). The name says for which source, flags,
-    compiler and processor a library is.
+    compiler and processor a library is, and what is in it: opening half a file could end the process.
     """
     command = [*compiler, *flags]
     key = hashlib.sha256("\0".join([SOURCE.read_text(), *command, _openmp(), _processor()]).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotatek"
-    library = folder / f"attend_cpu-{key[:16]}.so"
-    if library.exists():
-        return library
+    name = f"attend_cpu-{key[:16]}"
+    for library in folder.glob(f"{name}-*.so"):
+        if library.name == f"{name}-{_digest(library)}.so":
+            return library
+        library.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        made = Path(place) / library.name
+        made = Path(place) / "made.so"
         libraries = [_openmp()] if _openmp() else []
-        subprocess.run([*command, str(SOURCE), *libraries, "-o", str(made)], check=True, capture_output=True, text=True)  # noqa: S603
-        made.replace(library)  # at once, so that processes that compile at the same time do not meet half a file
-    return library
+        call = [*command, str(SOURCE), *libraries, "-o", str(made)]
+        subprocess.run(call, check=True, capture_output=True, text=True, errors="replace")  # noqa: S603
+        # At once, so that processes that compile at the same time do not meet half a file.
+        return made.replace(folder / f"{name}-{_digest(made)}.so")
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
 def _openmp() -> str:

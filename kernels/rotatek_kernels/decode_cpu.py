@@ -4,7 +4,6 @@ import functools
 import struct
 from array import array
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +47,8 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
         that sees no token has output 0 and log-sum-exp -inf.
 
     Raises:
-        TypeError, ValueError: an argument is nothing that the kernel can read.
+        TypeError, ValueError: an argument is nothing that the kernel can read; a row with tokens has some, or a basis,
+            outside of what is stored.
         RuntimeError: the kernel cannot be compiled here.
     """
     if isinstance(query, Tensor) and query.dim() and query.stride(-1) != 1:
@@ -66,8 +66,40 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
     for segment in segments:
         words += _segment(segment)
     described = array("q", words)
-    library.rotatek_attend(described.buffer_info()[0], float(scale))
+    outside = library.rotatek_attend(described.buffer_info()[0], float(scale))
+    if outside:
+        index, row = divmod(outside // 4, batch)
+        raise _outside(segments, index, row, outside % 4)
     return out, lse
+
+
+def _outside(segments: Sequence[SegmentView], index: int, row: int, what: int) -> ValueError:
+    """What to say of a row for which `Outside` of attend_cpu.cpp is `what`."""
+    segment = segments[index]
+    name, start, length = f"segments[{index}]", int(segment.starts[row]), int(segment.lengths[row])
+    if what == 1:
+        said = "starts and lengths must stay within its " + ("tokens" if segment.slots is None else "slots of a row")
+        return ValueError(f"{name}.{said}, which are {_columns(segment)}, got {start} and {length} in row {row}")
+    if what == 2:
+        assert segment.slots is not None
+        slots = segment.slots[row, start : start + min(length, segment.max_length)]
+        got = f"{int(slots.min())} to {int(slots.max())}"
+        return ValueError(f"{name}.slots must be of its tokens, [0, {_tokens(segment)}), got {got} in row {row}")
+    assert segment.basis_rows is not None
+    bases = min(one.B.shape[1] for one in (segment.basis, segment.value_basis) if one is not None and one.B is not None)
+    got = f"{int(segment.basis_rows[row])}"
+    return ValueError(f"{name}.basis_rows must be rows of its bases, [0, {bases}), got {got} in row {row}")
+
+
+def _tokens(segment: SegmentView) -> int:
+    """How many the segment has room for."""
+    code = segment.key_code
+    return segment.keys.numel() // sum(code.widths) if isinstance(code, HeadCodes) else segment.keys.shape[1]
+
+
+def _columns(segment: SegmentView) -> int:
+    """What starts and lengths have to stay within."""
+    return _tokens(segment) if segment.slots is None else segment.slots.shape[1]
 
 
 _FOUND_RIGHT: set[Hashable] = set()
@@ -97,7 +129,7 @@ def _segment(segment: SegmentView) -> list[int]:
     words += _rows(segment.values, segment.value_code, segment.value_basis)
     for vector in (segment.starts, segment.lengths, segment.basis_rows, segment.slots):
         words += (0, 0, 0) if vector is None else (vector.data_ptr(), TYPES[vector.dtype], vector.stride(0))
-    words.append(segment.max_length)
+    words += (_columns(segment), segment.max_length)
     if mask is None:
         words += (0, 0, 0, 0, 0, 0)
     else:
@@ -108,31 +140,23 @@ def _segment(segment: SegmentView) -> list[int]:
 def _rows(stored: Tensor, code: Code | None, basis: KeyBasis | None) -> list[int]:
     """What `Rows` of attend_cpu.cpp reads, in its order."""
     assert code is None or isinstance(code, CodeLayout | HeadCodes)  # as checked
-    table = _table(code or Numbers(stored.shape[-1]))
     if isinstance(code, HeadCodes):  # heads one after the other, whose strides follow from their widths
         place = (0, code.widths[0], stored.numel() // sum(code.widths))
     else:
         place = (stored.stride(0), stored.stride(1), stored.shape[1])
-    words = [stored.data_ptr(), TYPES[stored.dtype], *place, table.address]
+    words = [stored.data_ptr(), TYPES[stored.dtype], *place, *_table(code or Numbers(stored.shape[-1]))]
     for tensor in (None, None, None) if basis is None or basis.B is None else (basis.B, basis.delta, basis.scale):
         if tensor is None:
-            words += (0, 0, 0, 0, 0)
+            words += (0, 0, -1, 0, 0, 0)
         else:
             line = tensor.stride(2) if tensor.dim() == 4 else 0
-            words += (tensor.data_ptr(), TYPES[tensor.dtype], *tensor.stride()[:2], line)
+            words += (tensor.data_ptr(), TYPES[tensor.dtype], tensor.shape[1], *tensor.stride()[:2], line)
     return words
 
 
-class Table(NamedTuple):
-    """How the heads store a token, and where that stands in memory."""
-
-    words: array
-    address: int
-
-
 @functools.cache
-def _table(code: CodeLayout | HeadCodes | Numbers) -> Table:
-    """What `Rows::table` of attend_cpu.cpp reads; kept for ever, since what is kept elsewhere is its address."""
+def _table(code: CodeLayout | HeadCodes | Numbers) -> tuple[int, ...]:
+    """How the heads store a token: what `Rows::table` of attend_cpu.cpp reads."""
     parts = code.parts if isinstance(code, HeadCodes) else (code,)
     words, before = [len(parts)], 0
     for part in parts:
@@ -145,8 +169,7 @@ def _table(code: CodeLayout | HeadCodes | Numbers) -> Table:
             offset += size
             channel += channels
         before += part.row_width
-    table = array("q", words)
-    return Table(table, table.buffer_info()[0])
+    return tuple(words)
 
 
 @functools.cache
