@@ -23,7 +23,7 @@ export IMAGE QUESTION MODEL SPARSITY OUT
 # How the C++ of the kernels is laid out.
 CLANG_STYLE := {BasedOnStyle: Google, IndentWidth: 4, ColumnLimit: 120, AllowShortCaseLabelsOnASingleLine: true, \
 	AccessModifierOffset: -2}
-CPP := kernels/rotatek_kernels/*.cpp
+CPP := kernels/rotatek_kernels/cpu/*
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -1,4 +1,4 @@
-"""The compiled part of the CPU attention: built from `attend_cpu.cpp` for this processor when it is first needed."""
+"""The compiled part of the CPU attention: built from the sources in `cpu`, for this processor, when first needed."""
 
 import ctypes
 import functools
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("attend_cpu.cpp")
+SOURCES = Path(__file__).with_name("cpu")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -72,9 +72,10 @@ def build(compiler: list[str], flags: tuple[str, ...]) -> Path:
     compiler and processor a library is, and what is in it: opening half a file could end the process.
     """
     command = [*compiler, *flags]
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *command, _openmp(), _processor()]).encode()).hexdigest()
+    sources = [path.read_text() for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*sources, *command, _openmp(), _processor()]).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotatek"
-    name = f"attend_cpu-{key[:16]}"
+    name = f"attend-{key[:16]}"
     for library in folder.glob(f"{name}-*.so"):
         if library.name == f"{name}-{_digest(library)}.so":
             return library
@@ -83,7 +84,7 @@ def build(compiler: list[str], flags: tuple[str, ...]) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         made = Path(place) / "made.so"
         libraries = [_openmp()] if _openmp() else []
-        call = [*command, str(SOURCE), *libraries, "-o", str(made)]
+        call = [*command, str(SOURCES / "attend.cpp"), *libraries, "-o", str(made)]
         subprocess.run(call, check=True, capture_output=True, text=True, errors="replace")  # noqa: S603
         # At once, so that processes that compile at the same time do not meet half a file.
         return made.replace(folder / f"{name}-{_digest(made)}.so")

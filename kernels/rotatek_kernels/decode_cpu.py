@@ -1,4 +1,4 @@
-"""Fused attention over segment views on a CPU: what `attend_cpu.cpp` is told of its arguments."""
+"""Fused attention over segment views on a CPU: what `cpu/attend.cpp` is told of its arguments."""
 
 import functools
 import struct
@@ -14,7 +14,7 @@ from rotatek_cache.segments import SegmentView
 from rotatek_kernels import cpu_library
 from rotatek_kernels.checks import arguments_key, check_arguments, check_scale
 
-# `Type` of attend_cpu.cpp: its numbers are the places in this list.
+# `Type` of cpu/numbers.h: its numbers are the places in this list.
 DTYPES = (
     torch.float32,
     torch.bfloat16,
@@ -74,7 +74,7 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
 
 
 def _outside(segments: Sequence[SegmentView], index: int, row: int, what: int) -> ValueError:
-    """What to say of a row for which `Outside` of attend_cpu.cpp is `what`."""
+    """What to say of a row for which `Outside` of cpu/storage.h is `what`."""
     segment = segments[index]
     name, start, length = f"segments[{index}]", int(segment.starts[row]), int(segment.lengths[row])
     if what == 1:
@@ -123,7 +123,7 @@ def _check(query: Tensor, segments: Sequence[SegmentView], scale: float) -> None
 
 
 def _segment(segment: SegmentView) -> list[int]:
-    """What `Segment` of attend_cpu.cpp reads, in its order."""
+    """What `Segment` of cpu/storage.h reads, in its order."""
     mask = segment.mask
     words = _rows(segment.keys, segment.key_code, segment.basis)
     words += _rows(segment.values, segment.value_code, segment.value_basis)
@@ -138,7 +138,7 @@ def _segment(segment: SegmentView) -> list[int]:
 
 
 def _rows(stored: Tensor, code: Code | None, basis: KeyBasis | None) -> list[int]:
-    """What `Rows` of attend_cpu.cpp reads, in its order."""
+    """What `Rows` of cpu/storage.h reads, in its order."""
     assert code is None or isinstance(code, CodeLayout | HeadCodes)  # as checked
     if isinstance(code, HeadCodes):  # heads one after the other, whose strides follow from their widths
         place = (0, code.widths[0], stored.numel() // sum(code.widths))
@@ -156,7 +156,7 @@ def _rows(stored: Tensor, code: Code | None, basis: KeyBasis | None) -> list[int
 
 @functools.cache
 def _table(code: CodeLayout | HeadCodes | Numbers) -> tuple[int, ...]:
-    """How the heads store a token: what `Rows::table` of attend_cpu.cpp reads."""
+    """How the heads store a token: what `Rows::table` of cpu/storage.h reads."""
     parts = code.parts if isinstance(code, HeadCodes) else (code,)
     words, before = [len(parts)], 0
     for part in parts:
