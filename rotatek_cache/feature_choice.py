@@ -50,17 +50,19 @@ def get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
     lengths = [len(image) for image in images]
     method, counts = cache.counts_before(inner.config, inner.get_input_embeddings().weight.dtype, lengths)
     choices = choose(method, images, counts, token_signal(tap, inner, given, lengths))
-    output.pooler_output = _applied(choices, features)
+    output.pooler_output = _applied(choices, features, lengths)
     if getattr(output, "deepstack_features", None) is not None:  # Qwen3-VL adds these in later layers
-        output.deepstack_features = [_applied(choices, layer) for layer in output.deepstack_features]
+        output.deepstack_features = [_applied(choices, layer, lengths) for layer in output.deepstack_features]
     cache.chosen = True
     if threading.get_ident() in inner._rotatek.threads:  # in a forward, whose positions have been announced
         cache.ledger.drop(kept_features(output.pooler_output))
     return output
 
 
-def _applied(choices: Sequence[Choice], features: Any) -> Any:
+def _applied(choices: Sequence[Choice], features: Any, lengths: Sequence[int]) -> Any:
     """Features of each image as the choices leave them, one for each that has any, in the form that they had."""
+    if isinstance(features, Tensor) and features.ndim == 2:  # one image behind the other, as older transformers have it
+        return torch.cat(_applied(choices, features.split(list(lengths)), lengths))
     coming = iter(choices)
     images = [next(coming).apply(image) if len(image) else image for image in features]
     return torch.stack(images) if isinstance(features, Tensor) else type(features)(images)
