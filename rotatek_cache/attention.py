@@ -67,25 +67,15 @@ def _kernel_for(query: Tensor, segments: Sequence[SegmentView]) -> Implementatio
         return None
     if torch.is_grad_enabled() and (query.requires_grad or any(segment.requires_grad for segment in segments)):
         return None
-    if not all(_reads(segment, query.dtype) for segment in segments):
-        return None
+    for segment in segments:
+        stored = ((segment.keys, segment.key_code), (segment.values, segment.value_code))
+        if segment.is_diagonal or not all(_reads_stored(numbers, code, query.dtype) for numbers, code in stored):
+            return None
+        if not (_reads_basis(segment.basis) and _reads_basis(segment.value_basis)):
+            return None
     if query.is_cuda:
         return "triton" if _triton_is_installed() else None
     return "cpp" if query.device.type == "cpu" and _cpp_is_compiled() else None
-
-
-def _reads(segment: SegmentView, dtype: torch.dtype) -> bool:
-    known = segment.worked_out.get(("reads", dtype))
-    if known is None:
-        stored = ((segment.keys, segment.key_code), (segment.values, segment.value_code))
-        known = (
-            not segment.is_diagonal
-            and all(_reads_stored(numbers, code, dtype) for numbers, code in stored)
-            and _reads_basis(segment.basis)
-            and _reads_basis(segment.value_basis)
-        )
-        segment.worked_out["reads", dtype] = known
-    return known
 
 
 def _reads_stored(stored: Tensor, code: Code | None, dtype: torch.dtype) -> bool:

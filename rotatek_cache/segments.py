@@ -6,9 +6,8 @@ have different numbers of them.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,11 +118,6 @@ class SegmentView:
         if self.slots is None:
             return packed[:, start : start + length]
         return packed[:, self.slots[row, start : start + length]]
-
-    @functools.cached_property
-    def worked_out(self) -> dict[Hashable, Any]:
-        """What readers have worked out of this view, whose tensors stay what they are; a seal has one for all steps."""
-        return {}
 
     @functools.cached_property
     def row_ranges(self) -> list[tuple[int, int]]:

@@ -1,6 +1,8 @@
 """The attention kernel for CPUs against the reference, compiled for this processor and for narrower ones."""
 
+import copy
 import dataclasses
+import pickle
 import platform
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -275,6 +277,18 @@ def test_a_compiler_that_fails_is_told_of(compiler, said, tmp_path, monkeypatch)
     with pytest.warns(RuntimeWarning, match="could not be compiled.*torch does its work") as caught:
         assert cpu_library.load.__wrapped__() is None
     assert said in str(caught[0].message)
+
+
+def test_copies_of_views_are_read_where_they_lie():
+    query, segments = draw(CASES["bool-mask"], torch.float32, CPU)
+    expected = attend(query, segments, 0.125)
+    copies = [copy.deepcopy(segments), pickle.loads(pickle.dumps(segments))]
+    for segment in segments:
+        segment.keys.fill_(torch.nan)
+        segment.values.fill_(torch.nan)
+    for copied in copies:
+        for state, one in zip(attend(query, copied, 0.125), expected, strict=True):
+            assert torch.equal(state, one)
 
 
 def test_attend_takes_it_for_what_it_reads(monkeypatch):

@@ -46,41 +46,29 @@ def arguments_key(query: Tensor, segments: Sequence[SegmentView]) -> Hashable:
         AttributeError, TypeError: something is not of its type, which `check_arguments` will name.
     """
     grad = torch.is_grad_enabled()
-    place = query.shape[0], query.shape[2]
-    return (type(segments), grad, _tensor_key(query, grad), *[_segment_key(one, place, grad) for one in segments])
-
-
-def _segment_key(segment: SegmentView, place: tuple[int, int], grad: bool) -> Hashable:
-    """The segment's part, for a query of so many rows and positions."""
-    basis, value_basis, mask, length = segment.basis, segment.value_basis, segment.mask, segment.max_length
-    lasting = mask is None and not grad  # nothing of it depends on the query, or can change
-    if lasting and (known := segment.worked_out.get("key")) is not None:
-        return known
-    # Lengths and masks differ from step to step: of them the key holds what matters.
-    key: list[Any] = [type(segment), segment.key_code, segment.value_code, type(length), length >> 30, length > 0]
-    tensors = [segment.keys, segment.values, segment.starts, segment.lengths]
-    for optional in (segment.slots, segment.basis_rows):
-        key.append(optional is None)
-        if optional is not None:
-            tensors.append(optional)
-    for one in (basis, value_basis):
-        held = () if one is None else (one.B, one.delta, one.scale)
-        key.append(None if one is None else (type(one), *(tensor is None for tensor in held)))
-        tensors += [tensor for tensor in held if tensor is not None]
-    if mask is not None:
-        right = mask.shape == (*place, length)
-        stride = mask.stride(2) if length > 1 else 1
-        gradient = mask.requires_grad and grad
-        key.append((type(mask), mask.dtype, mask.device, stride, gradient, right or mask.shape))
-    key += [_tensor_key(tensor, grad) for tensor in tensors]
-    if lasting:
-        segment.worked_out["key"] = tuple(key)
+    rows, positions = query.shape[0], query.shape[2]
+    key: list[Any] = [type(segments), grad]
+    tensors = [query]
+    for segment in segments:
+        basis, value_basis, mask, length = segment.basis, segment.value_basis, segment.mask, segment.max_length
+        # Lengths and masks differ from step to step: of them the key holds what matters.
+        key += [type(segment), segment.key_code, segment.value_code, type(length), length >> 30, length > 0]
+        tensors += [segment.keys, segment.values, segment.starts, segment.lengths]
+        for optional in (segment.slots, segment.basis_rows):
+            key.append(optional is None)
+            if optional is not None:
+                tensors.append(optional)
+        for one in (basis, value_basis):
+            held = () if one is None else (one.B, one.delta, one.scale)
+            key.append(None if one is None else (type(one), *(tensor is None for tensor in held)))
+            tensors += [tensor for tensor in held if tensor is not None]
+        if mask is not None:
+            right = mask.shape == (rows, positions, length)
+            stride = mask.stride(2) if length > 1 else 1
+            gradient = mask.requires_grad and grad
+            key.append((type(mask), mask.dtype, mask.device, stride, gradient, right or mask.shape))
+    key += [(type(t), t.dtype, t.device, t.shape, t.stride(), t.requires_grad and grad) for t in tensors]
     return tuple(key)
-
-
-def _tensor_key(tensor: Tensor, grad: bool) -> Hashable:
-    wanted = tensor.requires_grad and grad
-    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), wanted
 
 
 def check_scale(scale: float) -> None:

@@ -124,13 +124,6 @@ def _check(query: Tensor, segments: Sequence[SegmentView], scale: float) -> None
 
 def _segment(segment: SegmentView) -> list[int]:
     """What `Segment` of cpu/storage.h reads, in its order."""
-    known = segment.worked_out.get("words")
-    if known is None:
-        known = segment.worked_out["words"] = _words(segment)
-    return known
-
-
-def _words(segment: SegmentView) -> list[int]:
     mask = segment.mask
     words = _rows(segment.keys, segment.key_code, segment.basis)
     words += _rows(segment.values, segment.value_code, segment.value_basis)
