@@ -5,7 +5,7 @@ VENV ?= .venv
 # The index of PyTorch's CPU builds, for Linux machines without an NVIDIA driver. Set it to nothing to leave it out.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
-# Arguments for pytest, such as ARGS="tests/test_cli.py -x".
+# Arguments for pytest, such as ARGS="tests/cli -x".
 ARGS ?= -n auto --maxprocesses=8
 # Where `test-sglang` keeps SGLang and its versions of everything, and its arguments for pytest.
 SGLANG_VENV ?= .venv-sglang
@@ -14,7 +14,7 @@ SGLANG_ARGS ?=
 LMMS_VENV ?= .venv-lmms
 # Where `evals-quick` writes; results are never overwritten.
 QUICK := $(or $(QUICK),runs/quick-$(shell date +%Y%m%d-%H%M%S))
-# Where `evals-gpu` writes, and which shapes of evals/shapes.yaml it measures.
+# Where `evals-gpu` writes, and which shapes of evals/bench/shapes.yaml it measures.
 GPU := $(or $(GPU),runs/gpu-$(shell date +%Y%m%d-%H%M%S))
 SHAPES ?= llava-next-8b qwen2.5-vl-7b qwen3-vl-8b
 # The demo's own: IMAGE=page.png QUESTION="row 3?" MODEL=name-or-path SPARSITY=0.75 OUT=folder
@@ -43,34 +43,34 @@ test: $(VENV)/.dev  ## Run the tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
 
 demo-sglang:  ## Serve a tiny random model with SGLang on the CPU, compressed, and ask it about an image
-	PYTHON="$(PYTHON)" tests/sglang/make_env.sh "$(SGLANG_VENV)"
+	PYTHON="$(PYTHON)" tests/integrations/sglang/make_env.sh "$(SGLANG_VENV)"
 	$(SGLANG_VENV)/bin/python -m rotatek_sglang.demo
 
 test-sglang:  ## Run the tests of the SGLang plug-in, servers on the CPU included
-	PYTHON="$(PYTHON)" tests/sglang/make_env.sh "$(SGLANG_VENV)"
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(SGLANG_VENV)/bin/python -m pytest tests/sglang $(SGLANG_ARGS)
+	PYTHON="$(PYTHON)" tests/integrations/sglang/make_env.sh "$(SGLANG_VENV)"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(SGLANG_VENV)/bin/python -m pytest tests/integrations/sglang $(SGLANG_ARGS)
 
 test-lmms:  ## Run lmms-eval itself with our plug-in, and our metrics against its own
 	$(MAKE) --no-print-directory VENV="$(LMMS_VENV)" "$(LMMS_VENV)/.lmms"
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(LMMS_VENV)/bin/python -m pytest tests/test_lmms_eval.py tests/test_evals_metrics.py
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(LMMS_VENV)/bin/python -m pytest tests/integrations/test_lmms_eval.py tests/evals/test_metrics.py
 
 # One thread: a small model gains nothing by two, and loses much where a machine is busy.
 evals-quick: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 evals-quick: $(VENV)/.evals  ## Accuracy, diagnostics and latency of the reader with a report, in some minutes
 	$(BIN)/python -m evals.accuracy --config evals/quick.yaml --out $(QUICK)/accuracy_reader
 	$(BIN)/python -m evals.diagnostics --samples 8 --pages 64 --out $(QUICK)/diagnostics_reader.json --figures $(QUICK)
-	$(BIN)/python -m evals.latency --shape four-layers --contexts 512 1024 --tokens 16 --rounds 3 --device cpu \
+	$(BIN)/python -m evals.bench.latency --shape four-layers --contexts 512 1024 --tokens 16 --rounds 3 --device cpu \
 		--out $(QUICK)/latency_four_layers.json
 	$(BIN)/python -m evals.report --results $(QUICK) --out $(QUICK)/report
 
 evals-gpu: $(VENV)/.evals  ## Latency and memory of three 8B shapes, VL-Cache's setting and the kernel on a CUDA device
 	for shape in $(SHAPES); do \
-		$(BIN)/python -m evals.latency --shape $$shape --contexts 1024 4096 16384 65536 131072 --batches 4 16 \
+		$(BIN)/python -m evals.bench.latency --shape $$shape --contexts 1024 4096 16384 65536 131072 --batches 4 16 \
 			--largest 65536 --tokens 128 --rounds 1 --device cuda --out $(GPU)/latency_$$shape.json || exit 1; \
 	done
-	$(BIN)/python -m evals.latency --shape llava-next-8b --methods evals/latency_vl_cache.yaml \
+	$(BIN)/python -m evals.bench.latency --shape llava-next-8b --methods evals/bench/latency_vl_cache.yaml \
 		--contexts 2048 16384 131072 --batches 4 --tokens 100 --device cuda --out $(GPU)/latency_vl_cache.json
-	$(BIN)/python -m evals.bench_kernel --device cuda --out $(GPU)/bench_kernel_cuda.json
+	$(BIN)/python -m evals.bench.kernel --device cuda --out $(GPU)/bench_kernel_cuda.json
 	$(BIN)/python -m evals.report --results $(GPU) --out $(GPU)/report
 
 report: $(VENV)/.evals  ## One page, report/report.html, out of the stored results

@@ -39,7 +39,7 @@ from evals.scores import DENSE, print_table, score
 from evals.store import write_json
 from evals.tasks import Sample, SampleError, Task, TaskError, load_task, task_names
 from rotatek_cache import RotateKCache
-from rotatek_cache.cache import storage_bytes
+from rotatek_cache.hf.cache import storage_bytes
 from rotatek_lmms_eval.chat import Chat, ChatError
 
 READER = Path(__file__).parent.parent / "rotatek_cache" / "reader"

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evals.reader.pages import ADDRESS_KINDS, LEVELS, TRAIN_SEEDS, ask, make_page
 from rotatek_cache import attach
-from rotatek_cache.calibration import Calibration, calibrate, fingerprint
+from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
 
 READER = Path(__file__).parent.parent / "rotatek_cache" / "reader"
 

@@ -35,9 +35,9 @@ from evals.reader.pages import ADDRESS_KINDS, LEVELS
 from evals.store import rounded, write_json
 from evals.tasks import Sample, SampleError, Task, TaskError, load_task
 from rotatek_cache import RotateKCache
-from rotatek_cache.basis import KeyStatistics, key_moments, matrix_roots, principal_directions
-from rotatek_cache.layer import LayerKV
-from rotatek_cache.methods import BASES
+from rotatek_cache.cache.layer import LayerKV
+from rotatek_cache.codecs.registry import BASES
+from rotatek_cache.core.fitting import KeyStatistics, key_moments, matrix_roots, principal_directions
 from rotatek_lmms_eval.chat import Chat, ChatError
 
 SHARES = (0.9, 0.99, 0.999)

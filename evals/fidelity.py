@@ -52,11 +52,11 @@ from transformers import AutoConfig, Cache, DynamicCache, QuantizedCache
 from evals import figures
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
 from rotatek_cache import RotateKCache
-from rotatek_cache.attention import causal_mask
-from rotatek_cache.cache import RotateKLayer, storage_bytes
-from rotatek_cache.calibrate_images import find_images
-from rotatek_cache.demo import READER, DemoError, Reader, open_page
-from rotatek_cache.layer import LayerKV
+from rotatek_cache.cache.layer import LayerKV
+from rotatek_cache.calibration.images import find_images
+from rotatek_cache.cli.demo import READER, DemoError, Reader, open_page
+from rotatek_cache.core.attention import causal_mask
+from rotatek_cache.hf.cache import RotateKLayer, storage_bytes
 
 METHODS = Path(__file__).parent / "fidelity.yaml"
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}

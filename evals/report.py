@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from evals import figures, plain
+from evals import figures
+from evals.bench import plain
 from evals.page import Picture, Section, Table, to_html, to_markdown
 from evals.store import Results, StoreError, read
 from evals.tasks.reader import tells_nothing

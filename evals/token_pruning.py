@@ -37,28 +37,17 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evals import figures
-from evals.fidelity import (
-    SEEDS,
-    Batch,
-    RecordingCache,
-    Scores,
-    bootstrap,
-    fill,
-    load,
-    make_batch,
-    replay,
-    score,
-)
+from evals.fidelity import SEEDS, Batch, RecordingCache, Scores, bootstrap, fill, load, make_batch, replay, score
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS
 from evals.store import rounded, write_json
 from rotatek_cache import FastV, RotateKCache, VisionZip
-from rotatek_cache.cache import storage_bytes
-from rotatek_cache.encoders import encoder_tap, token_signal
-from rotatek_cache.layer import LayerKV
-from rotatek_cache.ledger import SealPlan
-from rotatek_cache.token_specs import token_method
-from rotatek_cache.tokens import FeatureMethod, TokenMethod
-from rotatek_cache.vision import choose
+from rotatek_cache.cache.layer import LayerKV
+from rotatek_cache.cache.seal_plan import SealPlan
+from rotatek_cache.hf.cache import storage_bytes
+from rotatek_cache.hf.encoder_tap import choose
+from rotatek_cache.hf.encoders import encoder_tap, token_signal
+from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
+from rotatek_cache.token_pruning.registry import token_method
 
 METHODS = Path(__file__).with_suffix(".yaml")
 QUESTIONS = ("first", "second")

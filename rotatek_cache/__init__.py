@@ -7,19 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rotatek_cache.attention import attend, merge_state
-    from rotatek_cache.basis import KeyBasis
-    from rotatek_cache.cache import RotateKCache
-    from rotatek_cache.layer import LayerKV
-    from rotatek_cache.methods.aircache import AirCache
-    from rotatek_cache.methods.divprune import DivPrune
-    from rotatek_cache.methods.fastv import FastV
-    from rotatek_cache.methods.look_m import LookM
-    from rotatek_cache.methods.visionzip import VisionZip
-    from rotatek_cache.methods.vl_cache import VLCache
+    from rotatek_cache.cache.layer import LayerKV
+    from rotatek_cache.core.attention import attend, merge_state
+    from rotatek_cache.core.basis import KeyBasis
+    from rotatek_cache.core.segments import SegmentView
+    from rotatek_cache.hf.attach import attach, detach, families
+    from rotatek_cache.hf.cache import RotateKCache
     from rotatek_cache.options import FitOptions
-    from rotatek_cache.segments import SegmentView
-    from rotatek_cache.wiring import attach, detach, families
+    from rotatek_cache.token_pruning.methods.aircache import AirCache
+    from rotatek_cache.token_pruning.methods.divprune import DivPrune
+    from rotatek_cache.token_pruning.methods.fastv import FastV
+    from rotatek_cache.token_pruning.methods.look_m import LookM
+    from rotatek_cache.token_pruning.methods.visionzip import VisionZip
+    from rotatek_cache.token_pruning.methods.vl_cache import VLCache
 
 __version__ = "0.1.0"
 
@@ -43,22 +43,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AirCache": "methods.aircache",
-    "DivPrune": "methods.divprune",
-    "FastV": "methods.fastv",
+    "AirCache": "token_pruning.methods.aircache",
+    "DivPrune": "token_pruning.methods.divprune",
+    "FastV": "token_pruning.methods.fastv",
     "FitOptions": "options",
-    "KeyBasis": "basis",
-    "LayerKV": "layer",
-    "LookM": "methods.look_m",
-    "RotateKCache": "cache",
-    "SegmentView": "segments",
-    "VLCache": "methods.vl_cache",
-    "VisionZip": "methods.visionzip",
-    "attach": "wiring",
-    "attend": "attention",
-    "detach": "wiring",
-    "families": "wiring",
-    "merge_state": "attention",
+    "KeyBasis": "core.basis",
+    "LayerKV": "cache.layer",
+    "LookM": "token_pruning.methods.look_m",
+    "RotateKCache": "hf.cache",
+    "SegmentView": "core.segments",
+    "VLCache": "token_pruning.methods.vl_cache",
+    "VisionZip": "token_pruning.methods.visionzip",
+    "attach": "hf.attach",
+    "attend": "core.attention",
+    "detach": "hf.attach",
+    "families": "hf.attach",
+    "merge_state": "core.attention",
 }
 
 
@@ -68,7 +68,7 @@ def __getattr__(name: str) -> Any:
     module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
     if name == "RotateKCache":
         # Makes `attn_implementation={"text_config": "rotatek"}` known to transformers, for use without attach.
-        importlib.import_module(f"{__name__}.hf_attention")
+        importlib.import_module(f"{__name__}.hf.attention")
     return getattr(module, name)
 
 

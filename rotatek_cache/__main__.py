@@ -10,7 +10,7 @@ def main() -> None:
     # would bury what the command prints.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        from rotatek_cache.cli import app  # noqa: PLC0415 (only here can a missing extra be explained)
+        from rotatek_cache.cli.app import app  # noqa: PLC0415 (only here can a missing extra be explained)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "rotatek_cache":
             raise

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
-from rotatek_cache.basis import Solver
+from rotatek_cache.core.fitting import Solver
 
 Bits = Literal[8, 4, 2, "fp8", "auto"] | None
 Worth = Literal["gain", "variance", "relative"]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rotatek_cache.attention import reference_attention
-from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import CodeLayout, HeadCodes, Numbers
-from rotatek_cache.segments import SegmentView
+from rotatek_cache.core.attention import reference_attention
+from rotatek_cache.core.basis import KeyBasis
+from rotatek_cache.core.quantization import CodeLayout, HeadCodes, Numbers
+from rotatek_cache.core.segments import SegmentView
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,16 @@ def test_the_package_itself_imports_nothing_heavy():
 
 def test_the_maths_needs_torch_alone():
     maths = [
-        f"rotatek_cache.{name}" for name in ("attention", "basis", "coding", "ledger", "options", "report", "segments")
+        f"rotatek_cache.{name}"
+        for name in (
+            "core.attention",
+            "core.basis",
+            "core.quantization",
+            "core.row_layout",
+            "options",
+            "report",
+            "core.segments",
+        )
     ]
     body = f"""
 import importlib

@@ -10,9 +10,9 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.runtime_context import get_parallel, get_serving
 from torch import Tensor
 
-from rotatek_cache.attention import attend
-from rotatek_cache.sealing import Sealer, Verdict
-from rotatek_cache.segments import SegmentView
+from rotatek_cache.codecs.sealing import Sealer, Verdict
+from rotatek_cache.core.attention import attend
+from rotatek_cache.core.segments import SegmentView
 from rotatek_sglang import options
 from rotatek_sglang.checks import check_basis, check_model
 from rotatek_sglang.decode_tables import GRAPH_SEGMENTS, GraphTables, count_segments, padded, table_of

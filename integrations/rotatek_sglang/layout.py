@@ -1,6 +1,6 @@
 """How wide a visual row is in each layer, and what a basis takes: found by sealing random states and looking.
 
-So what a method stores is decided in one place, `rotatek_cache.sealing`.
+So what a method stores is decided in one place, `rotatek_cache.codecs`.
 """
 
 import math
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import CodeLayout, HeadCodes
-from rotatek_cache.sealing import Sealer
-from rotatek_cache.segments import Stored
+from rotatek_cache.codecs.sealing import Sealer
+from rotatek_cache.core.basis import KeyBasis
+from rotatek_cache.core.quantization import CodeLayout, HeadCodes
+from rotatek_cache.core.segments import Stored
 
 ROW_NUMBER_BYTES = 4
 PROMPTS_IN_CHUNKS = 2  # at most: SGLang goes on with one, and may begin another where that ends

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from rotatek_cache.basis import Solver
-from rotatek_cache.methods import BASES
-from rotatek_cache.methods.calibrated import load_basis
+from rotatek_cache.codecs.calibrated import load_basis
+from rotatek_cache.codecs.registry import BASES
+from rotatek_cache.core.fitting import Solver
 from rotatek_cache.options import Allocation, Bits, FitOptions
 
 PREFIX = "ROTATEK_"

@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_parallel, get_schedule
 from torch import Tensor
 
-from rotatek_cache.sealing import Sealer
+from rotatek_cache.codecs.sealing import Sealer
 from rotatek_sglang import metrics, options
 from rotatek_sglang.layout import HeadShape, Plan, Worth, find_layout
 from rotatek_sglang.metrics import Gauges

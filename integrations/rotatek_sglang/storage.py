@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import HeadCodes
-from rotatek_cache.segments import SegmentView, Stored
+from rotatek_cache.core.basis import KeyBasis
+from rotatek_cache.core.quantization import HeadCodes
+from rotatek_cache.core.segments import SegmentView, Stored
 from rotatek_sglang.layout import CacheLayout, StateLayout
 
 

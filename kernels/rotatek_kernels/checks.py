@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import RANK_MULTIPLE, KeyBasis
-from rotatek_cache.coding import Code, CodeLayout, HeadCodes, Numbers
-from rotatek_cache.segments import SegmentView
+from rotatek_cache.core.basis import RANK_MULTIPLE, KeyBasis
+from rotatek_cache.core.quantization import Code, CodeLayout, HeadCodes, Numbers
+from rotatek_cache.core.segments import SegmentView
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MASK_DTYPES = (torch.bool, torch.float64, *DTYPES)

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from rotatek_cache.segments import SegmentView
+from rotatek_cache.core.segments import SegmentView
 from rotatek_kernels.attend_triton import attend_splits
 from rotatek_kernels.checks import arguments_key, check_arguments, check_scale
 from rotatek_kernels.forms import STATE_ALIGN, MergeArguments, SegmentArguments
@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 
 
 def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: float) -> tuple[Tensor, Tensor]:
-    """`rotatek_cache.attention.attend`, fused: one pass over what the segments store.
+    """`rotatek_cache.attend`, fused: one pass over what the segments store.
 
     A segment is read as it lies, coefficients as numbers or as codes; the queries are projected inside, and coded
     Values are summed as coefficients, which the merge rotates back once. The segments of a layer share a launch (up to

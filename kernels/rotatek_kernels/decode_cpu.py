@@ -8,9 +8,9 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import Code, CodeLayout, HeadCodes, Numbers
-from rotatek_cache.segments import SegmentView
+from rotatek_cache.core.basis import KeyBasis
+from rotatek_cache.core.quantization import Code, CodeLayout, HeadCodes, Numbers
+from rotatek_cache.core.segments import SegmentView
 from rotatek_kernels import cpu_library
 from rotatek_kernels.checks import arguments_key, check_arguments, check_scale
 
@@ -31,7 +31,7 @@ REMEMBERED = 1024  # arguments that were found right
 
 
 def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: float) -> tuple[Tensor, Tensor]:
-    """`rotatek_cache.attention.attend`, fused: one pass over what the segments store, in compiled C++.
+    """`rotatek_cache.attend`, fused: one pass over what the segments store, in compiled C++.
 
     Numbers and codes are read as they lie, pools by their slots; sums are in float32. It runs on as many threads as
     torch does. There is no backward.

@@ -15,9 +15,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import CodeLayout, HeadCodes, Numbers
-from rotatek_cache.segments import SegmentView
+from rotatek_cache.core.basis import KeyBasis
+from rotatek_cache.core.quantization import CodeLayout, HeadCodes, Numbers
+from rotatek_cache.core.segments import SegmentView
 from rotatek_kernels.decode import Launch, plan
 from rotatek_kernels.shapes import BlockSizes, shapes_of
 

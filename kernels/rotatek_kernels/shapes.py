@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rotatek_cache.basis import KeyBasis
-from rotatek_cache.coding import Code, CodeLayout, HeadCodes, Numbers
-from rotatek_cache.segments import SegmentView
+from rotatek_cache.core.basis import KeyBasis
+from rotatek_cache.core.quantization import Code, CodeLayout, HeadCodes, Numbers
+from rotatek_cache.core.segments import SegmentView
 from rotatek_kernels.forms import Block, HeadTable, MergeForm, SegmentForm
 
 MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
@@ -45,8 +45,8 @@ class BlockSizes(NamedTuple):
     registers: int | None
 
 
-# Chosen by what the compiler reports (`tests/test_kernel_compile.py -s`: registers, spills, shared memory; instructions
-# per token by `python -m evals.bench_kernel --roofline`), the same for sm_80, sm_90 and sm_100 and for all ranks. None
+# Chosen by what the compiler reports (`tests/kernels/test_compile.py -s`: registers, spills, shared memory; instructions
+# per token by `python -m evals.bench.kernel --roofline`), the same for sm_80, sm_90 and sm_100 and for all ranks. None
 # of it has been timed on a GPU.
 BLOCK_SIZES = {
     # Bound by bytes, so instructions may be spent: 18 a token at D 128, r 32 against 70 that the bytes leave time for.

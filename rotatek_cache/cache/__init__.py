@@ -1,0 +1,1 @@
+"""One prompt's storage over its life."""

@@ -1,0 +1,323 @@
+"""`LayerKV`, the Keys and Values of one layer: append, seal, select, crop.
+
+A layer holds them in up to three places. New tokens whose image is not finished yet are *pending*: dense, as the model
+gave them. A *seal* moves the visual ones among them into a compressed segment that is never copied again, and the
+others into the *text* segment, which stays dense and grows in place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rotatek_cache.cache.seal_plan import SealPlan
+from rotatek_cache.cache.selection import TokenSelection
+from rotatek_cache.cache.visual_positions import VisualLedger
+from rotatek_cache.codecs.sealing import Sealer
+from rotatek_cache.core.attention import reference_attention
+from rotatek_cache.core.basis import compute_dtype
+from rotatek_cache.core.row_layout import integers
+from rotatek_cache.core.segments import SegmentView, TextSegment, VisualSegment, join_segments
+from rotatek_cache.options import FitOptions
+
+
+class SealPlanner(Protocol):
+    """Something that settles a layer's options once a prompt is known."""
+
+    def prepare(self, layer: "LayerKV", plan: SealPlan) -> None:
+        """Called before a layer seals by `plan`."""
+
+    def settle(self, layer: "LayerKV", plan: SealPlan, counts: Sequence[Sequence[int]]) -> None:
+        """Called when it is known how many visual tokens all layers keep of each row, before the first one seals."""
+
+
+@dataclass
+class Pending:
+    """Dense tokens that wait for their seal, as the model gave them: ``[B, H, P, D]``."""
+
+    keys: Tensor
+    values: Tensor
+    begin: int  # logical position of the first
+    window: Tensor | None = None  # the last queries, [B, H_q, <= W, D]
+
+
+def row_index(index: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """Rows to select as int64 ``[B']``, from integers or a bool per row."""
+    index = torch.as_tensor(index, device=device)
+    return index.nonzero()[:, 0] if index.dtype == torch.bool else index
+
+
+class LayerKV:
+    """Keys and Values of one layer: dense until an image is complete, compressed from its seal on."""
+
+    def __init__(
+        self, options: FitOptions, ledger: VisualLedger, index: int, selection: TokenSelection | None = None
+    ) -> None:
+        self.options = options
+        self.ledger = ledger
+        self.index = index
+        self.selection = selection
+        self.planner: SealPlanner | None = None
+        self.sealer = Sealer(options, index)
+        self.exact = 0  # visual tokens at the end of each row that a seal leaves as they are
+        self.segments: list[VisualSegment] = []
+        self.text = TextSegment()
+        self.pending: Pending | None = None
+        self.length = 0  # logical tokens, padding included
+        self.kept_dense: list[tuple[int, int]] = []  # (row at its seal, visual tokens) below break-even
+        self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, visual tokens left out [B]
+        self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
+        self.dtype: torch.dtype | None = None
+
+    def use(self, options: FitOptions, exact: int = 0) -> None:
+        """Seal with other options from now on, and leave the last `exact` visual tokens of each row as they are."""
+        self.options, self.sealer, self.exact = options, Sealer(options, self.index), exact
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Take the Keys ``[B, H, n, D]`` and Values ``[B, H, n, D_v]`` of the next n positions."""
+        self._check(keys, values)
+        self.sealer.check()
+        tokens = keys.shape[2]
+        begin, self.length = self.length, self.length + tokens
+        if self.pending is not None:
+            self.pending.keys = torch.cat([self.pending.keys, keys], 2)
+            self.pending.values = torch.cat([self.pending.values, values], 2)
+        elif self.ledger.has_visual(begin, self.length):
+            self.pending = Pending(keys, values, begin)
+        else:
+            self.text.append(keys, values)
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        batch, heads, _, width = keys.shape
+        shape = (batch, heads, width, values.shape[-1])
+        if self.shape is None:
+            self.shape, self.dtype = shape, keys.dtype
+        elif shape != self.shape:
+            raise ValueError(
+                f"this cache holds (rows, KV heads, key width, value width) = {self.shape}, the new states have "
+                f"{shape}; call cache.reset() or make a new cache for another batch"
+            )
+
+    def dense(self) -> tuple[Tensor, Tensor] | None:
+        """All Keys and Values in logical order, ``[B, H, T, D]``, while nothing has been sealed; else None."""
+        if self.segments or self.text.alignment is not None:
+            return None
+        if self.pending is None:
+            return self.text.logical()
+        if self.text.length == 0:
+            return self.pending.keys, self.pending.values
+        keys, values = self.text.logical()
+        return torch.cat([keys, self.pending.keys], 2), torch.cat([values, self.pending.values], 2)
+
+    def views(self, mask: Tensor | None) -> list[SegmentView]:
+        """What attention reads; `mask` is the model's ``[B or 1, 1, Q, T]``, bool or additive, None for all visible."""
+        views = [segment.view(self.ledger, mask) for segment in self.segments]
+        text = self.text.view(self.ledger, mask)
+        if text is not None:
+            views.append(text)
+        if self.pending is not None:
+            views.append(self._pending_view(self.pending, mask))
+        return views
+
+    def _pending_view(self, pending: Pending, mask: Tensor | None) -> SegmentView:
+        batch, _, tokens, _ = pending.keys.shape
+        device = pending.keys.device
+        if mask is not None:
+            mask = mask[:, 0, :, pending.begin :].expand(batch, -1, -1)
+        return SegmentView(
+            keys=pending.keys.transpose(0, 1).flatten(1, 2),
+            values=pending.values.transpose(0, 1).flatten(1, 2),
+            starts=torch.arange(batch, device=device) * tokens,
+            lengths=torch.full((batch,), tokens, dtype=torch.int32, device=device),
+            max_length=tokens,
+            row_stride=tokens,
+            batched=True,
+            mask=mask,
+        )
+
+    def hidden(self) -> Tensor | None:
+        """bool ``[B, T]``: tokens that a token method has dropped, and that this forward must not attend to."""
+        if self.pending is None:
+            return None
+        begin, plan = self.pending.begin, self.ledger.known_plan
+        dropped = self.ledger.dropped_of(begin, self.length)
+        if self.selection is not None and plan is not None and plan.end == self.length:
+            dropped = plan.keeping(self.selection.kept(self.index, plan)).dropped
+        return None if dropped is None else torch.nn.functional.pad(dropped, (begin, 0))
+
+    def pending_attention(self, query: Tensor, visible: Tensor, scale: float) -> Tensor:
+        """Attention of a few queries ``[B, H_q, q, D]`` to the pending tokens: probabilities ``[B, H_q, q, P]``.
+
+        The softmax is over all that the layer holds; `visible` ``[B or 1, q, T]`` says what each query sees.
+        """
+        assert self.pending is not None
+        dtype = compute_dtype(query.dtype)
+        keys = self.pending.keys.to(dtype)
+        _, lse = reference_attention(query, self.views(visible[:, None]), scale)
+        assert lse is not None
+        grouped = (query.to(dtype) * scale).unflatten(1, (keys.shape[1], -1))  # [B, H, G, q, D]
+        logits = (grouped @ keys.mT[:, :, None]).flatten(1, 2)
+        logits = logits.masked_fill(~visible[:, None, :, self.pending.begin :], -torch.inf)
+        return (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+
+    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
+        """See the queries ``[B, H_q, Q, D]`` of a forward whose attention is done; seal if the images are complete.
+
+        `mask` is the model's, bool ``[B or 1, 1, Q, T]`` or additive, None for causal; `scale` the factor on the
+        logits, ``D ** -0.5`` by default.
+        """
+        pending = self.pending
+        if pending is None:
+            return
+        window = query if pending.window is None else torch.cat([pending.window, query], 2)
+        # Cloned, or a view would keep the whole prompt's queries alive until the seal.
+        pending.window = window[:, :, -self.options.query_window :].clone()
+        plan = self.ledger.plan(pending.begin, self.length, mask, wait=not self.options.streaming)
+        if plan is None:
+            return
+        if self.planner is not None:
+            self.planner.prepare(self, plan)
+        if self.selection is None:
+            self._seal(plan)
+            return
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        ready = [(held, plan.keeping(kept)) for held, kept in self.selection.decide(self, plan, query, mask, scale)]
+        if self.planner is not None and len(ready) == len(self.selection.compressed):
+            self.planner.settle(self, plan, [part.counts for _, part in ready])
+        for layer, part in ready:
+            layer._seal(part)  # noqa: SLF001 (another layer of this cache)
+
+    def _seal(self, plan: SealPlan) -> None:
+        pending = self.pending
+        assert pending is not None
+        if plan.dropped is not None:
+            self.dropped.append((plan.begin, plan.dropped.sum(1)))
+            if self.selection is not None:
+                merged = self.selection.method.merged(pending.keys, pending.values, plan.visual, plan.dropped)
+                pending.keys, pending.values = merged
+        compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
+        for image in plan.images() if self.options.basis_per == "image" else (plan.sparing(self.exact),):
+            made: list[VisualSegment] = []
+            # A segment has one layout, and that of a row must not depend on its batch.
+            for part in image.rows() if self.options.follows_content else (image,):
+                rows, segment = self._compress_worth(pending, part)
+                self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
+                if segment is not None:
+                    compressed.append((part, rows))
+                    made.append(segment)
+            self.segments += join_segments(made)
+        self.pending = None
+        if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
+            # Nothing is compressed and nothing is padding: the tokens keep their logical order.
+            self.text.append(pending.keys, pending.values)
+            return
+        self._append_text(pending, plan, tuple(compressed))
+
+    def _compress_worth(self, pending: Pending, plan: SealPlan) -> tuple[tuple[int, ...], VisualSegment | None]:
+        """A segment of the rows whose visual tokens take fewer bytes in it; which they are."""
+        rows = self._worth(pending, plan, [row for row, count in enumerate(plan.counts) if count], None)
+        segment = self._compress(pending, plan, rows) if rows else None
+        if segment is not None and self.options.energy is not None:
+            # Only now is the rank known; rows that it does not pay for stay dense.
+            worth = self._worth(pending, plan, rows, segment.keys.channels)
+            if worth != rows:
+                rows, segment = worth, self._compress(pending, plan, worth) if worth else None
+        return rows, segment
+
+    def _worth(self, pending: Pending, plan: SealPlan, rows: Sequence[int], rank: int | None) -> tuple[int, ...]:
+        key_width, value_width = pending.keys.shape[-1], pending.values.shape[-1]
+        worth = self.sealer.is_worth
+        return tuple(row for row in rows if worth(plan.counts[row], key_width, value_width, pending.keys.dtype, rank))
+
+    def _compress(self, pending: Pending, plan: SealPlan, rows: tuple[int, ...]) -> VisualSegment:
+        layout = plan.layout(rows, pending.keys.device)
+        keys = pending.keys.transpose(0, 1)[:, layout.token_rows, layout.token_columns]  # [H, N, D]
+        values = pending.values.transpose(0, 1)[:, layout.token_rows, layout.token_columns]
+        index = integers(rows, keys.device)
+        window, valid = pending.window, None
+        if window is not None:
+            valid = plan.visible_tail(window.shape[2], window.device)
+            valid = None if valid is None else valid[index]
+            window = window[index]
+        stored_keys = self.sealer.store_keys(keys, layout.storage_ranges, window, valid)
+        stored_values = self.sealer.store_values(values, layout.storage_ranges)
+        return VisualSegment(
+            keys=stored_keys,
+            values=stored_values,
+            positions=layout.positions,
+            starts=layout.starts,
+            lengths=layout.lengths,
+            basis_rows=layout.basis_rows,
+            max_length=layout.max_length,
+            uniform=layout.uniform,
+        )
+
+    def _append_text(
+        self, pending: Pending, plan: SealPlan, compressed: tuple[tuple[SealPlan, tuple[int, ...]], ...]
+    ) -> None:
+        """Move the pending tokens that stay dense behind the text."""
+        keys, values = pending.keys, pending.values
+        order, alignment = plan.text_alignment(compressed, self.text.alignment, self.text.length, keys.device)
+        if self.text.length:
+            text_keys, text_values = self.text.logical()
+            keys, values = torch.cat([text_keys, keys], 2), torch.cat([text_values, values], 2)
+        self.text.realign(keys, values, order, alignment)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Let batch row b be what row ``index[b]`` was, for beams and batch selection."""
+        if self.shape is None:
+            return
+        held = self.tensors()
+        index = row_index(index, held[0].device if held else torch.device("cpu"))
+        if index.device.type == "cpu" and torch.equal(index, torch.arange(self.shape[0])):
+            return
+        for segment in self.segments:
+            segment.select_rows(index)
+        self.text.select_rows(index)
+        self.dropped = [(begin, counts[index]) for begin, counts in self.dropped]
+        if self.pending is not None:
+            pending = self.pending
+            window = None if pending.window is None else pending.window[index]
+            self.pending = Pending(pending.keys[index], pending.values[index], pending.begin, window)
+        self.shape = (len(index), *self.shape[1:])
+
+    def truncate(self, length: int) -> None:
+        """Forget the logical positions from `length` on."""
+        if length >= self.length:
+            return
+        if self.pending is not None and length > self.pending.begin:
+            keep = length - self.pending.begin
+            removed = self.length - length
+            window = self.pending.window
+            window = None if window is None else window[:, :, : max(0, window.shape[2] - removed)]
+            keys, values = self.pending.keys[:, :, :keep], self.pending.values[:, :, :keep]
+            self.pending = Pending(keys, values, self.pending.begin, window)
+        else:
+            self.pending = None
+            for segment in self.segments:
+                segment.truncate(length)
+            self.segments = [segment for segment in self.segments if bool(segment.lengths.any())]
+            self.text.truncate(length)
+            self.dropped = [(begin, counts) for begin, counts in self.dropped if begin < length]
+            if length == 0:
+                self.text, self.kept_dense = TextSegment(), []
+        self.length = length
+
+    def dense_tokens(self) -> int:
+        """Tokens held dense, over all rows: text, what waits for its seal, and images below break-even."""
+        if self.shape is None:
+            return 0
+        text = self.text.length * self.shape[0]
+        if self.text.alignment is not None and self.text.alignment.first is not None:
+            text -= int(self.text.alignment.first.sum())
+        return text + (0 if self.pending is None else self.pending.keys.shape[2] * self.shape[0])
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, shared tensors included."""
+        held = [t for segment in self.segments for t in segment.tensors()] + self.text.tensors()
+        if self.pending is not None:
+            window = [] if self.pending.window is None else [self.pending.window]
+            held += [self.pending.keys, self.pending.values, *window]
+        return held + [counts for _, counts in self.dropped]

@@ -1,0 +1,105 @@
+"""Let the layers of one cache decide together which visual tokens each keeps."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rotatek_cache.cache.seal_plan import SealPlan
+from rotatek_cache.core.attention import MAX_SCORES, causal_mask
+from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, Summary
+
+if TYPE_CHECKING:
+    from rotatek_cache.cache.layer import LayerKV
+
+
+class TokenSelection:
+    """Lets the layers of one cache decide together: what they have seen in this forward, and what each keeps."""
+
+    def __init__(self, method: AttentionMethod) -> None:
+        self.method = method
+        self.compressed: tuple[int, ...] = ()
+        self._forget()
+
+    def _forget(self, plan: SealPlan | None = None) -> None:
+        self._plan = plan
+        self._seen: dict[int, Summary] = {}
+        self._kept: dict[int, Tensor] | None = None
+        self._waiting: list[LayerKV] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TokenSelection":
+        copy = TokenSelection(self.method)  # nothing lasts beyond a forward
+        copy.compressed = self.compressed
+        return copy
+
+    def learn_layers(self, compressed: Sequence[int], layers: int) -> None:
+        """Learn which of the model's `layers` layers are ours (the others keep the stock cache layer)."""
+        self.method.check_layers(compressed, layers)
+        self.compressed = tuple(compressed)
+
+    def kept(self, layer: int, plan: SealPlan | None) -> Tensor | None:
+        """bool ``[B, P]``: what has been decided for a layer that seals by `plan`; None if nothing has been."""
+        if plan is None or plan is not self._plan or self._kept is None:
+            return None
+        return self._kept.get(layer)
+
+    def decide(
+        self, layer: "LayerKV", plan: SealPlan, query: Tensor, mask: Tensor | None, scale: float
+    ) -> list[tuple["LayerKV", Tensor | None]]:
+        """See a layer attend; returns the layers that can seal now, with what each keeps (None: all).
+
+        Args:
+            layer: the layer, with its tokens pending.
+            plan: their seal, the same object for all layers of a forward.
+            query: queries of this forward ``[B, H_q, Q, D]``.
+            mask: the model's mask, bool ``[B or 1, 1, Q, T]`` or additive.
+            scale: factor on the logits.
+        """
+        if self.method.layer_by_layer:
+            seen = self._summary(layer, plan, query, mask, scale)
+            return [(layer, self.method.select({layer.index: seen}, plan.visual, (layer.index,))[layer.index])]
+        if plan is not self._plan:
+            self._forget(plan)
+        watched = self.method.watched(self.compressed)
+        if layer.index in watched and self._kept is None:
+            self._seen[layer.index] = self._summary(layer, plan, query, mask, scale)
+            if layer.index == watched[-1]:
+                pruned = self.method.pruned(self.compressed)
+                self._kept = self.method.select(self._seen, plan.visual, pruned)
+        self._waiting.append(layer)
+        kept, pruned = self._kept, self.method.pruned(self.compressed)
+        ready = [held for held in self._waiting if kept is not None or held.index not in pruned]
+        self._waiting = [held for held in self._waiting if held not in ready]
+        if layer.index == self.compressed[-1]:
+            self._forget()
+        return [(held, None if kept is None else kept.get(held.index)) for held in ready]
+
+    def _summary(self, layer: "LayerKV", plan: SealPlan, query: Tensor, mask: Tensor | None, scale: float) -> Summary:
+        queries = query.shape[2]
+        valid = plan.queries_behind_visual(last_only=self.method.last_query_only)[:, -queries:].to(query.device)
+        begin = int(valid.any(0).int().argmax())  # queries before it are nobody's
+        columns = plan.end - plan.begin
+        size = max(1, MAX_SCORES // max(1, query.shape[0] * query.shape[1] * columns))
+        size = size if self.method.in_parts else queries
+        visual = plan.visual.to(query.device)
+        visible = self._visible(mask, queries, layer.length, query.device)
+        total: Summary | None = None
+        for start in range(begin, queries, size):
+            chosen = slice(start, min(start + size, queries))
+            seen = visible[:, chosen]
+            weights = layer.pending_attention(query[:, :, chosen], seen, scale)
+            part = valid[:, chosen]
+            seen = seen[..., plan.begin :] & part[..., None]
+            rows = AttentionRows(weights * seen[:, None], seen, part, visual)
+            summary = self.method.summarise(rows)
+            total = summary if total is None else tuple(a + b for a, b in zip(total, summary, strict=True))
+        assert total is not None
+        return total
+
+    @staticmethod
+    def _visible(mask: Tensor | None, queries: int, tokens: int, device: torch.device) -> Tensor:
+        """bool ``[B or 1, Q, T]``."""
+        if mask is None:
+            return causal_mask(queries, tokens, device)[:, 0]
+        return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2

@@ -1,0 +1,1 @@
+"""Bases fitted once per model, over many images."""

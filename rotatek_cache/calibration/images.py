@@ -1,0 +1,194 @@
+"""Calibration from a folder of images or a dataset: what `rotatek calibrate` does."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
+from rotatek_cache.cli.demo import DemoError, Reader, open_page
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """How many images went into a basis file, and how many could not be read."""
+
+    images: int
+    skipped: int
+
+
+class Images(Protocol):
+    """Images by number."""
+
+    @property
+    def description(self) -> str:
+        """Which images they are: the same for the same ones only."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Image.Image:
+        """The image; a DemoError where it cannot be read."""
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files, opened when they are asked for."""
+
+    folder: Path
+    paths: Sequence[Path]
+
+    @property
+    def description(self) -> str:
+        """Their number, and a digest of names and sizes."""
+        listed = "\n".join(f"{path.relative_to(self.folder)} {path.stat().st_size}" for path in self.paths)
+        return f"{len(self.paths)} files, {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int, /) -> Image.Image:
+        return open_page(self.paths[index]).image
+
+
+@dataclass(frozen=True)
+class DatasetImages:
+    """The first image column of a dataset of the library `datasets`."""
+
+    rows: Any
+    column: str
+
+    @property
+    def description(self) -> str:
+        """The dataset's own fingerprint."""
+        return f"{len(self.rows)} rows of a dataset, column {self.column}, {self.rows._fingerprint}"  # noqa: SLF001
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int, /) -> Image.Image:
+        try:
+            image = self.rows[index][self.column]
+            image.load()
+        except (OSError, ValueError, SyntaxError, AttributeError, Image.DecompressionBombError) as error:
+            raise DemoError(f"row {index} of the dataset holds no readable image: {error}") from error
+        converted: Image.Image = image.convert("RGB")
+        return converted
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files below `folder`, in the order of their names."""
+    if not folder.is_dir():
+        raise DemoError(f"--images must be a folder, got '{folder}'")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise DemoError(f"no image below '{folder}' (looked for {', '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def open_images(source: str, split: str = "train", most: int | None = None) -> Images:
+    """Images of a folder, or of a dataset: a name on the hub, or a folder that `save_to_disk` wrote.
+
+    Args:
+        source: folder, or ``owner/name`` or ``owner/name/configuration``.
+        split: of a dataset.
+        most: the first so many only.
+    """
+    folder = Path(source)
+    saved = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    if folder.is_dir() and not saved:
+        return ImageFiles(folder, find_images(folder)[:most])
+    if not saved and (source.startswith((".", "/", "~")) or source.count("/") not in (1, 2)):
+        raise DemoError(f"--images must be a folder, or a dataset as owner/name, got '{source}'")
+    try:
+        import datasets  # noqa: PLC0415 (an extra; folders need none)
+    except ImportError:
+        raise DemoError(
+            f"--images '{source}' is no folder, and datasets need `pip install datasets` (part of the extra `evals`)"
+        ) from None
+    owner, *rest = source.split("/")
+    name, configuration = "/".join([owner, *rest[:1]]), "/".join(rest[1:]) or None
+    try:
+        rows = datasets.load_from_disk(source) if saved else datasets.load_dataset(name, configuration, split=split)
+        if isinstance(rows, datasets.DatasetDict):
+            rows = rows[split]
+    except KeyError:
+        raise DemoError(f"--split must be one of {', '.join(rows)}, got '{split}'") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DemoError(f"--images '{source}' is neither a folder nor a dataset that can be read: {error}") from error
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise DemoError(f"dataset '{source}' has no image column, only {', '.join(rows.column_names)}")
+    return DatasetImages(rows if most is None else rows.take(min(most, len(rows))), columns[0])
+
+
+def calibrate_reader(
+    reader: Reader,
+    images: Images,
+    questions: Sequence[str],
+    out: Path,
+    *,
+    method: str,
+    value_method: str,
+    save_every: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Calibrated:
+    """Calibrate on `images`, the questions asked in turn, and write the basis file `out`.
+
+    The state is saved beside it every `save_every` images, and taken up again; it goes when the basis is written.
+
+    Args:
+        reader: the attached model.
+        images: one that cannot be read is skipped and counted.
+        questions: at least one.
+        out: the basis file.
+        method, value_method: of `rotatek_cache.calibration.METHODS` and `VALUE_METHODS`.
+        save_every: images between two saves.
+        advance: called with the number of images done.
+
+    Raises:
+        DemoError: the saved state cannot be used, or no image gave a visual token.
+    """
+    mark = fingerprint(reader.model)
+    saved = out.with_name(out.name + ".state")
+    try:
+        source = f"{images.description}; asked {json.dumps(list(questions))}"
+        if saved.exists():
+            state = _resumed(saved, mark, source)
+        else:
+            state = Calibration(mark, reader.model.config.model_type, source)
+            state.save(saved)  # before the work: where this fails, the basis could not be written either
+        for number in range(state.images + state.skipped, len(images)):
+            try:
+                image = images[number]
+            except DemoError:
+                state.skipped += 1
+            else:
+                calibrate(reader.model, [reader.prompt(image, questions[number % len(questions)])], state)
+            if (number + 1) % save_every == 0:
+                state.save(saved)
+            advance(number + 1)
+        state.write_basis(out, source=source, method=method, value_method=value_method)
+    except ValueError as error:
+        raise DemoError(str(error)) from error
+    except OSError as error:
+        raise DemoError(f"'{out}' cannot be written: {error}") from error
+    saved.unlink(missing_ok=True)
+    return Calibrated(state.images, state.skipped)
+
+
+def _resumed(saved: Path, mark: Tensor, source: str) -> Calibration:
+    """The state saved at `saved`; a ValueError if it was begun with something else."""
+    state = Calibration.load(saved, mark)
+    if state.source != source:
+        raise ValueError(
+            f"'{saved}' was begun with other images or questions ({state.source}; now {source}): delete it, or give "
+            "another --out"
+        )
+    return state

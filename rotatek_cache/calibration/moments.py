@@ -1,0 +1,296 @@
+"""Calibration: moments of visual Keys and Values over many images in one pass, and the basis file made of them."""
+
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rotatek_cache.codecs.calibrated import FORMAT, read_tensors, same_fingerprint
+from rotatek_cache.codecs.sealing import Ranges, Sealer
+from rotatek_cache.core.fitting import KeyStatistics, key_moments, matrix_roots
+from rotatek_cache.core.quantization import BITS, CodeLayout, quantise
+from rotatek_cache.core.segments import Stored
+from rotatek_cache.options import FitOptions
+
+STATE_FORMAT = "rotatek-calibration-2"
+METHODS = ("pca", "oblique", "leank")
+VALUE_METHODS = ("pca", "output")
+SAMPLE_PER_IMAGE = 32  # tokens per image kept to find clip ranges
+SAMPLE_MOST = 8192  # tokens kept in all
+
+
+@dataclass
+class Moments:
+    """Sums over images for the Keys or Values of one layer.
+
+    Attributes:
+        scatter: sum of the scatter within images, each around its own mean, ``[H, D, D]`` float64.
+        tokens: visual tokens seen.
+        sample: some tokens less their image's mean, ``[H, n, D]`` float32.
+        cost: ``[H, D, D]`` float64, such that an error e of a state adds ``e^T cost e``, times the images, to the
+            squared error of what is made of it: for Keys the second moment of the prompt's last queries, summed over
+            images, all heads of a group, for Values that of the output projection's columns. None if it is not known.
+    """
+
+    scatter: Tensor
+    tokens: int
+    sample: Tensor
+    cost: Tensor | None = None
+
+    @classmethod
+    def of(cls, states: Tensor, seed: int, cost: Tensor | None = None) -> "Moments":
+        """Moments of the visual states ``[H, S, D]`` of one image; `seed` picks the sample."""
+        mean, scatter = key_moments(states.float())
+        generator = torch.Generator().manual_seed(seed)
+        picked = torch.randperm(states.shape[1], generator=generator)[:SAMPLE_PER_IMAGE].to(states.device)
+        sample = states[:, picked].float() - mean[:, None]
+        cost = None if cost is None else cost.double().cpu()
+        return cls(scatter.double().cpu(), states.shape[1], sample.cpu(), cost)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        sample = torch.cat([self.sample, other.sample], 1)[:, :SAMPLE_MOST]
+        cost = None if self.cost is None or other.cost is None else self.cost + other.cost
+        return Moments(self.scatter + other.scatter, self.tokens + other.tokens, sample, cost)
+
+    def basis(self, method: str = "pca") -> dict[str, Tensor]:
+        """What a basis file holds of it.
+
+        Args:
+            method: "pca"; "oblique" (weighted by the cost, shrunk by half; "output" is its name for Values); or "leank"
+                (static selection of channels by query times Key power; a dropped one reads as its mean). Without a cost
+                all are "pca".
+        """
+        covariance = self.scatter / self.tokens
+        gain = torch.ones_like(covariance[..., 0])
+        if self.cost is None or method == "pca":
+            spectrum, vectors = torch.linalg.eigh(covariance)
+            spectrum, encoder = spectrum.flip(-1), vectors.flip(-1)
+            decoder = encoder
+            if self.cost is not None:
+                gain = (decoder * (self.cost @ decoder)).sum(-2)
+        elif method in ("oblique", "output"):
+            power = self.cost.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+            eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
+            root, inverse = matrix_roots(0.5 * self.cost / power + 0.5 * eye)
+            spectrum, vectors = torch.linalg.eigh(root @ covariance @ root)
+            spectrum, vectors = spectrum.flip(-1), vectors.flip(-1)
+            encoder, decoder = root @ vectors, inverse @ vectors
+            gain = gain * power[..., 0]
+        else:
+            score = covariance.diagonal(dim1=-2, dim2=-1) * self.cost.diagonal(dim1=-2, dim2=-1)
+            spectrum, order = score.sort(-1, descending=True)
+            encoder = torch.nn.functional.one_hot(order, order.shape[-1]).mT.to(covariance.dtype)
+            decoder = encoder
+        tensors = {"encoder": encoder.float(), "spectrum": spectrum.clamp_min(0).float(), "gain": gain.float()}
+        if decoder is not encoder:
+            tensors["decoder"] = decoder.float()
+        coefficients = self.sample @ encoder.float()
+        for bits in BITS:
+            _, low, step = quantise(coefficients, CodeLayout(((bits, coefficients.shape[-1]),)))
+            tensors[f"low{bits}"], tensors[f"step{bits}"] = low, step
+        return tensors
+
+
+class Calibration:
+    """Moments of all layers, which can be stored, added to and turned into a basis file."""
+
+    def __init__(self, fingerprint: Tensor, model_type: str, source: str = "") -> None:
+        self.fingerprint = fingerprint
+        self.model_type = model_type
+        self.source = source  # what the images are, for whoever goes on
+        self.images = 0
+        self.skipped = 0  # images that could not be read
+        self.moments: dict[tuple[int, str], Moments] = {}
+
+    def add(self, layer: int, which: str, states: Tensor, cost: Tensor | None = None) -> None:
+        """Take the visual states ``[H, S, D]`` of one image at one layer, and what their errors cost."""
+        new = Moments.of(states, self.images, cost)
+        old = self.moments.get((layer, which))
+        self.moments[layer, which] = new if old is None else old + new
+
+    def save(self, path: str | Path) -> None:
+        """Write the state, so that a later run can go on from it."""
+        tensors = {}
+        for (layer, which), moments in self.moments.items():
+            tensors[f"layers.{layer}.{which}.scatter"] = moments.scatter
+            tensors[f"layers.{layer}.{which}.sample"] = moments.sample.contiguous()
+            tensors[f"layers.{layer}.{which}.tokens"] = torch.tensor(moments.tokens)
+            if moments.cost is not None:
+                tensors[f"layers.{layer}.{which}.cost"] = moments.cost
+        tensors["fingerprint"] = self.fingerprint
+        provenance = {
+            "model_type": self.model_type,
+            "images": self.images,
+            "skipped": self.skipped,
+            "source": self.source,
+        }
+        _write(tensors, {"format": STATE_FORMAT, "provenance": json.dumps(provenance)}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, fingerprint: Tensor) -> "Calibration":
+        """Read a state written by `save`; a ValueError if it is unreadable or of another model."""
+        tensors, provenance = read_tensors(path, STATE_FORMAT, "calibration state")
+        if not same_fingerprint(tensors.pop("fingerprint"), fingerprint):
+            raise ValueError(f"calibration state {path} belongs to another model ({provenance['model_type']})")
+        state = cls(fingerprint, provenance["model_type"], provenance["source"])
+        state.images, state.skipped = provenance["images"], provenance["skipped"]
+        for name, tensor in tensors.items():
+            _, layer, which, part = name.split(".")
+            if part == "scatter":
+                prefix = f"layers.{layer}.{which}."
+                state.moments[int(layer), which] = Moments(
+                    tensor,
+                    int(tensors[prefix + "tokens"]),
+                    tensors[prefix + "sample"],
+                    tensors.get(prefix + "cost"),
+                )
+        return state
+
+    def write_basis(self, path: str | Path, source: str = "", method: str = "pca", value_method: str = "pca") -> None:
+        """Write the basis file of a method for Keys and one for Values, with where it comes from."""
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if value_method not in VALUE_METHODS:
+            raise ValueError(f"value_method must be one of {', '.join(VALUE_METHODS)}, got {value_method!r}")
+        if not self.moments:
+            raise ValueError("no visual token was seen: the images or prompts hold none")
+        if value_method == "output" and any(
+            moments.cost is None for (_, which), moments in self.moments.items() if which == "value"
+        ):
+            raise ValueError("value_method='output' needs the output projections, and this model has no `o_proj`")
+        methods = {"key": method, "value": value_method}
+        tensors = {
+            f"layers.{layer}.{which}.{name}": tensor.contiguous()
+            for (layer, which), moments in self.moments.items()
+            for name, tensor in moments.basis(methods[which]).items()
+        }
+        tensors["fingerprint"] = self.fingerprint
+        provenance = {
+            "model_type": self.model_type,
+            "images": self.images,
+            "method": method,
+            "value_method": value_method,
+            "source": source,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        }
+        _write(tensors, {"format": FORMAT, "provenance": json.dumps(provenance)}, path)
+
+
+def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path) -> None:
+    # Written beside the target and moved there, so that a run that is stopped leaves no half file.
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    partial.replace(target)
+
+
+def fingerprint(model: torch.nn.Module) -> Tensor:
+    """Some weights of each layer's Key and Value projections, float32 ``[n]``: models differ in them.
+
+    `same_fingerprint` compares them within the rounding of half precision, so that a model is itself in every dtype.
+    """
+    picked = []
+    for name, parameter in sorted(model.named_parameters()):
+        if name.endswith(("k_proj.weight", "v_proj.weight", "qkv_proj.weight")) and "vision" not in name:
+            picked.append(sample_weight(parameter))
+    return torch.cat(picked) if picked else torch.zeros(0)
+
+
+def sample_weight(part: Tensor, first: int = 0, total: int | None = None) -> Tensor:
+    """Up to 64 evenly spaced numbers of a weight, float32.
+
+    Args:
+        part: the weight, or some of its rows.
+        first: where the part begins among the weight's numbers.
+        total: how many numbers the weight has; None if the part is all of it. Numbers that are not in the part are NaN.
+    """
+    flat = part.detach().flatten()
+    total = total or flat.numel()
+    at = torch.arange(0, total, max(1, total // 64))[:64] - first
+    inside = (at >= 0) & (at < flat.numel())
+    sample = torch.full(at.shape, torch.nan)
+    sample[inside] = flat[at[inside].to(flat.device)].float().cpu()
+    return sample
+
+
+@torch.no_grad()
+def calibrate(model: torch.nn.Module, prompts: Iterable[dict[str, Any]], state: Calibration) -> Calibration:
+    """Run the prompts (what a processor returns, one image each) through an attached model and gather moments.
+
+    Args:
+        model: a model prepared by `attach`.
+        prompts: model inputs with a batch of one.
+        state: what was gathered before, added to.
+
+    Returns:
+        `state`.
+    """
+    from rotatek_cache.hf.cache import RotateKCache, RotateKLayer  # noqa: PLC0415 (the maths needs no transformers)
+
+    projections = output_projections(model)
+    for prompt in prompts:
+        cache = RotateKCache(sparsity=0)
+        cache.learn_config(model.config)  # type: ignore[arg-type]
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, RotateKLayer):
+                layer.kv.sealer = MomentSealer(cache.options, index, state, projections.get(index))
+        model(**prompt, past_key_values=cache, use_cache=True)
+        state.images += 1
+    return state
+
+
+def output_projections(model: torch.nn.Module) -> dict[int, Tensor]:
+    """Weight ``[hidden, H_q * D_v]`` of the output projection of each layer's self-attention, where it is `o_proj`."""
+    found: dict[int, Tensor] = {}
+    for name, module in model.named_modules():
+        layer, projection = getattr(module, "layer_idx", None), getattr(module, "o_proj", None)
+        if isinstance(layer, int) and isinstance(projection, torch.nn.Linear) and "vis" not in name:
+            found[layer] = projection.weight.detach()
+    return found
+
+
+class MomentSealer(Sealer):
+    """Stores states as they are and gives them to a calibration."""
+
+    def __init__(self, options: FitOptions, layer: int, state: Calibration, projection: Tensor | None) -> None:
+        super().__init__(options, layer)
+        self.state = state
+        self.projection = projection
+
+    def store_keys(self, keys: Tensor, ranges: Ranges, queries: Tensor | None, valid: Tensor | None) -> Stored:
+        """Gather the Keys of each row, with the moment of its queries."""
+        for row, (start, length) in enumerate(ranges):
+            cost = None
+            if queries is not None:
+                # Mean and scatter are not asked for: only the queries' part of the statistics.
+                nothing = keys.new_zeros(keys.shape[0], 1, keys.shape[-1], dtype=torch.float32)
+                row_valid = None if valid is None else valid[row : row + 1]
+                stats = KeyStatistics(nothing, nothing, torch.ones(1), queries[row : row + 1].float(), row_valid)
+                found = stats.query_moment()
+                cost = None if found is None else found[:, 0]
+            self.state.add(self.layer, "key", keys[:, start : start + length], cost)
+        return super().store_keys(keys, ranges, queries, valid)
+
+    def store_values(self, values: Tensor, ranges: Ranges) -> Stored:
+        """Gather the Values of each row."""
+        heads, _, width = values.shape
+        cost = None
+        if self.projection is not None and self.projection.shape[1] % (heads * width) == 0:
+            columns = self.projection.float().unflatten(1, (heads, -1, width))  # [hidden, H, G, D_v]
+            cost = torch.einsum("ohgd,ohge->hde", columns, columns)
+        for start, length in ranges:
+            self.state.add(self.layer, "value", values[:, start : start + length], cost)
+        return super().store_values(values, ranges)

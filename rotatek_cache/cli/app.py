@@ -1,0 +1,303 @@
+"""The console command `rotatek`: arguments, progress and tables around `demo`."""
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from rotatek_cache import FitOptions, __version__
+from rotatek_cache.calibration.images import calibrate_reader, open_images
+from rotatek_cache.calibration.moments import METHODS, VALUE_METHODS
+from rotatek_cache.cli.demo import (
+    ANY_QUESTION,
+    READER_PAGE,
+    READER_QUESTIONS,
+    SPARSITIES,
+    TIMED_ROUNDS,
+    TIMED_TOKENS,
+    Answer,
+    DemoError,
+    DemoResult,
+    Page,
+    Question,
+    Reader,
+    open_page,
+    run,
+    steps,
+)
+from rotatek_cache.cli.demo_figure import draw
+
+app = typer.Typer(
+    help="RotateK: a KV cache for vision-language models that keeps visual Keys as a few coefficients.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+err = Console(stderr=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rotatek-cache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before a command; the docstring that users see is the app's."""
+
+
+@app.command()
+def demo(
+    *,
+    image: Annotated[
+        Path | None, typer.Option(help="Image to ask about; by default a page that comes with the package.")
+    ] = None,
+    question: Annotated[list[str] | None, typer.Option(help="Question about it; may be given several times.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Vision-language model, by name or path; by default the reader that comes with the package."),
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of Key channels removed, in [0, 1); may be given several times."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    timed_tokens: Annotated[
+        int, typer.Option(min=3, help="Tokens that the runs generate in which time and bytes are measured.")
+    ] = TIMED_TOKENS,
+    device: Annotated[str, typer.Option(help="Device of torch; auto takes CUDA where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Dtype of torch for the weights; auto takes the checkpoint's.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo_output"),
+) -> None:
+    """Ask a model about an image, with the dense cache and with RotateKCache at several sparsities.
+
+    Prints answers, bytes of the cache and time per token, and draws them into a PNG. Where the true answers are known
+    (from a pages.json beside the image) answers are right or wrong; otherwise they are compared with the dense cache's.
+    """
+    try:
+        sparsities = _sparsities(sparsity)
+        page = open_page(READER_PAGE if image is None else image)
+        questions = _questions(page, question, shipped_reader=model is None)
+        console = Console()
+        with err.status("loading the model"):
+            reader = Reader.load(model, device=device, dtype=dtype)
+        with _progress() as progress:
+            task = progress.add_task("", total=steps(len(questions), len(sparsities)))
+
+            def advance(what: str) -> None:
+                progress.update(task, description=escape(what[:40]))
+                progress.advance(task)
+
+            result = run(
+                reader,
+                page,
+                questions,
+                sparsities=sparsities,
+                max_new_tokens=max_new_tokens,
+                timed_tokens=timed_tokens,
+                advance=advance,
+            )
+        _show(result, console)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            picture = out / f"{page.path.stem}.png"
+            draw(result, picture)
+        except OSError as error:
+            raise DemoError(f"the picture cannot be written to '{out}': {error}") from error
+        console.print(f"\npicture: {picture}", soft_wrap=True, highlight=False)
+    except DemoError as error:
+        _fail(str(error))
+
+
+@app.command()
+def calibrate(
+    *,
+    images: Annotated[
+        str,
+        typer.Option(
+            help="Folder of images, read with its subfolders in the order of their names, or a dataset: its name "
+            "(owner/name or owner/name/configuration), or a folder that `save_to_disk` wrote."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Basis file to write (.safetensors).")],
+    model: Annotated[
+        str | None, typer.Option(help="Vision-language model, by name or path; by default the package's reader.")
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Questions to ask in turn; may be given several times.")
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"Basis of Keys: {', '.join(METHODS)}.")] = METHODS[0],
+    value_method: Annotated[
+        str, typer.Option(help=f"Basis of Values: {', '.join(VALUE_METHODS)} (weighted by the output projection).")
+    ] = VALUE_METHODS[0],
+    most: Annotated[int | None, typer.Option(min=1, help="Use the first so many images only.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    save_every: Annotated[int, typer.Option(min=1, help="Images between two saves of the state.")] = 64,
+    device: Annotated[str, typer.Option(help="Device of torch; auto takes CUDA where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Dtype of torch for the weights; auto takes the checkpoint's.")] = "auto",
+) -> None:
+    """Fit bases for Keys and Values to many images, once per model, for RotateKCache(basis="...").
+
+    A run that is stopped goes on where it was last saved when it is started again with the same --out.
+    """
+    try:
+        _check_calibration(out, method, value_method, question or [])
+        found = open_images(images, split, most)
+        with err.status("loading the model"):
+            reader = Reader.load(model, device=device, dtype=dtype)
+        with _progress() as progress:
+            task = progress.add_task("calibrating", total=len(found))
+            calibrated = calibrate_reader(
+                reader,
+                found,
+                question or list(READER_QUESTIONS if model is None else (ANY_QUESTION,)),
+                out,
+                method=method,
+                value_method=value_method,
+                save_every=save_every,
+                advance=lambda done: progress.update(task, completed=done),
+            )
+        Console().print(
+            Text(f"{out}: {out.stat().st_size:,} bytes from {calibrated.images} images ({calibrated.skipped} skipped)"),
+            soft_wrap=True,
+        )
+    except DemoError as error:
+        _fail(str(error))
+
+
+def _check_calibration(out: Path, method: str, value_method: str, questions: list[str]) -> None:
+    if not all(text.strip() for text in questions):
+        raise DemoError("--question must not be empty: a cache seals an image once text follows it")
+    if out.suffix != ".safetensors":
+        raise DemoError(f"--out must end in .safetensors, got '{out}'")
+    if method not in METHODS:
+        raise DemoError(f"--method must be one of {', '.join(METHODS)}, got '{method}'")
+    if value_method not in VALUE_METHODS:
+        raise DemoError(f"--value-method must be one of {', '.join(VALUE_METHODS)}, got '{value_method}'")
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def _sparsities(given: list[float] | None) -> list[float]:
+    sparsities = list(dict.fromkeys(given or SPARSITIES))
+    for value in sparsities:
+        try:
+            FitOptions(sparsity=value)
+        except ValueError as error:
+            raise DemoError(str(error)) from error
+    return sparsities
+
+
+def _questions(page: Page, given: list[str] | None, *, shipped_reader: bool) -> list[Question]:
+    if given:
+        return [page.question(text) for text in dict.fromkeys(given)]
+    return page.samples() or [Question(text) for text in (READER_QUESTIONS if shipped_reader else (ANY_QUESTION,))]
+
+
+def _progress() -> Progress:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=err, transient=True)
+
+
+def _show(result: DemoResult, console: Console) -> None:
+    page = result.page
+    facts = [
+        f"image      {_short(page.path)}, {page.image.width} x {page.image.height}",
+        f"model      {result.model}, {result.dtype} on {result.device}",
+        f"prompt     {result.visual_tokens} visual tokens; head width {result.head_width}",
+    ]
+    for line in facts:
+        console.print(Text(line), soft_wrap=True)
+    console.print()
+    console.print(_answers_table(result))
+    console.print()
+    console.print(_cache_table(result))
+    tokens = result.dense.tokens
+    console.print(
+        Text(
+            f"Bytes: storage of all tensors that the cache holds at {tokens} tokens, room for coming text included. "
+            f"Time: median decode step of the whole model over {TIMED_ROUNDS} rounds. Only visual Keys are compressed; "
+            "Values and text Keys stay dense, so at most half of the cache can be saved.",
+            style="dim",
+        )
+    )
+    for even in result.break_even():
+        text = "never saves bytes" if even.tokens is None else f"saves bytes from {even.tokens} visual tokens on"
+        console.print(Text(f"sparsity {even.sparsity:g} {text} (shorter segments stay dense)", style="dim"))
+    shown = next((m for m in result.compressed if m.setting.sparsity == 0.75), result.compressed[-1])
+    console.print()
+    console.print(Text(str(shown.report)), soft_wrap=True)
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _answers_table(result: DemoResult) -> Table:
+    """Questions with the distinct answers to each and the settings that gave them."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("question", "answer", "", "given by (sparsity)"):
+        table.add_column(column)
+    rows: list[tuple[Question, str, list[tuple[str, Answer]]]] = [
+        (answer.question, "", [(m.setting.label, m.answers[index]) for m in result.measurements])
+        for index, answer in enumerate(result.dense.answers)
+    ]
+    if result.dense.follow_up is not None:
+        turns = [(m.setting.label, m.follow_up) for m in result.measurements if m.follow_up is not None]
+        rows.append((result.dense.follow_up.question, "second turn: ", turns))
+    for question, prefix, answers in rows:
+        groups: dict[str, list[tuple[str, Answer]]] = {}
+        for label, answer in answers:
+            groups.setdefault(answer.text, []).append((label, answer))
+        first = Text(prefix, style="dim") + Text(question.text, style="bold")
+        for text, members in groups.items():
+            labels = "all" if len(groups) == 1 else ", ".join(label for label, _ in members)
+            table.add_row(first, Text(text or "(nothing)"), _verdict(members), labels)
+            first = Text()
+        if question.truth is not None and question.truth not in groups:
+            table.add_row(first, Text(question.truth, style="dim"), Text("true answer", style="dim"), "")
+    return table
+
+
+def _verdict(members: list[tuple[str, Answer]]) -> Text:
+    """What to say of an answer that these settings gave."""
+    answer = members[0][1]
+    if answer.right is not None:
+        return Text("right", style="green") if answer.right else Text("wrong", style="red")
+    if [label for label, _ in members] == ["dense"]:
+        return Text("")
+    return Text("as dense", style="green") if answer.same else Text("differs", style="red")
+
+
+def _cache_table(result: DemoResult) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("cache", no_wrap=True)
+    for column in ("bytes", "against dense", "ms/token", "right", "as dense"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for m in result.measurements:
+        answers = [*m.answers, *([m.follow_up] if m.follow_up is not None else [])]
+        known = [a for a in answers if a.right is not None]
+        is_dense = m.setting.sparsity is None
+        table.add_row(
+            "dense (DynamicCache)" if is_dense else f"RotateKCache, {m.setting.label}",
+            f"{m.nbytes:,}",
+            "-" if is_dense else result.comparison(m),
+            f"{m.ms_per_token:.2f}",
+            f"{sum(bool(a.right) for a in known)} of {len(known)}" if known else "unknown",
+            "-" if is_dense else f"{sum(a.same for a in answers)} of {len(answers)}",
+        )
+    return table

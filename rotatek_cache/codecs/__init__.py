@@ -1,0 +1,1 @@
+"""How states are stored: one interface, one file a way."""

@@ -1,0 +1,1 @@
+"""Bases fitted to a prompt: one paper, one file."""

@@ -1,0 +1,1 @@
+"""What is stored and how attention reads it: torch alone, no policy."""

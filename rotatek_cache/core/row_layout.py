@@ -1,0 +1,89 @@
+"""Where tokens lie: packed rows of visual tokens, right-aligned columns of text, and the index tensors of both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where the visual tokens of a seal go: packed row after row.
+
+    Attributes:
+        token_rows, token_columns: int64 ``[N]``, batch row and pending column of each token.
+        positions: int32 ``[N]``, logical positions.
+        starts, lengths, basis_rows: ``[B]``, the row table of the new segment.
+        storage_ranges: (first token, tokens) of each compressed row.
+        max_length: tokens of the longest row.
+        uniform: every batch row was compressed and all have `max_length` tokens.
+    """
+
+    token_rows: Tensor
+    token_columns: Tensor
+    positions: Tensor
+    starts: Tensor
+    lengths: Tensor
+    basis_rows: Tensor
+    storage_ranges: tuple[tuple[int, int], ...]
+    max_length: int
+    uniform: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """A right-aligned layout of text columns, shared by the layers that have it.
+
+    Attributes:
+        positions: int32 ``[B, width]``, logical position of each column.
+        first: int64 ``[B]``, first column that belongs to the row; None: 0 for all.
+        next_position: logical position of the first token after them.
+    """
+
+    positions: Tensor
+    first: Tensor | None
+    next_position: int
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.positions.shape[1]
+
+    def select_rows(self, index: Tensor) -> "Alignment":
+        """The layout with row b being what row ``index[b]`` was."""
+        first = None if self.first is None else self.first[index]
+        return Alignment(self.positions[index], first, self.next_position)
+
+
+def integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 `values` on a device. Numbers in a launch do not make the host wait for a GPU, as a copy would."""
+    return torch.cat([torch.full((1,), value, dtype=torch.int64, device=device) for value in values])
+
+
+def align_right(keep: Tensor, positions: Tensor, next_position: int) -> tuple[Tensor, Alignment]:
+    """Columns in the order in which the kept ones of bool ``[B, P]`` end up right-aligned.
+
+    Returns:
+        int64 ``[B, width]`` column indices, and the alignment they give with logical `positions` ``[B, P]``.
+    """
+    counts = keep.sum(1)
+    width = int(counts.max()) if keep.shape[1] else 0
+    # A stable sort of the flags moves the kept columns to the right end without changing their order.
+    order = keep.int().argsort(dim=1, stable=True)[:, keep.shape[1] - width :]
+    first = None if bool((counts == width).all()) else width - counts
+    return order, Alignment(positions.gather(1, order).int(), first, next_position)
+
+
+def column_positions(alignment: Alignment | None, columns: int, batch: int, device: torch.device) -> Tensor:
+    """Logical positions ``[B, columns]`` of text columns: those of the alignment, then one after the other."""
+    if alignment is None:
+        return torch.arange(columns, device=device).expand(batch, -1)
+    tail = torch.arange(columns - alignment.width, device=device) + alignment.next_position
+    return torch.cat([alignment.positions.long(), tail.expand(batch, -1)], 1)
+
+
+def own_columns(alignment: Alignment | None, columns: int, batch: int, device: torch.device) -> Tensor:
+    """bool ``[B, columns]``: which text columns belong to their row."""
+    index = torch.arange(columns, device=device).expand(batch, -1)
+    return index >= 0 if alignment is None or alignment.first is None else index >= alignment.first[:, None]

@@ -1,0 +1,402 @@
+"""Segments: what attention reads of them (`SegmentView`), and the two kinds a layer owns, visual and text.
+
+Storage is head-major and packed, ``[H, N, width]``: the tokens of one row and head lie side by side, and rows may
+have different numbers of them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rotatek_cache.cache.visual_positions import VisualLedger
+from rotatek_cache.core.basis import KeyBasis
+from rotatek_cache.core.quantization import Code, HeadCodes, join_tokens
+from rotatek_cache.core.row_layout import Alignment, align_right, column_positions, own_columns
+
+# Free text columns after the segment had to grow: enough to make growing rare, few enough not to eat what is saved.
+TEXT_ROOM = 8
+TEXT_GROWTH = 8  # one free column for so many filled ones
+
+
+@dataclass(frozen=True)
+class SegmentView:
+    """One segment as attention reads it; it owns nothing.
+
+    Attributes:
+        keys: dense Keys, coefficients or packed codes ``[H, N, w]`` (with `HeadCodes` as that says); row b owns tokens
+            ``starts[b] : starts[b] + lengths[b]``.
+        values: dense Values, coefficients or packed codes, laid out like `keys`.
+        starts: int64 ``[B]`` on the device of the Keys.
+        lengths: int32 ``[B]``.
+        max_length: host-known bound of `lengths`; it sizes grids and buffers.
+        row_stride: tokens from one row's first to the next's if `batched`.
+        batched: all rows hold exactly `max_length` tokens and begin `row_stride` tokens apart, in order.
+        basis: what the Keys' coefficients mean; None for dense Keys.
+        basis_rows: int64 ``[B]``, which of the bases' rows a batch row uses; None if row b uses row b.
+        mask: ``[B, Q, max_length]``, True (bool) where a query sees a token, or a number to add (float); None if every
+            query sees all.
+        key_code: how Keys are packed; None if `keys` are numbers.
+        value_basis: what the Values' coefficients mean; None for dense Values.
+        value_code: how Values are packed; None if `values` are numbers.
+        slots: int32 or int64 ``[B, n]`` where tokens are scattered over a pool: token j of row b is stored at
+            ``slots[b, starts[b] + j]``. None if they lie side by side.
+    """
+
+    keys: Tensor
+    values: Tensor
+    starts: Tensor
+    lengths: Tensor
+    max_length: int
+    row_stride: int = 0
+    batched: bool = False
+    basis: KeyBasis | None = None
+    basis_rows: Tensor | None = None
+    mask: Tensor | None = None
+    key_code: Code | None = None
+    value_basis: KeyBasis | None = None
+    value_code: Code | None = None
+    slots: Tensor | None = None
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether Keys or Values are anything but plain numbers with a Key basis."""
+        return self.key_code is not None or self.value_code is not None or self.value_basis is not None
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether Keys or Values are read through scales of channels that were not rotated."""
+        return any(basis is not None and basis.is_diagonal for basis in (self.basis, self.value_basis))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient is to reach anything of it."""
+        held = [self.keys, self.values, self.mask]
+        for basis in (self.basis, self.value_basis):
+            held += [] if basis is None else [basis.B, basis.delta, basis.scale]
+        return any(tensor is not None and tensor.requires_grad for tensor in held)
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return len(self.key_code.parts) if isinstance(self.key_code, HeadCodes) else self.keys.shape[0]
+
+    @property
+    def value_width(self) -> int:
+        """D_v of what attention returns."""
+        basis = self.value_basis
+        if basis is not None and basis.B is not None:
+            return basis.B.shape[-1] if basis.is_diagonal else basis.B.shape[-2]
+        return self.values.shape[-1] if self.value_code is None else self.value_code.channels
+
+    def _batched(self, packed: Tensor) -> Tensor:
+        if self.max_length == self.row_stride:
+            return packed.reshape(-1, self.max_length, packed.shape[-1])
+        rows = packed.unflatten(1, (-1, self.row_stride))[:, :, : self.max_length]
+        return rows.flatten(0, 1)
+
+    def batched_keys(self, dtype: torch.dtype) -> Tensor:
+        """Keys or coefficients ``[H * B, max_length, r]`` in `dtype`, copied only if not so; `batched` only."""
+        return _numbers(self.keys, self.key_code, self._batched, dtype)
+
+    def batched_values(self, dtype: torch.dtype) -> Tensor:
+        """Values or coefficients ``[H * B, max_length, r_v]`` in `dtype`; only where `batched`."""
+        return _numbers(self.values, self.value_code, self._batched, dtype)
+
+    def row_keys(self, row: int, dtype: torch.dtype) -> Tensor:
+        """Keys or coefficients ``[H, length, r]`` of one row in `dtype`."""
+        return _numbers(self.keys, self.key_code, functools.partial(self._row, row), dtype)
+
+    def row_values(self, row: int, dtype: torch.dtype) -> Tensor:
+        """Values or coefficients ``[H, length, r_v]`` of one row in `dtype`."""
+        return _numbers(self.values, self.value_code, functools.partial(self._row, row), dtype)
+
+    def _row(self, row: int, packed: Tensor) -> Tensor:
+        start, length = self.row_ranges[row]
+        if self.slots is None:
+            return packed[:, start : start + length]
+        return packed[:, self.slots[row, start : start + length]]
+
+    @functools.cached_property
+    def row_ranges(self) -> list[tuple[int, int]]:
+        """(first token, number of tokens) of each batch row, on the host."""
+        return list(zip(self.starts.tolist(), self.lengths.tolist(), strict=True))
+
+    def basis_of_rows(self, basis: KeyBasis) -> KeyBasis:
+        """`basis` with one row per batch row."""
+        return basis if self.basis_rows is None else select_basis(basis, self.basis_rows)
+
+
+def _numbers(stored: Tensor, code: Code | None, pick: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """Numbers of the tokens that `pick` takes out of storage ``[H, N, w]``."""
+    if isinstance(code, HeadCodes):
+        return code.unpack([pick(head) for head in code.split(stored)]).to(dtype)
+    picked = pick(stored)
+    return (picked if code is None else code.unpack(picked)).to(dtype)
+
+
+def select_basis(basis: KeyBasis, rows: Tensor) -> KeyBasis:
+    """`basis` with its rows (dimension 1) picked by the int64 vector `rows`."""
+    return basis.select(lambda tensor: tensor[:, rows])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Keys or Values of a segment: numbers or bytes as in `SegmentView`, and what they mean (None: they are dense)."""
+
+    data: Tensor
+    basis: KeyBasis | None = None
+    code: Code | None = None
+
+    @property
+    def channels(self) -> int:
+        """Coefficients of a token, padding included."""
+        return self.data.shape[-1] if self.code is None else self.code.channels
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        return [self.data, *(self.basis.tensors() if self.basis is not None else [])]
+
+
+@dataclass
+class VisualSegment:
+    """Sealed visual tokens of a layer. The storage never changes; selecting rows permutes the three row vectors.
+
+    Attributes:
+        keys, values: what is stored of them; rows of their bases are the sequences that were compressed at the seal.
+        positions: int32 ``[N]``, logical position of each token (shared by the layers).
+        starts, lengths, basis_rows: the row table, ``[B]`` each.
+    """
+
+    keys: "Stored"
+    values: "Stored"
+    positions: Tensor
+    starts: Tensor
+    lengths: Tensor
+    basis_rows: Tensor
+    max_length: int
+    uniform: bool
+    _unmasked: SegmentView | None = field(default=None, init=False, repr=False)
+
+    def view(self, ledger: VisualLedger, mask: Tensor | None) -> SegmentView:
+        """The segment as attention reads it, with its columns of the model's mask."""
+        if self._unmasked is None:
+            self._unmasked = SegmentView(
+                keys=self.keys.data,
+                values=self.values.data,
+                starts=self.starts,
+                lengths=self.lengths,
+                max_length=self.max_length,
+                row_stride=self.max_length,
+                batched=self.uniform,
+                basis=self.keys.basis,
+                basis_rows=None if self.uniform else self.basis_rows,
+                key_code=self.keys.code,
+                value_basis=self.values.basis,
+                value_code=self.values.code,
+            )
+        if mask is None:
+            return self._unmasked
+        columns = ledger.gather_mask(mask, (self.positions, self.starts), self.token_positions)
+        return dataclasses.replace(self._unmasked, mask=columns)
+
+    def token_positions(self) -> Tensor:
+        """Logical positions ``[B, max_length]``; entries past a row's length are arbitrary."""
+        columns = torch.arange(self.max_length, device=self.positions.device)
+        index = (self.starts[:, None] + columns).clamp_(max=len(self.positions) - 1)
+        return self.positions[index].long()
+
+    def select_rows(self, index: Tensor) -> None:
+        """Let batch row b be what row ``index[b]`` was."""
+        self.starts, self.lengths = self.starts[index], self.lengths[index]
+        self.basis_rows = self.basis_rows[index]
+        self.uniform = False  # rows may share storage now, or lie in another order
+        self._unmasked = None
+
+    def truncate(self, length: int) -> None:
+        """Forget tokens at logical positions from `length` on."""
+        columns = torch.arange(self.max_length, device=self.positions.device)
+        inside = columns < self.lengths[:, None]
+        kept = (inside & (self.token_positions() < length)).sum(1, dtype=self.lengths.dtype)
+        self.uniform = self.uniform and bool((kept == self.lengths).all())
+        self.lengths = kept
+        self._unmasked = None
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        rows = [self.positions, self.starts, self.lengths, self.basis_rows]
+        return [*self.keys.tensors(), *self.values.tensors(), *rows]
+
+    def __deepcopy__(self, memo: dict) -> "VisualSegment":
+        # Sealed storage is immutable, so copies of a cache share it; what may change is only ever replaced.
+        return dataclasses.replace(self)
+
+
+def join_segments(segments: Sequence[VisualSegment]) -> list[VisualSegment]:
+    """The segments of disjoint batch rows, those that store alike made one: attention goes over fewer of them."""
+    alike: dict[object, list[VisualSegment]] = {}
+    for segment in segments:
+        parts = (segment.keys, segment.values)
+        form = tuple((part.code, part.data.dtype, part.channels, part.basis is None) for part in parts)
+        alike.setdefault(form, []).append(segment)
+    return [_joined(group) for group in alike.values()]
+
+
+def _joined(segments: list[VisualSegment]) -> VisualSegment:
+    if len(segments) == 1:
+        return segments[0]
+    starts, lengths, basis_rows = (
+        torch.zeros_like(t) for t in (segments[0].starts, segments[0].lengths, segments[0].starts)
+    )
+    tokens = rows = 0
+    for segment in segments:
+        owned = segment.lengths > 0
+        starts = torch.where(owned, segment.starts + tokens, starts)
+        lengths = torch.where(owned, segment.lengths, lengths)
+        basis_rows = torch.where(owned, segment.basis_rows + rows, basis_rows)
+        tokens += len(segment.positions)
+        rows += int(owned.sum())
+    return VisualSegment(
+        keys=_joined_states([segment.keys for segment in segments]),
+        values=_joined_states([segment.values for segment in segments]),
+        positions=torch.cat([segment.positions for segment in segments]),
+        starts=starts,
+        lengths=lengths,
+        basis_rows=basis_rows,
+        max_length=max(segment.max_length for segment in segments),
+        uniform=False,
+    )
+
+
+def _joined_states(parts: list[Stored]) -> Stored:
+    data = join_tokens([part.data for part in parts], parts[0].code)
+    bases = [part.basis for part in parts if part.basis is not None]
+    if not bases:
+        return Stored(data, None, parts[0].code)
+
+    def join(name: str) -> Tensor | None:
+        held = [getattr(basis, name) for basis in bases]
+        return None if held[0] is None else torch.cat(held, 1)
+
+    decoder = join("B")
+    encoder = decoder if bases[0].A is bases[0].B else join("A")
+    fitted = max(basis.fitted_rank or 0 for basis in bases) or None
+    basis = KeyBasis(encoder, decoder, join("offset"), join("delta"), fitted, bases[0].shared, join("scale"))
+    return Stored(data, basis, parts[0].code)
+
+
+class TextSegment:
+    """Dense tokens of a layer, right-aligned: all rows end at the same column, so that appending is one slice copy.
+
+    A seal lays the columns out anew (`alignment`); those appended later follow one another.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None  # [H, B, capacity, D]
+        self.values: Tensor | None = None  # [H, B, capacity, D_v]
+        self.length = 0
+        self.alignment: Alignment | None = None  # None: column c is logical position c
+
+    @property
+    def capacity(self) -> int:
+        """Columns that fit without growing."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append ``[B, H, n, D]`` and ``[B, H, n, D_v]`` behind every row."""
+        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        end = self.length + keys.shape[2]
+        if self.keys is None or self.values is None:
+            self.keys, self.values = _room(keys, end), _room(values, end)
+        elif end > self.capacity or self._frozen():
+            self.keys, self.values = _room(self.keys, end, self.length), _room(self.values, end, self.length)
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+
+    def _frozen(self) -> bool:
+        """Whether the buffers come from an inference mode that has ended, and so cannot be written to any more."""
+        return self.keys is not None and self.keys.is_inference() and not torch.is_inference_mode_enabled()
+
+    def view(self, ledger: VisualLedger, mask: Tensor | None) -> SegmentView | None:
+        """The segment as attention reads it; None while it is empty."""
+        if self.length == 0 or self.keys is None or self.values is None:
+            return None
+        starts, lengths = ledger.text_rows(self.alignment, self.keys, self.length)
+        columns = None
+        if mask is not None:
+            columns = ledger.gather_mask(mask, (self.alignment, self.length), self.token_positions)
+        return SegmentView(
+            keys=self.keys.flatten(1, 2),
+            values=self.values.flatten(1, 2),
+            starts=starts,
+            lengths=lengths,
+            max_length=self.length,
+            row_stride=self.capacity,
+            batched=self.alignment is None or self.alignment.first is None,
+            mask=columns,
+        )
+
+    def token_positions(self) -> Tensor:
+        """Logical positions ``[B, length]``, a row's own tokens first; entries past them are arbitrary."""
+        assert self.keys is not None
+        positions = column_positions(self.alignment, self.length, self.keys.shape[1], self.keys.device)
+        if self.alignment is None or self.alignment.first is None:
+            return positions
+        columns = self.alignment.first[:, None] + torch.arange(self.length, device=positions.device)
+        return positions.gather(1, columns.clamp_(max=self.length - 1))
+
+    def logical(self) -> tuple[Tensor, Tensor]:
+        """The columns' Keys ``[B, H, length, D]`` and Values, as views; logical order while nothing was sealed."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys.transpose(0, 1)[:, :, : self.length], self.values.transpose(0, 1)[:, :, : self.length]
+
+    def realign(self, keys: Tensor, values: Tensor, order: Tensor, alignment: Alignment) -> None:
+        """Replace the contents by columns `order` ``[B, width]`` of ``keys [B, H, P, D]`` and `values`."""
+        rows = torch.arange(order.shape[0], device=order.device)[:, None]
+        width = alignment.width
+        self.keys = _room(keys.transpose(0, 1)[:, rows, order], width, width)
+        self.values = _room(values.transpose(0, 1)[:, rows, order], width, width)
+        self.length, self.alignment = width, alignment
+
+    def select_rows(self, index: Tensor) -> None:
+        """Let batch row b be what row ``index[b]`` was (copies: rows go on differently)."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[:, index], self.values[:, index]
+        self.alignment = None if self.alignment is None else self.alignment.select_rows(index)
+
+    def truncate(self, length: int) -> None:
+        """Forget tokens at logical positions from `length` on."""
+        if self.keys is None or self.values is None:
+            return
+        aligned, linear_from = (
+            (0, 0) if self.alignment is None else (self.alignment.width, self.alignment.next_position)
+        )
+        if length >= linear_from:
+            self.length = min(self.length, aligned + length - linear_from)
+            return
+        batch, device = self.keys.shape[1], self.keys.device
+        positions = column_positions(self.alignment, self.length, batch, device)
+        keep = own_columns(self.alignment, self.length, batch, device) & (positions < length)
+        self.realign(*self.logical(), *align_right(keep, positions, length))
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        layout = [] if self.alignment is None else [self.alignment.positions, self.alignment.first]
+        return [t for t in (self.keys, self.values, *layout) if t is not None]
+
+
+def room_for(needed: int) -> int:
+    """Columns that a text segment reserves for `needed` ones."""
+    return needed + max(TEXT_ROOM, needed // TEXT_GROWTH)
+
+
+def _room(source: Tensor, needed: int, filled: int = 0) -> Tensor:
+    """A buffer ``[H, B, >= needed, D]`` like `source` with its first `filled` columns copied."""
+    buffer = source.new_zeros(*source.shape[:2], room_for(needed), source.shape[-1])
+    buffer[:, :, :filled] = source[:, :, :filled]
+    return buffer

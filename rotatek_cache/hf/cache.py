@@ -1,0 +1,517 @@
+"""`RotateKCache`, a transformers `Cache`, and its layers: thin shells over `LayerKV`."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
+from rotatek_cache.cache.layer import LayerKV, row_index
+from rotatek_cache.cache.selection import TokenSelection
+from rotatek_cache.cache.visual_positions import VisualLedger
+from rotatek_cache.codecs.calibrated import CalibratedBasis, load_basis
+from rotatek_cache.codecs.registry import key_method
+from rotatek_cache.core.fitting import Solver
+from rotatek_cache.core.segments import Stored
+from rotatek_cache.options import Allocation, Bits, FitOptions
+from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
+from rotatek_cache.token_pruning.interface import AttentionMethod, FeatureMethod, TokenMethod
+from rotatek_cache.token_pruning.registry import token_method
+
+HOW_TO_SWITCH = (
+    "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
+    '`attn_implementation={"text_config": "rotatek"}` and pass `RotateKCache(..., visual_mask=mask)`, a bool tensor '
+    "[rows, prompt length] that is True on visual tokens"
+)
+
+
+class LayerHandle:
+    """What `RotateKCache.update` returns in place of Keys and Values: the layer, for the attention function.
+
+    It is no tensor. Any other attention function that touches it gets an error that says how to switch.
+    """
+
+    __slots__ = ("kv",)
+
+    def __init__(self, kv: LayerKV) -> None:
+        self.kv = kv
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # asked by tools such as a compiler, not by an attention function
+        raise RuntimeError(
+            f"an attention function without RotateK support asked for `{name}` of the Keys of a RotateKCache, which "
+            f"are compressed; {HOW_TO_SWITCH}"
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(
+            f"`{getattr(func, '__name__', func)}` was called on the Keys of a RotateKCache, which are compressed; "
+            f"{HOW_TO_SWITCH}"
+        )
+
+
+class MaskedStates:
+    """Keys and Values ``[B, H, T, D]`` of a stock layer, for the attention function, with those that nobody may see.
+
+    `hidden` is bool ``[B, T]``: placeholders of visual tokens that were dropped before the language model.
+    """
+
+    __slots__ = ("hidden", "keys", "values")
+
+    def __init__(self, keys: Tensor, values: Tensor, hidden: Tensor) -> None:
+        self.keys, self.values, self.hidden = keys, values, hidden
+
+
+class RotateKLayer(CacheLayerMixin):
+    """A full-attention layer of a `RotateKCache`."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(
+        self, options: FitOptions, ledger: VisualLedger, index: int, selection: TokenSelection | None = None
+    ) -> None:
+        super().__init__()
+        self.kv = LayerKV(options, ledger, index, selection)
+
+    @property
+    def keys(self) -> Tensor:
+        """Not to be had: what is stored are coefficients."""
+        raise AttributeError(
+            "a RotateKCache has no dense Keys or Values of a layer to read (models with cross-attention layers do "
+            "that, and cannot use it)"
+        )
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """Base classes set it to None."""
+
+    values = keys
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note dtype and device of the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Take Keys and Values ``[B, H, n, D]``; returns the layer's handle in place of both."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        # No gradient flows through the cache (the attention function says so to a backward).
+        self.kv.append(key_states.detach(), value_states.detach())
+        handle = LayerHandle(self.kv)
+        return handle, handle
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(KV length, KV offset) that the mask of the next forward has."""
+        return self.kv.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Logical tokens cached, padding included."""
+        return self.kv.length
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        planner = self.kv.planner
+        self.kv = LayerKV(self.kv.options, self.kv.ledger, self.kv.index, self.kv.selection)
+        self.kv.planner = planner
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row b be what row ``beam_idx[b]`` was; sealed segments are not copied."""
+        self.kv.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (integers or bool); sealed segments are not copied."""
+        self.kv.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row; sealed segments are not copied."""
+        if self.kv.shape is not None:
+            self.kv.select_rows(torch.arange(self.kv.shape[0]).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens."""
+        self.kv.truncate(max(0, self.kv.length - abs(tokens_to_remove)))
+
+    def offload(self) -> None:
+        """Refused: the attention function reads the segments where they are."""
+        raise NotImplementedError(
+            "RotateKCache cannot be offloaded to the CPU layer by layer; use DynamicCache for that"
+        )
+
+    prefetch = offload
+
+
+class RotateKCache(Cache):
+    """A KV cache that stores visual Keys rotated into a fitted basis and truncated (RotateK, arXiv 2605.19218).
+
+    Text Keys and all Values stay dense: at ``sparsity=0.75`` the visual Keys shrink to a quarter (plus basis), the
+    whole visual KV to 5/8. Use it with a model prepared by `attach`::
+
+        model = attach(model)
+        model.generate(**inputs, past_key_values=RotateKCache(sparsity=0.5))
+
+    Args:
+        sparsity: share of Key channels removed, in [0, 1); 0 keeps Keys as they are.
+        rank: coefficients per visual Key, from 1 to the head width. Exactly one of these three.
+        energy: share in (0, 1] of the query-weighted Key variance that each layer keeps; its rank follows.
+        query_window: number of last prompt queries that weigh the channels.
+        query_weight: weigh channels by those queries (the paper's method) or not (centred PCA).
+        solver: "subspace" (five subspace iterations, the paper's) or "eigh" (exact).
+        always_compress: compress also where the basis costs more bytes than it saves (for studies).
+        basis: how Keys are stored, a name of `rotatek_cache.methods.METHODS` ("rotatek" is the paper's), or the path of
+            a basis file.
+        key_bits: quantise coefficients to 8, 4 or 2 bits per channel, or "fp8"; "auto" spends ``(1 - sparsity) * 16``
+            bits per Key channel by reverse water-filling over all of them. None keeps the model's dtype.
+        value_sparsity: rotate Values too and drop this share of their channels; None keeps them dense.
+        value_bits: as `key_bits`, for Values.
+        value_basis: "auto" is PCA (the file's basis where `basis` is one); "none" quantises Values per token.
+        basis_bits: 8 stores the bases that the request owns as int8 with a scale per column, which halves what they
+            take in half precision; None keeps the model's dtype.
+        allocation: "uniform", or "layers" or "heads" to deal `sparsity` out by a calibrated spectrum; an `Allocation`
+            says how in detail.
+        basis_per: "prompt" fits one basis to all visual tokens of a prompt, "image" one to each of its images.
+        streaming: seal visual tokens after every forward of a chunked prefill, not at the end of their image, so that
+            no image is ever held densely; calibrated bases only.
+        tokens: which visual tokens are kept beside how many channels: a method such as ``VLCache(keep=0.4)``, or its
+            name and share as in ``"vl_cache:0.4"``. None keeps all. Without a share it follows from `budget`.
+        budget: what the cache may take right after the prompt: ``"0.25x"`` of a dense cache, ``"512MiB"``, or a number,
+            as many bytes as so many dense tokens of each row. It sets whichever is left open: the share of `tokens`,
+            or the rank (layer by layer); where both are, Keys give up 75 % of their channels before any token goes.
+            What ranks leave over keeps the last visual tokens of each row as they are.
+        visual_mask: bool ``[rows, prompt length]``, True on visual tokens; needed without `attach` and for prompts
+            given as merged `inputs_embeds`. It wins over what the model's inputs say.
+        config: the model's config, so that sliding-window layers keep their own cache layer; `attach` supplies it.
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float | None = None,
+        rank: int | None = None,
+        energy: float | None = None,
+        query_window: int = 32,
+        query_weight: bool = True,
+        solver: Solver = "subspace",
+        always_compress: bool = False,
+        basis: str | os.PathLike[str] = "rotatek",
+        key_bits: Bits = None,
+        value_sparsity: float | None = None,
+        value_bits: Bits = None,
+        value_basis: Literal["auto", "none"] = "auto",
+        basis_bits: Literal[8] | None = None,
+        allocation: Allocation | str = "uniform",
+        basis_per: Literal["prompt", "image"] = "prompt",
+        streaming: bool = False,
+        tokens: TokenMethod | str | None = None,
+        budget: str | int | None = None,
+        visual_mask: Tensor | None = None,
+        config: PreTrainedConfig | None = None,
+    ) -> None:
+        rank_open = budget is not None and sparsity is None and rank is None and energy is None
+        self.options = FitOptions(
+            sparsity=DEFAULT_SPARSITY if rank_open else sparsity,
+            rank=rank,
+            energy=energy,
+            query_window=query_window,
+            query_weight=query_weight,
+            solver=solver,
+            always_compress=always_compress,
+            basis=_absolute(basis),
+            key_bits=key_bits,
+            value_sparsity=value_sparsity,
+            value_bits=value_bits,
+            value_basis=value_basis,
+            basis_bits=basis_bits,
+            allocation=Allocation.of(allocation),
+            basis_per=basis_per,
+            streaming=streaming,
+        )
+        if tokens is not None and streaming:
+            raise ValueError("tokens cannot be chosen with streaming=True, which seals an image before its end is seen")
+        self.calibrated: CalibratedBasis | None = None
+        if self.options.is_calibrated:
+            self.calibrated = load_basis(self.options.basis)
+        else:
+            key_method(self.options.basis)
+        self.tokens = None if tokens is None else token_method(tokens)
+        self.selection = TokenSelection(self.tokens) if isinstance(self.tokens, AttentionMethod) else None
+        if self.tokens is not None and self.tokens.keep is None:
+            name = type(self.tokens).__name__
+            if budget is None:
+                raise ValueError(f"tokens={name}: keep must be given where no budget is, as in {name}(keep=0.4)")
+        self.planner = (
+            None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
+        )
+        self.ledger = VisualLedger(visual_mask)
+        self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
+        self.chosen = False  # whether image features of this generate went through `tokens`
+        self._record_past = False
+        super().__init__(layers=[])
+        if config is not None:
+            self.learn_config(config)
+
+    def learn_config(self, config: PreTrainedConfig) -> None:
+        """Build the layers that `config` asks for, once: RotateK for full attention, the stock ones for the rest."""
+        if self.layers:
+            return
+        stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
+        layers: list[Any] = [
+            RotateKLayer(self.options, self.ledger, index, self.selection) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(stock)
+        ]
+        # All checks come before the layers are kept: a cache that was refused once must be refused again.
+        foreign = [index for index, layer in enumerate(layers) if not isinstance(layer, RotateKLayer)]
+        if self.selection is not None:
+            self.selection.learn_layers([index for index in range(len(layers)) if index not in foreign], len(layers))
+        if self.planner is not None:
+            self.planner.learn_layers(layers, self.selection)
+            for layer in layers:
+                layer.kv.planner = self.planner
+        self.layers: list[Any] = layers
+        if self._record_past:
+            super().activate_past_recording()
+
+    def counts_before(
+        self, config: PreTrainedConfig, dtype: torch.dtype, lengths: Sequence[int]
+    ) -> tuple[FeatureMethod, list[int]]:
+        """How many tokens of each image a method keeps that chooses from features; the budget says so if it is to.
+
+        Args:
+            config: the model's config.
+            dtype: of the Keys and Values to come.
+            lengths: tokens of each image, in the order of their placeholders.
+
+        Returns:
+            The method, its share settled, and the tokens that it is to keep of each image.
+        """
+        assert isinstance(self.tokens, FeatureMethod)
+        if self.tokens.keep is not None:
+            return self.tokens, [self.tokens.count_of(length) for length in lengths]
+        self.learn_config(config)
+        coming = self.ledger.coming
+        if self.planner is None or coming is None:
+            raise RuntimeError(
+                f"tokens={type(self.tokens).__name__} have no share, which follows from a budget and the prompt: this "
+                "prompt is not known as ids when its images are encoded, so give a share, as in keep=0.4"
+            )
+        text = config.get_text_config(decoder=True)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        share, counts = self.planner.counts_before(coming, (coming.rows, heads, width, width), dtype, lengths)
+        return self.tokens.with_keep(share), counts
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Append the states ``[B, H, n, D]`` of layer `layer_idx`; returns what its attention is to be handed."""
+        if not self.layers and (self.selection is not None or self.planner is not None):
+            raise RuntimeError(
+                "tokens and budgets are settled for all layers together, and this RotateKCache does not know the "
+                "model's layers: call `rotatek_cache.attach(model)`, or pass RotateKCache(..., config=model.config)"
+            )
+        while len(self.layers) <= layer_idx:
+            self.layers.append(RotateKLayer(self.options, self.ledger, len(self.layers)))
+        layer = self.layers[layer_idx]
+        if isinstance(layer, RotateKLayer):
+            if not self.ledger.informed:
+                raise RuntimeError(f"this RotateKCache was not told which positions are visual: {HOW_TO_SWITCH}")
+            self.ledger.complete(layer.kv.length + key_states.shape[2], key_states.shape[0])
+            if isinstance(self.tokens, FeatureMethod) and self.ledger.undecided:
+                raise RuntimeError(
+                    f"tokens={self.tokens} are chosen from image features, and those of these visual tokens were not "
+                    "seen: attach(model) and give images as pixel_values (no videos, no inputs_embeds alone, no "
+                    "features computed beforehand)"
+                )
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        if isinstance(layer, RotateKLayer) or not isinstance(self.tokens, FeatureMethod):
+            return keys, values
+        end = layer.get_seq_length()
+        hidden = self.ledger.dropped_of(end - keys.shape[2], end)
+        if hidden is None:
+            return keys, values
+        masked = MaskedStates(keys, values, hidden)
+        return masked, masked
+
+    def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
+        """Say which of the next `tokens` positions are visual: bool ``[rows, tokens]``, None for none of them.
+
+        `attach` calls this before each forward. A `visual_mask` given at construction wins where it reaches.
+        """
+        begin = self.get_seq_length()
+        end, reach = begin + tokens, self.ledger.reach
+        if begin >= reach:
+            self.ledger.announce(begin, end, visual)
+        elif visual is not None and end > reach:
+            given = self.ledger.given_flags(begin, reach, visual.shape[0])
+            self.ledger.announce(begin, end, torch.cat([given.to(visual.device), visual[:, reach - begin :]], 1))
+
+    def reset(self) -> None:
+        """Forget all tokens, for a new prompt; the layers and the options stay."""
+        super().reset()
+        self.ledger.reset()
+        self.rope_deltas = None
+        if self.planner is not None:
+            self.planner.forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
+        count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        super().crop(count if count <= 0 else min(0, count - self.get_seq_length()))
+        self.ledger.truncate(self.get_seq_length())
+        if not self.get_seq_length():
+            self.rope_deltas = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row b be what row ``beam_idx[b]`` was."""
+        self._select_rows(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        index = row_index(indices, torch.device("cpu") if not isinstance(indices, Tensor) else indices.device)
+        self._select_rows(index)
+        super().batch_select_indices(index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        if self.batch_size > 0:
+            self._select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def _select_rows(self, index: Tensor) -> None:
+        """Select in what the layers share, before the layers do."""
+        self.ledger.select_rows(index)
+        if self.rope_deltas is not None:
+            # Their rows are those of the prompt, which generate may have repeated.
+            deltas = self.rope_deltas.repeat_interleave(self.batch_size // self.rope_deltas.shape[0], 0)
+            self.rope_deltas = deltas[index.to(deltas.device)]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, -1 before the first update."""
+        shapes = (layer.kv.shape for layer in self._compressed_layers())
+        return next((shape[0] for shape in shapes if shape is not None), -1)
+
+    def activate_past_recording(self) -> None:
+        """Let sliding-window layers keep what a crop may ask for, also those not built yet."""
+        self._record_past = True
+        super().activate_past_recording()
+
+    def _compressed_layers(self) -> Iterable[RotateKLayer]:
+        return (layer for layer in self.layers if isinstance(layer, RotateKLayer))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held; layers share some."""
+        held: list[Tensor] = []
+        for layer in self.layers:
+            held += layer.kv.tensors() if isinstance(layer, RotateKLayer) else _stock_tensors(layer)
+        held += self.ledger.tensors()
+        return held if self.rope_deltas is None else [*held, self.rope_deltas]
+
+    def nbytes(self) -> int:
+        """Bytes of the storage held, everything counted once.
+
+        Coefficients, Values, text and its free room, bases, deltas, row tables, positions and flags.
+        """
+        return storage_bytes(self.tensors())
+
+    def shared_nbytes(self) -> int:
+        """Bytes of the calibrated basis, which all requests of a model share and `nbytes` leaves out; 0 without one."""
+        return 0 if self.calibrated is None else self.calibrated.nbytes()
+
+    def report(self) -> CacheReport:
+        """Tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
+        layers = [_layer_report(index, layer) for index, layer in enumerate(self.layers)]
+        chosen = str(self.options) if self.tokens is None else f"{self.options}, tokens={self.tokens}"
+        plan = "" if self.planner is None or self.planner.made is None else str(self.planner.made)
+        return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes(), plan)
+
+    def __repr__(self) -> str:
+        every = {field: getattr(self.options, field.name) for field in dataclasses.fields(FitOptions)}
+        chosen = {field.name: value for field, value in every.items() if value != field.default}
+        if self.planner is not None:
+            if self.planner.rank_open:
+                del chosen["sparsity"]  # follows from the budget
+            chosen["budget"] = self.planner.budget.given
+        if self.tokens is not None:
+            chosen["tokens"] = self.tokens
+        given = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+        held = f"{len(self.layers)} layers, {self.get_seq_length()} tokens, {self.nbytes():,} bytes"
+        return f"<RotateKCache({given}): {held}>"
+
+
+def _absolute(basis: Any) -> Any:
+    """A basis file by its whole path, so that the working directory may change; anything else as it is."""
+    if isinstance(basis, os.PathLike):
+        basis = os.fspath(basis)
+    is_file = isinstance(basis, str) and basis.endswith(".safetensors")
+    return str(Path(basis).expanduser().absolute()) if is_file else basis
+
+
+def _rank(stored: Stored, width: int) -> int:
+    fitted = None if stored.basis is None else stored.basis.fitted_rank
+    return width if fitted is None else fitted
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _stock_tensors(layer: Any) -> list[Tensor]:
+    held = [part for value in vars(layer).values() for part in (value.values() if isinstance(value, dict) else [value])]
+    return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
+
+def _layer_report(index: int, layer: Any) -> LayerReport:
+    if not isinstance(layer, RotateKLayer):
+        stored = storage_bytes(_stock_tensors(layer))
+        tokens = layer.get_seq_length() if layer.is_initialized else 0
+        return LayerReport(index, type(layer).__name__, tokens, [], 0, stored, stored, [])
+    kv = layer.kv
+    stored = storage_bytes(kv.tensors())
+    if kv.shape is None or kv.dtype is None:
+        return LayerReport(index, "RotateKLayer", 0, [], 0, stored, 0, [])
+    batch, heads, width, value_width = kv.shape
+    dense = batch * heads * kv.length * (width + value_width) * kv.dtype.itemsize
+    segments = [
+        SegmentReport(
+            tokens=int(segment.lengths.sum()),
+            rank=_rank(segment.keys, width),
+            stored_rank=segment.keys.channels,
+            head_width=width,
+            key_bytes=storage_bytes([segment.keys.data]),
+            value_bytes=storage_bytes([segment.values.data]),
+            basis_bytes=storage_bytes(
+                [t for stored in (segment.keys, segment.values) for t in stored.tensors() if t is not stored.data]
+            ),
+        )
+        for segment in kv.segments
+    ]
+    return LayerReport(
+        index,
+        "RotateKLayer",
+        kv.length,
+        segments,
+        kv.dense_tokens(),
+        stored,
+        dense,
+        list(kv.kept_dense),
+        sum(int(counts.sum()) for _, counts in kv.dropped),
+    )

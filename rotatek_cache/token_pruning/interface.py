@@ -1,0 +1,163 @@
+"""Token pruning: which visual tokens each layer keeps, beside how many channels it keeps of them.
+
+A token method names the visual tokens that each layer keeps. An `AttentionMethod` looks at the attention that text
+queries pay to them in some or all layers; only the rows that it asks for are computed, from the layer's Keys before
+their seal, and the model's own attention stays as it is. A `FeatureMethod` looks at the image's features, before the
+language model. Dropped tokens are never stored; positions and masks of the others stay what they were.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+
+Summary = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """Attention of some queries of a layer over the P tokens that wait for their seal.
+
+    Attributes:
+        weights: probabilities ``[B, H_q, q, P]`` in float32, softmax over all that the layer holds; zero for queries
+            that are not `valid` and for tokens that a query does not see.
+        seen: bool ``[B, q, P]``, which tokens each query sees; False for queries that are not `valid`.
+        valid: bool ``[B, q]``, which queries the method asked for.
+        visual: bool ``[B, P]``, which tokens are visual.
+    """
+
+    weights: Tensor
+    seen: Tensor
+    valid: Tensor
+    visual: Tensor
+
+
+@dataclass(frozen=True)
+class TokenMethod:
+    """A way to choose visual tokens; the settings of one, without state.
+
+    Args:
+        keep: share in (0, 1] of the visual tokens that the method keeps (of which layers: see the method); None where
+            a budget is to set it.
+    """
+
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep is not None:
+            self._check_share("keep", low_allowed=False)
+
+    @property
+    def share(self) -> float:
+        """`keep`, once it is known."""
+        if self.keep is None:
+            raise ValueError(f"{type(self).__name__}: keep must be given where no budget sets it")
+        return self.keep
+
+    def _check_share(self, name: str, *, low_allowed: bool = True) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{type(self).__name__}: {name} must be a number, got {type(value).__name__}")
+        if not (0 <= value <= 1 if low_allowed else 0 < value <= 1):
+            interval = "[0, 1]" if low_allowed else "(0, 1]"
+            raise ValueError(f"{type(self).__name__}: {name} must be in {interval}, got {value}")
+
+    def _check_whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{type(self).__name__}: {name} must be an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{type(self).__name__}: {name} must be at least {least}, got {value}")
+
+    def with_keep(self, keep: float) -> Self:
+        """The same method with another share."""
+        return dataclasses.replace(self, keep=keep)
+
+
+@dataclass(frozen=True)
+class FeatureMethod(TokenMethod, abc.ABC):
+    """Chooses from an image's features, before the language model.
+
+    Attributes:
+        reads_encoder: needs attention and Keys of the vision encoder, not only the features.
+    """
+
+    reads_encoder: ClassVar[bool] = False
+
+    def count_of(self, tokens: int) -> int:
+        """How many of an image's `tokens` the share keeps."""
+        return max(1, round(self.share * tokens))
+
+    @abc.abstractmethod
+    def choose(
+        self, features: Tensor, wanted: int, scores: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens of one image that stay, and the ones that take the others in.
+
+        Args:
+            features: ``[n, d]``, one of each placeholder.
+            wanted: how many are to stay, from 1 to n.
+            scores: attention in the encoder ``[n]``, if the method reads it; -inf for tokens that show no patch.
+            keys: of the same layer, averaged over heads, ``[n, k]``.
+
+        Returns:
+            bool ``[n]``, and int64 ``[n]``: which kept token takes a dropped one in, -1 where none does; None where
+            nothing is merged.
+        """
+
+    def merged(self, features: Tensor, taken_by: Tensor) -> Tensor:
+        """Features ``[n, d]`` of which kept tokens have taken in others, as `choose` says; dropped ones matter not."""
+        raise NotImplementedError(f"{type(self).__name__} merges nothing")
+
+
+@dataclass(frozen=True)
+class AttentionMethod(TokenMethod, abc.ABC):
+    """Chooses by the attention that text pays to visual tokens inside the language model.
+
+    Attributes:
+        last_query_only: read the prompt's last query only, not all of those behind the last visual token.
+        in_parts: the summary of many queries is the sum of those of their parts, so that memory can be bounded.
+        layer_by_layer: each layer's tokens follow from its own attention, so that none has to wait for the others.
+        pools_layers: `keep` is that of all layers together, of which some keep more than others.
+        alike: all layers that drop tokens drop the same ones.
+    """
+
+    last_query_only: ClassVar[bool] = False
+    in_parts: ClassVar[bool] = True
+    layer_by_layer: ClassVar[bool] = False
+    pools_layers: ClassVar[bool] = False
+    alike: ClassVar[bool] = False
+
+    def check_layers(self, compressed: Sequence[int], layers: int) -> None:
+        """Raise if the method cannot work where only the layers `compressed` of `layers` are ours."""
+
+    def watched(self, compressed: Sequence[int]) -> Sequence[int]:
+        """Layers whose attention is read, in order; tokens are chosen once the last of them has attended."""
+        return compressed
+
+    def pruned(self, compressed: Sequence[int]) -> Sequence[int]:
+        """Layers that drop tokens."""
+        return compressed
+
+    @abc.abstractmethod
+    def summarise(self, rows: AttentionRows) -> Summary:
+        """What is kept of a layer's attention: tensors that add up over parts of the queries."""
+
+    @abc.abstractmethod
+    def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
+        """The tokens that each layer of `pruned` keeps: bool ``[B, P]``, within `visual` ``[B, P]``."""
+
+    def merged(self, keys: Tensor, values: Tensor, kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and Values ``[B, H, P, D]`` of a layer as they are to be stored; most methods change nothing.
+
+        Args:
+            keys, values: of the tokens that wait for their seal; not to be written to.
+            kept, dropped: bool ``[B, P]``, visual tokens.
+        """
+        return keys, values

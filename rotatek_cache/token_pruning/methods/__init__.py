@@ -1,0 +1,1 @@
+"""Token methods: one paper, one file."""

@@ -1,0 +1,55 @@
+"""Token methods by name: one paper, one file in `methods`. Tests and evals walk through `TOKENS`."""
+
+import dataclasses
+from typing import Any
+
+from rotatek_cache.token_pruning.interface import TokenMethod
+from rotatek_cache.token_pruning.methods.aircache import AirCache
+from rotatek_cache.token_pruning.methods.divprune import DivPrune
+from rotatek_cache.token_pruning.methods.fastv import FastV
+from rotatek_cache.token_pruning.methods.look_m import LookM
+from rotatek_cache.token_pruning.methods.visionzip import VisionZip
+from rotatek_cache.token_pruning.methods.vl_cache import VLCache
+
+TOKENS: dict[str, type[TokenMethod]] = {
+    "aircache": AirCache,
+    "divprune": DivPrune,
+    "fastv": FastV,
+    "look_m": LookM,
+    "visionzip": VisionZip,
+    "vl_cache": VLCache,
+}
+
+
+def token_method(spec: TokenMethod | str) -> TokenMethod:
+    """A token method as it is, or from a name, a share and further settings: ``"vl_cache:0.4"``.
+
+    Settings follow as ``name=value``, separated by commas: ``"vl_cache:0.4,uniform=0.8"``. Without a share, which a
+    budget then sets: ``"vl_cache"``.
+    """
+    if isinstance(spec, TokenMethod):
+        return spec
+    if not isinstance(spec, str):
+        raise TypeError(f"tokens must be a token method or a string such as 'fastv:0.4', got {type(spec).__name__}")
+    name, _, settings = spec.partition(":")
+    if name not in TOKENS:
+        raise ValueError(f"tokens must name one of {', '.join(sorted(TOKENS))}, got {spec!r}")
+    parts = [part.partition("=") for part in settings.split(",")] if settings else []
+    pairs = [(key, value) if separator else ("keep", key) for key, separator, value in parts]
+    types = {field.name: field.type for field in dataclasses.fields(TOKENS[name])}
+    arguments: dict[str, Any] = {}
+    for key, value in pairs:
+        if key not in types or key in arguments:
+            raise ValueError(
+                f"tokens={spec!r}: {key!r} is no setting of {name} (or given twice), which has {sorted(types)}"
+            )
+        if types[key] is str:
+            arguments[key] = value
+            continue
+        try:
+            arguments[key] = int(value) if value.isdigit() and key != "keep" else float(value)
+        except ValueError:
+            raise ValueError(
+                f"tokens={spec!r}: {key} must be a number, got {value!r}; expected '<name>:<keep>,<setting>=<value>'"
+            ) from None
+    return TOKENS[name](**arguments)

@@ -1,0 +1,336 @@
+"""What cannot be right is refused, with an error that says what to do; nothing is wrong in silence."""
+
+import copy
+import re
+
+import pytest
+import torch
+import ways
+from hosts import Host
+from tiny_models import IMAGE, TEXT, VISION, visual_positions, words
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
+
+from rotatek_cache import RotateKCache, attach, families
+from rotatek_cache.hf.attention import rotatek_attention_forward
+
+
+def _cache(**options):
+    return RotateKCache(**{"sparsity": 0.5} | options)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sparsity": 1.0}, ValueError, r"sparsity must be in \[0, 1\), got 1.0"),
+        ({"sparsity": -0.1}, ValueError, "sparsity"),
+        ({"sparsity": float("nan")}, ValueError, "sparsity"),
+        ({"sparsity": "0.5"}, TypeError, "sparsity must be a number"),
+        ({}, ValueError, "exactly one of sparsity, rank and energy"),
+        ({"sparsity": 0.5, "rank": 8}, ValueError, "sparsity=0.5, rank=8"),
+        ({"rank": 8, "energy": 0.9}, ValueError, "exactly one"),
+        ({"rank": 0}, ValueError, "rank must be at least 1"),
+        ({"rank": 8.0}, TypeError, "rank must be an int"),
+        ({"energy": 0.0}, ValueError, "energy"),
+        ({"energy": 1.5}, ValueError, "energy"),
+        ({"sparsity": 0.5, "solver": "svd"}, ValueError, "solver"),
+        ({"sparsity": 0.5, "query_window": 0}, ValueError, "query_window"),
+    ],
+)
+def test_options(options, error, message):
+    with pytest.raises(error, match=message):
+        RotateKCache(**options)
+
+
+def test_options_are_by_keyword_only():
+    with pytest.raises(TypeError):
+        RotateKCache(0.5)
+
+
+def test_rank_above_the_head_width(llava: Host):
+    with pytest.raises(ValueError, match="rank must be at most the head width 32, got 33"):
+        ways.greedy(llava.tiny, llava.attached, lambda: RotateKCache(rank=33, always_compress=True))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_no_model():
+    with pytest.raises(TypeError, match="PreTrainedModel"):
+        attach(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="PreTrainedModel"):
+        attach("llava")
+
+
+def test_a_text_model():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TEXT))
+    with pytest.raises(ValueError, match="vision-language"):
+        attach(model)
+
+
+def test_an_unknown_family():
+    config = AutoConfig.for_model(
+        "idefics2",
+        text_config={**TEXT, "model_type": "mistral"},
+        vision_config={**VISION, "image_size": 32, "patch_size": 8},
+        perceiver_config={"resampler_n_heads": 2, "resampler_head_dim": 16, "num_key_value_heads": 1},
+        image_token_id=IMAGE,
+    )
+    with pytest.raises(ValueError, match=r"'idefics2' is not in the table.*which token ids.*llava.*visual_mask"):
+        attach(AutoModelForImageTextToText.from_config(config))
+    assert "llava" in families()
+    assert "idefics2" not in families()
+
+
+def _mllama():
+    text = {
+        **TEXT,
+        "num_hidden_layers": 3,
+        "cross_attention_layers": [1],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    del text["head_dim"]
+    vision = {
+        "hidden_size": 32,
+        "attention_heads": 2,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "intermediate_size": 48,
+        "image_size": 16,
+        "patch_size": 8,
+        "vision_output_dim": 64,
+        "intermediate_layers_indices": [1],
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    }
+    config = AutoConfig.for_model("mllama", text_config=text, vision_config=vision, image_token_index=IMAGE)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    inputs = {
+        "input_ids": torch.tensor([[1, IMAGE, 20, 21, 22]]),
+        "attention_mask": torch.ones(1, 5, dtype=torch.long),
+        "pixel_values": torch.randn(1, 1, 1, 3, 16, 16),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(1, 5, 1, 1, dtype=torch.long),
+    }
+    return model, inputs
+
+
+def test_cross_attention():
+    model, inputs = _mllama()
+    model.generate(**inputs, max_new_tokens=3, do_sample=False)  # it runs with its own cache
+    with pytest.raises(ValueError, match=r"mllama.*cross-attention"):
+        attach(model)
+    model.set_attn_implementation({"text_config": "rotatek"})
+    cache = _cache(visual_mask=inputs["input_ids"] == IMAGE)
+    with pytest.raises(AttributeError, match="cross-attention"):
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+
+
+def _paligemma2():
+    text = {
+        **TEXT,
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": 32,
+        "attn_logit_softcapping": 50.0,
+        "sliding_window": 64,
+    }
+    vision = {**VISION, "model_type": "siglip_vision_model", "image_size": 32, "patch_size": 4, "projection_dim": 128}
+    config = AutoConfig.for_model(
+        "paligemma",
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE,
+        projection_dim=128,
+        hidden_size=128,
+    )
+    return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+
+
+def test_softcap():
+    model = _paligemma2()
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping=50.0"):
+        attach(model)
+    model.set_attn_implementation({"text_config": "rotatek"})
+    cache = _cache(visual_mask=torch.zeros(1, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="softcap"):
+        model(input_ids=torch.tensor([[1, 20, 21, 22]]), past_key_values=cache)
+
+
+def test_attention_sinks(llava: Host):
+    cache = _cache()
+    cache.announce_visual(None, 3)
+    handle, _ = cache.update(torch.randn(1, 2, 3, 32), torch.randn(1, 2, 3, 32), 0)
+    with pytest.raises(ValueError, match="sinks"):
+        rotatek_attention_forward(llava.plain, torch.randn(1, 4, 3, 32), handle, handle, None, s_aux=torch.zeros(4))
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_neither_attached_nor_switched(llava: Host, implementation):
+    model = copy.deepcopy(llava.plain)
+    model.set_attn_implementation(implementation)
+    inputs = ways.one(llava.tiny)
+    both = re.compile(r"attach\(model\).*attn_implementation=\{\"text_config\": \"rotatek\"\}.*visual_mask", re.DOTALL)
+    for cache in (_cache(), _cache(visual_mask=visual_positions(inputs["input_ids"]))):
+        with pytest.raises(RuntimeError, match=both):
+            ways.generate(model, inputs, cache)
+        with pytest.raises(RuntimeError, match=both):
+            model(**inputs, past_key_values=cache)
+
+
+def test_switched_but_not_told(llava: Host):
+    model = copy.deepcopy(llava.plain)
+    model.set_attn_implementation({"text_config": "rotatek"})
+    with pytest.raises(RuntimeError, match="not told which positions are visual"):
+        ways.generate(model, ways.one(llava.tiny), _cache())
+
+
+@pytest.mark.parametrize("how", ["attach", "switch"])
+def test_output_attentions(llava: Host, how):
+    inputs = ways.one(llava.tiny)
+    model = copy.deepcopy(llava.plain)
+    model.set_attn_implementation("eager")  # under sdpa transformers refuses by itself
+    if how == "attach":
+        attach(model)
+    else:
+        model.set_attn_implementation({"text_config": "rotatek"})
+    mask = visual_positions(inputs["input_ids"])
+    with pytest.raises(ValueError, match="output_attentions"):
+        ways.generate(model, inputs, _cache(visual_mask=mask), output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(**inputs, past_key_values=_cache(visual_mask=mask), output_attentions=True)
+
+
+def test_a_cache_with_another_prompt(llava: Host):
+    cache = _cache()
+    ways.generate(llava.attached, ways.one(llava.tiny), cache)
+    short = llava.tiny.inputs(llava.tiny.prompt(40))
+    long = llava.tiny.inputs(llava.tiny.prompt(41, images=(0, 1, 0, 1)))
+    for other in (ways.one(llava.tiny), short, long):
+        with pytest.raises(ValueError, match=r"already holds.*cache.reset\(\)"):
+            ways.generate(llava.attached, other, cache)
+    with pytest.raises(ValueError, match=r"already holds.*cache.reset\(\)"):
+        llava.attached(**ways.one(llava.tiny), past_key_values=cache)
+    cache.reset()
+    got = ways.generate(llava.attached, long, cache)
+    expected = ways.generate(llava.attached, long, _cache())
+    assert torch.equal(torch.stack(got.logits), torch.stack(expected.logits))
+
+
+def test_a_batch_that_changes_size(llava: Host):
+    cache = _cache()
+    llava.attached(**ways.padded(llava.tiny), past_key_values=cache)
+    with pytest.raises(ValueError, match="rows"):
+        llava.attached(torch.tensor([[20]]), past_key_values=cache)
+    cache.reset()
+    llava.attached(**ways.one(llava.tiny), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ([[True, False]], TypeError, "bool tensor"),
+        (torch.zeros(1, 4), TypeError, "torch.bool, got torch.float32"),
+        (torch.zeros(1, 4, dtype=torch.long), TypeError, "torch.bool, got torch.int64"),
+        (torch.zeros(4, dtype=torch.bool), ValueError, r"\[rows, positions\], got \[4\]"),
+        (torch.zeros(1, 2, 4, dtype=torch.bool), ValueError, "positions"),
+    ],
+)
+def test_a_visual_mask_of_the_wrong_kind(mask, error, message):
+    with pytest.raises(error, match=message):
+        _cache(visual_mask=mask)
+
+
+def test_a_visual_mask_of_the_wrong_shape(llava: Host):
+    inputs = ways.padded(llava.tiny)
+    visual = visual_positions(inputs["input_ids"])
+    with pytest.raises(ValueError, match="visual_mask has 3 rows, the batch has 2"):
+        ways.generate(llava.attached, inputs, _cache(visual_mask=visual[:1].expand(3, -1)))
+    too_long = torch.cat([visual, torch.ones_like(visual)], 1)
+    with pytest.raises(ValueError, match="length of the prompt"):
+        ways.generate(llava.attached, inputs, _cache(visual_mask=too_long))
+    # Behind a mask that is too short the model's own word holds.
+    short = ways.generate(llava.attached, inputs, _cache(visual_mask=visual[:, :30]))
+    whole = ways.generate(llava.attached, inputs, _cache())
+    assert torch.equal(torch.stack(short.logits), torch.stack(whole.logits))
+
+
+def test_embeddings_without_a_mask(llava: Host):
+    embeds = torch.randn(1, 70, 128)
+    with pytest.raises(ValueError, match=r"inputs_embeds.*visual_mask.*\[rows, 70\]"):
+        llava.attached.generate(inputs_embeds=embeds, past_key_values=_cache(), max_new_tokens=2)
+
+
+def test_nan_in_the_keys(llava: Host):
+    inputs = ways.one(llava.tiny)
+    inputs["pixel_values"] = inputs["pixel_values"].clone()
+    inputs["pixel_values"][0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer 0 hold NaN"):
+        ways.generate(llava.attached, inputs, _cache())
+    got = ways.generate(llava.attached, inputs, _cache(sparsity=0))
+    expected = ways.generate(llava.plain, inputs, DynamicCache())
+    assert torch.equal(torch.stack(got.logits).isnan(), torch.stack(expected.logits).isnan())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 24, "solver": "eigh", "query_weight": False},
+        {"rank": 24, "query_weight": False},
+        {"sparsity": 0.25, "query_weight": False},
+        {"energy": 1.0, "query_weight": False},
+    ],
+)
+def test_fewer_visual_tokens_than_coefficients(llava: Host, options):
+    """An image cut to 10 of its tokens has Keys of rank 9 after centring: exact, or kept dense."""
+    inputs = ways.one(llava.tiny)
+    mask = visual_positions(inputs["input_ids"])
+    mask &= mask.cumsum(1) <= 10
+    got = ways.generate(llava.attached, inputs, RotateKCache(**options, always_compress=True, visual_mask=mask))
+    expected = ways.generate(llava.plain, inputs, DynamicCache())
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=5e-4, rtol=1e-4)
+    kept = RotateKCache(**options, visual_mask=mask)
+    ways.generate(llava.attached, inputs, kept)
+    assert not kept.report().layers[0].segments
+    assert "stayed dense" in str(kept.report())
+
+
+def test_training(llava: Host):
+    model = copy.deepcopy(llava.attached).train()
+    with torch.enable_grad(), pytest.raises(ValueError, match="inference"):
+        model(**ways.one(llava.tiny), past_key_values=_cache())
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_offloading_the_cache(llava: Host):
+    cache = _cache()
+    llava.attached(**ways.one(llava.tiny), past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="DynamicCache"):
+        cache.offload(0)
+    with pytest.raises(ValueError, match="cache_implementation"):
+        ways.generate(llava.attached, ways.one(llava.tiny), _cache(), cache_implementation="offloaded")
+
+
+def test_continuous_batching(llava: Host):
+    model = copy.deepcopy(llava.attached)
+    prompts = [words(6, 1), words(4, 2)]
+    with pytest.raises(ValueError, match="continuous batching"):
+        model.generate_batch(inputs=prompts, past_key_values=_cache())
+    with pytest.raises(ValueError, match="continuous batching"):
+        model.generate(torch.tensor(prompts[:1]), past_key_values=_cache(), cache_implementation="paged")
+
+
+def test_a_static_use_of_the_handle(llava: Host):
+    """Whatever else touches the Keys of a layer says how to switch."""
+    cache = _cache()
+    cache.announce_visual(None, 3)
+    handle, _ = cache.update(torch.randn(1, 2, 3, 32), torch.randn(1, 2, 3, 32), 0)
+    for use in (lambda: handle.shape, lambda: torch.matmul(torch.randn(3, 3), handle), lambda: handle.transpose(1, 2)):
+        with pytest.raises(RuntimeError, match="attach"):
+            use()

@@ -1,0 +1,235 @@
+"""The fused kernels compile for the GPUs they are meant for, without spills; no GPU is needed."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Triton reads TRITON_INTERPRET once a process, and other tests may have set it: all of this happens in children.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run(code: str, *arguments: str) -> str:
+    child = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr[-6000:]
+    return child.stdout
+
+
+PLAN = """
+import dataclasses, json, sys
+
+import torch
+
+from rotatek_cache.core.quantization import CodeLayout, HeadCodes
+from rotatek_kernels.resources import compile_launch, plan_of_shape, resources, segment_of_shape
+
+
+def plan(width, group, dtype, visual, queries=1, text=512, mask=None, slots=False):
+    dtype = getattr(torch, dtype)
+    def layout(blocks):
+        return CodeLayout(tuple(map(tuple, blocks)))
+
+    coded = {}
+    for name, value in visual.items():
+        if name.endswith("heads"):
+            coded[name.replace("heads", "code")] = HeadCodes(tuple(map(layout, value)))
+        else:
+            coded[name] = layout(value) if name.endswith("code") else value
+    common = dict(mask=None if mask is None else (queries, getattr(torch, mask)), slots=slots)
+    segments = [segment_of_shape(8, 8, 16384, width, dtype, **coded, **common)]
+    if text:
+        segments.append(segment_of_shape(8, 8, text, width, dtype, **common))
+    return plan_of_shape(segments, group, width, queries)
+"""
+
+REPORT = """
+targets, shape = json.loads(sys.argv[1])
+print(json.dumps([[launch.kernel.__name__, target, launch.options["num_warps"],
+                   dataclasses.asdict(resources(launch, target))]
+                  for launch in plan(**shape) for target in targets]))
+"""
+
+FOUR_BIT = {"key_code": [[4, 32]], "value_code": [[4, 32]]}
+HEADS = [[[4, 16], [2, 8]], [[2, 16]], [[8, 16], [4, 24]], [[4, 24]]] * 2  # up to 28 bytes a token
+SHAPES = {  # targets, arguments of `plan`
+    "rank32": (
+        ["sm_80", "sm_90", "sm_100", "gfx942"],
+        {"width": 128, "group": 4, "dtype": "bfloat16", "visual": {"rank": 32}},
+    ),
+    "4-bit": (
+        ["sm_80", "sm_90", "sm_100", "gfx942"],
+        {"width": 128, "group": 4, "dtype": "bfloat16", "visual": FOUR_BIT},
+    ),
+    "8-bit-width64": (
+        ["sm_80", "sm_90", "sm_100"],
+        {
+            "width": 64,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_code": [[8, 32]], "value_code": [[8, 32]]},
+        },
+    ),
+    "2-bit": (
+        ["sm_90"],
+        {
+            "width": 128,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_code": [[2, 64]], "value_code": [[2, 64]]},
+        },
+    ),
+    "masked-rank16-width64": (
+        ["sm_90"],
+        {"width": 64, "group": 4, "dtype": "bfloat16", "visual": {"rank": 16}, "mask": "bool"},
+    ),
+    "pool-rank24-width80-group7": (
+        ["sm_90"],
+        {"width": 80, "group": 7, "dtype": "float16", "visual": {"rank": 24}, "slots": True},
+    ),
+    "pool-4-bit-keys": (
+        ["sm_90"],
+        {"width": 128, "group": 4, "dtype": "bfloat16", "visual": {"key_code": [[4, 32]]}, "slots": True},
+    ),
+    "mixed-widths": (
+        ["sm_90"],
+        {
+            "width": 128,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_code": [[8, 8], [4, 24], [2, 32]], "value_code": [[4, 32], [2, 32]]},
+        },
+    ),
+    "heads": (
+        ["sm_80", "sm_90", "sm_100", "gfx942"],
+        {
+            "width": 128,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_heads": HEADS, "value_heads": HEADS},
+        },
+    ),
+    "heads-wide": (
+        ["sm_90"],
+        {
+            "width": 128,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_heads": [*HEADS[:7], [[8, 32], [4, 64]]], "value_heads": HEADS},
+        },
+    ),
+    "heads-dense-values-masked": (
+        ["sm_90"],
+        {"width": 128, "group": 4, "dtype": "bfloat16", "visual": {"key_heads": HEADS}, "mask": "bool"},
+    ),
+    "queries-heads": (
+        ["sm_90"],
+        {
+            "width": 128,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_heads": HEADS, "value_heads": HEADS},
+            "queries": 64,
+            "mask": "bool",
+        },
+    ),
+    "queries-masked": (
+        ["sm_90"],
+        {"width": 128, "group": 4, "dtype": "bfloat16", "visual": {"rank": 32}, "queries": 64, "mask": "bool"},
+    ),
+    "queries-4-bit": (
+        ["sm_90"],
+        {"width": 128, "group": 4, "dtype": "bfloat16", "visual": FOUR_BIT, "queries": 64, "mask": "bool"},
+    ),
+    "float32": (["sm_90"], {"width": 128, "group": 4, "dtype": "float32", "visual": {"rank": 32}}),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize(("targets", "shape"), SHAPES.values(), ids=SHAPES)
+def test_compiles_without_spills(targets, shape):
+    compiled = json.loads(run(PLAN + REPORT, json.dumps([targets, shape])))
+    assert len(compiled) == 2 * len(targets)
+    for kernel, target, warps, found in compiled:
+        print(f"{kernel} {target}: {warps} warps, {found}")  # noqa: T201 - `pytest -s` reports what a kernel takes
+        assert found["spills"] == 0, (kernel, target, found)
+        loads = {int(size): count for size, count in found["loads"].items()}
+        if kernel == "attend_splits":
+            # Stored tokens, bases and queries come 16 bytes at a time; row tables, masks and delta need not. Tokens of
+            # a width per head come in the largest unit that divides all widths, and their bases column by column.
+            masks = loads.get(1, 0)
+            if any(name.endswith("heads") for name in shape["visual"]):
+                continue
+            assert loads[16] > sum(count for size, count in loads.items() if size != 16) - masks, (
+                kernel,
+                target,
+                found,
+            )
+            assert masks == 0 or "mask" in shape
+
+
+# Takes the way of a real launch up to the launch itself, with a driver that claims a GPU.
+GROW = """
+kernels = [set(), set()]
+for length in (1, 2, 15, 16, 17, 64, 257, 16384):
+    launches = plan(64, 4, "bfloat16", {"rank": 16}, text=length, mask="bool")
+    for made, launch in zip(kernels, launches, strict=True):
+        made.add(id(compile_launch(launch, "sm_90")))
+print([len(made) for made in kernels])
+"""
+
+
+@needs_triton
+def test_text_that_grows_makes_no_new_kernel():
+    assert json.loads(run(PLAN + GROW)) == [1, 1]
+
+
+@needs_triton
+def test_cpu_tensors_need_the_interpreter():
+    message = run("""
+import torch
+from rotatek_cache.attention import attend
+from rotatek_cache.segments import SegmentView
+storage = torch.zeros(1, 4, 16)
+row = torch.zeros(1, dtype=torch.int64)
+try:
+    attend(torch.zeros(1, 1, 1, 16), [SegmentView(storage, storage, row, row, 4)], 1.0, impl="triton")
+except ValueError as error:
+    print(error)
+""")
+    assert message.startswith("query must be on a GPU, got cpu")
+    assert "TRITON_INTERPRET=1" in message
+
+
+@needs_triton
+@pytest.mark.parametrize(("version", "used"), [("3.5.1", False), ("3.6.0", True), ("3.10.1+git", True), ("4.0", True)])
+def test_a_triton_older_than_the_kernel_was_compiled_with_is_not_used(version, used, monkeypatch):
+    from rotatek_cache.core import attention
+
+    monkeypatch.setattr(attention.importlib.metadata, "version", lambda name: version)
+    assert attention._triton_is_installed.__wrapped__() is used
+
+
+def test_importing_the_package_imports_neither_triton_nor_torch():
+    loaded = run("import sys, rotatek_kernels; print(sorted({'triton', 'torch'} & set(sys.modules)))")
+    assert loaded.strip() == "[]"
+
+
+@needs_triton
+def test_importing_the_kernel_touches_no_cuda():
+    state = run("import torch, rotatek_kernels.decode; print(torch.cuda.is_initialized())")
+    assert state.strip() == "False"
+
+
+def test_the_folder_is_no_package():
+    # transformers probes for a package named `kernels` and would run ours in its place.
+    assert not (ROOT / "kernels" / "__init__.py").exists()

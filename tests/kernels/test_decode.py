@@ -1,0 +1,209 @@
+"""The fused decode kernel against the reference: on a GPU where there is one, else in Triton's interpreter."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # read while triton is imported
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if not CUDA:
+    import triton.language  # its own helpers tell whether it was imported for the interpreter
+
+# transformers' models import Triton; where their tests were collected first, these run in a process of their own.
+TOO_LATE = not CUDA and isinstance(triton.language.sum, triton.runtime.JITFunction)
+
+from kernel_contract import (  # noqa: E402
+    BAD,
+    CASES,
+    Case,
+    Kernel,
+    assert_within_budget,
+    draw,
+    test_addresses_beyond_32_bits,  # noqa: F401
+    test_any_strides,  # noqa: F401
+    test_basis_may_be_wider_than_the_keys,  # noqa: F401
+    test_beams_share_storage_and_basis,  # noqa: F401
+    test_full_rank_is_dense,  # noqa: F401
+    test_identity_basis_is_dense,  # noqa: F401
+    test_order_of_segments_does_not_matter,  # noqa: F401
+    test_rows_without_tokens_see_nothing,  # noqa: F401
+    test_segments_without_room_see_nothing,  # noqa: F401
+    test_what_is_not_a_number_is_not_hidden,  # noqa: F401
+)
+
+from rotatek_cache.core.attention import attend  # noqa: E402
+from rotatek_cache.core.segments import SegmentView  # noqa: E402
+from rotatek_kernels import decode, shapes  # noqa: E402
+from rotatek_kernels.decode import decode_attention  # noqa: E402
+
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# The interpreter's tl.dot is wrong on bfloat16.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def kernel():
+    return Kernel(decode_attention, DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """What the kernels are to write holds NaN before they run."""
+    monkeypatch.setattr(
+        decode, "_empty", lambda shape, dtype, device: torch.full(shape, torch.nan, dtype=dtype, device=device)
+    )
+
+
+@pytest.fixture
+def many_splits(monkeypatch):
+    """Blocks of 16 tokens, each of them a split."""
+    monkeypatch.setattr(
+        shapes, "BLOCK_SIZES", {kind: sizes._replace(tile=1) for kind, sizes in shapes.BLOCK_SIZES.items()}
+    )
+    monkeypatch.setattr(decode, "_REMEMBERED", {})
+    monkeypatch.setattr(decode, "TOKENS_PER_SPLIT", 16)
+    monkeypatch.setattr(decode, "_processors", lambda device: 4096)
+
+
+def splits_of(query: torch.Tensor, segments: list[SegmentView]) -> list[int]:
+    launches, _, _ = decode.plan(shapes.shapes_of(query, segments), query, segments, 1.0, 4096)
+    return [(arguments.place[1] - 3) // 2 for launch in launches[:-1] for arguments in launch.arguments["segments"]]
+
+
+IN_ALL_DTYPES = {
+    "heads-mixed-bits",
+    "width128-rank32-ragged",
+    "row-with-nothing",
+    "mixed-widths",
+    "pool-many-queries",
+    "additive-mask",
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(name, dtype) for name in CASES for dtype in DTYPES if CUDA or name in IN_ALL_DTYPES or dtype == torch.float16],
+    ids=str,
+)
+def test_agrees_with_the_reference(case, dtype):
+    case = CASES[case]
+    query, segments = draw(case, dtype, DEVICE)
+    assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 130])
+def test_splits_meet_at_any_boundary(tokens, many_splits):
+    case = Case(((tokens, max(tokens - 16, 0)),), (130, tokens), heads=1)
+    query, segments = draw(case, torch.float16, DEVICE)
+    assert splits_of(query, segments) == [math.ceil(tokens / 16), 9]
+    assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
+
+
+def test_more_splits_than_one_block_of_the_merge(many_splits):
+    case = Case(((300,), (33,)), (70,), heads=1, mask="bool")
+    query, segments = draw(case, torch.float32, DEVICE)
+    assert splits_of(query, segments) == [19, 3, 5]
+    assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
+
+
+def test_attend_dispatches():
+    query, segments = draw(CASES["bool-mask"], torch.float16, DEVICE)
+    expected = decode_attention(query, segments, 0.125)
+    for state, direct in zip(attend(query, segments, 0.125, impl="triton"), expected, strict=True):
+        assert torch.equal(state, direct)
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_named(spoil, error, message, monkeypatch):
+    query, (visual, text) = draw(CASES["bool-mask"], torch.float16, DEVICE)
+    arguments = spoil(query, visual, text, 0.125)
+    decode._checked_shapes(
+        query, [visual, text], 0.125
+    )  # what is right is remembered, and must not cover what is wrong
+    monkeypatch.setattr(decode, "plan", None)  # nothing is planned, let alone launched
+    with torch.enable_grad(), pytest.raises(error, match=message):
+        decode_attention(*arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_host_and_can_be_captured():
+    query, segments = draw(CASES["bool-mask"], torch.bfloat16, DEVICE)
+    expected_out, expected_lse = decode_attention(query, segments, 0.125)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode_attention(query, segments, 0.125)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = decode_attention(query, segments, 0.125)
+    graph.replay()
+    assert torch.equal(out, expected_out)
+    assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("case", ["codes-4-bit", "heads-mixed-bits", "two-images", "pool", "queries-masked"])
+def test_a_captured_step_goes_on_as_rows_grow_on_the_device(case):
+    case = CASES[case]
+    query, segments = draw(case, torch.bfloat16, DEVICE)
+    grown = [segment.lengths.clone() for segment in segments]
+    for segment in segments:
+        segment.lengths.clamp_(max=1)
+    decode_attention(query, segments, case.scale)  # compiles, and makes what later steps use again
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        state = decode_attention(query, segments, case.scale)
+    for step in range(1, int(max(map(torch.Tensor.max, grown))) + 1, 7):
+        for segment, most in zip(segments, grown, strict=True):
+            segment.lengths.copy_(most.clamp(max=step))
+        query.normal_()
+        graph.replay()
+        for replayed, called in zip(state, decode_attention(query, segments, case.scale), strict=True):
+            assert torch.equal(replayed, called)
+        fresh = [dataclasses.replace(segment) for segment in segments]  # without ranges read in an earlier step
+        assert_within_budget(state, query, fresh, case.scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_launch_goes_to_the_device_of_its_tensors():
+    query, segments = draw(CASES["two-images"], torch.bfloat16, DEVICE)
+
+    def there(tensor):
+        return None if tensor is None else tensor.to("cuda:1")
+
+    moved = [
+        dataclasses.replace(
+            segment,
+            **{name: there(getattr(segment, name)) for name in ("keys", "values", "starts", "lengths", "basis_rows")},
+            basis=None if segment.basis is None else segment.basis.select(there),
+        )
+        for segment in segments
+    ]
+    expected = decode_attention(query, segments, 0.125)
+    for state, one in zip(decode_attention(query.to("cuda:1"), moved, 0.125), expected, strict=True):
+        assert torch.equal(state.cpu(), one.cpu())
+
+
+if TOO_LATE:
+    for name in [name for name in globals() if name.startswith("test_")]:
+        del globals()[name]
+
+    def test_in_a_process_of_its_own():
+        arguments = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment["TRITON_INTERPRET"] = "1"
+        run = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
