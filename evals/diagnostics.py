@@ -35,6 +35,7 @@ from evals.reader.pages import ADDRESS_KINDS, LEVELS
 from evals.store import rounded, write_json
 from evals.tasks import Sample, SampleError, Task, TaskError, load_task
 from rotatek_cache import RotateKCache
+from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.codecs.registry import BASES
 from rotatek_cache.core.fitting import KeyStatistics, key_moments, matrix_roots, principal_directions
@@ -68,6 +69,7 @@ class ListeningCache(RotateKCache):
 
     def __init__(self) -> None:
         super().__init__(sparsity=0)
+        self.coordinator = _ListeningCoordinator(self.positions)
 
     def learn_config(self, config: Any) -> None:
         """Build the layers and listen to them."""
@@ -79,6 +81,12 @@ class ListeningCache(RotateKCache):
             layer.kv.keys, layer.kv.queries = [], []
 
 
+class _ListeningCoordinator(Coordinator):
+    def observe(self, layer: Any, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
+        layer.queries.append(query[0].float())
+        super().observe(layer, query, mask, scale)
+
+
 class _ListeningKV(LayerKV):
     keys: list[Tensor]
     queries: list[Tensor]
@@ -86,10 +94,6 @@ class _ListeningKV(LayerKV):
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.keys.append(keys[0].float())
         super().append(keys, values)
-
-    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
-        self.queries.append(query[0].float())
-        super().observe(query, mask, scale)
 
 
 def listen(chat: Chat, sample: Sample, max_new_tokens: int, window: int = 32) -> list[Heard]:

@@ -52,7 +52,9 @@ from transformers import AutoConfig, Cache, DynamicCache, QuantizedCache
 from evals import figures
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
 from rotatek_cache import RotateKCache
+from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
+from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.calibration.images import find_images
 from rotatek_cache.cli.demo import READER, DemoError, Reader, open_page
 from rotatek_cache.core.attention import causal_mask
@@ -70,32 +72,30 @@ class RecordingCache(RotateKCache):
         super().__init__(sparsity=0)
         self.seen: dict[int, tuple[Tensor, Tensor, Tensor, float | None]] = {}
         self.visual: Tensor | None = None
+        self.coordinator = _RecordingCoordinator(self.positions, self.seen)
 
     def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
         """Keep which positions are visual, bool ``[B, T]``."""
         self.visual = visual
         super().announce_visual(visual, tokens)
 
-    def learn_config(self, config: Any) -> None:
-        """Build the layers and listen to them."""
-        if self.layers:
-            return
-        super().learn_config(config)
-        for layer in self.layers:
-            if isinstance(layer, RotateKLayer):
-                layer.kv.__class__ = _RecordingKV
-                layer.kv.record = self.seen
 
+class _RecordingCoordinator(Coordinator):
+    """A coordinator that records and lets no layer seal."""
 
-class _RecordingKV(LayerKV):
-    record: dict[int, tuple[Tensor, Tensor, Tensor, float | None]]
+    def __init__(
+        self, positions: VisualPositions, record: dict[int, tuple[Tensor, Tensor, Tensor, float | None]]
+    ) -> None:
+        super().__init__(positions)
+        self.record = record
 
-    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
-        assert self.pending is not None
-        keys, values = self.pending.keys, self.pending.values
+    def observe(self, layer: LayerKV, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
+        """Record the states of a layer."""
+        assert layer.pending is not None
+        keys, values = layer.pending.keys, layer.pending.values
         if keys.dtype == torch.float32:
             keys, values = keys.half(), values.half()
-        self.record[self.index] = (keys, values, query, scale)
+        self.record[layer.index] = (keys, values, query, scale)
 
 
 @dataclass
@@ -252,7 +252,7 @@ def fill(cache: Cache, config: Any, batch: Batch, recorder: RecordingCache) -> N
         keys, values, query, scale = recorder.seen[index]
         handle, _ = cache.update(keys, values, index)
         if isinstance(cache, RotateKCache):
-            handle.kv.observe(query, seen, scale)
+            handle.observe(query, seen, scale)
         else:
             cache.layers[index].dtype = query.dtype  # what it returns; half precision is what it was given to store
 

@@ -41,7 +41,7 @@ from evals.fidelity import SEEDS, Batch, RecordingCache, Scores, bootstrap, fill
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS
 from evals.store import rounded, write_json
 from rotatek_cache import FastV, RotateKCache, VisionZip
-from rotatek_cache.cache.layer import LayerKV
+from rotatek_cache.cache.layer import LayerKV, Merge
 from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.hf.cache import storage_bytes
 from rotatek_cache.hf.encoder_tap import choose
@@ -66,10 +66,10 @@ class HalfCache(RotateKCache):
 
 
 class _HalfKV(LayerKV):
-    def _seal(self, plan: SealPlan) -> None:
+    def seal(self, plan: SealPlan, merge: Merge | None = None) -> None:
         assert self.pending is not None
         self.pending.keys, self.pending.values = self.pending.keys.half(), self.pending.values.half()
-        super()._seal(plan)
+        super().seal(plan, merge)
 
 
 @dataclass
@@ -94,7 +94,7 @@ def visual_share(cache: RotateKCache, pages: int) -> float:
     layers = [layer.kv for layer in cache.layers]
     held = storage_bytes([tensor for kv in layers for segment in kv.segments for tensor in segment.tensors()])
     _, heads, width, value_width = layers[0].shape
-    tokens = sum(int(visual.sum()) for _, _, visual in cache.ledger.flags if visual is not None)
+    tokens = sum(int(visual.sum()) for _, _, visual in cache.positions.flags if visual is not None)
     assert all(not kv.kept_dense for kv in layers), f"visual tokens of {pages} pages stayed dense and were not counted"
     return held / (tokens * heads * (width + value_width) * 2 * len(layers))
 

@@ -50,7 +50,7 @@ def kept_positions(cache: RotateKCache, layer: int, row: int, visual) -> list[in
     for segment in kv.segments:
         found += segment.token_positions()[row, : segment.lengths[row]].tolist()
     if kv.text.length:
-        text = kv.text.view(kv.ledger, None)
+        text = kv.text.view(kv.positions.forward, None)
         found += [p for p in kv.text.token_positions()[row, : text.lengths[row]].tolist() if visual[row, p]]
     return sorted(found)
 

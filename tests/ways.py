@@ -297,7 +297,7 @@ def forward_in_pieces(tiny: Tiny, model: PreTrainedModel, make: Make) -> list[Te
 def interleaved_conversations(tiny: Tiny, model: PreTrainedModel, make: Make) -> list[Tensor]:
     """Each conversation as if it were alone, which is what the reference does."""
     results: list[list[Tensor]] = [[], []]
-    alone = not hasattr(make(), "ledger")
+    alone = not hasattr(make(), "positions")
     prompts = [tiny.inputs(tiny.prompt(7, images=(0, 1))), tiny.inputs(tiny.prompt(8, images=(2,), text=4))]
     caches = [make(), make()]
     order = [(0, 1), (0, 2), (1, 1), (1, 2)] if alone else [(0, 1), (1, 1), (0, 2), (1, 2)]
@@ -315,7 +315,7 @@ def interleaved_conversations(tiny: Tiny, model: PreTrainedModel, make: Make) ->
 @way
 def interleaved_forwards(tiny: Tiny, model: PreTrainedModel, make: Make) -> list[Tensor]:
     """As before, one of them without an image: what another conversation left on the model must not reach it."""
-    alone = not hasattr(make(), "ledger")
+    alone = not hasattr(make(), "positions")
     if alone and hasattr(model.model, "rope_deltas"):
         model.model.rope_deltas = None
     prompts = [tiny.inputs(tiny.prompt(7, images=(0, 1))), tiny.inputs(tiny.prompt(8, images=(), text=4))]

@@ -20,7 +20,8 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rotatek_cache import FitOptions, LayerKV, attend
-from rotatek_cache.cache.visual_positions import VisualLedger
+from rotatek_cache.cache.coordinator import Coordinator
+from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.core.attention import Implementation
 from rotatek_kernels import cpu_library
 
@@ -39,22 +40,22 @@ class DenseModule(torch.nn.Module):
 
 def filled_layer(
     keys: Tensor, values: Tensor, queries: Tensor, visual: int, options: FitOptions
-) -> tuple[VisualLedger, LayerKV]:
+) -> tuple[VisualPositions, LayerKV]:
     """A layer of our cache after a prompt of `visual` visual tokens and some text."""
     batch, _, tokens, _ = keys.shape
-    ledger = VisualLedger()
-    ledger.announce(0, tokens, (torch.arange(tokens, device=keys.device) < visual).expand(batch, -1))
-    kv = LayerKV(options, ledger, 0)
+    positions = VisualPositions()
+    positions.announce(0, tokens, (torch.arange(tokens, device=keys.device) < visual).expand(batch, -1))
+    kv = LayerKV(options, positions, 0)
     kv.append(keys, values)
-    kv.observe(queries, None)
-    return ledger, kv
+    Coordinator(positions).observe(kv, queries, None)
+    return positions, kv
 
 
-def our_step(ledger: VisualLedger, kv: LayerKV, impl: Implementation) -> Step:
+def our_step(positions: VisualPositions, kv: LayerKV, impl: Implementation) -> Step:
     """One decode step of our cache; of a dense one, if its prompt had no visual token."""
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        ledger.complete(kv.length + 1, len(query))
+        positions.complete(kv.length + 1, len(query))
         kv.append(key, value)
         return attend(query, kv.views(None), query.shape[-1] ** -0.5, impl=impl, return_lse=False)[0]
 

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evals.fidelity import stored_tensors
 from rotatek_cache import RotateKCache, attach, detach
+from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.hf.cache import LayerHandle, storage_bytes
 
@@ -155,14 +156,14 @@ def switch_attention(model: Any, options: Mapping[str, Any]) -> None:
         model.set_attn_implementation({"text_config": name})
 
 
-class _TimedKV(LayerKV):
-    """A layer that measures its seals."""
+class _TimedCoordinator(Coordinator):
+    """A coordinator that measures seals."""
 
     seconds = 0.0
 
-    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
+    def observe(self, layer: LayerKV, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         begin = clock(query.device)
-        super().observe(query, mask, scale)
+        super().observe(layer, query, mask, scale)
         self.seconds += clock(query.device) - begin
 
 
@@ -184,11 +185,9 @@ def fit_share(model: Any, cache: Cache, prompt: Prompt) -> float | None:
     """Share of a prefill that goes into seals; None for caches without."""
     if not isinstance(cache, RotateKCache):
         return None
-    cache.learn_config(model.config)
-    for layer in cache.layers:
-        layer.kv.__class__ = _TimedKV
+    cache.coordinator = timed = _TimedCoordinator(cache.positions, cache.tokens, cache.coordinator.planner)
     whole = prefill(model, cache, prompt)
-    return sum(layer.kv.seconds for layer in cache.layers) / whole
+    return timed.seconds / whole
 
 
 def decode(model: Any, cache: Cache, batch: int, tokens: int, *, compiled: bool = False) -> list[float]:
@@ -282,4 +281,4 @@ def fill(model: Any, cache: Cache, batch: int, context: int, text: int) -> None:
     for layer in range(config.num_hidden_layers):
         held, _ = cache.update(normal(batch, heads, context), normal(batch, heads, context), layer)
         if isinstance(held, LayerHandle):
-            held.kv.observe(normal(batch, groups, min(text, context)), None)
+            held.observe(normal(batch, groups, min(text, context)), None)

@@ -2,35 +2,26 @@
 
 A layer holds them in up to three places. New tokens whose image is not finished yet are *pending*: dense, as the model
 gave them. A *seal* moves the visual ones among them into a compressed segment that is never copied again, and the
-others into the *text* segment, which stays dense and grows in place.
+others into the *text* segment, which stays dense and grows in place. A layer does as it is told: when it seals, with
+what options and which tokens it keeps, is decided by the coordinator of its cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rotatek_cache.cache.seal_plan import SealPlan
-from rotatek_cache.cache.selection import TokenSelection
-from rotatek_cache.cache.visual_positions import VisualLedger
+from rotatek_cache.cache.seal_plan import Compressed, SealPlan
+from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.core.attention import reference_attention
 from rotatek_cache.core.basis import compute_dtype
-from rotatek_cache.core.row_layout import integers
+from rotatek_cache.core.row_layout import LENGTH, integers, row_index
 from rotatek_cache.core.segments import SegmentView, TextSegment, VisualSegment, join_segments
 from rotatek_cache.options import FitOptions
 
-
-class SealPlanner(Protocol):
-    """Something that settles a layer's options once a prompt is known."""
-
-    def prepare(self, layer: "LayerKV", plan: SealPlan) -> None:
-        """Called before a layer seals by `plan`."""
-
-    def settle(self, layer: "LayerKV", plan: SealPlan, counts: Sequence[Sequence[int]]) -> None:
-        """Called when it is known how many visual tokens all layers keep of each row, before the first one seals."""
+Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # Keys and Values [B, H, P, D] to those that are stored
 
 
 @dataclass
@@ -43,25 +34,22 @@ class Pending:
     window: Tensor | None = None  # the last queries, [B, H_q, <= W, D]
 
 
-def row_index(index: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """Rows to select as int64 ``[B']``, from integers or a bool per row."""
-    index = torch.as_tensor(index, device=device)
-    return index.nonzero()[:, 0] if index.dtype == torch.bool else index
-
-
 class LayerKV:
-    """Keys and Values of one layer: dense until an image is complete, compressed from its seal on."""
+    """Keys and Values of one layer: dense until an image is complete, compressed from its seal on.
 
-    def __init__(
-        self, options: FitOptions, ledger: VisualLedger, index: int, selection: TokenSelection | None = None
-    ) -> None:
-        self.options = options
-        self.ledger = ledger
+    Args:
+        options: how it stores them.
+        positions: which positions are visual, shared by the layers of a cache.
+        index: of the layer in the model, from 0.
+    """
+
+    def __init__(self, options: FitOptions, positions: VisualPositions, index: int) -> None:
+        self.positions = positions
         self.index = index
-        self.selection = selection
-        self.planner: SealPlanner | None = None
-        self.sealer = Sealer(options, index)
-        self.exact = 0  # visual tokens at the end of each row that a seal leaves as they are
+        self.use(options)
+        self._empty()
+
+    def _empty(self) -> None:
         self.segments: list[VisualSegment] = []
         self.text = TextSegment()
         self.pending: Pending | None = None
@@ -71,9 +59,14 @@ class LayerKV:
         self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
         self.dtype: torch.dtype | None = None
 
-    def use(self, options: FitOptions, exact: int = 0) -> None:
-        """Seal with other options from now on, and leave the last `exact` visual tokens of each row as they are."""
-        self.options, self.sealer, self.exact = options, Sealer(options, self.index), exact
+    def use(self, options: FitOptions) -> None:
+        """Seal with these options from now on."""
+        self.options, self.sealer = options, Sealer(options, self.index)
+
+    def reset(self) -> None:
+        """Forget everything but the options."""
+        self.use(self.options)
+        self._empty()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take the Keys ``[B, H, n, D]`` and Values ``[B, H, n, D_v]`` of the next n positions."""
@@ -84,7 +77,7 @@ class LayerKV:
         if self.pending is not None:
             self.pending.keys = torch.cat([self.pending.keys, keys], 2)
             self.pending.values = torch.cat([self.pending.values, values], 2)
-        elif self.ledger.has_visual(begin, self.length):
+        elif self.positions.has_visual(begin, self.length):
             self.pending = Pending(keys, values, begin)
         else:
             self.text.append(keys, values)
@@ -101,7 +94,7 @@ class LayerKV:
             )
 
     def dense(self) -> tuple[Tensor, Tensor] | None:
-        """All Keys and Values in logical order, ``[B, H, T, D]``, while nothing has been sealed; else None."""
+        """Return all Keys and Values in logical order, ``[B, H, T, D]``, while nothing has been sealed; else None."""
         if self.segments or self.text.alignment is not None:
             return None
         if self.pending is None:
@@ -112,9 +105,12 @@ class LayerKV:
         return torch.cat([keys, self.pending.keys], 2), torch.cat([values, self.pending.values], 2)
 
     def views(self, mask: Tensor | None) -> list[SegmentView]:
-        """What attention reads; `mask` is the model's ``[B or 1, 1, Q, T]``, bool or additive, None for all visible."""
-        views = [segment.view(self.ledger, mask) for segment in self.segments]
-        text = self.text.view(self.ledger, mask)
+        """List the segments for attention; `mask`, the model's, is bool or additive ``[B or 1, 1, Q, T]``, or None."""
+        if mask is not None:
+            self.positions.check_mask(mask)
+        forward = self.positions.forward
+        views = [segment.view(forward, mask) for segment in self.segments]
+        text = self.text.view(forward, mask)
         if text is not None:
             views.append(text)
         if self.pending is not None:
@@ -130,25 +126,23 @@ class LayerKV:
             keys=pending.keys.transpose(0, 1).flatten(1, 2),
             values=pending.values.transpose(0, 1).flatten(1, 2),
             starts=torch.arange(batch, device=device) * tokens,
-            lengths=torch.full((batch,), tokens, dtype=torch.int32, device=device),
+            lengths=torch.full((batch,), tokens, dtype=LENGTH, device=device),
             max_length=tokens,
             row_stride=tokens,
             batched=True,
             mask=mask,
         )
 
-    def hidden(self) -> Tensor | None:
-        """bool ``[B, T]``: tokens that a token method has dropped, and that this forward must not attend to."""
-        if self.pending is None:
-            return None
-        begin, plan = self.pending.begin, self.ledger.known_plan
-        dropped = self.ledger.dropped_of(begin, self.length)
-        if self.selection is not None and plan is not None and plan.end == self.length:
-            dropped = plan.keeping(self.selection.kept(self.index, plan)).dropped
-        return None if dropped is None else torch.nn.functional.pad(dropped, (begin, 0))
+    def keep_queries(self, query: Tensor) -> None:
+        """Keep the last of a forward's queries ``[B, H_q, Q, D]``, by which pending Keys are weighed at their seal."""
+        pending = self.pending
+        assert pending is not None
+        window = query if pending.window is None else torch.cat([pending.window, query], 2)
+        # Cloned, or a view would keep the whole prompt's queries alive until the seal.
+        pending.window = window[:, :, -self.options.query_window :].clone()
 
     def pending_attention(self, query: Tensor, visible: Tensor, scale: float) -> Tensor:
-        """Attention of a few queries ``[B, H_q, q, D]`` to the pending tokens: probabilities ``[B, H_q, q, P]``.
+        """Compute what attention a few queries ``[B, H_q, q, D]`` pay to the pending tokens: ``[B, H_q, q, P]``.
 
         The softmax is over all that the layer holds; `visible` ``[B or 1, q, T]`` says what each query sees.
         """
@@ -162,46 +156,24 @@ class LayerKV:
         logits = logits.masked_fill(~visible[:, None, :, self.pending.begin :], -torch.inf)
         return (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
 
-    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
-        """See the queries ``[B, H_q, Q, D]`` of a forward whose attention is done; seal if the images are complete.
+    def seal(self, plan: SealPlan, merge: Merge | None = None) -> None:
+        """Store the pending tokens as a plan says.
 
-        `mask` is the model's, bool ``[B or 1, 1, Q, T]`` or additive, None for causal; `scale` the factor on the
-        logits, ``D ** -0.5`` by default.
+        Args:
+            plan: which of them are visual, text, padding or dropped.
+            merge: changes their Keys and Values first, where dropped tokens are merged into kept ones.
         """
-        pending = self.pending
-        if pending is None:
-            return
-        window = query if pending.window is None else torch.cat([pending.window, query], 2)
-        # Cloned, or a view would keep the whole prompt's queries alive until the seal.
-        pending.window = window[:, :, -self.options.query_window :].clone()
-        plan = self.ledger.plan(pending.begin, self.length, mask, wait=not self.options.streaming)
-        if plan is None:
-            return
-        if self.planner is not None:
-            self.planner.prepare(self, plan)
-        if self.selection is None:
-            self._seal(plan)
-            return
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        ready = [(held, plan.keeping(kept)) for held, kept in self.selection.decide(self, plan, query, mask, scale)]
-        if self.planner is not None and len(ready) == len(self.selection.compressed):
-            self.planner.settle(self, plan, [part.counts for _, part in ready])
-        for layer, part in ready:
-            layer._seal(part)  # noqa: SLF001 (another layer of this cache)
-
-    def _seal(self, plan: SealPlan) -> None:
         pending = self.pending
         assert pending is not None
         if plan.dropped is not None:
             self.dropped.append((plan.begin, plan.dropped.sum(1)))
-            if self.selection is not None:
-                merged = self.selection.method.merged(pending.keys, pending.values, plan.visual, plan.dropped)
-                pending.keys, pending.values = merged
+        if merge is not None:
+            pending.keys, pending.values = merge(pending.keys, pending.values)
         compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
-        for image in plan.images() if self.options.basis_per == "image" else (plan.sparing(self.exact),):
+        for image in plan.images if self.options.basis_per == "image" else (plan,):
             made: list[VisualSegment] = []
             # A segment has one layout, and that of a row must not depend on its batch.
-            for part in image.rows() if self.options.follows_content else (image,):
+            for part in image.rows if self.options.follows_content else (image,):
                 rows, segment = self._compress_worth(pending, part)
                 self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
                 if segment is not None:
@@ -216,7 +188,7 @@ class LayerKV:
         self._append_text(pending, plan, tuple(compressed))
 
     def _compress_worth(self, pending: Pending, plan: SealPlan) -> tuple[tuple[int, ...], VisualSegment | None]:
-        """A segment of the rows whose visual tokens take fewer bytes in it; which they are."""
+        """Make a segment of the rows whose visual tokens take fewer bytes in it; returns these rows and the segment."""
         rows = self._worth(pending, plan, [row for row, count in enumerate(plan.counts) if count], None)
         segment = self._compress(pending, plan, rows) if rows else None
         if segment is not None and self.options.energy is not None:
@@ -254,9 +226,7 @@ class LayerKV:
             uniform=layout.uniform,
         )
 
-    def _append_text(
-        self, pending: Pending, plan: SealPlan, compressed: tuple[tuple[SealPlan, tuple[int, ...]], ...]
-    ) -> None:
+    def _append_text(self, pending: Pending, plan: SealPlan, compressed: Compressed) -> None:
         """Move the pending tokens that stay dense behind the text."""
         keys, values = pending.keys, pending.values
         order, alignment = plan.text_alignment(compressed, self.text.alignment, self.text.length, keys.device)
@@ -306,7 +276,7 @@ class LayerKV:
         self.length = length
 
     def dense_tokens(self) -> int:
-        """Tokens held dense, over all rows: text, what waits for its seal, and images below break-even."""
+        """Count the tokens held dense, over all rows: text, what waits for its seal, and images below break-even."""
         if self.shape is None:
             return 0
         text = self.text.length * self.shape[0]
@@ -315,7 +285,7 @@ class LayerKV:
         return text + (0 if self.pending is None else self.pending.keys.shape[2] * self.shape[0])
 
     def tensors(self) -> list[Tensor]:
-        """Everything held, shared tensors included."""
+        """List everything held, shared tensors included."""
         held = [t for segment in self.segments for t in segment.tensors()] + self.text.tensors()
         if self.pending is not None:
             window = [] if self.pending.window is None else [self.pending.window]

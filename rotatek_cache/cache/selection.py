@@ -1,21 +1,20 @@
 """Let the layers of one cache decide together which visual tokens each keeps."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.seal_plan import SealPlan
+from rotatek_cache.cache.visual_positions import seen_by_mask
 from rotatek_cache.core.attention import MAX_SCORES, causal_mask
 from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, Summary
 
-if TYPE_CHECKING:
-    from rotatek_cache.cache.layer import LayerKV
-
 
 class TokenSelection:
-    """Lets the layers of one cache decide together: what they have seen in this forward, and what each keeps."""
+    """The tokens that each layer of a cache keeps, chosen by a method from what the layers see in one forward."""
 
     def __init__(self, method: AttentionMethod) -> None:
         self.method = method
@@ -26,7 +25,7 @@ class TokenSelection:
         self._plan = plan
         self._seen: dict[int, Summary] = {}
         self._kept: dict[int, Tensor] | None = None
-        self._waiting: list[LayerKV] = []
+        self._waiting: list[int] = []  # layers that have attended and are not decided on
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TokenSelection":
         copy = TokenSelection(self.method)  # nothing lasts beyond a forward
@@ -39,15 +38,15 @@ class TokenSelection:
         self.compressed = tuple(compressed)
 
     def kept(self, layer: int, plan: SealPlan | None) -> Tensor | None:
-        """bool ``[B, P]``: what has been decided for a layer that seals by `plan`; None if nothing has been."""
+        """Return the tokens that a layer which seals by `plan` keeps, bool ``[B, P]``; None while that is not known."""
         if plan is None or plan is not self._plan or self._kept is None:
             return None
         return self._kept.get(layer)
 
     def decide(
-        self, layer: "LayerKV", plan: SealPlan, query: Tensor, mask: Tensor | None, scale: float
-    ) -> list[tuple["LayerKV", Tensor | None]]:
-        """See a layer attend; returns the layers that can seal now, with what each keeps (None: all).
+        self, layer: LayerKV, plan: SealPlan, query: Tensor, mask: Tensor | None, scale: float
+    ) -> list[tuple[int, Tensor | None]]:
+        """See a layer attend; returns the layers that can seal now, with the tokens that each keeps (None: all).
 
         Args:
             layer: the layer, with its tokens pending.
@@ -58,7 +57,7 @@ class TokenSelection:
         """
         if self.method.layer_by_layer:
             seen = self._summary(layer, plan, query, mask, scale)
-            return [(layer, self.method.select({layer.index: seen}, plan.visual, (layer.index,))[layer.index])]
+            return [(layer.index, self.method.select({layer.index: seen}, plan.visual, (layer.index,))[layer.index])]
         if plan is not self._plan:
             self._forget(plan)
         watched = self.method.watched(self.compressed)
@@ -67,18 +66,18 @@ class TokenSelection:
             if layer.index == watched[-1]:
                 pruned = self.method.pruned(self.compressed)
                 self._kept = self.method.select(self._seen, plan.visual, pruned)
-        self._waiting.append(layer)
+        self._waiting.append(layer.index)
         kept, pruned = self._kept, self.method.pruned(self.compressed)
-        ready = [held for held in self._waiting if kept is not None or held.index not in pruned]
-        self._waiting = [held for held in self._waiting if held not in ready]
+        ready = [index for index in self._waiting if kept is not None or index not in pruned]
+        self._waiting = [index for index in self._waiting if index not in ready]
         if layer.index == self.compressed[-1]:
             self._forget()
-        return [(held, None if kept is None else kept.get(held.index)) for held in ready]
+        return [(index, None if kept is None else kept.get(index)) for index in ready]
 
-    def _summary(self, layer: "LayerKV", plan: SealPlan, query: Tensor, mask: Tensor | None, scale: float) -> Summary:
+    def _summary(self, layer: LayerKV, plan: SealPlan, query: Tensor, mask: Tensor | None, scale: float) -> Summary:
         queries = query.shape[2]
         valid = plan.queries_behind_visual(last_only=self.method.last_query_only)[:, -queries:].to(query.device)
-        begin = int(valid.any(0).int().argmax())  # queries before it are nobody's
+        begin = int(valid.any(0).int().argmax())  # the method asked for no query before it
         columns = plan.end - plan.begin
         size = max(1, MAX_SCORES // max(1, query.shape[0] * query.shape[1] * columns))
         size = size if self.method.in_parts else queries
@@ -102,4 +101,4 @@ class TokenSelection:
         """bool ``[B or 1, Q, T]``."""
         if mask is None:
             return causal_mask(queries, tokens, device)[:, 0]
-        return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+        return seen_by_mask(mask[:, 0])

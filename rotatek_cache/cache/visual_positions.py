@@ -1,16 +1,31 @@
-"""What the layers of one cache share: which logical positions are visual, and the index tensors that follow from it."""
+"""Which logical positions of a cache are visual, padding or dropped, and the seal that follows from it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rotatek_cache.cache.seal_plan import Coming, SealPlan
-from rotatek_cache.core.row_layout import Alignment
+from rotatek_cache.cache.expected_prompt import ExpectedPrompt
+from rotatek_cache.cache.seal_plan import SealPlan
+from rotatek_cache.core.forward_tables import ForwardTables
+
+PROMPT_ID = torch.int64  # dtype of the ids of a prompt
 
 
-class VisualLedger:
-    """The visual positions announced so far, and what has been derived from them in this forward."""
+class VisualPositions:
+    """The visual positions announced so far, shared by the layers of one cache.
+
+    The hooks of a host tell it what comes (`expect`, `begin_prompt`, `set_prompt_end`, `announce`, `drop`); layers and
+    coordinator ask.
+
+    Attributes:
+        given: the mask given at construction, which wins where it reaches.
+        flags: (begin, end, bool ``[B, end - begin]``, or None where none is visual) of what was announced, in order.
+        dropped: the same of visual tokens that were left out before the language model.
+        visible: bool ``[B, T]``; None while nothing is known to be padding.
+        prompt: ids ``[B, n]`` of the first forward, where they are known.
+        forward: what the layers of the current forward share.
+    """
 
     def __init__(self, visual_mask: Tensor | None = None) -> None:
         if visual_mask is not None:
@@ -20,21 +35,44 @@ class VisualLedger:
 
     def reset(self) -> None:
         """Forget everything but the mask given at construction."""
-        self.flags: list[tuple[int, int, Tensor | None]] = []  # (begin, end, bool [B, end - begin] or None: no visual)
-        self.dropped: list[tuple[int, int, Tensor]] = []  # as flags: visual tokens left out before the language model
-        self.visible: Tensor | None = None  # bool [B, T]; None while nothing is known to be padding
-        self.prompt: Tensor | None = None  # ids [B, n] of the first forward, where they are known
-        self.coming: Coming | None = None  # the whole of a prompt that is being read, where it is known
-        self.prompt_end: int | None = None  # where guesses at the answer begin in a forward that brings some
-        self.sealed = 0  # positions before it went through a seal, which drops padding
+        self.flags: list[tuple[int, int, Tensor | None]] = []
+        self.dropped: list[tuple[int, int, Tensor]] = []
+        self.visible: Tensor | None = None
+        self.prompt: Tensor | None = None
+        self.forward = ForwardTables()
+        self._expected: ExpectedPrompt | None = None
+        self._prompt_end: int | None = None
+        self._sealed = 0  # positions before it went through a seal, which drops padding
         self.end_forward()
 
     def end_forward(self) -> None:
         """Drop what was derived for the layers of one forward."""
         self._plan: tuple[tuple[int, int], SealPlan | None] | None = None
-        self._mask: Tensor | None = None
-        self._gathered: dict[object, tuple[object, Tensor]] = {}
-        self._text_rows: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+        self._checked: Tensor | None = None
+        self.forward.clear()
+
+    @property
+    def expected(self) -> ExpectedPrompt | None:
+        """The whole of a prompt that is being read, where it is known."""
+        return self._expected
+
+    def expect(self, prompt: ExpectedPrompt | None) -> None:
+        """Learn the whole of the prompt that comes next; None: it has been read, or came to nothing."""
+        self._expected = prompt
+
+    def begin_prompt(self, ids: Tensor | None) -> None:
+        """Learn the ids ``[B, n]`` of the first forward, by which another prompt is told from this one."""
+        self.prompt = ids
+
+    def set_prompt_end(self, length: int) -> None:
+        """Learn that positions from `length` on hold guesses at the answer, which come with the prompt."""
+        self._prompt_end = length
+
+    @staticmethod
+    def bytes_per_position(*, tokens_dropped: bool) -> int:
+        """Count the bytes held of each position of a row: flags, the prompt's ids, and which tokens were dropped."""
+        flags = 3 if tokens_dropped else 2  # visual, visible, dropped
+        return flags * torch.bool.itemsize + PROMPT_ID.itemsize
 
     @property
     def end(self) -> int:
@@ -43,7 +81,7 @@ class VisualLedger:
 
     @property
     def informed(self) -> bool:
-        """Whether anybody said which positions are visual."""
+        """Whether it is known which positions are visual."""
         return self.given is not None or bool(self.flags)
 
     @property
@@ -52,7 +90,7 @@ class VisualLedger:
         return 0 if self.given is None else self.given.shape[1]
 
     def given_flags(self, begin: int, end: int, batch: int) -> Tensor:
-        """What the given mask says of ``begin : end`` for `batch` rows: bool ``[batch, end - begin]``."""
+        """Read positions ``begin : end`` of `batch` rows off the given mask: bool ``[batch, end - begin]``."""
         assert self.given is not None
         rows = self.given.shape[0]
         if batch % rows:
@@ -90,17 +128,17 @@ class VisualLedger:
 
     @property
     def undecided(self) -> bool:
-        """Whether visual tokens were announced last of which nobody said which ones stay."""
+        """Whether visual tokens were announced last for which no `drop` has come."""
         if not self.flags or self.flags[-1][2] is None:
             return False
         return not self.dropped or self.dropped[-1][:2] != self.flags[-1][:2]
 
     def dropped_of(self, begin: int, end: int) -> Tensor | None:
-        """bool ``[B, end - begin]``: which of the positions were dropped before the language model; None: none."""
+        """Return bool ``[B, end - begin]``: positions dropped before the language model; None: none."""
         return _overlaid([entry for entry in self.dropped if entry[0] < end and entry[1] > begin], begin, end)
 
     def complete(self, end: int, batch: int) -> None:
-        """Fill in positions up to `end` that nobody announced, from the given mask (text beyond it)."""
+        """Fill in positions up to `end` that were not announced, from the given mask (text beyond it)."""
         begin = self.end
         if begin >= end:
             return
@@ -109,11 +147,11 @@ class VisualLedger:
         self.announce(begin, end, self.given_flags(begin, end, batch) if begin < self.reach else None)
 
     def has_visual(self, begin: int, end: int) -> bool:
-        """Whether any of the positions is visual in any row."""
+        """Return whether any of the positions is visual in any row."""
         return any(visual is not None for first, last, visual in self.flags if first < end and last > begin)
 
     def plan(self, begin: int, end: int, mask: Tensor | None, *, wait: bool = True) -> SealPlan | None:
-        """The seal of the positions ``begin : end``, or None while an image may go on (never if not to `wait`).
+        """Return the seal of the positions ``begin : end``; None while an image may go on (never if not to `wait`).
 
         Complete means that every row with visual tokens has text after its last one. A position that no query has
         seen so far is padding, and is dropped.
@@ -134,8 +172,7 @@ class VisualLedger:
     def _make_plan(self, begin: int, end: int, mask: Tensor | None, wait: bool) -> SealPlan | None:
         visual = self._flags_of(begin, end)
         if mask is not None:
-            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            seen = seen[:, 0].any(1).to(visual.device).expand(visual.shape[0], -1)
+            seen = seen_by_mask(mask[:, 0]).any(1).to(visual.device).expand(visual.shape[0], -1)
             if self.visible is not None:
                 seen = torch.cat([seen[:, : self.visible.shape[1]] | self.visible, seen[:, self.visible.shape[1] :]], 1)
             self.visible = seen
@@ -149,10 +186,8 @@ class VisualLedger:
         last_text = ((visible & ~visual) * positions).amax(1)
         if wait and not bool(((last_visual == 0) | (last_text > last_visual)).all()):
             return None
-        self.sealed = end
-        plan = SealPlan(visual, visible, begin, end, self.dropped_of(begin, end))
-        plan.prompt_end = end if self.prompt_end is None else self.prompt_end
-        return plan
+        self._sealed = end
+        return SealPlan(visual, visible, begin, end, self.dropped_of(begin, end), self._prompt_end)
 
     def _flags_of(self, begin: int, end: int) -> Tensor:
         flags = _overlaid([(b, e, visual) for b, e, visual in self.flags if visual is not None], begin, end)
@@ -160,48 +195,15 @@ class VisualLedger:
             raise RuntimeError("no visual position has been announced")  # pending exists for visual positions only
         return flags
 
-    def gather_mask(self, mask: Tensor, key: object, positions: Callable[[], Tensor]) -> Tensor:
-        """Columns of the model's mask for a segment: ``[B, Q, n]`` at logical `positions()` ``[B, n]``.
-
-        All layers of a forward share mask and, mostly, layout: what was gathered is kept for the mask at hand under
-        `key`, which is held as well, so that its identity stays its own.
-        """
-        if self._mask is not mask:
-            self._check_dropped(mask)
-            self._mask, self._gathered = mask, {}
-        if key not in self._gathered:
-            # Entries past a row's tokens may point at positions that a crop has removed.
-            columns = positions().to(mask.device).clamp(max=mask.shape[-1] - 1)
-            queries = mask.shape[2]
-            rows = mask[:, 0].expand(columns.shape[0], -1, -1)
-            self._gathered[key] = (key, rows.gather(2, columns[:, None].expand(-1, queries, -1)))
-        return self._gathered[key][1]
-
-    def text_rows(self, alignment: Alignment | None, buffer: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """First token and number of tokens ``[B]`` of each row in a text `buffer` ``[H, B, capacity, D]``.
-
-        Layers that lie alike share them: on a GPU every index tensor of a decode step is a launch.
-        """
-        _, batch, capacity, _ = buffer.shape
-        key = (alignment, batch, capacity, length, buffer.device)
-        if self._text_rows is None or self._text_rows[0] != key:
-            starts = torch.arange(0, batch * capacity, capacity, device=buffer.device)
-            lengths = torch.full((batch,), length, dtype=torch.int32, device=buffer.device)
-            if alignment is not None and alignment.first is not None:
-                starts, lengths = starts + alignment.first, lengths - alignment.first.int()
-            self._text_rows = key, (starts, lengths)
-        return self._text_rows[1]
-
-    def _check_dropped(self, mask: Tensor) -> None:
+    def check_mask(self, mask: Tensor) -> None:
         """Raise if a query sees a position that was dropped at a seal because no query of its prompt had seen it."""
+        if self._checked is mask:
+            return
+        self._checked = mask
         if self.visible is None or (mask.is_cuda and mask.shape[2] == 1):
             return  # reading the mask of every decode step would make the host wait for the GPU
-        known = min(self.visible.shape[1], self.sealed)
-        seen = (
-            mask[:, 0, :, :known]
-            if mask.dtype == torch.bool
-            else mask[:, 0, :, :known] > torch.finfo(mask.dtype).min / 2
-        )
+        known = min(self.visible.shape[1], self._sealed)
+        seen = seen_by_mask(mask[:, 0, :, :known])
         if bool((seen.any(1) & ~self.visible[:, :known].to(mask.device)).any()):
             raise ValueError(
                 "attention_mask shows positions that it hid from the whole prompt: a RotateKCache drops such as padding"
@@ -209,7 +211,7 @@ class VisualLedger:
 
     def truncate(self, length: int) -> None:
         """Forget positions from `length` on."""
-        self.sealed = min(self.sealed, length)
+        self._sealed = min(self._sealed, length)
         self.end_forward()
         kept: list[tuple[int, int, Tensor | None]] = []
         for begin, end, visual in self.flags:
@@ -238,15 +240,21 @@ class VisualLedger:
         known = [entry[2] for entry in (*self.flags, *self.dropped)] + [self.visible, self.given, self.prompt]
         return [tensor for tensor in known if tensor is not None]
 
-    def __deepcopy__(self, memo: dict) -> "VisualLedger":
-        copy = VisualLedger(self.given)
-        copy.flags, copy.visible, copy.prompt, copy.sealed = list(self.flags), self.visible, self.prompt, self.sealed
-        copy.dropped, copy.prompt_end, copy.coming = list(self.dropped), self.prompt_end, self.coming
+    def __deepcopy__(self, memo: dict) -> "VisualPositions":
+        copy = VisualPositions(self.given)
+        copy.flags, copy.dropped = list(self.flags), list(self.dropped)
+        copy.visible, copy.prompt, copy._sealed = self.visible, self.prompt, self._sealed
+        copy._expected, copy._prompt_end = self._expected, self._prompt_end
         return copy
 
 
+def seen_by_mask(mask: Tensor) -> Tensor:
+    """Convert a mask, bool or additive, to bool: True where a query sees a token."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 def _overlaid(entries: Sequence[tuple[int, int, Tensor]], begin: int, end: int) -> Tensor | None:
-    """bool ``[B, end - begin]`` of flags that are known for ranges of positions, False elsewhere; None if none is."""
+    """Return bool ``[B, end - begin]`` of flags known for ranges of positions, False elsewhere; None if none is."""
     if not entries:
         return None
     batch, device = entries[0][2].shape[0], entries[0][2].device

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+POSITION, INDEX, LENGTH = torch.int32, torch.int64, torch.int32  # dtypes of the tables below
+
+# What they take: of a stored token its position; of a row of a layer where its visual tokens begin, how many there are,
+# its basis, and where its text begins.
+TOKEN_BYTES = POSITION.itemsize
+ROW_BYTES = 3 * INDEX.itemsize + LENGTH.itemsize
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -51,18 +58,24 @@ class Alignment:
         return self.positions.shape[1]
 
     def select_rows(self, index: Tensor) -> "Alignment":
-        """The layout with row b being what row ``index[b]`` was."""
+        """Return the layout in which row b is what row ``index[b]`` was."""
         first = None if self.first is None else self.first[index]
         return Alignment(self.positions[index], first, self.next_position)
 
 
+def row_index(index: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """Convert rows to select, integers or a bool per row, to int64 ``[B']``."""
+    index = torch.as_tensor(index, device=device)
+    return index.nonzero()[:, 0] if index.dtype == torch.bool else index
+
+
 def integers(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 `values` on a device. Numbers in a launch do not make the host wait for a GPU, as a copy would."""
+    """Put int64 `values` on a device, as numbers in launches: a copy would make the host wait for a GPU."""
     return torch.cat([torch.full((1,), value, dtype=torch.int64, device=device) for value in values])
 
 
 def align_right(keep: Tensor, positions: Tensor, next_position: int) -> tuple[Tensor, Alignment]:
-    """Columns in the order in which the kept ones of bool ``[B, P]`` end up right-aligned.
+    """Order columns such that the kept ones of bool ``[B, P]`` end up right-aligned.
 
     Returns:
         int64 ``[B, width]`` column indices, and the alignment they give with logical `positions` ``[B, P]``.
@@ -72,11 +85,11 @@ def align_right(keep: Tensor, positions: Tensor, next_position: int) -> tuple[Te
     # A stable sort of the flags moves the kept columns to the right end without changing their order.
     order = keep.int().argsort(dim=1, stable=True)[:, keep.shape[1] - width :]
     first = None if bool((counts == width).all()) else width - counts
-    return order, Alignment(positions.gather(1, order).int(), first, next_position)
+    return order, Alignment(positions.gather(1, order).to(POSITION), first, next_position)
 
 
 def column_positions(alignment: Alignment | None, columns: int, batch: int, device: torch.device) -> Tensor:
-    """Logical positions ``[B, columns]`` of text columns: those of the alignment, then one after the other."""
+    """Return logical positions ``[B, columns]`` of text columns: those of the alignment, then one after the other."""
     if alignment is None:
         return torch.arange(columns, device=device).expand(batch, -1)
     tail = torch.arange(columns - alignment.width, device=device) + alignment.next_position
@@ -84,6 +97,6 @@ def column_positions(alignment: Alignment | None, columns: int, batch: int, devi
 
 
 def own_columns(alignment: Alignment | None, columns: int, batch: int, device: torch.device) -> Tensor:
-    """bool ``[B, columns]``: which text columns belong to their row."""
+    """Return bool ``[B, columns]``: which text columns belong to their row."""
     index = torch.arange(columns, device=device).expand(batch, -1)
     return index >= 0 if alignment is None or alignment.first is None else index >= alignment.first[:, None]

@@ -1,4 +1,4 @@
-"""Segments: what attention reads of them (`SegmentView`), and the two kinds a layer owns, visual and text.
+"""Segments: the form that attention reads (`SegmentView`), and the two kinds a layer owns, visual and text.
 
 Storage is head-major and packed, ``[H, N, width]``: the tokens of one row and head lie side by side, and rows may
 have different numbers of them.
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rotatek_cache.cache.visual_positions import VisualLedger
 from rotatek_cache.core.basis import KeyBasis
+from rotatek_cache.core.forward_tables import ForwardTables, RowTable, TextForm
 from rotatek_cache.core.quantization import Code, HeadCodes, join_tokens
-from rotatek_cache.core.row_layout import Alignment, align_right, column_positions, own_columns
+from rotatek_cache.core.row_layout import LENGTH, Alignment, align_right, column_positions, own_columns
 
 # Free text columns after the segment had to grow: enough to make growing rare, few enough not to eat what is saved.
-TEXT_ROOM = 8
-TEXT_GROWTH = 8  # one free column for so many filled ones
+LEAST_FREE = 8
+FILLED_PER_FREE = 8  # one free column for so many filled ones
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,6 @@ class SegmentView:
     slots: Tensor | None = None
 
     @property
-    def is_coded(self) -> bool:
-        """Whether Keys or Values are anything but plain numbers with a Key basis."""
-        return self.key_code is not None or self.value_code is not None or self.value_basis is not None
-
-    @property
     def is_diagonal(self) -> bool:
         """Whether Keys or Values are read through scales of channels that were not rotated."""
         return any(basis is not None and basis.is_diagonal for basis in (self.basis, self.value_basis))
@@ -99,19 +94,19 @@ class SegmentView:
         return rows.flatten(0, 1)
 
     def batched_keys(self, dtype: torch.dtype) -> Tensor:
-        """Keys or coefficients ``[H * B, max_length, r]`` in `dtype`, copied only if not so; `batched` only."""
+        """Return Keys or coefficients ``[H * B, max_length, r]`` in `dtype`, copied only if not so; `batched` only."""
         return _numbers(self.keys, self.key_code, self._batched, dtype)
 
     def batched_values(self, dtype: torch.dtype) -> Tensor:
-        """Values or coefficients ``[H * B, max_length, r_v]`` in `dtype`; only where `batched`."""
+        """Return Values or coefficients ``[H * B, max_length, r_v]`` in `dtype`; only where `batched`."""
         return _numbers(self.values, self.value_code, self._batched, dtype)
 
     def row_keys(self, row: int, dtype: torch.dtype) -> Tensor:
-        """Keys or coefficients ``[H, length, r]`` of one row in `dtype`."""
+        """Return Keys or coefficients ``[H, length, r]`` of one row in `dtype`."""
         return _numbers(self.keys, self.key_code, functools.partial(self._row, row), dtype)
 
     def row_values(self, row: int, dtype: torch.dtype) -> Tensor:
-        """Values or coefficients ``[H, length, r_v]`` of one row in `dtype`."""
+        """Return Values or coefficients ``[H, length, r_v]`` of one row in `dtype`."""
         return _numbers(self.values, self.value_code, functools.partial(self._row, row), dtype)
 
     def _row(self, row: int, packed: Tensor) -> Tensor:
@@ -126,12 +121,12 @@ class SegmentView:
         return list(zip(self.starts.tolist(), self.lengths.tolist(), strict=True))
 
     def basis_of_rows(self, basis: KeyBasis) -> KeyBasis:
-        """`basis` with one row per batch row."""
+        """Return `basis` with one row per batch row."""
         return basis if self.basis_rows is None else select_basis(basis, self.basis_rows)
 
 
 def _numbers(stored: Tensor, code: Code | None, pick: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-    """Numbers of the tokens that `pick` takes out of storage ``[H, N, w]``."""
+    """Read the numbers of the tokens that `pick` takes out of storage ``[H, N, w]``."""
     if isinstance(code, HeadCodes):
         return code.unpack([pick(head) for head in code.split(stored)]).to(dtype)
     picked = pick(stored)
@@ -139,13 +134,13 @@ def _numbers(stored: Tensor, code: Code | None, pick: Callable[[Tensor], Tensor]
 
 
 def select_basis(basis: KeyBasis, rows: Tensor) -> KeyBasis:
-    """`basis` with its rows (dimension 1) picked by the int64 vector `rows`."""
+    """Pick rows (dimension 1) of `basis` by the int64 vector `rows`."""
     return basis.select(lambda tensor: tensor[:, rows])
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Keys or Values of a segment: numbers or bytes as in `SegmentView`, and what they mean (None: they are dense)."""
+    """Keys or Values of a segment: numbers or bytes as in `SegmentView`, with basis and code (None: they are dense)."""
 
     data: Tensor
     basis: KeyBasis | None = None
@@ -157,7 +152,7 @@ class Stored:
         return self.data.shape[-1] if self.code is None else self.code.channels
 
     def tensors(self) -> list[Tensor]:
-        """Everything held."""
+        """List everything held."""
         return [self.data, *(self.basis.tensors() if self.basis is not None else [])]
 
 
@@ -166,7 +161,7 @@ class VisualSegment:
     """Sealed visual tokens of a layer. The storage never changes; selecting rows permutes the three row vectors.
 
     Attributes:
-        keys, values: what is stored of them; rows of their bases are the sequences that were compressed at the seal.
+        keys, values: their storage; rows of their bases are the sequences that were compressed at the seal.
         positions: int32 ``[N]``, logical position of each token (shared by the layers).
         starts, lengths, basis_rows: the row table, ``[B]`` each.
     """
@@ -181,8 +176,8 @@ class VisualSegment:
     uniform: bool
     _unmasked: SegmentView | None = field(default=None, init=False, repr=False)
 
-    def view(self, ledger: VisualLedger, mask: Tensor | None) -> SegmentView:
-        """The segment as attention reads it, with its columns of the model's mask."""
+    def view(self, forward: ForwardTables, mask: Tensor | None) -> SegmentView:
+        """Return the segment as attention reads it, with its columns of the model's mask."""
         if self._unmasked is None:
             self._unmasked = SegmentView(
                 keys=self.keys.data,
@@ -200,11 +195,11 @@ class VisualSegment:
             )
         if mask is None:
             return self._unmasked
-        columns = ledger.gather_mask(mask, (self.positions, self.starts), self.token_positions)
+        columns = forward.mask_columns(mask, (self.positions, self.starts), self.token_positions)
         return dataclasses.replace(self._unmasked, mask=columns)
 
     def token_positions(self) -> Tensor:
-        """Logical positions ``[B, max_length]``; entries past a row's length are arbitrary."""
+        """Return logical positions ``[B, max_length]``; entries past a row's length are arbitrary."""
         columns = torch.arange(self.max_length, device=self.positions.device)
         index = (self.starts[:, None] + columns).clamp_(max=len(self.positions) - 1)
         return self.positions[index].long()
@@ -226,7 +221,7 @@ class VisualSegment:
         self._unmasked = None
 
     def tensors(self) -> list[Tensor]:
-        """Everything held."""
+        """List everything held."""
         rows = [self.positions, self.starts, self.lengths, self.basis_rows]
         return [*self.keys.tensors(), *self.values.tensors(), *rows]
 
@@ -236,7 +231,7 @@ class VisualSegment:
 
 
 def join_segments(segments: Sequence[VisualSegment]) -> list[VisualSegment]:
-    """The segments of disjoint batch rows, those that store alike made one: attention goes over fewer of them."""
+    """Join segments of disjoint batch rows where they store alike: attention goes over fewer of them."""
     alike: dict[object, list[VisualSegment]] = {}
     for segment in segments:
         parts = (segment.keys, segment.values)
@@ -310,9 +305,9 @@ class TextSegment:
         keys, values = keys.transpose(0, 1), values.transpose(0, 1)
         end = self.length + keys.shape[2]
         if self.keys is None or self.values is None:
-            self.keys, self.values = _room(keys, end), _room(values, end)
+            self.keys, self.values = _reserved(keys, end), _reserved(values, end)
         elif end > self.capacity or self._frozen():
-            self.keys, self.values = _room(self.keys, end, self.length), _room(self.values, end, self.length)
+            self.keys, self.values = _reserved(self.keys, end, self.length), _reserved(self.values, end, self.length)
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
@@ -321,14 +316,15 @@ class TextSegment:
         """Whether the buffers come from an inference mode that has ended, and so cannot be written to any more."""
         return self.keys is not None and self.keys.is_inference() and not torch.is_inference_mode_enabled()
 
-    def view(self, ledger: VisualLedger, mask: Tensor | None) -> SegmentView | None:
-        """The segment as attention reads it; None while it is empty."""
+    def view(self, forward: ForwardTables, mask: Tensor | None) -> SegmentView | None:
+        """Return the segment as attention reads it; None while it is empty."""
         if self.length == 0 or self.keys is None or self.values is None:
             return None
-        starts, lengths = ledger.text_rows(self.alignment, self.keys, self.length)
+        form = TextForm(self.alignment, self.keys.shape[1], self.capacity, self.length, self.keys.device)
+        starts, lengths = forward.text_rows(form, self._row_table)
         columns = None
         if mask is not None:
-            columns = ledger.gather_mask(mask, (self.alignment, self.length), self.token_positions)
+            columns = forward.mask_columns(mask, (self.alignment, self.length), self.token_positions)
         return SegmentView(
             keys=self.keys.flatten(1, 2),
             values=self.values.flatten(1, 2),
@@ -340,8 +336,17 @@ class TextSegment:
             mask=columns,
         )
 
+    def _row_table(self) -> RowTable:
+        assert self.keys is not None
+        _, batch, capacity, _ = self.keys.shape
+        starts = torch.arange(0, batch * capacity, capacity, device=self.keys.device)
+        lengths = torch.full((batch,), self.length, dtype=LENGTH, device=self.keys.device)
+        if self.alignment is not None and self.alignment.first is not None:
+            starts, lengths = starts + self.alignment.first, lengths - self.alignment.first.to(LENGTH)
+        return starts, lengths
+
     def token_positions(self) -> Tensor:
-        """Logical positions ``[B, length]``, a row's own tokens first; entries past them are arbitrary."""
+        """Return logical positions ``[B, length]``, a row's own tokens first; entries past them are arbitrary."""
         assert self.keys is not None
         positions = column_positions(self.alignment, self.length, self.keys.shape[1], self.keys.device)
         if self.alignment is None or self.alignment.first is None:
@@ -350,7 +355,7 @@ class TextSegment:
         return positions.gather(1, columns.clamp_(max=self.length - 1))
 
     def logical(self) -> tuple[Tensor, Tensor]:
-        """The columns' Keys ``[B, H, length, D]`` and Values, as views; logical order while nothing was sealed."""
+        """Return Keys ``[B, H, length, D]`` and Values as views, in logical order while nothing was sealed."""
         assert self.keys is not None
         assert self.values is not None
         return self.keys.transpose(0, 1)[:, :, : self.length], self.values.transpose(0, 1)[:, :, : self.length]
@@ -359,8 +364,8 @@ class TextSegment:
         """Replace the contents by columns `order` ``[B, width]`` of ``keys [B, H, P, D]`` and `values`."""
         rows = torch.arange(order.shape[0], device=order.device)[:, None]
         width = alignment.width
-        self.keys = _room(keys.transpose(0, 1)[:, rows, order], width, width)
-        self.values = _room(values.transpose(0, 1)[:, rows, order], width, width)
+        self.keys = _reserved(keys.transpose(0, 1)[:, rows, order], width, width)
+        self.values = _reserved(values.transpose(0, 1)[:, rows, order], width, width)
         self.length, self.alignment = width, alignment
 
     def select_rows(self, index: Tensor) -> None:
@@ -385,18 +390,18 @@ class TextSegment:
         self.realign(*self.logical(), *align_right(keep, positions, length))
 
     def tensors(self) -> list[Tensor]:
-        """Everything held."""
+        """List everything held."""
         layout = [] if self.alignment is None else [self.alignment.positions, self.alignment.first]
         return [t for t in (self.keys, self.values, *layout) if t is not None]
 
 
-def room_for(needed: int) -> int:
-    """Columns that a text segment reserves for `needed` ones."""
-    return needed + max(TEXT_ROOM, needed // TEXT_GROWTH)
+def capacity_for(needed: int) -> int:
+    """Return how many columns a text segment reserves for `needed` ones."""
+    return needed + max(LEAST_FREE, needed // FILLED_PER_FREE)
 
 
-def _room(source: Tensor, needed: int, filled: int = 0) -> Tensor:
-    """A buffer ``[H, B, >= needed, D]`` like `source` with its first `filled` columns copied."""
-    buffer = source.new_zeros(*source.shape[:2], room_for(needed), source.shape[-1])
+def _reserved(source: Tensor, needed: int, filled: int = 0) -> Tensor:
+    """Make a buffer ``[H, B, >= needed, D]`` like `source` with its first `filled` columns copied."""
+    buffer = source.new_zeros(*source.shape[:2], capacity_for(needed), source.shape[-1])
     buffer[:, :, :filled] = source[:, :, :filled]
     return buffer

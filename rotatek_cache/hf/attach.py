@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rotatek_cache.cache.seal_plan import Coming
+from rotatek_cache.cache.expected_prompt import ExpectedPrompt
 from rotatek_cache.calibration.moments import fingerprint
 from rotatek_cache.codecs.calibrated import load_basis
 from rotatek_cache.hf import attention as hf_attention
@@ -319,20 +319,20 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
                 module.rope_deltas = cache.rope_deltas
     visual = _visual_positions(module, cache, given, begin)
     cache.announce_visual(visual, tokens)
-    coming = cache.ledger.coming
-    if coming is not None and not coming.agrees(begin, visual, tokens):
-        cache.ledger.coming = None  # of a generate that came to nothing
-    if cache.ledger.coming is None and visual is not None:
+    expected = cache.positions.expected
+    if expected is not None and not expected.agrees(begin, visual, tokens):
+        cache.positions.expect(None)  # of a generate that came to nothing
+    if cache.positions.expected is None and visual is not None:
         seen = torch.ones_like(visual) if mask is None or mask.ndim != 2 else mask[:, begin : begin + tokens].bool()
-        cache.ledger.coming = Coming(begin, visual, seen.to(visual.device))
+        cache.positions.expect(ExpectedPrompt(begin, visual, seen.to(visual.device)))
     if isinstance(cache.tokens, FeatureMethod):
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None:
             module._rotatek.choosing[threading.get_ident()] = cache
         elif cache.chosen:
-            cache.ledger.drop(kept_features(encoded.pooler_output))
+            cache.positions.drop(kept_features(encoded.pooler_output))
     if begin == 0:
-        cache.ledger.prompt = ids
+        cache.positions.begin_prompt(ids)
 
 
 def _after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -346,9 +346,9 @@ def _after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 def _end(module: Any, cache: RotateKCache, output: Any) -> None:
     module._rotatek.restore()
     module._rotatek.choosing.pop(threading.get_ident(), None)
-    cache.ledger.end_forward()
-    if cache.ledger.coming is not None and cache.ledger.end >= cache.ledger.coming.end:
-        cache.ledger.coming = None
+    cache.positions.end_forward()
+    if cache.positions.expected is not None and cache.positions.end >= cache.positions.expected.end:
+        cache.positions.expect(None)
     if output is not None and cache.rope_deltas is None:
         # M-RoPE families keep the position offset of a conversation on the model, where others may follow.
         cache.rope_deltas = getattr(module, "rope_deltas", None)
@@ -362,7 +362,7 @@ def _visual_positions(module: Any, cache: RotateKCache, given: dict[str, Any], b
     embeds: Any = given.get("inputs_embeds")
     if ids is not None:
         if begin and not content:
-            mask = cache.ledger.given
+            mask = cache.positions.given
             if mask is not None and bool(mask[:, begin : begin + ids.shape[1]].any()):
                 raise ValueError(
                     f"visual_mask {list(mask.shape)} marks positions from {begin} on as visual, which come as ids "
@@ -377,7 +377,7 @@ def _visual_positions(module: Any, cache: RotateKCache, given: dict[str, Any], b
         table = module.get_input_embeddings()
         tokens = torch.tensor(module._rotatek.placeholders, device=embeds.device)
         return (embeds[:, :, None] == table(tokens).to(embeds.dtype)).all(-1).any(-1)
-    covered = cache.ledger.given is not None and cache.ledger.given.shape[1] >= begin + embeds.shape[1]
+    covered = cache.positions.given is not None and cache.positions.given.shape[1] >= begin + embeds.shape[1]
     if not covered and begin == 0:
         raise ValueError(
             "the prompt came as inputs_embeds, which do not tell visual from text positions: pass "
@@ -399,7 +399,7 @@ def _prepare_inputs_for_generation(top: Any, input_ids: Tensor, *args: Any, **kw
     cache, uncached = given.get("past_key_values"), given.get("next_sequence_length")
     if isinstance(cache, RotateKCache) and uncached is not None:
         # Of a cached prompt only the ids behind it are used, so nothing else would notice that it is another one.
-        prompt = cache.ledger.prompt if given.get("is_first_iteration") else None
+        prompt = cache.positions.prompt if given.get("is_first_iteration") else None
         other = prompt is not None and (
             prompt.shape[0] == input_ids.shape[0] and not torch.equal(prompt, input_ids[:, : prompt.shape[1]])
         )
@@ -451,7 +451,8 @@ def _maybe_prepare_encoder_kwargs_for_generation(top: Any, *args: Any, **kwargs:
             visual = torch.zeros_like(visual)
         repeats = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         known = seen.shape == visual.shape
-        cache.ledger.coming = Coming(begin, visual, seen.bool().to(visual.device), repeats) if known else None
+        prompt = ExpectedPrompt(begin, visual, seen.bool().to(visual.device), repeats)
+        cache.positions.expect(prompt if known else None)
     return original(top, *args, **kwargs)
 
 
@@ -479,7 +480,7 @@ def _get_candidate_generator(top: Any, *args: Any, **kwargs: Any) -> Any:
     given = arguments_of(original, top, *args, **kwargs)
     cache = given["model_kwargs"].get("past_key_values")
     if isinstance(cache, RotateKCache):
-        cache.ledger.prompt_end = given["input_ids"].shape[1]
+        cache.positions.set_prompt_end(given["input_ids"].shape[1])
     return original(top, *args, **kwargs)
 
 

@@ -72,7 +72,7 @@ def rotatek_attention_forward(
     with torch.no_grad():
         dense = kv.dense()
         mask = attention_mask
-        hidden = kv.hidden()
+        hidden = key.hidden()
         if dense is not None and hidden is not None:
             output = attend_kept(module, query, *dense, mask, hidden, scaling=scaling, **kwargs)
         else:
@@ -89,7 +89,7 @@ def rotatek_attention_forward(
                     mask = hide(mask, hidden)
                 scale = query.shape[-1] ** -0.5 if scaling is None else scaling
                 output, _ = attend(query, kv.views(mask), scale, return_lse=False)
-        kv.observe(query, attention_mask, scaling)
+        key.observe(query, attention_mask, scaling)
     if torch.is_grad_enabled() and query.requires_grad:
         output = _NoBackward.apply(output, query)
     return output, None

@@ -12,16 +12,17 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
-from rotatek_cache.cache.layer import LayerKV, row_index
-from rotatek_cache.cache.selection import TokenSelection
-from rotatek_cache.cache.visual_positions import VisualLedger
+from rotatek_cache.cache.coordinator import Coordinator
+from rotatek_cache.cache.layer import LayerKV
+from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.calibrated import CalibratedBasis, load_basis
 from rotatek_cache.codecs.registry import key_method
 from rotatek_cache.core.fitting import Solver
+from rotatek_cache.core.row_layout import row_index
 from rotatek_cache.core.segments import Stored
 from rotatek_cache.options import Allocation, Bits, FitOptions
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
-from rotatek_cache.token_pruning.interface import AttentionMethod, FeatureMethod, TokenMethod
+from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
 
 HOW_TO_SWITCH = (
@@ -32,15 +33,23 @@ HOW_TO_SWITCH = (
 
 
 class LayerHandle:
-    """What `RotateKCache.update` returns in place of Keys and Values: the layer, for the attention function.
+    """The layer in place of its Keys and Values, as `RotateKCache.update` hands it to the attention function.
 
     It is no tensor. Any other attention function that touches it gets an error that says how to switch.
     """
 
-    __slots__ = ("kv",)
+    __slots__ = ("coordinator", "kv")
 
-    def __init__(self, kv: LayerKV) -> None:
-        self.kv = kv
+    def __init__(self, kv: LayerKV, coordinator: Coordinator) -> None:
+        self.kv, self.coordinator = kv, coordinator
+
+    def hidden(self) -> Tensor | None:
+        """Return bool ``[B, T]``: tokens that a token method has dropped, not to be attended to in this forward."""
+        return self.coordinator.hidden(self.kv)
+
+    def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
+        """Note that the layer has attended with these queries ``[B, H_q, Q, D]``, after which it may seal."""
+        self.coordinator.observe(self.kv, query, mask, scale)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -59,7 +68,7 @@ class LayerHandle:
 
 
 class MaskedStates:
-    """Keys and Values ``[B, H, T, D]`` of a stock layer, for the attention function, with those that nobody may see.
+    """Keys and Values ``[B, H, T, D]`` of a stock layer, for the attention function, some of which are hidden.
 
     `hidden` is bool ``[B, T]``: placeholders of visual tokens that were dropped before the language model.
     """
@@ -76,15 +85,13 @@ class RotateKLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(
-        self, options: FitOptions, ledger: VisualLedger, index: int, selection: TokenSelection | None = None
-    ) -> None:
+    def __init__(self, kv: LayerKV, coordinator: Coordinator) -> None:
         super().__init__()
-        self.kv = LayerKV(options, ledger, index, selection)
+        self.kv, self.coordinator = kv, coordinator
 
     @property
     def keys(self) -> Tensor:
-        """Not to be had: what is stored are coefficients."""
+        """Not available: the layer stores coefficients."""
         raise AttributeError(
             "a RotateKCache has no dense Keys or Values of a layer to read (models with cross-attention layers do "
             "that, and cannot use it)"
@@ -107,26 +114,24 @@ class RotateKLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         # No gradient flows through the cache (the attention function says so to a backward).
         self.kv.append(key_states.detach(), value_states.detach())
-        handle = LayerHandle(self.kv)
+        handle = LayerHandle(self.kv, self.coordinator)
         return handle, handle
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(KV length, KV offset) that the mask of the next forward has."""
+        """Return KV length and KV offset of the next forward's mask."""
         return self.kv.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Logical tokens cached, padding included."""
+        """Count the logical tokens cached, padding included."""
         return self.kv.length
 
     def get_max_length(self) -> int:
-        """-1: no maximum."""
+        """Return -1: there is no maximum."""
         return -1
 
     def reset(self) -> None:
         """Forget everything."""
-        planner = self.kv.planner
-        self.kv = LayerKV(self.kv.options, self.kv.ledger, self.kv.index, self.kv.selection)
-        self.kv.planner = planner
+        self.kv.reset()
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -147,7 +152,7 @@ class RotateKLayer(CacheLayerMixin):
         self.kv.truncate(max(0, self.kv.length - abs(tokens_to_remove)))
 
     def offload(self) -> None:
-        """Refused: the attention function reads the segments where they are."""
+        """Refuse: the attention function reads the segments where they are."""
         raise NotImplementedError(
             "RotateKCache cannot be offloaded to the CPU layer by layer; use DynamicCache for that"
         )
@@ -248,15 +253,13 @@ class RotateKCache(Cache):
         else:
             key_method(self.options.basis)
         self.tokens = None if tokens is None else token_method(tokens)
-        self.selection = TokenSelection(self.tokens) if isinstance(self.tokens, AttentionMethod) else None
         if self.tokens is not None and self.tokens.keep is None:
             name = type(self.tokens).__name__
             if budget is None:
                 raise ValueError(f"tokens={name}: keep must be given where no budget is, as in {name}(keep=0.4)")
-        self.planner = (
-            None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
-        )
-        self.ledger = VisualLedger(visual_mask)
+        planner = None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
+        self.positions = VisualPositions(visual_mask)
+        self.coordinator = Coordinator(self.positions, self.tokens, planner)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
@@ -269,26 +272,20 @@ class RotateKCache(Cache):
         if self.layers:
             return
         stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
-        layers: list[Any] = [
-            RotateKLayer(self.options, self.ledger, index, self.selection) if type(layer) is DynamicLayer else layer
-            for index, layer in enumerate(stock)
-        ]
+        layers = [self._new_layer(index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(stock)]
         # All checks come before the layers are kept: a cache that was refused once must be refused again.
-        foreign = [index for index, layer in enumerate(layers) if not isinstance(layer, RotateKLayer)]
-        if self.selection is not None:
-            self.selection.learn_layers([index for index in range(len(layers)) if index not in foreign], len(layers))
-        if self.planner is not None:
-            self.planner.learn_layers(layers, self.selection)
-            for layer in layers:
-                layer.kv.planner = self.planner
+        self.coordinator.learn_layers([layer.kv if isinstance(layer, RotateKLayer) else None for layer in layers])
         self.layers: list[Any] = layers
         if self._record_past:
             super().activate_past_recording()
 
+    def _new_layer(self, index: int) -> RotateKLayer:
+        return RotateKLayer(LayerKV(self.options, self.positions, index), self.coordinator)
+
     def counts_before(
         self, config: PreTrainedConfig, dtype: torch.dtype, lengths: Sequence[int]
     ) -> tuple[FeatureMethod, list[int]]:
-        """How many tokens of each image a method keeps that chooses from features; the budget says so if it is to.
+        """Count the tokens of each image that a method keeps which chooses from features, by share or budget.
 
         Args:
             config: the model's config.
@@ -302,8 +299,8 @@ class RotateKCache(Cache):
         if self.tokens.keep is not None:
             return self.tokens, [self.tokens.count_of(length) for length in lengths]
         self.learn_config(config)
-        coming = self.ledger.coming
-        if self.planner is None or coming is None:
+        planner, expected = self.coordinator.planner, self.positions.expected
+        if planner is None or expected is None:
             raise RuntimeError(
                 f"tokens={type(self.tokens).__name__} have no share, which follows from a budget and the prompt: this "
                 "prompt is not known as ids when its images are encoded, so give a share, as in keep=0.4"
@@ -311,7 +308,7 @@ class RotateKCache(Cache):
         text = config.get_text_config(decoder=True)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        share, counts = self.planner.counts_before(coming, (coming.rows, heads, width, width), dtype, lengths)
+        share, counts = planner.counts_before(expected, (expected.rows, heads, width, width), dtype, lengths)
         return self.tokens.with_keep(share), counts
 
     @torch.compiler.disable
@@ -319,19 +316,19 @@ class RotateKCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Append the states ``[B, H, n, D]`` of layer `layer_idx`; returns what its attention is to be handed."""
-        if not self.layers and (self.selection is not None or self.planner is not None):
+        if not self.layers and self.coordinator.needs_layers:
             raise RuntimeError(
                 "tokens and budgets are settled for all layers together, and this RotateKCache does not know the "
                 "model's layers: call `rotatek_cache.attach(model)`, or pass RotateKCache(..., config=model.config)"
             )
         while len(self.layers) <= layer_idx:
-            self.layers.append(RotateKLayer(self.options, self.ledger, len(self.layers)))
+            self.layers.append(self._new_layer(len(self.layers)))
         layer = self.layers[layer_idx]
         if isinstance(layer, RotateKLayer):
-            if not self.ledger.informed:
+            if not self.positions.informed:
                 raise RuntimeError(f"this RotateKCache was not told which positions are visual: {HOW_TO_SWITCH}")
-            self.ledger.complete(layer.kv.length + key_states.shape[2], key_states.shape[0])
-            if isinstance(self.tokens, FeatureMethod) and self.ledger.undecided:
+            self.positions.complete(layer.kv.length + key_states.shape[2], key_states.shape[0])
+            if isinstance(self.tokens, FeatureMethod) and self.positions.undecided:
                 raise RuntimeError(
                     f"tokens={self.tokens} are chosen from image features, and those of these visual tokens were not "
                     "seen: attach(model) and give images as pixel_values (no videos, no inputs_embeds alone, no "
@@ -341,7 +338,7 @@ class RotateKCache(Cache):
         if isinstance(layer, RotateKLayer) or not isinstance(self.tokens, FeatureMethod):
             return keys, values
         end = layer.get_seq_length()
-        hidden = self.ledger.dropped_of(end - keys.shape[2], end)
+        hidden = self.positions.dropped_of(end - keys.shape[2], end)
         if hidden is None:
             return keys, values
         masked = MaskedStates(keys, values, hidden)
@@ -353,26 +350,25 @@ class RotateKCache(Cache):
         `attach` calls this before each forward. A `visual_mask` given at construction wins where it reaches.
         """
         begin = self.get_seq_length()
-        end, reach = begin + tokens, self.ledger.reach
+        end, reach = begin + tokens, self.positions.reach
         if begin >= reach:
-            self.ledger.announce(begin, end, visual)
+            self.positions.announce(begin, end, visual)
         elif visual is not None and end > reach:
-            given = self.ledger.given_flags(begin, reach, visual.shape[0])
-            self.ledger.announce(begin, end, torch.cat([given.to(visual.device), visual[:, reach - begin :]], 1))
+            given = self.positions.given_flags(begin, reach, visual.shape[0])
+            self.positions.announce(begin, end, torch.cat([given.to(visual.device), visual[:, reach - begin :]], 1))
 
     def reset(self) -> None:
         """Forget all tokens, for a new prompt; the layers and the options stay."""
         super().reset()
-        self.ledger.reset()
+        self.positions.reset()
         self.rope_deltas = None
-        if self.planner is not None:
-            self.planner.forget()
+        self.coordinator.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
         count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         super().crop(count if count <= 0 else min(0, count - self.get_seq_length()))
-        self.ledger.truncate(self.get_seq_length())
+        self.positions.truncate(self.get_seq_length())
         if not self.get_seq_length():
             self.rope_deltas = None
 
@@ -395,7 +391,7 @@ class RotateKCache(Cache):
 
     def _select_rows(self, index: Tensor) -> None:
         """Select in what the layers share, before the layers do."""
-        self.ledger.select_rows(index)
+        self.positions.select_rows(index)
         if self.rope_deltas is not None:
             # Their rows are those of the prompt, which generate may have repeated.
             deltas = self.rope_deltas.repeat_interleave(self.batch_size // self.rope_deltas.shape[0], 0)
@@ -416,38 +412,40 @@ class RotateKCache(Cache):
         return (layer for layer in self.layers if isinstance(layer, RotateKLayer))
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor held; layers share some."""
+        """List every tensor held; layers share some."""
         held: list[Tensor] = []
         for layer in self.layers:
             held += layer.kv.tensors() if isinstance(layer, RotateKLayer) else _stock_tensors(layer)
-        held += self.ledger.tensors()
+        held += self.positions.tensors()
         return held if self.rope_deltas is None else [*held, self.rope_deltas]
 
     def nbytes(self) -> int:
-        """Bytes of the storage held, everything counted once.
+        """Count the bytes of the storage held, everything once.
 
-        Coefficients, Values, text and its free room, bases, deltas, row tables, positions and flags.
+        Coefficients, Values, text and its free columns, bases, deltas, row tables, positions and flags.
         """
         return storage_bytes(self.tensors())
 
     def shared_nbytes(self) -> int:
-        """Bytes of the calibrated basis, which all requests of a model share and `nbytes` leaves out; 0 without one."""
+        """Count the bytes of the calibrated basis, which requests share and `nbytes` leaves out; 0 without one."""
         return 0 if self.calibrated is None else self.calibrated.nbytes()
 
     def report(self) -> CacheReport:
-        """Tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
+        """Account for tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
         layers = [_layer_report(index, layer) for index, layer in enumerate(self.layers)]
         chosen = str(self.options) if self.tokens is None else f"{self.options}, tokens={self.tokens}"
-        plan = "" if self.planner is None or self.planner.made is None else str(self.planner.made)
+        planner = self.coordinator.planner
+        plan = "" if planner is None or planner.made is None else str(planner.made)
         return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes(), plan)
 
     def __repr__(self) -> str:
         every = {field: getattr(self.options, field.name) for field in dataclasses.fields(FitOptions)}
         chosen = {field.name: value for field, value in every.items() if value != field.default}
-        if self.planner is not None:
-            if self.planner.rank_open:
+        planner = self.coordinator.planner
+        if planner is not None:
+            if planner.rank_open:
                 del chosen["sparsity"]  # follows from the budget
-            chosen["budget"] = self.planner.budget.given
+            chosen["budget"] = planner.budget.given
         if self.tokens is not None:
             chosen["tokens"] = self.tokens
         given = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
@@ -456,7 +454,7 @@ class RotateKCache(Cache):
 
 
 def _absolute(basis: Any) -> Any:
-    """A basis file by its whole path, so that the working directory may change; anything else as it is."""
+    """Make the path of a basis file absolute, so that the working directory may change; keep anything else."""
     if isinstance(basis, os.PathLike):
         basis = os.fspath(basis)
     is_file = isinstance(basis, str) and basis.endswith(".safetensors")
@@ -469,7 +467,7 @@ def _rank(stored: Stored, width: int) -> int:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`."""
+    """Count the bytes of the distinct storages behind `tensors`."""
     storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 

@@ -55,7 +55,7 @@ def get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
         output.deepstack_features = [_applied(choices, layer, lengths) for layer in output.deepstack_features]
     cache.chosen = True
     if threading.get_ident() in inner._rotatek.threads:  # in a forward, whose positions have been announced
-        cache.ledger.drop(kept_features(output.pooler_output))
+        cache.positions.drop(kept_features(output.pooler_output))
     return output
 
 

@@ -67,7 +67,7 @@ def test_the_cache_has_the_bytes_of_its_budget(llava: Host, options, counts):
     dense = filled(llava, inputs, sparsity=0).report().dense_bytes
     cache = filled(llava, inputs, **options)
     assert cache.nbytes() == pytest.approx(float(options["budget"][:-1]) * dense, rel=0.01)
-    plan = cache.planner.made
+    plan = cache.coordinator.planner.made
     assert plan.planned_bytes == pytest.approx(cache.nbytes(), rel=0.005)
     assert f"budget {options['budget']} = " in str(cache.report())
 
@@ -105,7 +105,7 @@ def test_a_prompt_without_images_needs_no_share(llava: Host):
     cache = RotateKCache(budget="0.5x", tokens="visionzip")
     inputs = llava.tiny.inputs(llava.tiny.prompt(4, images=(), text=12))
     assert ways.generate(llava.attached, inputs, cache).sequences.shape[1] == inputs["input_ids"].shape[1] + ways.NEW
-    assert cache.planner.made is None
+    assert cache.coordinator.planner.made is None
 
 
 def test_an_open_share_needs_the_prompt_as_ids(llava: Host):
@@ -130,8 +130,8 @@ def test_a_second_image_gets_a_share_of_what_is_left(llava: Host):
 def test_what_ranks_leave_over_keeps_the_last_tokens_exact(llava: Host):
     inputs = images(llava, 8)
     cache = filled(llava, inputs, budget="0.8x")
-    plan = cache.planner.made
-    exact = list(plan.exact.values())
+    plan = cache.coordinator.planner.made
+    exact = list(plan.last_dense.values())
     assert max(exact) > 0
     assert max(exact) - min(exact) <= 1
     plain = filled(llava, inputs, sparsity=0)
@@ -161,7 +161,7 @@ def test_budgets_hold_after_generate(llava: Host, options, settings):
     token = cache.batch_size * 2 * 3 * 2 * 32 * 4
     dense = inputs["input_ids"].shape[1] * token
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
-    assert cache.ledger.coming is None
+    assert cache.positions.expected is None
     rel = 0.02 if "prefill_chunk_size" in settings else 0.01  # text of later chunks grows in steps of its own
     assert cache.nbytes() == pytest.approx(float(options["budget"][:-1]) * dense, rel=rel)
 
@@ -177,7 +177,7 @@ def test_a_budget_in_bytes_is_for_all_beams(llava: Host):
 def test_a_plan_says_how_far_it_stays_below(llava: Host):
     cache = filled(llava, images(llava, 4), budget="0.9x", tokens="divprune:0.5")
     assert " % below, the nearest that can be stored" in str(cache.report())
-    assert cache.planner.made.planned_bytes == pytest.approx(cache.nbytes(), rel=0.005)
+    assert cache.coordinator.planner.made.planned_bytes == pytest.approx(cache.nbytes(), rel=0.005)
 
 
 def test_a_calibrated_basis_costs_the_budget_nothing(llava: Host, basis: Path):
@@ -198,7 +198,8 @@ def test_budgets_in_bytes_and_in_tokens(llava: Host):
 def test_channels_go_before_tokens(llava: Host):
     inputs = images(llava, 8)
     plans = {
-        budget: filled(llava, inputs, budget=budget, tokens="vl_cache").planner.made for budget in ("0.9x", "0.5x")
+        budget: filled(llava, inputs, budget=budget, tokens="vl_cache").coordinator.planner.made
+        for budget in ("0.9x", "0.5x")
     }
     assert plans["0.9x"].keep == 1
     assert set(plans["0.9x"].ranks.values()) <= {16, 24, 32}
@@ -210,7 +211,7 @@ def test_ranks_differ_between_layers_where_they_have_to(llava: Host):
     inputs = images(llava, 8)
     cache = filled(llava, inputs, budget="0.78x")
     ranks = [layer.segments[0].stored_rank for layer in cache.report().layers]
-    assert ranks == list(cache.planner.made.ranks.values())
+    assert ranks == list(cache.coordinator.planner.made.ranks.values())
     assert len(set(ranks)) == 2
     assert ranks == sorted(ranks, reverse=True)
 
@@ -219,7 +220,7 @@ def test_a_budget_that_is_enough_keeps_everything(llava: Host):
     inputs = images(llava, 4)
     cache = filled(llava, inputs, sparsity=0, budget="2x", tokens="vl_cache")
     dense = filled(llava, inputs, sparsity=0)
-    assert cache.planner.made.keep == 1
+    assert cache.coordinator.planner.made.keep == 1
     assert cache.nbytes() == pytest.approx(dense.nbytes(), rel=0.01)
 
 
@@ -227,7 +228,7 @@ def test_a_second_image_gets_what_is_left(llava: Host):
     inputs = ways.one(llava.tiny)
     cache = RotateKCache(sparsity=0, budget="160KiB", tokens="vl_cache", always_compress=True)
     ways.generate(llava.attached, inputs, cache)
-    first = cache.planner.made
+    first = cache.coordinator.planner.made
     ids, content = llava.tiny.image(0, torch.Generator().manual_seed(77))
     new = llava.tiny.inputs(ways.Prompt([*ways.words(3, 1), *ids, *ways.words(4, 2)], [content]))
     del new["attention_mask"]
@@ -241,7 +242,7 @@ def test_a_copy_plans_for_itself(llava: Host):
     cache = RotateKCache(budget="0.5x", tokens="vl_cache", config=llava.attached.config)
     twin = copy.deepcopy(cache)
     llava.attached(**inputs, past_key_values=twin)
-    assert cache.planner.made is None
+    assert cache.coordinator.planner.made is None
     assert twin.nbytes() == pytest.approx(filled(llava, inputs, budget="0.5x", tokens="vl_cache").nbytes())
     twin.reset()
     llava.attached(**images(llava, 8), past_key_values=twin)

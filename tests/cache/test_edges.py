@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rotatek_cache import FitOptions, LayerKV, RotateKCache, attend, detach
-from rotatek_cache.cache.visual_positions import VisualLedger
+from rotatek_cache.cache.coordinator import Coordinator
+from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
 
 
@@ -131,15 +132,15 @@ def test_copies_of_a_cache_share_a_calibrated_basis(llava, tmp_path):
 
 
 def test_what_a_step_looks_through_does_not_grow_with_the_answer():
-    ledger = VisualLedger()
-    ledger.announce(0, 10, (torch.arange(10) < 8)[None])
-    kv = LayerKV(FitOptions(sparsity=0), ledger, 0)
+    positions = VisualPositions()
+    positions.announce(0, 10, (torch.arange(10) < 8)[None])
+    kv = LayerKV(FitOptions(sparsity=0), positions, 0)
     kv.append(torch.randn(1, 1, 10, 8), torch.randn(1, 1, 10, 8))
-    kv.observe(torch.randn(1, 1, 10, 8), None)
+    Coordinator(positions).observe(kv, torch.randn(1, 1, 10, 8), None)
     for _ in range(100):
-        ledger.announce(kv.length, kv.length + 1, None)
+        positions.announce(kv.length, kv.length + 1, None)
         kv.append(torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8))
-    assert len(ledger.flags) == 2
+    assert len(positions.flags) == 2
 
 
 def test_large_segments_are_fitted_head_by_head_with_the_same_result(llava, monkeypatch):
@@ -229,11 +230,11 @@ def filled(options: FitOptions, visual: torch.Tensor, seed: int = 0) -> LayerKV:
     generator = torch.Generator().manual_seed(seed)
     batch, tokens = visual.shape
     keys, values, queries = (torch.randn(batch, 2, tokens, 16, generator=generator) for _ in range(3))
-    ledger = VisualLedger()
-    ledger.announce(0, tokens, visual)
-    kv = LayerKV(options, ledger, 0)
+    positions = VisualPositions()
+    positions.announce(0, tokens, visual)
+    kv = LayerKV(options, positions, 0)
     kv.append(keys, values)
-    kv.observe(queries, None)
+    Coordinator(positions).observe(kv, queries, None)
     return kv
 
 

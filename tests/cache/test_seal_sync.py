@@ -10,8 +10,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
-from rotatek_cache.cache.visual_positions import VisualLedger
+from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.options import FitOptions
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "_unique")
@@ -47,17 +48,17 @@ class Watch(TorchDispatchMode):
 
 def waits(layers: int = 3, lengths: tuple[int, ...] = (145, 160), dtype=torch.float32, **options) -> Counter[str]:
     """What the seal of the last of some layers waits for; the first does what they share."""
-    tokens, ledger, batch = 200, VisualLedger(), len(lengths)
+    tokens, positions, batch = 200, VisualPositions(), len(lengths)
     columns = torch.arange(tokens)
-    ledger.announce(0, tokens, (columns >= 5) & (columns < 5 + torch.tensor(lengths)[:, None]))
+    positions.announce(0, tokens, (columns >= 5) & (columns < 5 + torch.tensor(lengths)[:, None]))
     draw = torch.Generator().manual_seed(0)
     for index in range(layers):
-        kv = LayerKV(FitOptions(**options), ledger, index)
+        kv = LayerKV(FitOptions(**options), positions, index)
         kv.append(*(torch.randn(batch, 2, tokens, 64, generator=draw).to(dtype) for _ in range(2)))
         query = torch.randn(batch, 4, tokens, 64, generator=draw).to(dtype)
         found: Counter[str] = Counter()
         with Watch(found), Reads(found):
-            kv.observe(query, None)
+            Coordinator(positions).observe(kv, query, None)
         assert kv.segments
     return found
 
@@ -93,14 +94,14 @@ def test_half_precision_takes_the_same_way():
 
 @pytest.mark.parametrize("lengths", [(145, 160), (150, 150)], ids=str)
 def test_a_decode_step_waits_for_nothing(lengths):
-    tokens, ledger, batch = 200, VisualLedger(), len(lengths)
-    ledger.announce(0, tokens, torch.arange(tokens) < torch.tensor(lengths)[:, None])
-    kv = LayerKV(FitOptions(rank=16), ledger, 0)
+    tokens, positions, batch = 200, VisualPositions(), len(lengths)
+    positions.announce(0, tokens, torch.arange(tokens) < torch.tensor(lengths)[:, None])
+    kv = LayerKV(FitOptions(rank=16), positions, 0)
     kv.append(*torch.randn(2, batch, 2, tokens, 64))
-    kv.observe(torch.randn(batch, 4, tokens, 64), None)
+    Coordinator(positions).observe(kv, torch.randn(batch, 4, tokens, 64), None)
     for _ in range(30):  # text outgrows its room meanwhile
         found: Counter[str] = Counter()
-        ledger.complete(kv.length + 1, batch)
+        positions.complete(kv.length + 1, batch)
         with Watch(found), Reads(found):
             kv.append(*torch.randn(2, batch, 2, 1, 64))
             views = kv.views(None)
@@ -111,23 +112,23 @@ def test_a_decode_step_waits_for_nothing(lengths):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_not_waited_for_and_tells_later_what_was_not_finite():
-    ledger, device, tokens = VisualLedger(), "cuda", 400
-    ledger.announce(0, tokens, torch.arange(tokens)[None] < 300)
+    positions, device, tokens = VisualPositions(), "cuda", 400
+    positions.announce(0, tokens, torch.arange(tokens)[None] < 300)
     states = [torch.randn(1, 2, tokens, 64, device=device, dtype=torch.bfloat16) for _ in range(3)]
-    layers = [LayerKV(FitOptions(rank=16), ledger, index) for index in range(3)]
+    layers = [LayerKV(FitOptions(rank=16), positions, index) for index in range(3)]
     for index, kv in enumerate(layers):
         kv.append(states[0], states[1])
         if index == 1:  # the first did what the layers share, and loaded what torch loads late
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
         try:
-            kv.observe(states[2], None)
+            Coordinator(positions).observe(kv, states[2], None)
         finally:
             if index == 1:
                 torch.cuda.set_sync_debug_mode("default")
-    spoilt = LayerKV(FitOptions(rank=16), ledger, 3)
+    spoilt = LayerKV(FitOptions(rank=16), positions, 3)
     spoilt.append(states[0].index_fill(2, torch.tensor([7], device=device), torch.nan), states[1])
-    spoilt.observe(states[2], None)
+    Coordinator(positions).observe(spoilt, states[2], None)
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match="visual Keys of layer 3 hold NaN"):
         spoilt.append(states[0][:, :, :1], states[1][:, :, :1])

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
-from rotatek_cache.cache.visual_positions import VisualLedger
+from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.core.attention import attend
 from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.quantization import (
@@ -182,12 +183,12 @@ def filled(options: FitOptions, counts=(200, 150), text=6, dtype=torch.float32) 
     scale = torch.logspace(0, -2, 64)
     keys = (torch.randn(2, 2, tokens, 64, generator=generator) * scale + 0.5).to(dtype)
     values = (torch.randn(2, 2, tokens, 64, generator=generator) * scale.flip(0) + 0.2).to(dtype)
-    ledger = VisualLedger()
-    ledger.announce(0, tokens, torch.stack([torch.arange(tokens) < count for count in counts]))
-    kv = LayerKV(options, ledger, 0)
+    positions = VisualPositions()
+    positions.announce(0, tokens, torch.stack([torch.arange(tokens) < count for count in counts]))
+    kv = LayerKV(options, positions, 0)
     kv.append(keys, values)
     queries = torch.randn(2, 8, tokens, 64, generator=generator).to(dtype)
-    kv.observe(queries, None)
+    Coordinator(positions).observe(kv, queries, None)
     assert len(kv.segments) == 1 or options.follows_content
     return kv, queries[:, :, -1:]
 
@@ -276,14 +277,14 @@ def test_more_bits_and_channels_lower_the_error():
 
 
 def test_codes_need_finite_values():
-    ledger = VisualLedger()
-    ledger.announce(0, 201, (torch.arange(201) < 200)[None])
-    kv = LayerKV(FitOptions(sparsity=0.5, value_bits=4), ledger, 0)
+    positions = VisualPositions()
+    positions.announce(0, 201, (torch.arange(201) < 200)[None])
+    kv = LayerKV(FitOptions(sparsity=0.5, value_bits=4), positions, 0)
     values = torch.randn(1, 1, 201, 64)
     values[0, 0, 3, 3] = torch.inf
     kv.append(torch.randn(1, 1, 201, 64), values)
     with pytest.raises(ValueError, match="visual Values of layer 0 hold NaN or infinity"):
-        kv.observe(torch.randn(1, 1, 201, 64), None)
+        Coordinator(positions).observe(kv, torch.randn(1, 1, 201, 64), None)
 
 
 @pytest.mark.parametrize(
@@ -364,16 +365,16 @@ def test_rounding_of_the_decoder_shifts_no_mean():
 
 
 def test_head_widths_that_do_not_pack_are_named():
-    ledger = VisualLedger()
-    ledger.announce(0, 201, (torch.arange(201) < 200)[None])
+    positions = VisualPositions()
+    positions.announce(0, 201, (torch.arange(201) < 200)[None])
     for options, words in (
         ({"key_bits": 4}, "key_bits=4 needs a head width"),
         ({"value_bits": 2}, "value_bits=2 needs"),
     ):
-        kv = LayerKV(FitOptions(sparsity=0.5, **options), ledger, 0)
+        kv = LayerKV(FitOptions(sparsity=0.5, **options), positions, 0)
         kv.append(torch.randn(1, 1, 201, 20), torch.randn(1, 1, 201, 20))
         with pytest.raises(ValueError, match=words):
-            kv.observe(torch.randn(1, 1, 201, 20), None)
+            Coordinator(positions).observe(kv, torch.randn(1, 1, 201, 20), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

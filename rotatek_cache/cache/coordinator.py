@@ -1,0 +1,115 @@
+"""The coordinator of a cache: decides when its layers seal, which tokens each keeps and with what options."""
+
+import functools
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rotatek_cache.cache.budget import Planner
+from rotatek_cache.cache.layer import LayerKV
+from rotatek_cache.cache.seal_plan import SealPlan
+from rotatek_cache.cache.selection import TokenSelection
+from rotatek_cache.cache.visual_positions import VisualPositions
+from rotatek_cache.token_pruning.interface import AttentionMethod, TokenMethod
+
+
+class Coordinator:
+    """All that concerns several layers of one cache: it sees them attend and tells them to seal.
+
+    Args:
+        positions: which positions are visual.
+        tokens: the token method, if any.
+        planner: divides a budget, if there is one.
+    """
+
+    def __init__(
+        self, positions: VisualPositions, tokens: TokenMethod | None = None, planner: Planner | None = None
+    ) -> None:
+        self.positions = positions
+        self.selection = TokenSelection(tokens) if isinstance(tokens, AttentionMethod) else None
+        self.planner = planner
+        self.layers: dict[int, LayerKV] = {}
+        self._planned: weakref.ref[SealPlan] | None = None  # the seal that the budget was divided for
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether it has to know all layers before the first of them attends."""
+        return self.selection is not None or self.planner is not None
+
+    def learn_layers(self, layers: Sequence[LayerKV | None]) -> None:
+        """Learn the layers of the model; None is one that keeps the stock cache layer."""
+        compressed = {index: layer for index, layer in enumerate(layers) if layer is not None}
+        if self.selection is not None:
+            self.selection.learn_layers(list(compressed), len(layers))
+        if self.planner is not None:
+            self.planner.learn_layers(layers)
+        self.layers = compressed
+
+    def reset(self) -> None:
+        """Forget what was planned, for another prompt."""
+        self._planned = None
+        if self.planner is not None:
+            self.planner.forget()
+
+    def hidden(self, layer: LayerKV) -> Tensor | None:
+        """Return bool ``[B, T]``: tokens that a token method has dropped, not to be attended to in this forward."""
+        if layer.pending is None:
+            return None
+        begin, plan = layer.pending.begin, self.positions.known_plan
+        dropped = self.positions.dropped_of(begin, layer.length)
+        if self.selection is not None and plan is not None and plan.end == layer.length:
+            dropped = plan.keeping(self.selection.kept(layer.index, plan)).dropped
+        return None if dropped is None else torch.nn.functional.pad(dropped, (begin, 0))
+
+    def observe(self, layer: LayerKV, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
+        """See a layer whose attention is done; seal it, and those that waited for it, if the images are complete.
+
+        Args:
+            layer: the layer.
+            query: queries of this forward ``[B, H_q, Q, D]``.
+            mask: the model's, bool ``[B or 1, 1, Q, T]`` or additive; None is causal.
+            scale: factor on the logits, ``D ** -0.5`` by default.
+        """
+        if layer.pending is None:
+            return
+        layer.keep_queries(query)
+        plan = self.positions.plan(layer.pending.begin, layer.length, mask, wait=not layer.options.streaming)
+        if plan is None:
+            return
+        self._divide_budget(layer, plan)
+        if self.selection is None:
+            self._seal(layer, plan)
+            return
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        ready = [(index, plan.keeping(kept)) for index, kept in self.selection.decide(layer, plan, query, mask, scale)]
+        if self.planner is not None and self.planner.rank_open and len(ready) == len(self.layers):
+            # No layer has sealed yet, and it is known how many tokens each keeps: their ranks can be planned anew.
+            self.planner.divide(layer, plan, [part.counts for _, part in ready])
+            self._set_options()
+        for index, part in ready:
+            self._seal(self.layers[index], part)
+
+    def _divide_budget(self, layer: LayerKV, plan: SealPlan) -> None:
+        """Divide the budget for the prompt that seals by `plan`, once for all layers."""
+        if self.planner is None or (self._planned is not None and self._planned() is plan):
+            return
+        self._planned = weakref.ref(plan)
+        made = self.planner.divide(layer, plan)
+        if self.selection is not None and self.planner.keep_open:
+            self.selection.method = self.selection.method.with_keep(made.keep)
+        self._set_options()
+
+    def _set_options(self) -> None:
+        assert self.planner is not None
+        for layer in self.layers.values():
+            layer.use(self.planner.options_of(layer.index))
+
+    def _seal(self, layer: LayerKV, plan: SealPlan) -> None:
+        merge = None
+        if self.selection is not None and plan.dropped is not None:
+            merge = functools.partial(self.selection.method.merged, kept=plan.visual, dropped=plan.dropped)
+        if self.planner is not None and self.planner.made is not None:
+            plan = plan.keep_last_dense(self.planner.made.last_dense[layer.index])
+        layer.seal(plan, merge)

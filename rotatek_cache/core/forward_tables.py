@@ -1,0 +1,67 @@
+"""Index tensors and mask columns that the layers of one forward share."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotatek_cache.core.row_layout import Alignment
+
+RowTable = tuple[Tensor, Tensor]  # first token and number of tokens of each row, [B] each
+
+# The places of a segment's tokens, compared by identity: positions and first tokens of visual ones, alignment and
+# number of columns of text.
+Places = tuple[Tensor, Tensor] | tuple[Alignment | None, int]
+
+
+class TextForm(NamedTuple):
+    """All that the row table of a text segment depends on."""
+
+    alignment: Alignment | None
+    batch: int
+    capacity: int
+    length: int
+    device: torch.device
+
+
+class ForwardTables:
+    """Tensors derived for one layer and kept for the others of the same forward.
+
+    Layers mostly lie alike, and on a GPU every index tensor of a decode step is a launch.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all of it: the forward has ended, or rows or positions have changed."""
+        self._mask: Tensor | None = None
+        self._columns: dict[Places, Tensor] = {}
+        self._text_rows: tuple[TextForm, RowTable] | None = None
+
+    def mask_columns(self, mask: Tensor, places: Places, positions: Callable[[], Tensor]) -> Tensor:
+        """Gather the columns of the model's mask for a segment.
+
+        Args:
+            mask: the model's ``[B or 1, 1, Q, T]``; what was gathered is kept until another one comes.
+            places: where the tokens lie; held here, so that identities stay unique.
+            positions: gives their logical positions ``[B, n]``, if the columns are not known yet.
+
+        Returns:
+            ``[B, Q, n]``.
+        """
+        if self._mask is not mask:
+            self._mask, self._columns = mask, {}
+        if places not in self._columns:
+            # Entries past a row's tokens may point at positions that a crop has removed.
+            index = positions().to(mask.device).clamp(max=mask.shape[-1] - 1)
+            rows = mask[:, 0].expand(index.shape[0], -1, -1)
+            self._columns[places] = rows.gather(2, index[:, None].expand(-1, mask.shape[2], -1))
+        return self._columns[places]
+
+    def text_rows(self, form: TextForm, make: Callable[[], RowTable]) -> RowTable:
+        """Return the row table of text in this form, made by `make` where the layer before had another form."""
+        if self._text_rows is None or self._text_rows[0] != form:
+            self._text_rows = form, make()
+        return self._text_rows[1]
