@@ -143,8 +143,8 @@ class Sizes:
 class Planner:
     """Divides a budget between tokens and channels: fixes whichever of both the user left open.
 
-    What ranks in steps of 8 leave over keeps the last visual tokens as they are, as ThinK (arXiv 2407.21018) and KIVI
-    (arXiv 2402.02750) do with the newest ones.
+    Ranks are multiples of 8, so part of a budget may remain. It is spent on keeping each row's last visual tokens
+    dense, as ThinK (arXiv 2407.21018) and KIVI (arXiv 2402.02750) do with the newest ones.
 
     Args:
         budget: what the cache may take.

@@ -8,8 +8,8 @@ from torch import Tensor
 
 POSITION, INDEX, LENGTH = torch.int32, torch.int64, torch.int32  # dtypes of the tables below
 
-# What they take: of a stored token its position; of a row of a layer where its visual tokens begin, how many there are,
-# its basis, and where its text begins.
+# Bytes of these tables: a stored token has its position; a row of a layer has the first of its visual tokens, their
+# number, its basis and its first text column.
 TOKEN_BYTES = POSITION.itemsize
 ROW_BYTES = 3 * INDEX.itemsize + LENGTH.itemsize
 
