@@ -12,13 +12,14 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
+from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV, row_index
 from rotatek_cache.cache.selection import TokenSelection
 from rotatek_cache.cache.visual_positions import VisualLedger
 from rotatek_cache.codecs.calibrated import CalibratedBasis, load_basis
 from rotatek_cache.codecs.registry import key_method
 from rotatek_cache.core.fitting import Solver
-from rotatek_cache.core.segments import Stored
+from rotatek_cache.core.segments import SegmentView, Stored
 from rotatek_cache.options import Allocation, Bits, FitOptions
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
 from rotatek_cache.token_pruning.interface import AttentionMethod, FeatureMethod, TokenMethod
@@ -56,6 +57,15 @@ class LayerHandle:
             f"`{getattr(func, '__name__', func)}` was called on the Keys of a RotateKCache, which are compressed; "
             f"{HOW_TO_SWITCH}"
         )
+
+
+class StepHandle:
+    """What `RotateKCache.update` returns while a decode step of fixed addresses is captured: what attention reads."""
+
+    __slots__ = ("views",)
+
+    def __init__(self, views: list[SegmentView]) -> None:
+        self.views = views
 
 
 class MaskedStates:
@@ -218,6 +228,7 @@ class RotateKCache(Cache):
         streaming: bool = False,
         tokens: TokenMethod | str | None = None,
         budget: str | int | None = None,
+        graphs: bool = True,
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
     ) -> None:
@@ -260,6 +271,9 @@ class RotateKCache(Cache):
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
+        self.graphs = graphs
+        self.stepping: list[LayerStep] | None = None  # while a decode step is captured
+        self.decoding = ""  # how the last decode step was run
         super().__init__(layers=[])
         if config is not None:
             self.learn_config(config)
@@ -319,6 +333,11 @@ class RotateKCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Append the states ``[B, H, n, D]`` of layer `layer_idx`; returns what its attention is to be handed."""
+        if self.stepping is not None:
+            step = self.stepping[layer_idx]
+            step.append(key_states, value_states)
+            handle = StepHandle(step.views)
+            return handle, handle
         if not self.layers and (self.selection is not None or self.planner is not None):
             raise RuntimeError(
                 "tokens and budgets are settled for all layers together, and this RotateKCache does not know the "
@@ -439,7 +458,7 @@ class RotateKCache(Cache):
         layers = [_layer_report(index, layer) for index, layer in enumerate(self.layers)]
         chosen = str(self.options) if self.tokens is None else f"{self.options}, tokens={self.tokens}"
         plan = "" if self.planner is None or self.planner.made is None else str(self.planner.made)
-        return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes(), plan)
+        return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes(), plan, self.decoding)
 
     def __repr__(self) -> str:
         every = {field: getattr(self.options, field.name) for field in dataclasses.fields(FitOptions)}
