@@ -21,6 +21,7 @@ READS = (
     "aten.equal",
     "aten.masked_select",
     "aten.unique",
+    "aten.lift_fresh",  # a tensor of host numbers, which a GPU would be sent
 )
 
 
