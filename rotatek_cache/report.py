@@ -44,6 +44,7 @@ class CacheReport:
     stored_bytes: int
     shared_bytes: int = 0
     plan: str = ""
+    decoding: str = ""
 
     @property
     def dense_bytes(self) -> int:
@@ -68,6 +69,8 @@ class CacheReport:
         lines.append(
             f"in all {readable_bytes(self.stored_bytes)} stored, {readable_bytes(self.dense_bytes)} dense: {change}"
         )
+        if self.decoding:
+            lines.append(f"decode steps are run {self.decoding}")
         if any(layer.dropped for layer in self.layers):
             dropped = ", ".join(f"{layer.index}: {layer.dropped}" for layer in self.layers)
             lines.append(f"visual tokens dropped, by layer: {dropped}")

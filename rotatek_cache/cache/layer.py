@@ -93,6 +93,12 @@ class LayerKV:
                 f"{shape}; call cache.reset() or make a new cache for another batch"
             )
 
+    def count_step(self) -> None:
+        """Note a token that a replayed graph has written behind the text."""
+        self.sealer.check()
+        self.length += 1
+        self.text.length += 1
+
     def dense(self) -> tuple[Tensor, Tensor] | None:
         """Return all Keys and Values in logical order, ``[B, H, T, D]``, while nothing has been sealed; else None."""
         if self.segments or self.text.alignment is not None:

@@ -20,6 +20,10 @@ from rotatek_cache.core.row_layout import LENGTH, Alignment, align_right, column
 # Free text columns after the segment had to grow: enough to make growing rare, few enough not to eat what is saved.
 LEAST_FREE = 8
 FILLED_PER_FREE = 8  # one free column for so many filled ones
+# Where steps are replayed from a graph, growing means another capture: so many free columns, or an eighth, in steps of
+# fewer, so that prompts of about the same length meet in one graph.
+RESERVED = 256
+RESERVED_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,7 @@ class VisualSegment:
     basis_rows: Tensor
     max_length: int
     uniform: bool
+    shared: bool = False  # whether a copy of the cache reads the same storage
     _unmasked: SegmentView | None = field(default=None, init=False, repr=False)
 
     def view(self, forward: ForwardTables, mask: Tensor | None) -> SegmentView:
@@ -227,6 +232,7 @@ class VisualSegment:
 
     def __deepcopy__(self, memo: dict) -> "VisualSegment":
         # Sealed storage is immutable, so copies of a cache share it; what may change is only ever replaced.
+        self.shared = True
         return dataclasses.replace(self)
 
 
@@ -293,6 +299,7 @@ class TextSegment:
         self.keys: Tensor | None = None  # [H, B, capacity, D]
         self.values: Tensor | None = None  # [H, B, capacity, D_v]
         self.length = 0
+        self.reserved = 0  # the capacity that `reserve` has made, if it did
         self.alignment: Alignment | None = None  # None: column c is logical position c
 
     @property
@@ -311,6 +318,16 @@ class TextSegment:
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
+
+    def reserve(self) -> None:
+        """Make sure of a free column; a buffer that has none gets `RESERVED` or an eighth more, whichever is larger."""
+        assert self.keys is not None
+        assert self.values is not None
+        if self.length < self.capacity == self.reserved and not self._frozen():
+            return
+        wanted = self.length + max(RESERVED, self.length // FILLED_PER_FREE)
+        self.reserved = -(-wanted // RESERVED_STEP) * RESERVED_STEP
+        self.keys, self.values = (_buffer(held, self.reserved, self.length) for held in (self.keys, self.values))
 
     def _frozen(self) -> bool:
         """Whether the buffers come from an inference mode that has ended, and so cannot be written to any more."""
@@ -371,7 +388,13 @@ class TextSegment:
     def select_rows(self, index: Tensor) -> None:
         """Let batch row b be what row ``index[b]`` was (copies: rows go on differently)."""
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[:, index], self.values[:, index]
+            if len(index) == self.keys.shape[1] and not self._frozen():
+                # As many rows: written in place, so that what reads the buffers finds them.
+                for held in (self.keys, self.values):
+                    filled = held[:, :, : self.length]
+                    filled.copy_(filled[:, index])
+            else:
+                self.keys, self.values = self.keys[:, index], self.values[:, index]
         self.alignment = None if self.alignment is None else self.alignment.select_rows(index)
 
     def truncate(self, length: int) -> None:
@@ -402,6 +425,11 @@ def capacity_for(needed: int) -> int:
 
 def _reserved(source: Tensor, needed: int, filled: int = 0) -> Tensor:
     """Make a buffer ``[H, B, >= needed, D]`` like `source` with its first `filled` columns copied."""
-    buffer = source.new_zeros(*source.shape[:2], capacity_for(needed), source.shape[-1])
+    return _buffer(source, capacity_for(needed), filled)
+
+
+def _buffer(source: Tensor, capacity: int, filled: int) -> Tensor:
+    """Make a buffer ``[H, B, capacity, D]`` like `source` with its first `filled` columns copied."""
+    buffer = source.new_zeros(*source.shape[:2], capacity, source.shape[-1])
     buffer[:, :, :filled] = source[:, :, :filled]
     return buffer

@@ -15,6 +15,7 @@ from rotatek_cache.calibration.moments import fingerprint
 from rotatek_cache.codecs.calibrated import load_basis
 from rotatek_cache.hf import attention as hf_attention
 from rotatek_cache.hf.cache import RotateKCache
+from rotatek_cache.hf.decode_graphs import GRAPHS, DecodeGraphs
 from rotatek_cache.hf.encoder_tap import EncoderTap
 from rotatek_cache.hf.feature_choice import arguments_of, get_image_features, kept_features, pack_image_features
 from rotatek_cache.token_pruning.interface import FeatureMethod
@@ -107,6 +108,8 @@ class Attachment:
     threads: set[int] = field(default_factory=set)  # that are in a forward with a RotateKCache
     fingerprint: Tensor | None = None  # of the model, once a calibrated basis asks
     choosing: dict[int, RotateKCache] = field(default_factory=dict)  # by thread: chooses from what is encoded now
+    graphs: DecodeGraphs = field(default_factory=DecodeGraphs)
+    forward: Any = None  # what stood in for the forward of the model below the head before
     taps: dict[int, EncoderTap] = field(default_factory=dict)  # by thread: listens to what is encoded now
 
     def fingerprint_of(self, module: torch.nn.Module) -> Tensor:
@@ -153,7 +156,7 @@ class Attachment:
             config._attn_implementation = implementation
 
 
-def attach(model: M) -> M:
+def attach(model: M, *, graphs: int = GRAPHS) -> M:
     """Make ``model.generate(..., past_key_values=RotateKCache(...))`` work for the rest of the model's life.
 
     Forwards with a `RotateKCache` use the attention function "rotatek" in the text model (the vision tower keeps its
@@ -162,6 +165,7 @@ def attach(model: M) -> M:
 
     Args:
         model: a vision-language model of transformers, or a PEFT wrapper around one.
+        graphs: how many CUDA graphs of decode steps the model keeps, 0 for none (`rotatek_cache.hf.decode_graphs`).
 
     Returns:
         The same object.
@@ -182,6 +186,11 @@ def attach(model: M) -> M:
         inner.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
     ]
     inner._rotatek = attachment  # type: ignore[assignment]
+    attachment.graphs = DecodeGraphs(graphs)
+    attachment.forward = inner.__dict__.get("forward")
+    forward = functools.partial(_forward, inner)
+    forward.__wrapped__ = functools.partial(type(inner).forward, inner)  # type: ignore[attr-defined]
+    inner.forward = forward
     for name, stand_in in STAND_INS.items():
         if hasattr(type(top), name):
             _stand_in(top, name, stand_in)
@@ -189,6 +198,15 @@ def attach(model: M) -> M:
         if hasattr(type(inner), name):
             _stand_in(inner, name, stand_in)
     return model
+
+
+def _forward(inner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the forward of the model below the head: decode steps may come from a graph."""
+    attachment = inner._rotatek
+    original = attachment.forward
+    if original is None:
+        original = functools.partial(type(inner).forward, inner)
+    return attachment.graphs.forward(inner, original, *args, **kwargs)
 
 
 def _stand_in(module: Any, name: str, stand_in: Any) -> None:
@@ -208,6 +226,11 @@ def detach(model: M) -> M:
     attachment.end()
     for handle in attachment.handles:
         handle.remove()
+    attachment.graphs.forget()
+    if attachment.forward is None:
+        del inner.forward
+    else:
+        inner.forward = attachment.forward
     del inner._rotatek
     for name in STAND_INS:
         top.__dict__.pop(name, None)
@@ -409,7 +432,11 @@ def _prepare_inputs_for_generation(top: Any, input_ids: Tensor, *args: Any, **kw
                 f"this RotateKCache already holds {held}, the prompt has {input_ids.shape[1]}: to go on with a "
                 "conversation pass all of it, for another prompt call cache.reset() or make a new cache"
             )
-    return prepare_inputs(top, input_ids, *args, **kwargs)
+    prepared = prepare_inputs(top, input_ids, *args, **kwargs)
+    mask = prepared.get("attention_mask")
+    if isinstance(cache, RotateKCache) and isinstance(mask, Tensor):
+        _inner(top)._rotatek.graphs.expect_mask(cache, mask)
+    return prepared
 
 
 def _prepare_position_ids_for_generation(top: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
@@ -441,6 +468,8 @@ def _maybe_prepare_encoder_kwargs_for_generation(top: Any, *args: Any, **kwargs:
     given = arguments_of(original, top, *args, **kwargs)
     model_kwargs, ids, settings = given["model_kwargs"], given["inputs_tensor"], given["generation_config"]
     cache, inner = model_kwargs.get("past_key_values"), _inner(top)
+    if isinstance(cache, RotateKCache):
+        inner._rotatek.graphs.begin_generate(cache, graphs=not settings.disable_compile)
     if isinstance(cache, RotateKCache) and ids.ndim == 2:
         begin = cache.get_seq_length()
         ids = ids[:, begin:]

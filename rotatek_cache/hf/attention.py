@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rotatek_cache.core.attention import attend, causal_mask
-from rotatek_cache.hf.cache import LayerHandle, MaskedStates
+from rotatek_cache.hf.cache import LayerHandle, MaskedStates, StepHandle
 
 NAME = "rotatek"
 
@@ -52,6 +52,10 @@ def rotatek_attention_forward(
             attention_mask = causal_mask(query.shape[2], key.keys.shape[2], query.device)
         attention_mask = hide(attention_mask, key.hidden)
         key, value = key.keys, key.values
+    if isinstance(key, StepHandle):
+        # Captured: a mask hides nothing but padding, which is not stored.
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend(query, key.views, scale, return_lse=False)[0], None
     if not isinstance(key, LayerHandle):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -13,13 +13,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.cache.coordinator import Coordinator
+from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.calibrated import CalibratedBasis, load_basis
 from rotatek_cache.codecs.registry import key_method
 from rotatek_cache.core.fitting import Solver
 from rotatek_cache.core.row_layout import row_index
-from rotatek_cache.core.segments import Stored
+from rotatek_cache.core.segments import SegmentView, Stored
 from rotatek_cache.options import Allocation, Bits, FitOptions
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
@@ -65,6 +66,15 @@ class LayerHandle:
             f"`{getattr(func, '__name__', func)}` was called on the Keys of a RotateKCache, which are compressed; "
             f"{HOW_TO_SWITCH}"
         )
+
+
+class StepHandle:
+    """What `RotateKCache.update` returns while a decode step of fixed addresses is captured: what attention reads."""
+
+    __slots__ = ("views",)
+
+    def __init__(self, views: list[SegmentView]) -> None:
+        self.views = views
 
 
 class MaskedStates:
@@ -223,6 +233,7 @@ class RotateKCache(Cache):
         streaming: bool = False,
         tokens: TokenMethod | str | None = None,
         budget: str | int | None = None,
+        graphs: bool = True,
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
     ) -> None:
@@ -263,6 +274,9 @@ class RotateKCache(Cache):
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
+        self.graphs = graphs
+        self.stepping: list[LayerStep] | None = None  # while a decode step is captured
+        self.decoding = ""  # how the last decode step was run
         super().__init__(layers=[])
         if config is not None:
             self.learn_config(config)
@@ -316,6 +330,11 @@ class RotateKCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Append the states ``[B, H, n, D]`` of layer `layer_idx`; returns what its attention is to be handed."""
+        if self.stepping is not None:
+            step = self.stepping[layer_idx]
+            step.append(key_states, value_states)
+            handle = StepHandle(step.views)
+            return handle, handle
         if not self.layers and self.coordinator.needs_layers:
             raise RuntimeError(
                 "tokens and budgets are settled for all layers together, and this RotateKCache does not know the "
@@ -436,7 +455,7 @@ class RotateKCache(Cache):
         chosen = str(self.options) if self.tokens is None else f"{self.options}, tokens={self.tokens}"
         planner = self.coordinator.planner
         plan = "" if planner is None or planner.made is None else str(planner.made)
-        return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes(), plan)
+        return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes(), plan, self.decoding)
 
     def __repr__(self) -> str:
         every = {field: getattr(self.options, field.name) for field in dataclasses.fields(FitOptions)}

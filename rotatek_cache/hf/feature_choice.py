@@ -21,7 +21,8 @@ def _parameters(function: Any) -> inspect.Signature:
 def arguments_of(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The arguments of a call by name."""
     given = _parameters(function).bind_partial(*args, **kwargs).arguments
-    return {**given, **given.pop("kwargs", {})}
+    more = given.pop("kwargs", {})
+    return {**given, **more}
 
 
 def get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:

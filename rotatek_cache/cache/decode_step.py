@@ -1,0 +1,299 @@
+"""A decode step whose every address is fixed: what a captured graph reads and writes of a cache.
+
+A graph freezes host numbers and addresses. So the text column that a step writes, the lengths of rows and the row
+tables of visual segments live in tensors of the step; what changes between steps is written into them.
+"""
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotatek_cache.cache.layer import LayerKV
+from rotatek_cache.core.basis import KeyBasis
+from rotatek_cache.core.row_layout import Alignment, column_positions, own_columns
+from rotatek_cache.core.segments import SegmentView, Stored, TextSegment, VisualSegment
+
+
+@dataclass(eq=False)
+class TextCursor:
+    """Where the next token of each row goes; shared by the layers whose text lies alike.
+
+    Attributes:
+        text: the text segment of one of these layers.
+        column: int64 ``[1]``, the column that the next step writes.
+        starts, lengths: int64 and int32 ``[B]``, first slot and number of tokens of each row, the next token included.
+        at: the column on the host.
+        alignment: the layout that `starts` and `lengths` were made from.
+    """
+
+    text: TextSegment
+    column: Tensor
+    starts: Tensor
+    lengths: Tensor
+    at: int = -1
+    alignment: Alignment | None = None
+
+    @classmethod
+    def of(cls, text: TextSegment) -> "TextCursor":
+        """Make the cursor of a text segment that holds something."""
+        assert text.keys is not None
+        batch, device = text.keys.shape[1], text.keys.device
+        cursor = cls(
+            text,
+            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            torch.zeros(batch, dtype=torch.int32, device=device),
+        )
+        cursor.refresh()
+        return cursor
+
+    def refresh(self) -> None:
+        """Write what has changed since the last step into the tensors."""
+        if self.at == self.text.length and self.alignment is self.text.alignment:
+            return
+        self.at, self.alignment = self.text.length, self.text.alignment
+        batch, capacity = len(self.starts), self.text.capacity
+        self.column.fill_(self.at)
+        torch.arange(0, batch * capacity, capacity, out=self.starts)
+        self.lengths.fill_(self.at + 1)
+        if self.alignment is not None and self.alignment.first is not None:
+            self.starts.add_(self.alignment.first)
+            self.lengths.sub_(self.alignment.first)
+
+    def advance_on_device(self) -> None:
+        """Move on by one column; part of what is captured."""
+        self.column.add_(1)
+        self.lengths.add_(1)
+
+
+@dataclass(eq=False)
+class TableCopy:
+    """The row table of a visual segment, copied to addresses that stay; shared by the layers that lie alike."""
+
+    segment: VisualSegment
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    copied: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("starts", "lengths", "basis_rows"):
+            self.copied[name] = getattr(self.segment, name)
+            self.tensors[name] = self.copied[name].clone()
+
+    def refresh(self) -> None:
+        """Copy what has been selected anew since the last step."""
+        for name, copied in self.copied.items():
+            current = getattr(self.segment, name)
+            if current is not copied:
+                self.tensors[name].copy_(current)
+                self.copied[name] = current
+
+
+@dataclass(eq=False)
+class LayerStep:
+    """One layer in a decode step of fixed addresses.
+
+    Attributes:
+        layer: the layer.
+        segments: its visual segments.
+        uniform: of each of them, whether its rows lie in order.
+        keys, values: the text buffers ``[H, B, capacity, D]``.
+        cursor: where the next token goes.
+        views: what attention reads.
+    """
+
+    layer: LayerKV
+    segments: list[VisualSegment]
+    uniform: list[bool]
+    keys: Tensor
+    values: Tensor
+    cursor: TextCursor
+    views: list[SegmentView]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Write ``[B, H, 1, D]`` and ``[B, H, 1, D_v]`` to the column that the device knows."""
+        self.keys.index_copy_(2, self.cursor.column, keys.transpose(0, 1))
+        self.values.index_copy_(2, self.cursor.column, values.transpose(0, 1))
+
+    def fits(self) -> bool:
+        """Whether the layer still is what this step was made of, with a free column."""
+        layer, text = self.layer, self.layer.text
+        return (
+            layer.pending is None
+            and text.keys is self.keys
+            and text.values is self.values
+            and text.length == self.cursor.text.length < text.capacity
+            and len(layer.segments) == len(self.segments)
+            and all(now is then for now, then in zip(layer.segments, self.segments, strict=True))
+            and all(now.uniform == then for now, then in zip(layer.segments, self.uniform, strict=True))
+        )
+
+
+class DecodeStep:
+    """All layers of a cache in a decode step of fixed addresses.
+
+    Args:
+        layers: of one cache, each with text and nothing pending. Their text buffers get free columns first.
+    """
+
+    def __init__(self, layers: Sequence[LayerKV]) -> None:
+        for layer in layers:
+            layer.text.reserve()
+        self.cursors: list[TextCursor] = []
+        self.tables: list[TableCopy] = []
+        self.layers = [self._layer(layer) for layer in layers]
+
+    def _layer(self, layer: LayerKV) -> LayerStep:
+        text = layer.text
+        assert text.keys is not None
+        assert text.values is not None
+        cursor = self._cursor(text)
+        views = []
+        for segment in layer.segments:
+            table = self._table(segment).tensors
+            view = segment.view(layer.positions.forward, None)
+            rows = None if view.basis_rows is None else table["basis_rows"]
+            views.append(dataclasses.replace(view, starts=table["starts"], lengths=table["lengths"], basis_rows=rows))
+        views.append(
+            SegmentView(
+                keys=text.keys.flatten(1, 2),
+                values=text.values.flatten(1, 2),
+                starts=cursor.starts,
+                lengths=cursor.lengths,
+                max_length=text.capacity,
+                row_stride=text.capacity,
+            )
+        )
+        uniform = [segment.uniform for segment in layer.segments]
+        return LayerStep(layer, list(layer.segments), uniform, text.keys, text.values, cursor, views)
+
+    def _cursor(self, text: TextSegment) -> TextCursor:
+        assert text.keys is not None
+        for cursor in self.cursors:
+            alike = cursor.text.alignment is text.alignment and cursor.text.length == text.length
+            if alike and cursor.text.capacity == text.capacity and cursor.column.device == text.keys.device:
+                return cursor
+        self.cursors.append(TextCursor.of(text))
+        return self.cursors[-1]
+
+    def _table(self, segment: VisualSegment) -> TableCopy:
+        for table in self.tables:
+            if all(getattr(segment, name) is copied for name, copied in table.copied.items()):
+                return table
+        self.tables.append(TableCopy(segment))
+        return self.tables[-1]
+
+    def fits(self) -> bool:
+        """Whether the cache still lies where this step reads and writes it, with room for another token."""
+        return all(layer.fits() for layer in self.layers)
+
+    def belongs_to(self, layers: Sequence[LayerKV]) -> bool:
+        """Whether these are the layers that it was made of."""
+        return all(held.layer is layer for held, layer in zip(self.layers, layers, strict=True))
+
+    def refresh(self) -> None:
+        """Write what has changed since the last step (rows selected, tokens appended otherwise) into its tensors."""
+        for cursor in self.cursors:
+            cursor.refresh()
+        for table in self.tables:
+            table.refresh()
+
+    def advance_on_device(self) -> None:
+        """Let the next step write the next column; captured as the end of the step."""
+        for cursor in self.cursors:
+            cursor.advance_on_device()
+
+    def advance(self) -> None:
+        """Note on the host that the device has taken a token."""
+        for held in self.layers:
+            held.layer.count_step()
+        for cursor in self.cursors:
+            cursor.at += 1
+
+    def shows_all(self, mask: Tensor) -> bool:
+        """Whether a mask ``[B, T]`` hides nothing that is stored (padding is not). Waits for the device.
+
+        The last of the T positions is that of the token to come.
+        """
+        seen = mask.bool()
+        found = []
+        for cursor in self.cursors:
+            assert cursor.text.keys is not None
+            batch, device = len(cursor.starts), cursor.text.keys.device
+            positions = column_positions(cursor.text.alignment, cursor.text.length, batch, device)
+            own = own_columns(cursor.text.alignment, cursor.text.length, batch, device)
+            found.append((seen.gather(1, positions.to(seen.device)) | ~own.to(seen.device)).all())
+        for table in self.tables:
+            segment = table.segment
+            columns = torch.arange(segment.max_length, device=segment.lengths.device)
+            own = columns < segment.lengths[:, None]
+            positions = segment.token_positions().masked_fill(~own, 0)
+            found.append((seen.gather(1, positions.to(seen.device)) | ~own.to(seen.device)).all())
+        found.append(seen[:, -1].all())
+        return bool(torch.stack([part.to(seen.device) for part in found]).all())
+
+    def form(self) -> Hashable:
+        """Say all that a captured graph has frozen but addresses: two steps of one form may share a graph."""
+        return tuple(
+            (
+                (tuple(layer.keys.shape), tuple(layer.values.shape), layer.keys.dtype, layer.keys.device),
+                self.cursors.index(layer.cursor),
+                tuple(
+                    (_form(part.keys), _form(part.values), part.max_length, uniform)
+                    for part, uniform in zip(layer.segments, layer.uniform, strict=True)
+                ),
+            )
+            for layer in self.layers
+        )
+
+    def take_over(self, layers: Sequence[LayerKV]) -> None:
+        """Let other layers of the same `form` live where this step reads, whose own are not needed any more.
+
+        What they hold is copied once; from then on they and this step are one.
+        """
+        tables = {id(table): table for table in self.tables}
+        for held, layer in zip(self.layers, layers, strict=True):
+            text = layer.text
+            assert text.keys is not None
+            assert text.values is not None
+            held.keys.copy_(text.keys)
+            held.values.copy_(text.values)
+            text.keys, text.values = held.keys, held.values
+            joined = []
+            for mine, theirs in zip(layer.segments, held.segments, strict=True):
+                for new, old in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                    for source, target in zip(new.tensors(), old.tensors(), strict=True):
+                        if source.data_ptr() != target.data_ptr():
+                            target.copy_(source)
+                taken = dataclasses.replace(mine, keys=theirs.keys, values=theirs.values)
+                for table in tables.values():
+                    if table.segment is theirs:
+                        table.segment = taken
+                joined.append(taken)
+            layer.segments[:] = joined
+            if held.cursor.text is held.layer.text:
+                held.cursor.text = text
+                held.cursor.at = -1
+            held.layer, held.segments = layer, joined
+        self.refresh()
+
+    @property
+    def is_private(self) -> bool:
+        """Whether no copy of the cache shares what its segments store."""
+        return not any(segment.shared for layer in self.layers for segment in layer.segments)
+
+
+def _form(stored: Stored) -> Hashable:
+    def tensor(part: Tensor, *, of_the_model: bool = False) -> Hashable:
+        # What belongs to the model (a calibrated basis) is read where it lies.
+        return tuple(part.shape), part.stride(), part.dtype, part.device, part.data_ptr() if of_the_model else None
+
+    parts: list[Any] = [tensor(stored.data), stored.code]
+    for spec in dataclasses.fields(KeyBasis) if stored.basis is not None else ():
+        value = getattr(stored.basis, spec.name)
+        of_the_model = stored.basis is not None and stored.basis.shared and spec.name in ("A", "B")
+        parts.append(tensor(value, of_the_model=of_the_model) if isinstance(value, Tensor) else value)
+    return tuple(parts)

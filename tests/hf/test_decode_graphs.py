@@ -1,0 +1,282 @@
+import copy
+import gc
+
+import pytest
+import torch
+import ways
+from hosts import Host
+from recorded_graph import RecordedGraph, attend_on_device
+from tiny_models import FAMILIES
+
+from rotatek_cache import RotateKCache, attach, detach
+
+# Decoded step by step in every family, with the reason.
+STEPPED = {"sliding window": ("gemma3", "aya_vision", "cohere2_vision")}
+# For every family; the other ways for one with plain and one with M-RoPE positions.
+WAYS = ("beams", "padded_batch", "second_turn_padded", "second_turn_with_an_image", "forward_loop", "chunked_prefill")
+PAIRS = [
+    (family, name)
+    for family in sorted(FAMILIES)
+    for name in sorted(ways.WAYS)
+    if name in WAYS or family in ("llava", "qwen2_5_vl")
+]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Graphs are recordings, and attention reads tables as kernels do."""
+    monkeypatch.setattr("rotatek_cache.hf.attention.attend", attend_on_device)
+    RecordedGraph.made.clear()
+
+    def graphs_of(model):
+        inner = getattr(model, model.base_model_prefix) if model.base_model_prefix else model
+        held = inner._rotatek.graphs
+        held.new_graph = RecordedGraph
+        held.forget()
+        return held
+
+    return graphs_of
+
+
+def make(**options):
+    return lambda visual_mask=None: RotateKCache(**({"rank": 8} | options), visual_mask=visual_mask)
+
+
+@pytest.mark.parametrize(("host", "name"), PAIRS, indirect=["host"])
+def test_tokens_with_graphs_equal_tokens_without(host: Host, name, recorded):
+    tiny, model = host.tiny, host.attached
+    graphs = recorded(model)
+    way = ways.WAYS[name]
+    try:
+        graphs.limit = 0
+        expected = way(tiny, model, make())
+    except Exception as error:  # noqa: BLE001
+        pytest.skip(f"not possible without graphs either: {type(error).__name__}")
+    finally:
+        graphs.limit = 4
+    try:
+        found = way(tiny, model, make())
+    finally:
+        graphs.new_graph = None
+        graphs.forget()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def replayed() -> int:
+    return sum(graph.replays for graph in RecordedGraph.made)
+
+
+@pytest.fixture
+def model(llava, recorded):
+    copied = copy.deepcopy(llava.attached)
+    recorded(copied)
+    return copied
+
+
+OPTIONS = [
+    {"rank": 8, "key_bits": 4},
+    {"rank": 16, "key_bits": 4, "value_sparsity": 0.5, "value_bits": 4},
+    {"basis": "pca", "rank": 8, "basis_bits": 8},
+    {"sparsity": 0},
+    {"rank": 8, "tokens": "fastv:0.5"},
+    {"rank": 8, "tokens": "look_m:0.5"},
+    {"rank": 8, "tokens": "divprune:0.7"},
+    {"basis": "none", "sparsity": 0, "key_bits": 4},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", ["padded_batch", "beams", "second_turn_padded"])
+def test_any_storage_is_read_from_a_graph(options, name, llava, model):
+    options = {"rank": None} | options
+    graphs = model.model._rotatek.graphs
+    graphs.limit = 0
+    expected = ways.WAYS[name](llava.tiny, model, make(**options))
+    graphs.limit = 4
+    found = ways.WAYS[name](llava.tiny, model, make(**options))
+    assert replayed()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_conversation_is_captured_once_and_again_when_it_outgrows_its_text(llava, model):
+    cache = RotateKCache(rank=8)
+    inputs = ways.padded(llava.tiny)
+    ways.generate(model, inputs, cache, max_new_tokens=20, min_new_tokens=20)
+    assert len(RecordedGraph.made) == 1
+    assert replayed() == 18  # the prompt gives one token, the first step is run as it is
+    assert cache.decoding == "from a captured graph"
+    assert "decode steps are run from a captured graph" in str(cache.report())
+    capacity = cache.layers[0].kv.text.capacity
+    assert 256 <= capacity - cache.layers[0].kv.text.length + 20 <= 340
+    assert cache.nbytes() >= 3 * cache.layers[0].kv.text.keys.nbytes
+    plain = RotateKCache(rank=8, graphs=False)
+    expected = ways.generate(model, inputs, plain, max_new_tokens=340, min_new_tokens=340)
+    assert plain.decoding == "step by step: graphs are switched off"
+    long = RotateKCache(rank=8)
+    found = ways.generate(model, inputs, long, max_new_tokens=340, min_new_tokens=340)
+    assert len(RecordedGraph.made) == 3
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_beams_reorder_without_a_capture_a_step(llava, model):
+    cache = RotateKCache(rank=8)
+    ways.generate(model, ways.padded(llava.tiny), cache, num_beams=3, max_new_tokens=16, output_logits=False)
+    assert len(RecordedGraph.made) <= 2  # rows lie in another order from the first reorder on
+    assert replayed() >= 12
+
+
+def test_a_later_prompt_of_the_same_shapes_takes_the_graph_over(llava, model):
+    inputs = ways.padded(llava.tiny)
+    other = llava.tiny.inputs(llava.tiny.prompt(5, images=(0,)), llava.tiny.prompt(6, images=(1,), text=2, tail=3))
+    for prompt in (inputs, other, inputs):
+        cache = RotateKCache(rank=8)
+        found = ways.generate(model, prompt, cache, max_new_tokens=8)
+        expected = ways.generate(model, prompt, RotateKCache(rank=8, graphs=False), max_new_tokens=8)
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
+        del cache, found
+        gc.collect()
+    assert len(RecordedGraph.made) == 1
+
+
+def test_a_graph_is_not_taken_from_a_cache_that_is_alive_or_whose_copy_is(llava, model):
+    inputs = ways.padded(llava.tiny)
+    first = RotateKCache(rank=8)
+    ways.generate(model, inputs, first)
+    before = first.layers[0].kv.segments[0].keys.data.clone()
+    second = RotateKCache(rank=8)
+    ways.generate(model, inputs, second)
+    assert len(RecordedGraph.made) == 2
+    copied = copy.deepcopy(first)
+    del first
+    gc.collect()
+    third = RotateKCache(rank=16)
+    other = llava.tiny.inputs(llava.tiny.prompt(5, images=(0,)), llava.tiny.prompt(6, images=(1,), text=2, tail=3))
+    ways.generate(model, other, RotateKCache(rank=8))
+    ways.generate(model, other, third)
+    assert torch.equal(copied.layers[0].kv.segments[0].keys.data, before)
+
+
+@pytest.mark.parametrize("change", ["reset", "crop", "select", "repeat", "copy", "dtype", "eager_between"])
+def test_a_stale_graph_is_never_replayed(change, llava, model):
+    def conversation(graphs):
+        torch.manual_seed(0)
+        host = copy.deepcopy(model)
+        recorded = host.model._rotatek.graphs
+        recorded.new_graph = RecordedGraph
+        inputs = ways.padded(llava.tiny)
+        cache = RotateKCache(rank=8, graphs=graphs)
+        output = ways.generate(host, inputs, cache, max_new_tokens=6)
+        rows = torch.arange(2)
+        if change == "reset":
+            cache.reset()
+            inputs = llava.tiny.inputs(
+                llava.tiny.prompt(5, images=(0,)), llava.tiny.prompt(6, images=(1,), text=2, tail=3)
+            )
+            return ways.generate(host, inputs, cache, max_new_tokens=6).sequences
+        sequences, mask = output.sequences, inputs["attention_mask"]
+        if change == "crop":
+            cache.crop(-3)
+            sequences = sequences[:, :-3]
+        elif change == "select":
+            rows = torch.tensor([1])
+            cache.batch_select_indices(rows)
+        elif change == "repeat":
+            rows = torch.tensor([0, 0, 1, 1])
+            cache.batch_repeat_interleave(2)
+        elif change == "copy":
+            cache = copy.deepcopy(cache)
+        elif change == "dtype":
+            host.double()
+            host.float()
+        elif change == "eager_between":
+            hook = host.lm_head.register_forward_hook(lambda *args: None)
+            hook.remove()
+        inputs = {"input_ids": inputs["input_ids"][rows], "attention_mask": mask[rows]}
+        second = ways.follow_up(llava.tiny, inputs, sequences[rows], [7, 8, 9])
+        return ways.generate(host, second, cache, max_new_tokens=6).sequences
+
+    assert torch.equal(conversation(graphs=True), conversation(graphs=False))
+
+
+def test_what_needs_python_is_decoded_step_by_step_with_the_reason(llava, model, caplog):
+    inputs = ways.padded(llava.tiny)
+
+    def reason(**options):
+        cache = RotateKCache(rank=8)
+        ways.generate(model, inputs, cache, **options)
+        return cache.decoding
+
+    assert "hidden states are asked for" in reason(output_hidden_states=True)
+    assert "switched off" in reason(disable_compile=True)
+    heard = []
+    hook = model.model.language_model.layers[0].register_forward_hook(lambda *args: heard.append(1))
+    assert "forward hooks" in reason()
+    assert len(heard) == ways.NEW
+    hook.remove()
+    broken = model.model.language_model.layers[1]
+    forward = broken.forward
+
+    def reads_the_host(hidden, *args, **kwargs):
+        if hidden.shape[1] == 1 and float(hidden.sum()) == 1e30:
+            raise ValueError("a host read")
+        return forward(hidden, *args, **kwargs)
+
+    broken.forward = reads_the_host
+    expected = ways.generate(model, inputs, RotateKCache(rank=8, graphs=False)).sequences
+    cache = RotateKCache(rank=8)
+    with caplog.at_level("WARNING"):
+        found = ways.generate(model, inputs, cache).sequences
+    assert torch.equal(found, expected)
+    assert "capturing a step failed" in cache.decoding
+    assert len([record for record in caplog.records if "without a CUDA graph" in record.message]) == 1
+
+
+def test_a_mask_that_hides_text_is_obeyed(llava, model):
+    inputs = ways.padded(llava.tiny)
+
+    def logits(graphs):
+        cache = RotateKCache(rank=8, graphs=graphs)
+        output = ways.generate(model, inputs, cache)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, ways.NEW), value=1)
+        mask[:, -3] = 0
+        found = []
+        for _ in range(3):
+            positions = (mask.cumsum(1) - 1)[:, -1:]
+            found.append(
+                model(
+                    input_ids=output.sequences[:, -1:],
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                ).logits
+            )
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        return torch.cat(found, 1), cache.decoding
+
+    found, decoding = logits(graphs=True)
+    assert "hides more than padding" in decoding
+    torch.testing.assert_close(found, logits(graphs=False)[0])
+
+
+def test_attached_models_can_be_copied_and_detached(llava, model):
+    assert type(model.model).forward is not model.model.forward
+    detach(copied := copy.deepcopy(model))
+    assert "forward" not in copied.model.__dict__
+    assert attach(copied, graphs=0).model._rotatek.graphs.limit == 0
+
+
+@pytest.mark.parametrize("host", sorted(FAMILIES), indirect=True)
+def test_every_family_is_replayed_or_says_why_not(host, recorded):
+    graphs = recorded(host.attached)
+    cache = RotateKCache(rank=8)
+    try:
+        ways.generate(host.attached, ways.padded(host.tiny), cache, max_new_tokens=8)
+    finally:
+        graphs.new_graph = None
+    reasons = [reason for reason, families in STEPPED.items() if host.tiny.name in families]
+    if reasons:
+        assert reasons[0] in cache.decoding
+    else:
+        assert cache.decoding == "from a captured graph"
