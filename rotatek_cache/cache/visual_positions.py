@@ -42,6 +42,23 @@ class VisualLedger:
         return self.flags[-1][1] if self.flags else 0
 
     @property
+    def expected(self) -> Coming | None:
+        """The whole of a prompt that is being read, where it is known."""
+        return self.coming
+
+    def expect(self, prompt: Coming | None) -> None:
+        """Learn the whole of a prompt that is about to be read; None: nothing is expected any more."""
+        self.coming = prompt
+
+    def begin_prompt(self, ids: Tensor | None) -> None:
+        """Keep the ids ``[B, n]`` of the first forward, where they are known."""
+        self.prompt = ids
+
+    def set_prompt_end(self, length: int) -> None:
+        """Learn where guesses at the answer begin in a forward that brings some."""
+        self.prompt_end = length
+
+    @property
     def informed(self) -> bool:
         """Whether anybody said which positions are visual."""
         return self.given is not None or bool(self.flags)
