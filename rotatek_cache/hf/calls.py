@@ -13,4 +13,4 @@ def _signature(function: Any) -> inspect.Signature:
 def arguments_of(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Name the arguments of a call."""
     given = _signature(function).bind_partial(*args, **kwargs).arguments
-    return {**given, **given.pop("kwargs", {})}
+    return given | given.pop("kwargs", {})
