@@ -152,7 +152,7 @@ def _draw_bars(axes: Any, title: str, costs: Sequence[Cost]) -> None:
     labels = [cost.setting.label for cost in costs]
     axes.set_yticks(range(len(costs)), labels, size=9, color=INK)
     axes.set_ylim(len(costs) - 0.4, -0.6)
-    axes.set_xlim(0, 2.1 * max(cost.nbytes for cost in costs))
+    axes.set_xlim(0, 2.4 * max(cost.nbytes for cost in costs))
     axes.set_xticks([])
     axes.tick_params(length=0)
     for side in ("top", "right", "bottom"):
