@@ -266,7 +266,7 @@ def _show(result: DemoResult, console: Console) -> None:
             f"Time: median decode step of the whole model over {TIMED_ROUNDS} rounds. A sparsity compresses visual "
             "Keys only, so at most half of the cache is saved; coded, visual Values are compressed too "
             f"({', '.join(f'{name}={value!r}' for name, value in (CODED.options or {}).items())})"
-            + (", and saves half as much against a dense cache of 16 bits." if result.dtype == "float32" else "."),
+            + (". In 16 bits the dense cache would be half as large." if result.dtype == "float32" else "."),
             style="dim",
         )
     )
