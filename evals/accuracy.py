@@ -40,7 +40,7 @@ from evals.store import write_json
 from evals.tasks import Sample, SampleError, Task, TaskError, load_task, task_names
 from rotatek_cache import RotateKCache
 from rotatek_cache.hf.cache import storage_bytes
-from rotatek_lmms_eval.chat import Chat, ChatError
+from rotatek_cache.hf.chat import Chat, InputError
 
 READER = Path(__file__).parent.parent / "rotatek_cache" / "reader"
 
@@ -428,7 +428,7 @@ def main() -> None:
     try:
         settings, folder, device = parse()
         result = run(settings, folder, device)
-    except (RunError, TaskError, ChatError, MetricError) as error:
+    except (RunError, TaskError, InputError, MetricError) as error:
         raise SystemExit(f"error: {error}") from error
     if result:
         print_table(result)

@@ -39,7 +39,7 @@ from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.codecs.registry import BASES
 from rotatek_cache.core.fitting import KeyStatistics, key_moments, matrix_roots, principal_directions
-from rotatek_lmms_eval.chat import Chat, ChatError
+from rotatek_cache.hf.chat import Chat, InputError
 
 SHARES = (0.9, 0.99, 0.999)
 ANGLE_RANKS = (4, 8, 16, 32)
@@ -380,7 +380,7 @@ def main() -> None:
         task = load_task(args.task, args.options)
         chat = Chat.load(str(args.model), dtype=torch.float32, device=args.device)
         heard = listen_to(chat, task, sample_order(task, args.samples, args.seed), args.ranks)
-    except (TaskError, ChatError) as error:
+    except (TaskError, InputError) as error:
         raise SystemExit(f"error: {error}") from error
     with torch.inference_mode():
         result: dict[str, Any] = {

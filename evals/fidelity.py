@@ -56,9 +56,9 @@ from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.calibration.images import find_images
-from rotatek_cache.cli.demo import READER, DemoError, Reader, open_page
 from rotatek_cache.core.attention import causal_mask
 from rotatek_cache.hf.cache import RotateKLayer, storage_bytes
+from rotatek_cache.hf.chat import READER, Chat, InputError, open_image
 
 METHODS = Path(__file__).parent / "fidelity.yaml"
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}
@@ -155,20 +155,20 @@ def _conversation(tokenizer: Any, first: Question, second: Question) -> tuple[li
     return [t for part, _ in parts for t in part], [mark for part, mark in parts for _ in part]
 
 
-def converse(reader: Reader, path: Path, questions: Sequence[str], most: int) -> Batch:
+def converse(chat: Chat, path: Path, questions: Sequence[str], most: int) -> Batch:
     """Ask two questions about the image at `path`; the dense cache's greedy answers, of at most `most` tokens."""
     first, second = questions
-    prompt = reader.prompt(open_page(path).image, first)
+    prompt = chat.prompt([open_image(path)], first)
     ids = prompt["input_ids"]
-    cache = DynamicCache(config=reader.model.config.get_text_config(decoder=True))
+    cache = DynamicCache(config=chat.model.config.get_text_config(decoder=True))
     options = {"past_key_values": cache, "max_new_tokens": most, "do_sample": False, "num_beams": 1}
-    answered = reader.model.generate(**prompt, **options)
-    text = reader.processor.tokenizer.decode(answered[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    more = reader.second_turn(first, text, second)
-    if more is None:
-        more = reader.processor.tokenizer(second, add_special_tokens=False)["input_ids"]
+    answered = chat.model.generate(**prompt, **options)
+    try:
+        more = chat.follow_up(second)
+    except InputError:  # the processor's chat template has no later turns, or there is none
+        more = chat.processor.tokenizer(second, add_special_tokens=False)["input_ids"]
     asked = torch.cat([answered, torch.tensor([more], device=ids.device)], 1)
-    again = reader.model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), **options)
+    again = chat.model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), **options)
     rest = again[:, ids.shape[1] :]
     answer = torch.zeros_like(rest)
     answer[:, : answered.shape[1] - ids.shape[1]] = 1
@@ -288,9 +288,9 @@ def bootstrap(losses: np.ndarray, seed: int = 0, rounds: int = 4000) -> tuple[fl
 
 
 @functools.cache
-def load(name: str | None) -> Reader:
+def load(name: str | None) -> Chat:
     """The attached model with its processor, once per process."""
-    return Reader.load(name)
+    return Chat.load(name, template_needed=False)
 
 
 def score_part(
@@ -298,14 +298,14 @@ def score_part(
 ) -> dict[str, Scores]:
     """Score every method on one batch: drawn pages by their seeds, or one image by its path."""
     torch.set_num_threads(args.threads)
-    reader = load(args.model)
-    model = reader.model
+    chat = load(args.model)
+    model = chat.model
     scores = {name: Scores() for name in methods}
     with torch.inference_mode():
         if args.images is None:
-            batch = make_batch(reader.processor, part, args.level, ADDRESS_KINDS)
+            batch = make_batch(chat.processor, part, args.level, ADDRESS_KINDS)
         else:
-            batch = converse(reader, part[0], args.question, args.max_new_tokens)
+            batch = converse(chat, part[0], args.question, args.max_new_tokens)
         recorder = RecordingCache()
         prefill = model(**batch.prompt, position_ids=batch.positions()[0], past_key_values=recorder, use_cache=True)
         first_logits = prefill.logits[:, -1]
@@ -475,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--model, --question and --basis need --images: drawn pages are the shipped reader's")
     try:
         result = run(args)
-    except (DemoError, OSError, TypeError, ValueError) as error:
+    except (InputError, OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     drawn = {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": args.pages}
     asked = {"images": str(args.images), "questions": args.question, "skip": args.skip, "most": args.pages}

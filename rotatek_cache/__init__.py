@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from rotatek_cache.core.attention import attend, merge_state
     from rotatek_cache.core.basis import KeyBasis
     from rotatek_cache.core.segments import SegmentView
-    from rotatek_cache.hf.attach import attach, detach, families
+    from rotatek_cache.hf.attach import attach, detach
     from rotatek_cache.hf.cache import RotateKCache
+    from rotatek_cache.hf.families import families
     from rotatek_cache.options import FitOptions
     from rotatek_cache.token_pruning.methods.aircache import AirCache
     from rotatek_cache.token_pruning.methods.divprune import DivPrune
@@ -57,7 +58,7 @@ _HOMES = {
     "attach": "hf.attach",
     "attend": "core.attention",
     "detach": "hf.attach",
-    "families": "hf.attach",
+    "families": "hf.families",
     "merge_state": "core.attention",
 }
 

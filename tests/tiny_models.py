@@ -73,6 +73,11 @@ class Tiny:
     video: Callable[[int, torch.Generator], tuple[list[int], Any]] | None = None
     collate_video: Callable[[list[list[Any]]], dict[str, Tensor]] | None = None
 
+    @property
+    def model_type(self) -> str:
+        """The family's name in the library's table."""
+        return str(self.config().model_type)
+
     def build(self) -> PreTrainedModel:
         """The model with seeded weights, in eval mode, on the stock attention of transformers."""
         config = self.config()
@@ -176,6 +181,11 @@ def _stack(rows: list[list[Tensor]]) -> dict[str, Tensor]:
     return {"pixel_values": torch.cat([image for row in rows for image in row])}
 
 
+def _stack_tiles(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    """PerceptionLM: ``[images, tiles, 3, H, W]``."""
+    return {"pixel_values": torch.stack([image for row in rows for image in row])}
+
+
 def _by_row(rows: list[list[Tensor]]) -> dict[str, Tensor]:
     """Idefics: ``[B, images, 3, H, W]``, absent images zero."""
     side = next(image for row in rows for image in row).shape[-1]
@@ -272,6 +282,15 @@ def _anyres_collate(rows: list[list[Any]]) -> dict[str, Tensor]:
     most = max(len(tiles) for tiles, _ in images)
     pixels = torch.stack([torch.cat([t, torch.zeros(most - len(t), *t.shape[1:])]) for t, _ in images])
     return {"pixel_values": pixels, "image_sizes": torch.tensor([size for _, size in images])}
+
+
+def _frames(number: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
+    """PerceptionLM: a video ``[2, 3, 32, 32]`` of 64 placeholders a frame."""
+    return [VIDEO] * 128, _pixels(2, 3, 32, 32, generator=generator)
+
+
+def _stack_frames(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    return {"pixel_values_videos": torch.stack([video for row in rows for video in row])}
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
@@ -485,6 +504,23 @@ FAMILIES: dict[str, Tiny] = {
             _stack,
             token_types="token_type_ids",
             image_first=True,
+        ),
+        Tiny(
+            "perception_lm",
+            lambda: _config(
+                "perception_lm",
+                "llama",
+                "siglip_vision_model",  # its own, of the library timm, is not installed for the tests
+                vision={"image_size": 32, "patch_size": 2, "vision_use_head": False, "model_args": {"embed_dim": 32}},
+                vision_use_cls_token=False,
+                projector_pooling_ratio=2,
+                image_token_id=IMAGE,
+                video_token_id=VIDEO,
+            ),
+            _square(64, 32),
+            _stack_tiles,
+            video=_frames,
+            collate_video=_stack_frames,
         ),
         Tiny("vipllava", _llava("vipllava", vision_feature_layer=[-2, -1]), _square(64, 32), _stack),
         Tiny(

@@ -53,7 +53,7 @@ from evals.bench.workload import (
 from evals.fidelity import natural, positive
 from evals.store import rounded, write_json
 from rotatek_cache import RotateKCache
-from rotatek_lmms_eval.chat import ChatError, check_device
+from rotatek_cache.hf.chat import InputError, check_device
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
 METHODS = Path(__file__).parent / "latency.yaml"
@@ -285,7 +285,7 @@ def parse() -> argparse.Namespace:
         check_device(args.device)
         args.methods = read_methods(args.methods, args.only)
         args.pictures = [Image.open(path).convert("RGB") for path in args.images or []]
-    except (ChatError, MethodsError, OSError) as error:
+    except (InputError, MethodsError, OSError) as error:
         parser.error(str(error))
     if args.largest and not args.device.startswith("cuda"):
         parser.error(f"--largest looks for the end of a GPU's memory; --device is '{args.device}'")

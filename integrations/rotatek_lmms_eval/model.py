@@ -22,14 +22,14 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache
 
 from rotatek_cache import RotateKCache
-from rotatek_lmms_eval.chat import Chat
+from rotatek_cache.hf.chat import Chat
 
 # What tasks give to `generate`; the rest of their settings is about other ways of answering.
 PASSED = ("temperature", "top_p", "num_beams", "do_sample")
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval's entry point asks for."""
+    """Name the model to lmms-eval's entry point."""
     return ModelManifest("rotatek", chat_class_path=f"{__name__}.RotateK")
 
 
@@ -137,7 +137,7 @@ class RotateK(lmms):
                 ]
                 given = dict(settings[0])
                 batch = self.chat.begin_with(
-                    messages,
+                    self.chat.inputs(messages),
                     self._new_cache(),
                     max_new_tokens=int(given.get("max_new_tokens", self.max_new_tokens)),
                     **_sampling(given),
@@ -150,16 +150,16 @@ class RotateK(lmms):
         return ordered.get_original(answers)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Refused."""
+        """Refuse them: the model generates."""
         raise NotImplementedError("the model 'rotatek' generates; tasks with log-likelihoods need another model")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Refused."""
+        """Refuse them: the model answers single questions."""
         raise NotImplementedError("the model 'rotatek' answers single questions; tasks of several rounds are not run")
 
 
 def _names(function: Any) -> list[str]:
-    """Of the arguments that it takes by name."""
+    """List the arguments that `function` takes by name."""
     parameters = inspect.signature(function).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind != inspect.Parameter.VAR_KEYWORD]
 
@@ -169,7 +169,7 @@ CACHE_OPTIONS = _names(RotateKCache)
 
 
 def _sampling(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate`; greedy at temperature 0, which tasks set together with arguments of sampling."""
+    """Choose arguments of `generate`; greedy at temperature 0, which tasks set together with arguments of sampling."""
     chosen = {name: given[name] for name in PASSED if given.get(name) is not None}
     if chosen.get("do_sample", True) and chosen.get("temperature", 0) > 0:
         return chosen | {"do_sample": True}
@@ -177,7 +177,7 @@ def _sampling(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _until(answer: str, ends: str | Sequence[str] | None) -> str:
-    """The answer up to the first of the texts that end it."""
+    """Cut the answer at the first of the texts that end it."""
     for end in [ends] if isinstance(ends, str) else ends or []:
         answer = answer.split(end, maxsplit=1)[0]
     return answer.strip()

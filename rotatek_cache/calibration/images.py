@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
-from rotatek_cache.cli.demo import DemoError, Reader, open_page
+from rotatek_cache.hf.chat import Chat, InputError, open_image
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -34,7 +34,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Image.Image:
-        """The image; a DemoError where it cannot be read."""
+        """The image; an InputError where it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int, /) -> Image.Image:
-        return open_page(self.paths[index]).image
+        return open_image(self.paths[index])
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DatasetImages:
             image = self.rows[index][self.column]
             image.load()
         except (OSError, ValueError, SyntaxError, AttributeError, Image.DecompressionBombError) as error:
-            raise DemoError(f"row {index} of the dataset holds no readable image: {error}") from error
+            raise InputError(f"row {index} of the dataset holds no readable image: {error}") from error
         converted: Image.Image = image.convert("RGB")
         return converted
 
@@ -85,10 +85,10 @@ class DatasetImages:
 def find_images(folder: Path) -> list[Path]:
     """Image files below `folder`, in the order of their names."""
     if not folder.is_dir():
-        raise DemoError(f"--images must be a folder, got '{folder}'")
+        raise InputError(f"--images must be a folder, got '{folder}'")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise DemoError(f"no image below '{folder}' (looked for {', '.join(sorted(SUFFIXES))})")
+        raise InputError(f"no image below '{folder}' (looked for {', '.join(sorted(SUFFIXES))})")
     return found
 
 
@@ -105,11 +105,11 @@ def open_images(source: str, split: str = "train", most: int | None = None) -> I
     if folder.is_dir() and not saved:
         return ImageFiles(folder, find_images(folder)[:most])
     if not saved and (source.startswith((".", "/", "~")) or source.count("/") not in (1, 2)):
-        raise DemoError(f"--images must be a folder, or a dataset as owner/name, got '{source}'")
+        raise InputError(f"--images must be a folder, or a dataset as owner/name, got '{source}'")
     try:
         import datasets  # noqa: PLC0415 (an extra; folders need none)
     except ImportError:
-        raise DemoError(
+        raise InputError(
             f"--images '{source}' is no folder, and datasets need `pip install datasets` (part of the extra `evals`)"
         ) from None
     owner, *rest = source.split("/")
@@ -119,17 +119,17 @@ def open_images(source: str, split: str = "train", most: int | None = None) -> I
         if isinstance(rows, datasets.DatasetDict):
             rows = rows[split]
     except KeyError:
-        raise DemoError(f"--split must be one of {', '.join(rows)}, got '{split}'") from None
+        raise InputError(f"--split must be one of {', '.join(rows)}, got '{split}'") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise DemoError(f"--images '{source}' is neither a folder nor a dataset that can be read: {error}") from error
+        raise InputError(f"--images '{source}' is neither a folder nor a dataset that can be read: {error}") from error
     columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise DemoError(f"dataset '{source}' has no image column, only {', '.join(rows.column_names)}")
+        raise InputError(f"dataset '{source}' has no image column, only {', '.join(rows.column_names)}")
     return DatasetImages(rows if most is None else rows.take(min(most, len(rows))), columns[0])
 
 
-def calibrate_reader(
-    reader: Reader,
+def calibrate_images(
+    chat: Chat,
     images: Images,
     questions: Sequence[str],
     out: Path,
@@ -144,7 +144,7 @@ def calibrate_reader(
     The state is saved beside it every `save_every` images, and taken up again; it goes when the basis is written.
 
     Args:
-        reader: the attached model.
+        chat: the attached model.
         images: one that cannot be read is skipped and counted.
         questions: at least one.
         out: the basis file.
@@ -153,32 +153,32 @@ def calibrate_reader(
         advance: called with the number of images done.
 
     Raises:
-        DemoError: the saved state cannot be used, or no image gave a visual token.
+        InputError: the saved state cannot be used, or no image gave a visual token.
     """
-    mark = fingerprint(reader.model)
+    mark = fingerprint(chat.model)
     saved = out.with_name(out.name + ".state")
     try:
         source = f"{images.description}; asked {json.dumps(list(questions))}"
         if saved.exists():
             state = _resumed(saved, mark, source)
         else:
-            state = Calibration(mark, reader.model.config.model_type, source)
+            state = Calibration(mark, chat.model.config.model_type, source)
             state.save(saved)  # before the work: where this fails, the basis could not be written either
         for number in range(state.images + state.skipped, len(images)):
             try:
                 image = images[number]
-            except DemoError:
+            except InputError:
                 state.skipped += 1
             else:
-                calibrate(reader.model, [reader.prompt(image, questions[number % len(questions)])], state)
+                calibrate(chat.model, [chat.prompt([image], questions[number % len(questions)])], state)
             if (number + 1) % save_every == 0:
                 state.save(saved)
             advance(number + 1)
         state.write_basis(out, source=source, method=method, value_method=value_method)
     except ValueError as error:
-        raise DemoError(str(error)) from error
+        raise InputError(str(error)) from error
     except OSError as error:
-        raise DemoError(f"'{out}' cannot be written: {error}") from error
+        raise InputError(f"'{out}' cannot be written: {error}") from error
     saved.unlink(missing_ok=True)
     return Calibrated(state.images, state.skipped)
 

@@ -1,5 +1,6 @@
 """The console command `rotatek`: arguments, progress and tables around `demo`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -9,28 +10,33 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from transformers.utils.logging import disable_progress_bar
 
 from rotatek_cache import FitOptions, __version__
-from rotatek_cache.calibration.images import calibrate_reader, open_images
+from rotatek_cache.calibration.images import calibrate_images, open_images
 from rotatek_cache.calibration.moments import METHODS, VALUE_METHODS
 from rotatek_cache.cli.demo import (
     ANY_QUESTION,
+    CODED,
+    LONG_PROMPT,
     READER_PAGE,
     READER_QUESTIONS,
     SPARSITIES,
     TIMED_ROUNDS,
     TIMED_TOKENS,
     Answer,
-    DemoError,
+    Cost,
     DemoResult,
     Page,
     Question,
-    Reader,
+    Setting,
+    comparison,
     open_page,
     run,
     steps,
 )
 from rotatek_cache.cli.demo_figure import draw
+from rotatek_cache.hf.chat import Chat, InputError
 
 app = typer.Typer(
     help="RotateK: a KV cache for vision-language models that keeps visual Keys as a few coefficients.",
@@ -76,36 +82,46 @@ def demo(
     timed_tokens: Annotated[
         int, typer.Option(min=3, help="Tokens that the runs generate in which time and bytes are measured.")
     ] = TIMED_TOKENS,
+    long_prompt: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Visual tokens of a prompt that repeats the image, to measure bytes and time once more; 0 for none.",
+        ),
+    ] = LONG_PROMPT,
     device: Annotated[str, typer.Option(help="Device of torch; auto takes CUDA where there is one.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Dtype of torch for the weights; auto takes the checkpoint's.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo_output"),
 ) -> None:
-    """Ask a model about an image, with the dense cache and with RotateKCache at several sparsities.
+    """Ask a model about an image, with the dense cache and with RotateKCache: several sparsities, and codes.
 
-    Prints answers, bytes of the cache and time per token, and draws them into a PNG. Where the true answers are known
+    Prints answers, bytes of the cache and time per token, and draws them into a PNG. Bytes and time are measured again
+    with a long prompt, which holds the image many times. Where the true answers are known
     (from a pages.json beside the image) answers are right or wrong; otherwise they are compared with the dense cache's.
     """
     try:
-        sparsities = _sparsities(sparsity)
+        settings = [*_settings(sparsity), CODED]
         page = open_page(READER_PAGE if image is None else image)
         questions = _questions(page, question, shipped_reader=model is None)
         console = Console()
         with err.status("loading the model"):
-            reader = Reader.load(model, device=device, dtype=dtype)
+            chat = _load(model, device, dtype)
         with _progress() as progress:
-            task = progress.add_task("", total=steps(len(questions), len(sparsities)))
+            total = steps(len(questions), len(settings), long_prompt=bool(long_prompt))
+            task = progress.add_task("", total=total)
 
             def advance(what: str) -> None:
                 progress.update(task, description=escape(what[:40]))
                 progress.advance(task)
 
             result = run(
-                reader,
+                chat,
                 page,
                 questions,
-                sparsities=sparsities,
+                settings=settings,
                 max_new_tokens=max_new_tokens,
                 timed_tokens=timed_tokens,
+                long_prompt=long_prompt,
                 advance=advance,
             )
         _show(result, console)
@@ -114,9 +130,9 @@ def demo(
             picture = out / f"{page.path.stem}.png"
             draw(result, picture)
         except OSError as error:
-            raise DemoError(f"the picture cannot be written to '{out}': {error}") from error
+            raise InputError(f"the picture cannot be written to '{out}': {error}") from error
         console.print(f"\npicture: {picture}", soft_wrap=True, highlight=False)
-    except DemoError as error:
+    except InputError as error:
         _fail(str(error))
 
 
@@ -155,11 +171,11 @@ def calibrate(
         _check_calibration(out, method, value_method, question or [])
         found = open_images(images, split, most)
         with err.status("loading the model"):
-            reader = Reader.load(model, device=device, dtype=dtype)
+            chat = _load(model, device, dtype)
         with _progress() as progress:
             task = progress.add_task("calibrating", total=len(found))
-            calibrated = calibrate_reader(
-                reader,
+            calibrated = calibrate_images(
+                chat,
                 found,
                 question or list(READER_QUESTIONS if model is None else (ANY_QUESTION,)),
                 out,
@@ -172,19 +188,19 @@ def calibrate(
             Text(f"{out}: {out.stat().st_size:,} bytes from {calibrated.images} images ({calibrated.skipped} skipped)"),
             soft_wrap=True,
         )
-    except DemoError as error:
+    except InputError as error:
         _fail(str(error))
 
 
 def _check_calibration(out: Path, method: str, value_method: str, questions: list[str]) -> None:
     if not all(text.strip() for text in questions):
-        raise DemoError("--question must not be empty: a cache seals an image once text follows it")
+        raise InputError("--question must not be empty: a cache seals an image once text follows it")
     if out.suffix != ".safetensors":
-        raise DemoError(f"--out must end in .safetensors, got '{out}'")
+        raise InputError(f"--out must end in .safetensors, got '{out}'")
     if method not in METHODS:
-        raise DemoError(f"--method must be one of {', '.join(METHODS)}, got '{method}'")
+        raise InputError(f"--method must be one of {', '.join(METHODS)}, got '{method}'")
     if value_method not in VALUE_METHODS:
-        raise DemoError(f"--value-method must be one of {', '.join(VALUE_METHODS)}, got '{value_method}'")
+        raise InputError(f"--value-method must be one of {', '.join(VALUE_METHODS)}, got '{value_method}'")
 
 
 def _fail(message: str) -> NoReturn:
@@ -192,14 +208,19 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _sparsities(given: list[float] | None) -> list[float]:
+def _load(model: str | None, device: str, dtype: str) -> Chat:
+    disable_progress_bar()
+    return Chat.load(model, device=device, dtype=dtype, template_needed=False)
+
+
+def _settings(given: list[float] | None) -> list[Setting]:
     sparsities = list(dict.fromkeys(given or SPARSITIES))
     for value in sparsities:
         try:
             FitOptions(sparsity=value)
         except ValueError as error:
-            raise DemoError(str(error)) from error
-    return sparsities
+            raise InputError(str(error)) from error
+    return [Setting.of_sparsity(value) for value in sparsities]
 
 
 def _questions(page: Page, given: list[str] | None, *, shipped_reader: bool) -> list[Question]:
@@ -226,19 +247,33 @@ def _show(result: DemoResult, console: Console) -> None:
     console.print(_answers_table(result))
     console.print()
     console.print(_cache_table(result))
-    tokens = result.dense.tokens
+    if result.long_prompt is not None:
+        many = result.long_prompt
+        console.print()
+        console.print(
+            Text(
+                f"A longer prompt: the image {many.copies} times, {many.visual_tokens} visual tokens. "
+                f"Bytes and time only: {_no_answers(result)}"
+            ),
+            soft_wrap=True,
+        )
+        console.print(_cost_table(many.costs))
     console.print(
         Text(
-            f"Bytes: storage of all tensors that the cache holds at {tokens} tokens, room for coming text included. "
-            f"Time: median decode step of the whole model over {TIMED_ROUNDS} rounds. Only visual Keys are compressed; "
-            "Values and text Keys stay dense, so at most half of the cache can be saved.",
+            f"Bytes: storage of all tensors that the cache holds at {result.dense.tokens} tokens"
+            + (f", {result.long_prompt.dense.tokens} in the longer prompt" if result.long_prompt else "")
+            + ", space reserved for coming text included. "
+            f"Time: median decode step of the whole model over {TIMED_ROUNDS} rounds. A sparsity compresses visual "
+            "Keys only, so at most half of the cache is saved; coded, visual Values are compressed too "
+            f"({', '.join(f'{name}={value!r}' for name, value in (CODED.options or {}).items())})"
+            + (". In 16 bits the dense cache would be half as large." if result.dtype == "float32" else "."),
             style="dim",
         )
     )
     for even in result.break_even():
         text = "never saves bytes" if even.tokens is None else f"saves bytes from {even.tokens} visual tokens on"
         console.print(Text(f"sparsity {even.sparsity:g} {text} (shorter segments stay dense)", style="dim"))
-    shown = next((m for m in result.compressed if m.setting.sparsity == 0.75), result.compressed[-1])
+    shown = result.compressed[-1]
     console.print()
     console.print(Text(str(shown.report)), soft_wrap=True)
 
@@ -248,7 +283,7 @@ def _short(path: Path) -> Path:
 
 
 def _answers_table(result: DemoResult) -> Table:
-    """Questions with the distinct answers to each and the settings that gave them."""
+    """Lay out the questions with the distinct answers to each and the settings that gave them."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("question", "answer", "", "given by (sparsity)"):
         table.add_column(column)
@@ -274,7 +309,7 @@ def _answers_table(result: DemoResult) -> Table:
 
 
 def _verdict(members: list[tuple[str, Answer]]) -> Text:
-    """What to say of an answer that these settings gave."""
+    """Judge an answer that these settings gave."""
     answer = members[0][1]
     if answer.right is not None:
         return Text("right", style="green") if answer.right else Text("wrong", style="red")
@@ -283,21 +318,44 @@ def _verdict(members: list[tuple[str, Answer]]) -> Text:
     return Text("as dense", style="green") if answer.same else Text("differs", style="red")
 
 
-def _cache_table(result: DemoResult) -> Table:
+def _no_answers(result: DemoResult) -> str:
+    if result.is_shipped_reader:
+        return "the reader was trained on one page a prompt, so its answers would say nothing."
+    return "answers to the same image many times over would say little."
+
+
+def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("cache", no_wrap=True)
-    for column in ("bytes", "against dense", "ms/token", "right", "as dense"):
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _costs(cost: Cost, dense: Cost) -> list[str]:
+    name = "dense (DynamicCache)" if cost.setting.is_dense else f"RotateKCache, {cost.setting.label}"
+    compared = "-" if cost.setting.is_dense else comparison(dense, cost)
+    return [name, f"{cost.nbytes:,}", compared, f"{cost.ms_per_token:.2f}"]
+
+
+def _cost_table(costs: Sequence[Cost]) -> Table:
+    """Lay out bytes and time; `costs` begin with the dense cache's."""
+    table = _table("bytes", "against dense", "ms/token", "speed")
+    for cost in costs:
+        speed = "-" if cost.setting.is_dense else f"{costs[0].ms_per_token / cost.ms_per_token:.2f}x"
+        table.add_row(*_costs(cost, costs[0]), speed)
+    return table
+
+
+def _cache_table(result: DemoResult) -> Table:
+    """Lay out bytes, time and how many answers are right or as the dense cache's."""
+    table = _table("bytes", "against dense", "ms/token", "right", "as dense")
     for m in result.measurements:
         answers = [*m.answers, *([m.follow_up] if m.follow_up is not None else [])]
         known = [a for a in answers if a.right is not None]
-        is_dense = m.setting.sparsity is None
         table.add_row(
-            "dense (DynamicCache)" if is_dense else f"RotateKCache, {m.setting.label}",
-            f"{m.nbytes:,}",
-            "-" if is_dense else result.comparison(m),
-            f"{m.ms_per_token:.2f}",
+            *_costs(m, result.dense),
             f"{sum(bool(a.right) for a in known)} of {len(known)}" if known else "unknown",
-            "-" if is_dense else f"{sum(a.same for a in answers)} of {len(answers)}",
+            "-" if m.setting.is_dense else f"{sum(a.same for a in answers)} of {len(answers)}",
         )
     return table

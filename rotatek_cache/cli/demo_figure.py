@@ -1,18 +1,20 @@
 """The picture of a demo: the image, who answered what, and what each cache cost."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rotatek_cache.cli.demo import Answer, DemoResult, Measurement
+from rotatek_cache.cli.demo import Answer, Cost, DemoResult, Measurement, comparison
 from rotatek_cache.report import readable_bytes
 
 INK, FAINT, GRID = "#1c2430", "#6b7684", "#d8dde3"
 GOOD, BAD, DENSE, ROTATED = "#1b7f4b", "#c0362c", "#8a94a1", "#2f6fb0"
 LINE = 0.21  # inches per line of text
+LABELS = 0.075  # share of the width that the names of the caches take, left of each group of bars
 MARK_WIDTH = 0.085  # share of the answers' width that one setting's marks take
 
 
@@ -21,7 +23,7 @@ def draw(result: DemoResult, path: Path) -> None:
     rows = _rows(result)
     lines = sum(max(len(left), 1 + len(right)) for left, right, _ in rows) + 0.6 * len(rows)
     top = max(4.0, LINE * (lines + 2.5))
-    bottom = 0.42 * len(result.measurements) + 0.9
+    bottom = 0.36 * len(result.measurements) + 1.15
     height = top + bottom + 0.75
     figure = Figure(figsize=(13, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
@@ -38,8 +40,16 @@ def draw(result: DemoResult, path: Path) -> None:
     left = 0.025 + side / 13 + 0.03
     answers = figure.add_axes((left, bottom_edge, 0.985 - left, top_edge - bottom_edge))
     _draw_answers(answers, result, rows, top - 0.05)
-    bars = figure.add_axes((0.175, 0.52 / height, 0.8, (bottom - 0.9) / height))
-    _draw_bars(bars, result)
+    parts: list[tuple[str, Sequence[Cost]]] = [
+        (f"One image: {result.visual_tokens} visual tokens", result.measurements)
+    ]
+    if result.long_prompt is not None:
+        many = result.long_prompt
+        parts.append((f"The image {many.copies} times: {many.visual_tokens} visual tokens, not answered", many.costs))
+    for number, (title, costs) in enumerate(parts):
+        width = 0.97 / len(parts)
+        place = (0.02 + number * width + LABELS, 0.42 / height, width - LABELS - 0.02, (bottom - 1.15) / height)
+        _draw_bars(figure.add_axes(place), title, costs)
     figure.savefig(path)
 
 
@@ -58,7 +68,7 @@ Row = tuple[list[str], list[tuple[str, str]], list[Answer | None]]
 
 
 def _rows(result: DemoResult) -> list[Row]:
-    """For each question: its lines, what was answered (text, colour), and the answer of each setting."""
+    """List for each question its lines, those of the answers (text, colour), and the answer of each setting."""
     columns: list[tuple[str, list[Answer | None]]] = [
         (answer.question.text, [m.answers[index] for m in result.measurements])
         for index, answer in enumerate(result.dense.answers)
@@ -75,20 +85,20 @@ def _rows(result: DemoResult) -> list[Row]:
 
 
 def _characters(result: DemoResult) -> int:
-    """Characters that fit left of the marks."""
-    return int(96 * (1 - MARK_WIDTH * len(result.measurements)))
+    """Count the characters that fit left of the marks."""
+    return int(94 * (1 - MARK_WIDTH * len(result.measurements)))
 
 
 def _answer_lines(given: list[tuple[Measurement, Answer]], wide: int) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     truth = given[0][1].question.truth
-    said: dict[str, list[str]] = {}
+    given_by: dict[str, list[str]] = {}
     for m, answer in given:
-        said.setdefault(" ".join(answer.text.split()) or "(nothing)", []).append(m.setting.label)
+        given_by.setdefault(" ".join(answer.text.split()) or "(nothing)", []).append(m.setting.label)
     if truth is not None:
         lines += [(line, GOOD) for line in textwrap.wrap(truth, wide)]
-        said.pop(" ".join(truth.split()), None)
-    for text, labels in said.items():
+        given_by.pop(" ".join(truth.split()), None)
+    for text, labels in given_by.items():
         who = "all" if len(labels) == len(given) else ", ".join(labels)
         prefix = "" if truth is None and "dense" in labels else f"{who}: "
         colour = INK if truth is None and "dense" in labels else BAD
@@ -106,18 +116,18 @@ def _draw_answers(axes: Any, result: DemoResult, rows: list[Row], inches: float)
     known = any(a is not None and a.right is not None for _, _, answers in rows for a in answers)
     axes.text(0, y, "question and true answer" if known else "question and dense answer", size=9, color=FAINT)
     middle = (places[min(1, count - 1)] + places[-1]) / 2
-    axes.text(middle, y - 0.85 * LINE, "RotateKCache, sparsity", size=9, color=FAINT, ha="center")
+    axes.text(middle, y - 0.85 * LINE, "RotateKCache: sparsity, or coded", size=9, color=FAINT, ha="center")
     for place, m in zip(places, result.measurements, strict=True):
         axes.text(place, y, m.setting.label, size=9.5, weight="bold", color=INK, ha="center")
     y += 0.4 * LINE
-    for question, said, answers in rows:
+    for question, answer_lines, answers in rows:
         axes.plot([0, 1], [y, y], color=GRID, lw=0.8)
         y += LINE
         first = y
         for line in question:
             axes.text(0, y, line, size=10.5, weight="bold", color=INK)
             y += LINE
-        for line, colour in said:
+        for line, colour in answer_lines:
             axes.text(0.012, y, line, size=9.5, color=colour)
             y += LINE
         for place, answer in zip(places, answers, strict=True):
@@ -128,27 +138,27 @@ def _draw_answers(axes: Any, result: DemoResult, rows: list[Row], inches: float)
         y -= 0.4 * LINE
 
 
-def _draw_bars(axes: Any, result: DemoResult) -> None:
-    measured = result.measurements
-    largest = max(m.nbytes for m in measured)
-    for index, m in enumerate(measured):
-        axes.barh(index, m.nbytes, height=0.62, color=DENSE if m.setting.sparsity is None else ROTATED)
-        text = f"{readable_bytes(m.nbytes)}   {result.comparison(m)}   {m.ms_per_token:.2f} ms per token"
-        if m.setting.sparsity is None:
-            text = f"{readable_bytes(m.nbytes)}   {m.ms_per_token:.2f} ms per token"
-        axes.text(m.nbytes + 0.01 * largest, index, text, va="center", size=9.5, color=INK)
-    labels = ["dense (DynamicCache)" if m.setting.sparsity is None else f"sparsity {m.setting.label}" for m in measured]
-    axes.set_yticks(range(len(measured)), labels, size=9.5, color=INK)
-    axes.set_ylim(len(measured) - 0.4, -0.6)
-    axes.set_xlim(0, 1.42 * largest)
+def _draw_bars(axes: Any, title: str, costs: Sequence[Cost]) -> None:
+    """Draw the bytes of each cache, the dense one's first, with its time beside them."""
+    dense = costs[0]
+    for index, cost in enumerate(costs):
+        axes.barh(index, cost.nbytes, height=0.62, color=DENSE if cost.setting.is_dense else ROTATED)
+        parts = [readable_bytes(cost.nbytes), f"{cost.ms_per_token:.1f} ms per token"]
+        if not cost.setting.is_dense:
+            parts.insert(1, comparison(dense, cost))
+            speed = dense.ms_per_token / cost.ms_per_token
+            parts[-1] += f" ({speed:.1f}x as fast)" if speed >= 1.05 else ""
+        axes.text(cost.nbytes + 0.01 * dense.nbytes, index, "   ".join(parts), va="center", size=9, color=INK)
+    labels = [cost.setting.label for cost in costs]
+    axes.set_yticks(range(len(costs)), labels, size=9, color=INK)
+    axes.set_ylim(len(costs) - 0.4, -0.6)
+    axes.set_xlim(0, 2.4 * max(cost.nbytes for cost in costs))
     axes.set_xticks([])
     axes.tick_params(length=0)
     for side in ("top", "right", "bottom"):
         axes.spines[side].set_visible(False)
     axes.spines["left"].set_color(GRID)
+    axes.set_title(title, size=10, weight="bold", color=INK, loc="left")
     axes.set_xlabel(
-        f"bytes that the cache holds at {result.dense.tokens} tokens (Values and text Keys stay dense)",
-        size=9,
-        color=FAINT,
-        loc="left",
+        f"bytes that the cache holds at {dense.tokens} tokens; time of a decode step", size=9, color=FAINT, loc="left"
     )

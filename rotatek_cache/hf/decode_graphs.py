@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rotatek_cache.cache.decode_step import DecodeStep, LayerStep
 from rotatek_cache.hf.cache import RotateKCache, RotateKLayer
-from rotatek_cache.hf.feature_choice import arguments_of
+from rotatek_cache.hf.calls import arguments_of
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +136,13 @@ class DecodeGraphs:
 
     def begin_generate(self, cache: RotateKCache, *, graphs: bool) -> None:
         """Learn that `generate` begins, and whether it allows graphs."""
-        known = self.conversations.setdefault(cache, Conversation())
-        known.graphs, known.mask, known.mask_is_known = graphs, None, False
+        self.conversations.setdefault(cache, Conversation()).graphs = graphs
 
-    def expect_mask(self, cache: RotateKCache, mask: Tensor) -> None:
-        """Learn the mask that `generate` gives the coming forward: that of the prompt, and ones."""
-        self.conversations.setdefault(cache, Conversation()).mask = weakref.ref(mask)
+    def expect_mask(self, cache: RotateKCache, mask: Tensor, *, first: bool) -> None:
+        """Learn the mask of a `generate`'s coming forward: that of its first, and ones."""
+        known = self.conversations.setdefault(cache, Conversation())
+        known.mask = weakref.ref(mask)
+        known.mask_is_known = known.mask_is_known and not first
 
     def forward(self, inner: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for the forward of the model below the head.

@@ -1,8 +1,8 @@
-"""What a vision encoder shows to token methods that choose before the language model, and what they make of it."""
+"""What token methods hear of a vision encoder while it encodes images."""
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rotatek_cache.core.attention import MAX_SCORES
-from rotatek_cache.token_pruning.interface import FeatureMethod
 
 NAME = "rotatek_encoder"
 _TAPPING = threading.Lock()
@@ -21,7 +20,7 @@ _TAPPING = threading.Lock()
 
 @dataclass(eq=False)
 class EncoderTap:
-    """Listens to one attention layer of a vision encoder while images are encoded.
+    """A listener to one attention layer of a vision encoder while images are encoded.
 
     What is heard of each patch is a signal of 2 + k channels: the attention that it gets, summed over heads and
     queries, 1, and its Key, averaged over heads. Tokens that show no patch (line breaks) are zero in all of them.
@@ -135,40 +134,3 @@ def _tapped_attention(
 
 AttentionInterface.register(NAME, _tapped_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a method made of one image of n tokens: bool ``[n]``, and who takes each in, int64 ``[n]`` (-1: nobody)."""
-
-    method: FeatureMethod
-    kept: Tensor
-    taken_by: Tensor | None
-
-    def apply(self, features: Tensor) -> Tensor:
-        """Features ``[n, d]`` as the language model is to see them; a dropped token's are all zero."""
-        merged = features if self.taken_by is None else self.method.merged(features, self.taken_by)
-        return merged.to(features.dtype) * self.kept[:, None]
-
-
-def choose(
-    method: FeatureMethod, features: Sequence[Tensor], counts: Sequence[int], signal: Tensor | None
-) -> list[Choice]:
-    """What stays of each image.
-
-    Args:
-        method: chooses for each image by itself.
-        features: of each image ``[n, d]``, one for each placeholder.
-        counts: how many tokens are to stay of each image.
-        signal: what was heard of the encoder, token by token ``[total, 2 + k]``, if the method asked for it.
-    """
-    lengths = [len(image) for image in features]
-    scores: Sequence[Tensor | None] = [None] * len(lengths)
-    keys: Sequence[Tensor | None] = scores
-    if signal is not None:
-        score = signal[:, 0].masked_fill(signal[:, 1] == 0, -torch.inf)  # tokens that show no patch
-        scores, keys = score.split(lengths), signal[:, 2:].split(lengths)
-    return [
-        Choice(method, *method.choose(image, wanted, score_of, keys_of))
-        for image, wanted, score_of, keys_of in zip(features, counts, scores, keys, strict=True)
-    ]

@@ -1,39 +1,71 @@
-"""What stands in for an attached model's encoding of images: token methods choose from what comes of it."""
+"""How token methods choose from the features of images before the language model."""
 
-import functools
-import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotatek_cache.hf.encoder_tap import Choice, choose
-from rotatek_cache.hf.encoders import encoder_tap, note_packing, token_signal
+from rotatek_cache.hf.cache import RotateKCache
+from rotatek_cache.hf.encoders import encoder_tap, token_signal
+from rotatek_cache.token_pruning.interface import FeatureMethod
 
 
-@functools.cache
-def _parameters(function: Any) -> inspect.Signature:
-    return inspect.signature(function)
+@dataclass(frozen=True)
+class Choice:
+    """What a method chose of one image of n tokens.
+
+    Args:
+        kept: bool ``[n]``.
+        taken_by: int64 ``[n]``, the kept token that takes each in; -1: none.
+    """
+
+    method: FeatureMethod
+    kept: Tensor
+    taken_by: Tensor | None
+
+    def apply(self, features: Tensor) -> Tensor:
+        """Change features ``[n, d]`` to what the language model is to see; a dropped token's are all zero."""
+        merged = features if self.taken_by is None else self.method.merged(features, self.taken_by)
+        return merged.to(features.dtype) * self.kept[:, None]
 
 
-def arguments_of(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    given = _parameters(function).bind_partial(*args, **kwargs).arguments
-    more = given.pop("kwargs", {})
-    return {**given, **more}
+def choose(
+    method: FeatureMethod, features: Sequence[Tensor], counts: Sequence[int], signal: Tensor | None
+) -> list[Choice]:
+    """Choose what stays of each image.
+
+    Args:
+        method: chooses for each image by itself.
+        features: of each image ``[n, d]``, one for each placeholder.
+        counts: how many tokens are to stay of each image.
+        signal: what was heard of the encoder, token by token ``[total, 2 + k]``, if the method asked for it.
+    """
+    lengths = [len(image) for image in features]
+    scores: Sequence[Tensor | None] = [None] * len(lengths)
+    keys: Sequence[Tensor | None] = scores
+    if signal is not None:
+        score = signal[:, 0].masked_fill(signal[:, 1] == 0, -torch.inf)  # tokens that show no patch
+        scores, keys = score.split(lengths), signal[:, 2:].split(lengths)
+    return [
+        Choice(method, *method.choose(image, wanted, score_of, keys_of))
+        for image, wanted, score_of, keys_of in zip(features, counts, scores, keys, strict=True)
+    ]
 
 
-def get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the model's method: lets a cache choose from the features, and marks what it drops by zeros."""
-    encode = functools.partial(type(inner).get_image_features, inner, *args, **kwargs)
-    choosing = inner._rotatek.choosing
-    cache = choosing.get(threading.get_ident()) if choosing else None  # a compiler need not look further than here
-    if cache is None:
-        return encode()
+def choose_features(inner: Any, cache: RotateKCache, given: dict[str, Any], encode: Callable[[], Any]) -> Any:
+    """Encode images, let the cache's token method choose from their features, and mark what it drops by zeros.
+
+    Args:
+        inner: the attached model below the head.
+        cache: it has a `FeatureMethod`.
+        given: arguments of `get_image_features`, by name.
+        encode: calls it.
+    """
     method, taps = cache.tokens, inner._rotatek.taps
-    given = arguments_of(type(inner).get_image_features, inner, *args, **kwargs)
+    assert isinstance(method, FeatureMethod)
     with encoder_tap(inner, method, given) as tap:
         if tap is not None:
             taps[threading.get_ident()] = tap
@@ -61,7 +93,7 @@ def get_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _applied(choices: Sequence[Choice], features: Any, lengths: Sequence[int]) -> Any:
-    """Features of each image as the choices leave them, one for each that has any, in the form that they had."""
+    """Change the features of each image as chosen, in the form that they had; an empty image has no choice."""
     if isinstance(features, Tensor) and features.ndim == 2:  # one image behind the other, as older transformers have it
         return torch.cat(_applied(choices, features.split(list(lengths)), lengths))
     coming = iter(choices)
@@ -69,16 +101,6 @@ def _applied(choices: Sequence[Choice], features: Any, lengths: Sequence[int]) -
     return torch.stack(images) if isinstance(features, Tensor) else type(features)(images)
 
 
-def pack_image_features(inner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the model's method: what is heard of the encoder is packed as the features are."""
-    pack = functools.partial(type(inner).pack_image_features, inner)
-    tap = inner._rotatek.taps.get(threading.get_ident()) if inner._rotatek.taps else None
-    if tap is not None:
-        arguments = arguments_of(type(inner).pack_image_features, inner, *args, **kwargs)
-        note_packing(tap, pack, {name: value for name, value in arguments.items() if name != "self"})
-    return pack(*args, **kwargs)
-
-
 def kept_features(features: Sequence[Tensor]) -> Tensor:
-    """bool ``[total]``: which features were not dropped. The mark survives what generate does to features."""
+    """Find the features that were not dropped: bool ``[total]``. The mark survives what generate does to features."""
     return torch.cat([(image.flatten(0, -2) != 0).any(-1) for image in features])

@@ -23,10 +23,10 @@ from rotatek_cache.calibration.moments import (
     sample_weight,
 )
 from rotatek_cache.cli.app import app
-from rotatek_cache.cli.demo import open_page
 from rotatek_cache.codecs.calibrated import StateBasis, load_basis, same_fingerprint
 from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.core.quantization import HeadCodes
+from rotatek_cache.hf.chat import open_image
 from rotatek_cache.options import Allocation
 
 IMAGES = 6
@@ -316,12 +316,12 @@ def test_a_stopped_command_goes_on_where_it_was_saved(pages, tmp_path, monkeypat
         opened.append(path.name)
         if len(opened) == 3:
             raise KeyboardInterrupt
-        return open_page(path)
+        return open_image(path)
 
-    monkeypatch.setattr(calibrate_images, "open_page", stop)
+    monkeypatch.setattr(calibrate_images, "open_image", stop)
     assert run("--images", pages, "--out", again, "--save-every", 1).exit_code != 0
     opened.clear()
-    monkeypatch.setattr(calibrate_images, "open_page", lambda path: opened.append(path.name) or open_page(path))
+    monkeypatch.setattr(calibrate_images, "open_image", lambda path: opened.append(path.name) or open_image(path))
     assert run("--images", pages, "--out", again).exit_code == 0
     assert len(opened) == 2
     first, second = contents(whole), contents(again)
@@ -334,7 +334,7 @@ def test_a_stopped_command_refuses_other_images_and_questions(pages, tmp_path, m
     def stop(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibrate_images, "open_page", stop)
+    monkeypatch.setattr(calibrate_images, "open_image", stop)
     assert run("--images", pages, "--out", out).exit_code != 0
     monkeypatch.undo()
     (pages / "broken.png").unlink()

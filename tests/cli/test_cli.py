@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from rotatek_cache.cli import demo
 from rotatek_cache.cli.app import _answers_table, app
-from rotatek_cache.cli.demo import READER, Question, Reader, Setting, fewest_tokens, open_page, run, steps
+from rotatek_cache.cli.demo import CODED, Question, Setting, comparison, fewest_tokens, open_page, run, steps
 from rotatek_cache.cli.demo_figure import draw
+from rotatek_cache.hf.chat import READER, Chat
 
 ROOT = Path(__file__).parents[2]
 PAGES = READER / "pages"
-QUICK = ["--max-new-tokens", "8", "--timed-tokens", "3", "--sparsity", "0.75"]
+QUICK = ["--max-new-tokens", "8", "--timed-tokens", "3", "--sparsity", "0.75", "--long-prompt", "0"]
+SETTINGS = [Setting.of_sparsity(0.0), Setting.of_sparsity(0.75), CODED]
 
 
 def call(*arguments):
@@ -34,17 +36,26 @@ def call(*arguments):
 
 
 @pytest.fixture(scope="module")
-def reader():
-    return Reader.load()
+def chat():
+    return Chat.load()
 
 
 @pytest.fixture(scope="module")
-def result(reader):
+def result(chat):
     page = open_page(PAGES / "page2_medium.png")
     questions = page.samples()[:3]
     seen = []
-    done = run(reader, page, questions, sparsities=[0.0, 0.75], max_new_tokens=8, timed_tokens=4, advance=seen.append)
-    assert len(seen) == steps(len(questions), 2)
+    done = run(
+        chat,
+        page,
+        questions,
+        settings=SETTINGS,
+        max_new_tokens=8,
+        timed_tokens=4,
+        long_prompt=1000,
+        advance=seen.append,
+    )
+    assert len(seen) == steps(len(questions), 3, long_prompt=True)
     return done
 
 
@@ -61,8 +72,10 @@ def test_the_demo_as_a_newcomer_runs_it(tmp_path):
     assert re.search(r"\b(right|wrong)\b", out)
     assert "second turn" in out
     assert "dense (DynamicCache)" in out
-    for sparsity in ("0 ", "0.5", "0.75", "0.875"):
-        assert f"RotateKCache, {sparsity}" in out
+    for setting in ("0 ", "0.5", "0.75", "0.875", "coded"):
+        assert out.count(f"RotateKCache, {setting}") == 2
+    assert "the image 12 times, 3888 visual tokens" in out
+    assert "its answers would say nothing" in " ".join(out.split())
     assert "ms/token" in out
     assert "visual tokens on" in out
     assert "RotateK cache, " in out  # the report
@@ -74,23 +87,36 @@ def test_the_demo_as_a_newcomer_runs_it(tmp_path):
 
 
 def test_bytes_are_those_of_the_tensors(result):
-    text = Reader.load().model.config.get_text_config()
-    dense, exact, small = result.measurements
+    text = Chat.load().model.config.get_text_config()
+    dense, exact, small, coded = result.measurements
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
     assert result.visual_tokens == 324
     assert dense.tokens == exact.tokens == small.tokens
     assert dense.nbytes == dense.tokens * per_token
     assert dense.nbytes * 0.99 < exact.nbytes < dense.nbytes * 1.2
     assert small.nbytes < 0.8 * dense.nbytes
-    assert result.ratio(small) == dense.nbytes / small.nbytes
+    assert coded.nbytes < small.nbytes / 2
+    assert comparison(dense, small) == f"{dense.nbytes / small.nbytes:.2f}x smaller"
     assert small.report is not None
     assert small.report.stored_bytes == small.nbytes
     assert all(m.ms_per_token > 0 for m in result.measurements)
 
 
+def test_a_long_prompt_repeats_the_image(result):
+    many = result.long_prompt
+    assert (many.copies, many.visual_tokens) == (4, 4 * 324)
+    dense, exact, small, coded = many.costs
+    assert many.dense is dense
+    assert [cost.setting for cost in many.costs] == [m.setting for m in result.measurements]
+    assert dense.tokens == coded.tokens == result.dense.tokens + 3 * 324
+    assert dense.nbytes * 0.99 < exact.nbytes < dense.nbytes * 1.2
+    assert coded.nbytes < small.nbytes / 4
+    assert coded.nbytes < dense.nbytes / 8
+
+
 def test_sparsity_zero_answers_as_the_dense_cache_does(result):
     exact = result.measurements[1]
-    assert exact.setting == Setting(0.0)
+    assert exact.setting == Setting.of_sparsity(0.0)
     assert all(answer.same for answer in exact.answers)
     assert exact.follow_up is not None
     assert exact.follow_up.same
@@ -102,20 +128,17 @@ def test_answers_are_judged_by_the_truth(result):
             assert answer.right == (answer.text == answer.question.truth)
 
 
-def test_the_second_turn_sees_what_a_whole_conversation_shows(reader):
+def test_the_second_turn_sees_what_a_whole_conversation_shows(chat):
     page = open_page(PAGES / "page2_medium.png")
     first, second = page.samples()[:2]
-    dense = run(reader, page, [first, second], sparsities=[], max_new_tokens=8, timed_tokens=3).dense
+    dense = run(chat, page, [first, second], settings=[], max_new_tokens=8, timed_tokens=3).dense
     assert dense.follow_up is not None
     turns = [
         {"role": "user", "content": [{"type": "image", "image": page.image}, {"type": "text", "text": first.text}]},
         {"role": "assistant", "content": [{"type": "text", "text": dense.answers[0].text}]},
         {"role": "user", "content": [{"type": "text", "text": second.text}]},
     ]
-    inputs = reader.processor.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    text, _ = reader.answer(inputs, reader.new_cache(Setting()), 8)
+    (text,) = chat.begin_with(chat.inputs([turns]), DynamicCache(), max_new_tokens=8).answers
     stopped = len(dense.answers[0].text.split()) < 8  # an answer cut short lacks the <eos> that the template writes
     assert text == dense.follow_up.text or not stopped
 
@@ -263,12 +286,14 @@ def test_break_even_is_where_bytes_begin_to_be_saved():
 
 
 def test_answers_that_differ_are_told_apart_and_drawn(result, tmp_path):
-    dense, exact, small = result.measurements
+    dense, exact, small, coded = result.measurements
     other = replace(small.answers[0], text="something else " * 40, same=False)
-    changed = replace(result, measurements=(dense, exact, replace(small, answers=(other, *small.answers[1:]))))
-    assert list(_answers_table(changed).columns[3].cells)[:2] == ["dense, 0", "0.75"]
+    changed = replace(result, measurements=(dense, exact, replace(small, answers=(other, *small.answers[1:])), coded))
+    assert list(_answers_table(changed).columns[3].cells)[:2] == ["dense, 0, coded", "0.75"]
     draw(changed, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+    draw(replace(changed, long_prompt=None), tmp_path / "alone.png")
+    assert (tmp_path / "alone.png").stat().st_size > 10_000
 
 
 def test_version_and_help():

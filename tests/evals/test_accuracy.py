@@ -22,7 +22,7 @@ from evals.reader.pages import SAMPLE_SEEDS, ask, make_page
 from evals.scores import score
 from evals.tasks import SampleError, TaskError, load_task, task_names
 from rotatek_cache import RotateKCache
-from rotatek_lmms_eval.chat import Chat, ChatError
+from rotatek_cache.hf.chat import Chat, InputError
 
 ROOT = Path(__file__).parents[2]
 LOSSY = {"lossy": {"rank": 8, "always_compress": True}}
@@ -440,9 +440,9 @@ def test_flags_override_the_file(tmp_path):
 
 def test_a_run_that_answered_nothing_binds_nobody(tmp_path):
     settings = Settings(model=str(tmp_path / "none"), tasks={"reader-easy-cell": {}}, limit=1)
-    with pytest.raises(ChatError, match=r"model '.*none' cannot be used"):
+    with pytest.raises(InputError, match=r"there is no folder '.*none' with a model"):
         run(settings, tmp_path / "run", "cpu", quiet=True)
-    with pytest.raises(ChatError, match="device 'foo' cannot be used"):
+    with pytest.raises(InputError, match="device 'foo' cannot be used"):
         run(Settings(tasks={"reader-easy-cell": {}}), tmp_path / "run", "foo", quiet=True)
     result = run(Settings(tasks={"reader-easy-cell": {}}, limit=1), tmp_path / "run", "cpu", quiet=True)
     assert result["tasks"]["reader-easy-cell"]["samples"] == 1
@@ -466,8 +466,8 @@ def test_a_model_without_images_is_refused(tmp_path):
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     Qwen2ForCausalLM(Qwen2Config(**text, vocab_size=99, num_key_value_heads=2)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(accuracy.READER).save_pretrained(tmp_path)
-    with pytest.raises(ChatError, match=r"cannot be used|vision-language"):
+    with pytest.raises(InputError, match="is no vision-language model"):
         Chat.load(str(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ChatError, match=r"model '.*empty' cannot be used"):
+    with pytest.raises(InputError, match=r"there is no model '.*empty' that transformers can load"):
         Chat.load(str(tmp_path / "empty"))

@@ -27,7 +27,7 @@ from evals.tasks import load_task
 from rotatek_cache import RotateKCache
 from rotatek_cache.codecs.registry import BASES
 from rotatek_cache.core.fitting import KeyStatistics, key_moments
-from rotatek_lmms_eval.chat import Chat
+from rotatek_cache.hf.chat import Chat
 
 
 def planted(heads=2, tokens=60, width=16, rank=3, seed=0):

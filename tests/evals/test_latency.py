@@ -28,7 +28,7 @@ from evals.bench.workload import (
     read_prompt,
     switch_attention,
 )
-from rotatek_cache.cli.demo import READER
+from rotatek_cache.hf.chat import READER
 
 SHAPE = {
     "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -1,20 +1,24 @@
 """The life of an attached model: what attach changes, what it leaves alone, and what wraps around it."""
 
 import copy
+import functools
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+import transformers
 import ways
-from hosts import Host
-from tiny_models import visual_positions
-from transformers import AutoModelForImageTextToText, DynamicCache, StaticCache
+from hosts import Host, build_host
+from tiny_models import FAMILIES, visual_positions
+from transformers import AutoModelForImageTextToText, DynamicCache, GenerationMixin, LlavaModel, StaticCache
 
 from rotatek_cache import RotateKCache, attach, detach
+from rotatek_cache.hf.families import FAMILIES as FAMILY_TABLE
 
 FULL = {"rank": 32, "always_compress": True}
 
@@ -86,6 +90,89 @@ def test_other_caches_behave_as_before(host: Host, implementation):
         got = ways.generate(attached, ways.one(host.tiny), _dynamic(attached), **options)
         for step, theirs in zip(got.attentions, expected.attentions, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(step, theirs, strict=True))
+
+
+def _dimmed(model, calls):
+    """A patch as users write them, set on the instance."""
+    original = model.model.get_image_features
+
+    @functools.wraps(original)
+    def dimmed(*args, **kwargs):
+        calls.append(1)
+        output = original(*args, **kwargs)
+        output.pooler_output = [features * 0.25 for features in output.pooler_output]
+        return output
+
+    model.model.get_image_features = dimmed
+    return dimmed
+
+
+@pytest.mark.parametrize("host", ["llava", "qwen2_5_vl"], indirect=True)
+def test_a_users_own_methods_on_the_instance_go_on(host: Host):
+    model, calls, asked = copy.deepcopy(host.plain), [], []
+    dimmed, prepare = _dimmed(model, calls), model.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def prepare_inputs(*args, **kwargs):
+        asked.append(1)
+        return prepare(*args, **kwargs)
+
+    model.prepare_inputs_for_generation = prepare_inputs
+    inputs = ways.padded(host.tiny)
+    expected = ways.generate(model, inputs, _dynamic(model))
+    assert not torch.equal(expected.logits[0], _reference(host).logits[0])
+    attach(model)
+    for cache in (_dynamic(model), RotateKCache(**FULL), RotateKCache(**FULL, tokens="divprune:1")):
+        calls.clear()
+        asked.clear()
+        _same(ways.generate(model, inputs, cache), expected)
+        assert len(calls) == 1
+        assert len(asked) == ways.NEW
+    detach(model)
+    assert model.model.__dict__["get_image_features"] is dimmed
+    assert model.__dict__["prepare_inputs_for_generation"] is prepare_inputs
+    _same(ways.generate(model, inputs, _dynamic(model)), expected, exactly=True)
+
+
+def test_a_method_patched_after_attach_stays(llava: Host):
+    model, calls = attach(copy.deepcopy(llava.plain)), []
+    dimmed = _dimmed(model, calls)
+    inputs = ways.padded(llava.tiny)
+    expected = ways.generate(model, inputs, RotateKCache(**FULL))
+    detach(model)
+    assert model.model.get_image_features is dimmed
+    calls.clear()
+    _same(ways.generate(model, inputs, _dynamic(model)), expected)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(GenerationMixin, "_get_candidate_generator"), (LlavaModel, "get_image_features")],
+)
+def test_a_method_that_transformers_lacks_is_named(llava: Host, monkeypatch, owner, name):
+    model = copy.deepcopy(llava.plain)
+    before = _trace(model)
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(RuntimeError, match=rf"transformers {re.escape(transformers.__version__)}: .* no method {name}"):
+        attach(model)
+    assert _trace(model) == before
+
+
+def test_a_method_is_expected_in_its_versions_only(llava: Host, monkeypatch):
+    name = "_prepare_multimodal_encoder_kwargs_for_generation"
+    monkeypatch.delattr(GenerationMixin, name, raising=False)
+    monkeypatch.setattr(transformers, "__version__", "5.17.1")
+    assert not hasattr(attach(copy.deepcopy(llava.plain)), name)
+    monkeypatch.setattr(transformers, "__version__", "5.18.0.dev0")
+    with pytest.raises(RuntimeError, match=rf"5.18.0.dev0: .* no method {name}.* from version 5.18 on"):
+        attach(copy.deepcopy(llava.plain))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_table_says_which_models_keep_an_offset_of_positions(family):
+    inner = build_host(family).plain.model
+    assert hasattr(inner, "rope_deltas") == FAMILY_TABLE[inner.config.model_type].mrope
 
 
 def test_the_vision_tower_keeps_its_attention(llava: Host):

@@ -261,7 +261,7 @@ def test_a_mask_that_hides_text_is_obeyed(llava, model):
 
 
 def test_attached_models_can_be_copied_and_detached(llava, model):
-    assert type(model.model).forward is not model.model.forward
+    assert "forward" in model.model.__dict__
     detach(copied := copy.deepcopy(model))
     assert "forward" not in copied.model.__dict__
     assert attach(copied, graphs=0).model._rotatek.graphs.limit == 0

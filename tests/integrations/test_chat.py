@@ -13,7 +13,7 @@ from tiny_models import END, PAD, SPECIAL
 from transformers import BatchFeature, DynamicCache
 
 from rotatek_cache import RotateKCache
-from rotatek_lmms_eval.chat import Chat, ChatError
+from rotatek_cache.hf.chat import Chat, InputError
 
 ENDS = [END, *range(100, 150)]  # of these some row meets one early
 
@@ -86,7 +86,7 @@ def test_conversations_of_models_with_windows_go_one_at_a_time():
     chat = Chat(host.attached, Processor(host.tiny))
     prompts = [host.tiny.prompt(seed, images=(0,)) for seed in (1, 2)]
     batch = chat.begin([[prompt] for prompt in prompts], ["?"] * 2, RotateKCache(rank=16), max_new_tokens=2)
-    with pytest.raises(ChatError, match=r"sliding_attention layers.*one at a time \(batch 1\)"):
+    with pytest.raises(InputError, match=r"sliding_attention layers.*one at a time \(batch 1\)"):
         chat.go_on(batch, ["20", "21"])
     alone = chat.begin([prompts[:1]], ["?"], RotateKCache(rank=16), max_new_tokens=2)
     chat.go_on(alone, ["20"])
@@ -100,13 +100,13 @@ def test_a_template_that_rewrites_the_past_is_refused():
         def apply_chat_template(self, messages, **kwargs):
             return f"{len(messages)} turns"
 
-    with pytest.raises(ChatError, match="rewrites earlier turns"):
-        Chat(host.attached, Rewriting(host.tiny))._follow_up("1 2")
+    with pytest.raises(InputError, match="rewrites earlier turns"):
+        Chat(host.attached, Rewriting(host.tiny)).follow_up("1 2")
 
 
 def test_a_processor_without_a_chat_template_is_named():
-    with pytest.raises(ChatError, match=r"the processor of 'Llava.*' has no chat template"):
+    with pytest.raises(InputError, match=r"the processor of 'Llava.*' has no chat template"):
         Chat(build_host("llava").attached, SimpleNamespace(tokenizer=Words(), chat_template=None))
-    with pytest.raises(ChatError, match="has no tokenizer"):
+    with pytest.raises(InputError, match="has no tokenizer"):
         Chat(None, SimpleNamespace())
     assert torch.is_grad_enabled() is False

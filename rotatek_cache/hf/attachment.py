@@ -1,0 +1,98 @@
+"""What an attached model carries: the facts that its hooks and replaced methods need."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from rotatek_cache.calibration.moments import fingerprint
+from rotatek_cache.hf import attention as hf_attention
+from rotatek_cache.hf.cache import RotateKCache
+from rotatek_cache.hf.decode_graphs import DecodeGraphs
+from rotatek_cache.hf.encoder_tap import EncoderTap
+from rotatek_cache.hf.families import Family
+
+_SELECTING = threading.Lock()
+
+
+@dataclass
+class Attachment:
+    """What an attached model needs during a forward, and what `detach` undoes.
+
+    The attention function is selected for the duration of each forward that has a `RotateKCache`, so that any other
+    cache meets the implementation that the model had (and may still change).
+
+    Args:
+        family: the model's.
+        configs: the text configs that the attention layers read their implementation from.
+        placeholders: ids that stand for visual tokens in `input_ids`.
+    """
+
+    family: Family
+    configs: list[PreTrainedConfig]
+    placeholders: list[int]
+    handles: list[Any] = field(default_factory=list)
+    previous: list[str | None] = field(default_factory=list)
+    threads: set[int] = field(default_factory=set)  # that are in a forward with a RotateKCache
+    fingerprint: Tensor | None = None  # of the model, once a calibrated basis asks
+    choosing: dict[int, RotateKCache] = field(default_factory=dict)  # by thread: chooses from what is encoded now
+    graphs: DecodeGraphs = field(default_factory=DecodeGraphs)
+    taps: dict[int, EncoderTap] = field(default_factory=dict)  # by thread: listens to what is encoded now
+
+    def fingerprint_of(self, module: torch.nn.Module) -> Tensor:
+        """Take the fingerprint of the attached model, once."""
+        if self.fingerprint is None:
+            self.fingerprint = fingerprint(module)
+        return self.fingerprint
+
+    def select(self) -> None:
+        """Begin a forward with a `RotateKCache`."""
+        with _SELECTING:
+            if not self.threads:
+                self.previous = [config._attn_implementation for config in self.configs]
+                self._set([hf_attention.NAME] * len(self.configs))
+            self.threads.add(threading.get_ident())
+
+    def restore(self) -> None:
+        """End the forward that `select` began in this thread, if one is open."""
+        with _SELECTING:
+            if threading.get_ident() in self.threads:
+                self.threads.remove(threading.get_ident())
+                if not self.threads:
+                    self._set(self.previous)
+
+    def meet_another_cache(self) -> None:
+        """Begin a forward without a `RotateKCache`: it must find the implementation that the model had."""
+        self.restore()  # of a forward that was interrupted (torch calls no hook after a KeyboardInterrupt)
+        if self.threads and any(name != "sdpa" for name in self.previous):
+            raise RuntimeError(
+                "another thread is in a forward with a RotateKCache, and the model's own attention "
+                f"({', '.join(sorted({str(name) for name in self.previous}))}) is not sdpa: let one wait for the "
+                'other, or call model.set_attn_implementation("sdpa")'
+            )
+
+    def end(self) -> None:
+        """Restore whatever is open, for good."""
+        with _SELECTING:
+            if self.threads:
+                self.threads.clear()
+                self._set(self.previous)
+
+    def _set(self, implementations: Sequence[str | None]) -> None:
+        for config, implementation in zip(self.configs, implementations, strict=True):
+            config._attn_implementation = implementation
+
+
+def inner_model(top: PreTrainedModel) -> Any:
+    """Find the model below the language-modelling head, which every way of calling passes through."""
+    inner = getattr(top, top.base_model_prefix, None) if top.base_model_prefix else None
+    return inner if isinstance(inner, torch.nn.Module) else top
+
+
+def attachment_of(inner: Any) -> Attachment | None:
+    """Return what `attach` left on the model below the head; None on one that is not attached."""
+    return getattr(inner, "_rotatek", None)

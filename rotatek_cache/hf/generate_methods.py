@@ -1,0 +1,272 @@
+"""The methods of a model that attach replaces, each with the versions of transformers that have it.
+
+A replacement is set on the instance, and calls in the end what stood there before: a method that the user had set on
+the instance, or that of the class. With any other cache it does nothing else.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationMixin
+
+from rotatek_cache.cache.expected_prompt import ExpectedPrompt
+from rotatek_cache.hf import mrope
+from rotatek_cache.hf.attachment import attachment_of, inner_model
+from rotatek_cache.hf.cache import RotateKCache
+from rotatek_cache.hf.calls import arguments_of
+from rotatek_cache.hf.encoder_layouts import note_packing, packed
+from rotatek_cache.hf.families import Family
+from rotatek_cache.hf.feature_choice import choose_features
+from rotatek_cache.hf.prompt import brings_content, placeholder_positions
+from rotatek_cache.token_pruning.interface import FeatureMethod
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """A method as it was before attach replaced it.
+
+    Args:
+        module: the model that it belongs to.
+        name: of the method.
+        own: what the user had set on the instance; None: nothing, so that the class's method is called.
+    """
+
+    module: Any = field(repr=False)
+    name: str
+    own: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+    def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Name the arguments of a call, by the signature of the class's method."""
+        return arguments_of(getattr(type(self.module), self.name), self.module, *args, **kwargs)
+
+
+def _prepare_inputs(original: Original, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Refuse a cache that holds another prompt.
+
+    Of a cached prompt only the ids behind it are used, so nothing else would notice that it is another one.
+    """
+    given = original.arguments(*args, **kwargs)
+    cache, uncached, ids = given.get("past_key_values"), given.get("next_sequence_length"), given["input_ids"]
+    if isinstance(cache, RotateKCache) and uncached is not None:
+        prompt = cache.positions.prompt if given.get("is_first_iteration") else None
+        other = prompt is not None and (
+            prompt.shape[0] == ids.shape[0] and not torch.equal(prompt, ids[:, : prompt.shape[1]])
+        )
+        if uncached <= 0 or other:
+            held = f"{cache.get_seq_length()} tokens{' of another prompt' if other else ''}"
+            raise ValueError(
+                f"this RotateKCache already holds {held}, the prompt has {ids.shape[1]}: to go on with a "
+                "conversation pass all of it, for another prompt call cache.reset() or make a new cache"
+            )
+    prepared = original(*args, **kwargs)
+    attachment, mask = attachment_of(inner_model(original.module)), prepared.get("attention_mask")
+    if attachment is not None and isinstance(cache, RotateKCache) and isinstance(mask, Tensor):
+        attachment.graphs.expect_mask(cache, mask, first=bool(given.get("is_first_iteration")))
+    return prepared
+
+
+def _prepare_position_ids(original: Original, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+    """Let M-RoPE positions go on from this conversation's offset."""
+    cache, inner = model_kwargs.get("past_key_values"), inner_model(original.module)
+    attachment = attachment_of(inner)
+    if attachment is None or not attachment.family.mrope or not isinstance(cache, RotateKCache):
+        return original(inputs_tensor, model_kwargs)
+    return mrope.prepare_positions(inner, cache, functools.partial(original, inputs_tensor, model_kwargs))
+
+
+def _generate_batch(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Refuse a cache that continuous batching would ignore."""
+    if isinstance(kwargs.get("past_key_values"), RotateKCache):
+        raise ValueError(  # noqa: TRY004 - the type is right, the call is not
+            "continuous batching keeps its own paged cache and would ignore this RotateKCache: use generate"
+        )
+    return original(*args, **kwargs)
+
+
+def _maybe_prepare_encoder_kwargs(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Tell the cache the whole prompt before images are encoded: budgets are dealt out by it."""
+    given = original.arguments(*args, **kwargs)
+    model_kwargs, ids, settings = given["model_kwargs"], given["inputs_tensor"], given["generation_config"]
+    cache, attachment = model_kwargs.get("past_key_values"), attachment_of(inner_model(original.module))
+    if attachment is not None and isinstance(cache, RotateKCache):
+        attachment.graphs.begin_generate(cache, graphs=not settings.disable_compile)
+    if attachment is not None and isinstance(cache, RotateKCache) and ids.ndim == 2:
+        begin = cache.get_seq_length()
+        ids = ids[:, begin:]
+        mask = model_kwargs.get("attention_mask")
+        seen = torch.ones_like(ids) if mask is None or mask.ndim != 2 else mask[:, begin : begin + ids.shape[1]]
+        visual = placeholder_positions(ids, attachment.placeholders)
+        if begin and not brings_content(model_kwargs):
+            visual = torch.zeros_like(visual)
+        repeats = max(settings.num_beams or 1, settings.num_return_sequences or 1)
+        known = seen.shape == visual.shape
+        cache.positions.expect(ExpectedPrompt(begin, visual, seen.bool().to(visual.device), repeats) if known else None)
+    return original(*args, **kwargs)
+
+
+def _prepare_multimodal_encoder_kwargs(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Let a cache's token method choose from images that are encoded before any forward."""
+    cache = original.arguments(*args, **kwargs)["model_kwargs"].get("past_key_values")
+    attachment = attachment_of(inner_model(original.module))
+    if attachment is None or not isinstance(cache, RotateKCache) or not isinstance(cache.tokens, FeatureMethod):
+        return original(*args, **kwargs)
+    cache.chosen = False
+    attachment.choosing[threading.get_ident()] = cache
+    try:
+        return original(*args, **kwargs)
+    finally:
+        del attachment.choosing[threading.get_ident()]
+
+
+def _get_candidate_generator(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Tell the cache where the prompt ends; assisted decoding calls this once.
+
+    The first forward brings the first guesses with the prompt, and tokens must not be chosen by the guesses' queries.
+    """
+    given = original.arguments(*args, **kwargs)
+    cache = given["model_kwargs"].get("past_key_values")
+    if isinstance(cache, RotateKCache):
+        cache.positions.set_prompt_end(given["input_ids"].shape[1])
+    return original(*args, **kwargs)
+
+
+def _get_image_features(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Let a cache's token method choose from the features of images."""
+    attachment = attachment_of(original.module)
+    choosing = None if attachment is None else attachment.choosing
+    cache = choosing.get(threading.get_ident()) if choosing else None  # a compiler need not look further than here
+    if cache is None:
+        return original(*args, **kwargs)
+    given = original.arguments(*args, **kwargs)
+    return choose_features(original.module, cache, given, functools.partial(original, *args, **kwargs))
+
+
+def _pack_image_features(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Pack what was heard of the encoder as the model packs the features."""
+    attachment = attachment_of(original.module)
+    tap = attachment.taps.get(threading.get_ident()) if attachment is not None and attachment.taps else None
+    if tap is not None:
+        given: dict[str, Tensor] = original.arguments(*args, **kwargs)
+        note_packing(tap, original, {name: value for name, value in given.items() if name != "self"})
+    return original(*args, **kwargs)
+
+
+def _forward(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Replay a decode step from a captured graph, where that can be done."""
+    attachment = attachment_of(original.module)
+    if attachment is None:
+        return original(*args, **kwargs)
+    return attachment.graphs.forward(original.module, original, *args, **kwargs)
+
+
+Version = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A method that attach replaces.
+
+    Args:
+        name: of the method.
+        function: called in its place, with the `Original` first.
+        purpose: what it is replaced for.
+        since: the first version of transformers that has it.
+        until: the first version that has it no more; None: not known yet.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    purpose: str
+    since: Version = (5, 17)
+    until: Version | None = None
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether this version of transformers should have it."""
+        return self.since <= _version() and (self.until is None or _version() < self.until)
+
+    def install(self, module: Any) -> None:
+        """Set it on `module`, or raise a RuntimeError if its class lacks the method."""
+        if not self.is_expected:
+            return
+        method = getattr(type(module), self.name, None)
+        if method is None:
+            raise RuntimeError(
+                f"transformers {transformers.__version__}: {type(module).__name__} has no method {self.name}, which "
+                f"attach replaces to {self.purpose}; expected from version {self.since[0]}.{self.since[1]} on. "
+                "Install a version that rotatek_cache supports: pip install 'rotatek-cache[hf]'"
+            )
+        # A partial, and no method, since that can be copied and pickled with the model.
+        own = module.__dict__.get(self.name)
+        replaced: Any = functools.partial(self.function, Original(module, self.name, own))
+        replaced.__wrapped__ = method if own is None else own  # generate looks at the signature
+        setattr(module, self.name, replaced)
+
+
+GENERATE_METHODS = (
+    Replacement("prepare_inputs_for_generation", _prepare_inputs, "notice a cache that holds another prompt"),
+    Replacement("_prepare_position_ids_for_generation", _prepare_position_ids, "continue a conversation's positions"),
+    Replacement("_get_candidate_generator", _get_candidate_generator, "learn where the prompt of guesses ends"),
+    Replacement("generate_batch", _generate_batch, "refuse a cache that continuous batching would ignore"),
+    Replacement(
+        "_maybe_prepare_encoder_kwargs_for_generation",
+        _maybe_prepare_encoder_kwargs,
+        "learn the whole prompt before it is read",
+        since=(5, 18),  # before, images were encoded in the forward
+    ),
+    Replacement(
+        "_prepare_multimodal_encoder_kwargs_for_generation",
+        _prepare_multimodal_encoder_kwargs,
+        "choose visual tokens where images are encoded",
+        since=(5, 18),
+    ),
+)
+ENCODING = Replacement("get_image_features", _get_image_features, "choose visual tokens by their features")
+FORWARD = Replacement("forward", _forward, "replay decode steps from a captured graph")
+PACKING = Replacement("pack_image_features", _pack_image_features, "follow patches into packed tiles")
+
+
+def _version() -> Version:
+    major, minor = transformers.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def replace_methods(top: Any, inner: Any, family: Family) -> None:
+    """Replace the methods of an attached model, with and below its head.
+
+    Raises:
+        RuntimeError: this version of transformers lacks one that it should have.
+    """
+    try:
+        if isinstance(top, GenerationMixin):
+            for replacement in GENERATE_METHODS:
+                replacement.install(top)
+        ENCODING.install(inner)
+        FORWARD.install(inner)
+        if family.encoder is not None and family.encoder.layout is packed:
+            PACKING.install(inner)
+    except RuntimeError:
+        restore_methods(top, inner)
+        raise
+
+
+def restore_methods(*modules: Any) -> None:
+    """Put back what stood on the instances; what a user set there since then stays."""
+    for module in modules:
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, functools.partial) and value.args and isinstance(value.args[0], Original):
+                delattr(module, name)
+                if value.args[0].own is not None:
+                    setattr(module, name, value.args[0].own)
