@@ -160,7 +160,7 @@ def test_a_method_that_transformers_lacks_is_named(llava: Host, monkeypatch, own
 
 
 def test_a_method_is_expected_in_its_versions_only(llava: Host, monkeypatch):
-    name = "_prepare_multimodal_encoder_kwargs_for_generation"
+    name = "_maybe_prepare_encoder_kwargs_for_generation"
     monkeypatch.delattr(GenerationMixin, name, raising=False)
     monkeypatch.setattr(transformers, "__version__", "5.17.1")
     assert not hasattr(attach(copy.deepcopy(llava.plain)), name)
