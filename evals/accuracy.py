@@ -1,6 +1,6 @@
 """Does a model still answer right? Methods x budgets x tasks, scored on the same samples by each task's own metric.
 
-    python -m evals.accuracy --config evals/accuracy.yaml --out runs/accuracy
+    python -m evals.accuracy --config evals/settings/accuracy.yaml --out runs/accuracy
     python -m evals.accuracy --model Qwen/Qwen2.5-VL-7B-Instruct --tasks textvqa chartqa --limit 500 \
         --method "rotatek={sparsity: [0.5, 0.75]}" --method "think={sparsity: 0.75, basis: think}" --out runs/qwen
 

@@ -58,7 +58,7 @@ from rotatek_cache.cli.demo import READER, DemoError, Reader, open_page
 from rotatek_cache.core.attention import causal_mask
 from rotatek_cache.hf.cache import RotateKLayer, storage_bytes
 
-METHODS = Path(__file__).parent / "fidelity.yaml"
+METHODS = Path(__file__).parent / "settings" / "fidelity.yaml"
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}
 OTHER_CACHES: dict[str, type[Cache]] = {"quantized": QuantizedCache}
 
@@ -350,7 +350,7 @@ def chosen_methods(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         try:
             new_cache(options, config)
         except (ImportError, TypeError, ValueError) as error:
-            hint = "; python -m evals.calibrate_reader makes the reader's" if "does not exist" in str(error) else ""
+            hint = "; python -m evals.reader.calibrate makes the reader's" if "does not exist" in str(error) else ""
             raise ValueError(f"row '{name}': {error}{hint}") from error
     if args.model is not None:
         config = AutoConfig.from_pretrained(args.model)

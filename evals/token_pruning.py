@@ -49,7 +49,7 @@ from rotatek_cache.hf.encoders import encoder_tap, token_signal
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
 
-METHODS = Path(__file__).with_suffix(".yaml")
+METHODS = Path(__file__).parent / "settings" / "token_pruning.yaml"
 QUESTIONS = ("first", "second")
 
 

@@ -1,6 +1,6 @@
 """Tokens that fit into the same memory under SGLang, dense and compressed, by text share.
 
-    python evals/bench/serving_capacity.py
+    python -m evals.bench.serving_capacity
 
 Makes the pools that the plug-in makes for a model of these shapes, fills them, and reads their bytes off the storage
 and off the process. Bases, row tables and all else that the pool needs are counted.
@@ -107,7 +107,7 @@ def main() -> None:
     found = {
         "settings": {name: value for name, value in vars(given).items() if name != "out"},
         "machine": {"cpu": platform.machine(), "torch": importlib.metadata.version("torch")},
-        "command": shlex.join(["python", "evals/bench/serving_capacity.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "evals.bench.serving_capacity", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "dense": base,
         "rows": rows,

@@ -26,7 +26,7 @@ quanto = pytest.mark.skipif(
 
 @pytest.mark.parametrize("name", ["fidelity.yaml", "fidelity_choice.yaml", "fidelity_allocation.yaml"])
 def test_every_row_of_the_table_is_a_valid_cache(name):
-    methods = fidelity.read_methods(ROOT / "evals" / name)
+    methods = fidelity.read_methods(ROOT / "evals" / "settings" / name)
     for options in methods.values():
         if "cache" in options:
             assert options["cache"] in fidelity.OTHER_CACHES

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-PAGE = Path(__file__).parent / "report.html.jinja"
+PAGE = Path(__file__).parent / "page.html.jinja"
 
 
 @dataclass(frozen=True)

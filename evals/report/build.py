@@ -3,8 +3,8 @@
     python -m evals.report --results evals/results --out report
 
 writes `report.html`, which needs no other file, and `report.md` with its pictures in `figures/`. Result files are known
-by what they hold (those of accuracy, diagnostics, latency and fidelity); any other JSON is shown as tables of what it
-holds. Verdicts are computed from the numbers on the page, so that they change with them.
+by what they hold (accuracy, fidelity, token pruning, diagnostics, latency); of any other the page lists where it comes
+from. Verdicts are computed from the numbers on the page, so that they change with them.
 """
 
 import argparse
@@ -16,11 +16,10 @@ import numpy as np
 import yaml
 
 from evals import figures
-from evals.bench import plain
-from evals.page import Picture, Section, Table, to_html, to_markdown
+from evals.report.page import Picture, Section, Table, to_html, to_markdown
+from evals.report.verdicts import count_of, interval, negated, pairs, points, verdicts
 from evals.store import Results, StoreError, read
 from evals.tasks.reader import tells_nothing
-from evals.verdicts import count_of, interval, negated, pairs, points, verdicts
 
 PAPERS = Path(__file__).parent / "papers.yaml"
 TEXTS = yaml.safe_load((Path(__file__).parent / "texts.yaml").read_text(encoding="utf-8"))
@@ -334,16 +333,6 @@ def _peaks(row: Mapping[str, Any]) -> str:
     return "" if None in peaks else ", ".join(f"{peak / 2**30:.2f} GiB" for peak in peaks)
 
 
-def other_sections(results: Results) -> Iterable[Section]:
-    """Results of other scripts, as tables of what they hold."""
-    for name, stored in results.other.items():
-        section = titled(name, "Other results")
-        section.blocks += plain.blocks(stored)
-        if name in results.pictures:
-            section.blocks.append(Picture(name, section.title, results.pictures[name].read_bytes()))
-        yield section
-
-
 def provenance(results: Results) -> Section:
     """Commands, hardware, versions and dates."""
     rows = []
@@ -366,7 +355,7 @@ def provenance(results: Results) -> Section:
 
 def _command(stored: Mapping[str, Any]) -> str:
     setting = stored.get("setting") or stored.get("settings") or {}
-    return str(stored.get("command") or ", ".join(f"{name} {plain.cell(value)}" for name, value in setting.items()))
+    return str(stored.get("command") or ", ".join(f"{name} {value}" for name, value in setting.items()))
 
 
 def compose(results: Results, papers: Mapping[str, Any]) -> list[Section]:
@@ -382,7 +371,6 @@ def compose(results: Results, papers: Mapping[str, Any]) -> list[Section]:
         *tokens_sections(results),
         *diagnostics_sections(results),
         *latency_sections(results),
-        *other_sections(results),
         provenance(results),
     ]
 
@@ -403,7 +391,7 @@ def build(folders: Sequence[Path], out: Path) -> None:
 def main() -> None:
     """Parse and build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, nargs="+", default=[Path(__file__).parent / "results"])
+    parser.add_argument("--results", type=Path, nargs="+", default=[Path(__file__).parents[1] / "results"])
     parser.add_argument("--out", type=Path, default=Path("report"))
     args = parser.parse_args()
     try:
@@ -411,7 +399,3 @@ def main() -> None:
     except StoreError as error:
         raise SystemExit(f"error: {error}") from error
     print(f"{args.out / 'report.html'} and {args.out / 'report.md'}")
-
-
-if __name__ == "__main__":
-    main()

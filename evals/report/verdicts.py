@@ -196,9 +196,32 @@ def _beats_tokens(results: Results) -> Verdict:
     for task, held in tables(results).items():
         compared = [one for table in held if (one := _with_best_tokens(task, table)) is not None]
         found += compared[:1]
-    if not found:
+    equals = [one for stored in results.tokens.values() for one in _as_good_at_fewer_bytes(stored["rows"])]
+    if not found and not equals:
         return Verdict(claim, None)
-    return Verdict(claim, _won(found), "against the best such token method: " + _told(found))
+    said = ["against the best such token method: " + _told(found)] if found else []
+    said += ["as good at fewer bytes: " + ", ".join(equals)] if equals else []
+    better, _, worse = _sorted(found)
+    return Verdict(claim, len(better) / max(1, len(better) + len(worse) + len(equals)), "; ".join(said))
+
+
+def _as_good_at_fewer_bytes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name token methods at their least bytes with which a second question loses no more than with RotateK alone."""
+    (alone,) = [row for row in rows if row["tokens"] == "none" and row["channels"] == "RotateK 1/4"] or [None]
+    if alone is None:
+        return []
+    least: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        second = row["second"]
+        if row["channels"] == "tokens only" and row["bytes_share"] < alone["bytes_share"]:
+            as_good = second["loss_95"][0] <= max(0.0, alone["second"]["loss_95"][1])
+            if as_good and row["bytes_share"] < least.get(row["tokens"], alone)["bytes_share"]:
+                least[row["tokens"]] = row
+    return [
+        f"{name} at {row['bytes_share']:.2f} of the bytes (channels alone: {alone['bytes_share']:.2f}), "
+        f"{points(row['second']['exact_match'])} of {points(alone['second']['exact_match'])}, n = {count_of(row['second'])}"
+        for name, row in least.items()
+    ]
 
 
 def _with_best_tokens(task: str, table: Mapping[str, Any]) -> Difference | None:
