@@ -3,12 +3,12 @@
     python -m evals.bench.latency --shape four-layers --contexts 1024 4096 --out runs/latency.json
     python -m evals.bench.latency --shape llava-next-8b --contexts 1024 4096 16384 65536 131072 --batches 1 4 16 \
         --largest 65536 --device cuda --out evals/results/latency_llava_next_8b.json
-    python -m evals.bench.latency --shape llava-next-8b --methods evals/bench/latency_vl_cache.yaml --contexts 16384 131072 \
-        --batches 4 --tokens 100 --device cuda --out evals/results/latency_vl_cache.json
+    python -m evals.bench.latency --shape llava-next-8b --methods evals/bench/latency_vl_cache.yaml \
+        --contexts 16384 131072 --batches 4 --tokens 100 --device cuda --out evals/results/latency_vl_cache.json
     python -m evals.bench.latency --model llava-hf/llama3-llava-next-8b-hf --images page.png --contexts 16384
 
-A model comes by name, or as a *shape* with random weights (`evals/bench/shapes.yaml`). The vision tower is bypassed: the
-prompt is random embeddings whose variance falls as 1 / rank, all visual but `--text` of them. With `--images` the
+A model comes by name, or as a *shape* with random weights (`evals/bench/shapes.yaml`). The vision tower is bypassed:
+the prompt is random embeddings whose variance falls as 1 / rank, all visual but `--text` of them. With `--images` the
 model's own tower reads them instead, as many as the context holds. In every round each method prefills a cache of its
 own and decodes `--tokens` tokens, so that all methods meet the same machine; figures are medians over rounds with their
 range. "end to end" is a prefill with all its tokens. "attention" is a decode step's appending and attending in all

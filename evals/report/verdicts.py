@@ -219,7 +219,8 @@ def _as_good_at_fewer_bytes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 least[row["tokens"]] = row
     return [
         f"{name} at {row['bytes_share']:.2f} of the bytes (channels alone: {alone['bytes_share']:.2f}), "
-        f"{points(row['second']['exact_match'])} of {points(alone['second']['exact_match'])}, n = {count_of(row['second'])}"
+        f"{points(row['second']['exact_match'])} and {points(alone['second']['exact_match'])}, "
+        f"n = {count_of(row['second'])}"
         for name, row in least.items()
     ]
 
