@@ -65,14 +65,14 @@ class MethodsError(Exception):
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Return median, least and most."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def measure(
     model: Any, methods: Mapping[str, Mapping[str, Any]], prompt: Prompt, tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row a method, for one prompt."""
+    """Measure every method on one prompt, a result row for each."""
     cuda = model.device.type == "cuda"
     gathered: dict[str, dict[str, Any]] = {}
 
@@ -98,7 +98,7 @@ def measure(
                     prefill(model, cache, prompt)
                     decode(model, cache, prompt.batch, min(3, tokens), compiled=compiled)
                     attention_steps(model, cache, prompt.batch, 1)
-                    cache = None  # before the next one takes its room
+                    cache = None  # freed before the next one is made
                     cache = make_cache(options, model.config, prompt.visual, longest)
                     row["fit_share"] = fit_share(model, cache, prompt)
                     continue
@@ -138,7 +138,7 @@ def _row(gathered: dict[str, Any], batch: int, tokens: int) -> dict[str, Any]:
 
 
 def largest(fits: Callable[[int], bool], limit: int = 1 << 14) -> int:
-    """The largest number up to `limit` that fits, 0 if none does; `fits` is true up to some number."""
+    """Find the largest number up to `limit` that fits, 0 if none does; `fits` is true up to some number."""
     high = 1
     while high <= limit and fits(high):
         high *= 2
@@ -152,7 +152,7 @@ def largest(fits: Callable[[int], bool], limit: int = 1 << 14) -> int:
 def largest_batches(
     model: Any, methods: Mapping[str, Mapping[str, Any]], context: int, text: int
 ) -> list[dict[str, Any]]:
-    """The largest batch of each method whose caches and decode step fit into the GPU; caches are filled by `fill`."""
+    """Find the largest batch of each method whose caches, filled by `fill`, and decode step fit into the GPU."""
     rows = []
     for name, options in methods.items():
 
@@ -191,7 +191,7 @@ COLUMNS = {
 
 
 def references(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], Mapping[str, Any]]:
-    """The first measured row of each setting (context, batch): the one that others are compared with."""
+    """Find the first measured row of each setting (context, batch): the one that others are compared with."""
     first: dict[tuple[int, int], Mapping[str, Any]] = {}
     for row in rows:
         if "skipped" not in row:
@@ -200,7 +200,7 @@ def references(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], Mappi
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A line a row; each time with how often it goes into that of the setting's first method."""
+    """Print a line a row; each time with how often it goes into that of the setting's first method."""
     first = references(rows)
     titles = " ".join(f"{title:>20}" for title in COLUMNS)
     print(f"{'context':>8} {'batch':>5}  {'method':44}{titles} {'fit':>6} {'cache':>10}")
@@ -219,7 +219,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    """Raises what is wrong with a method, as far as it shows without a model."""
+    """Raise what is wrong with a method, as far as it shows without a model."""
     if "dense" in options:
         if options["dense"] not in DENSE:
             raise ValueError(f"dense must be one of {', '.join(DENSE)}, got {options['dense']!r}")
@@ -228,7 +228,7 @@ def _check(options: Mapping[str, Any]) -> None:
 
 
 def read_methods(path: Path, only: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
-    """The methods of a YAML file, those whose name holds a word of `only` if there are some.
+    """Read the methods of a YAML file, those whose name holds a word of `only` if there are some.
 
     Raises:
         MethodsError: the file cannot be read, a method cannot be made, or none is left.
@@ -253,7 +253,7 @@ def read_methods(path: Path, only: Sequence[str] | None) -> dict[str, Mapping[st
 
 
 def parse() -> argparse.Namespace:
-    """The flags, checked, with `methods` read."""
+    """Read and check the flags, with `methods` read."""
     shapes = yaml.safe_load(SHAPES.read_text())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)

@@ -31,14 +31,14 @@ def resident() -> int:
 
 
 def filled(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the tensors, each of which is written to, so that the process really has them."""
+    """Count the bytes of the tensors after writing to each, so that the process really has them."""
     for tensor in tensors:
         tensor.fill_(1)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def dense(budget: int, heads: HeadShape, layers: int) -> dict[str, int]:
-    """A dense pool: tokens, bytes of storage, bytes of the process."""
+    """Make a dense pool; count its tokens, bytes of storage and bytes of the process."""
     per_token = layers * heads.kv_heads * (heads.key_width + heads.value_width) * 2
     tokens = budget // per_token
     before = resident()
@@ -53,7 +53,7 @@ def dense(budget: int, heads: HeadShape, layers: int) -> dict[str, int]:
 def compressed(
     budget: int, heads: HeadShape, layers: int, rank: int, text_share: float, requests: int, context: int
 ) -> dict[str, int]:
-    """Our pools, sized as the plug-in sizes them."""
+    """Make our pools, sized as the plug-in sizes them, and count the same."""
     sealers = [Sealer(FitOptions(rank=rank), index) for index in range(layers)]
     layout = find_layout(sealers, heads, torch.bfloat16, "cpu")
     plan = Plan.make(sealers, layout, text_share, 2 * requests, requests, context)

@@ -26,7 +26,7 @@ FILES = {"reader_basis": ("pca", "pca"), "reader_oblique": ("oblique", "output")
 
 
 def prompts(processor: Any, pages: int, levels: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One page and question after the other, as model inputs."""
+    """Yield one page and question after the other, as model inputs."""
     for index in trange(pages, desc="pages"):
         # From the end of the range: training draws from its beginning.
         seed = TRAIN_SEEDS[-1 - index]
