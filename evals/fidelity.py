@@ -58,7 +58,7 @@ from rotatek_cache.cli.demo import READER, DemoError, Reader, open_page
 from rotatek_cache.core.attention import causal_mask
 from rotatek_cache.hf.cache import RotateKLayer, storage_bytes
 
-METHODS = Path(__file__).parent / "settings" / "fidelity.yaml"
+DEFAULT_METHODS = Path(__file__).parent / "settings" / "fidelity.yaml"
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}
 OTHER_CACHES: dict[str, type[Cache]] = {"quantized": QuantizedCache}
 
@@ -458,7 +458,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--question", action="append", help="with --images: give it twice")
     parser.add_argument("--basis", type=Path, help="with --images: file of `rotatek calibrate` for the calibrated rows")
     parser.add_argument("--max-new-tokens", type=positive, default=32, help="longest answer, with --images")
-    parser.add_argument("--methods", type=Path, default=METHODS, help="YAML: family -> variant -> RotateKCache options")
+    parser.add_argument(
+        "--methods", type=Path, default=DEFAULT_METHODS, help="YAML: family -> variant -> RotateKCache options"
+    )
     parser.add_argument("--only", nargs="*", help='methods whose "family: variant" holds one of these words')
     parser.add_argument("--level", choices=sorted(LEVELS), default="hard", help="of drawn pages")
     parser.add_argument("--seeds", choices=sorted(SEEDS), default="choose", help="report: for reported figures only")

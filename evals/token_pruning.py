@@ -49,7 +49,7 @@ from rotatek_cache.hf.encoders import encoder_tap, token_signal
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
 
-METHODS = Path(__file__).parent / "settings" / "token_pruning.yaml"
+DEFAULT_METHODS = Path(__file__).parent / "settings" / "token_pruning.yaml"
 QUESTIONS = ("first", "second")
 
 
@@ -295,7 +295,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Parse, run, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", type=Path, default=METHODS, help="YAML: tokens, channels, budgets, alone")
+    parser.add_argument("--methods", type=Path, default=DEFAULT_METHODS, help="YAML: tokens, channels, budgets, alone")
     parser.add_argument("--only", nargs="*", help="token methods whose name holds one of these words")
     parser.add_argument("--level", choices=sorted(LEVELS), default="hard")
     parser.add_argument("--seeds", choices=sorted(SEEDS), default="choose", help="report: for reported figures only")

@@ -56,7 +56,7 @@ from rotatek_cache import RotateKCache
 from rotatek_lmms_eval.chat import ChatError, check_device
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
-METHODS = Path(__file__).parent / "latency.yaml"
+DEFAULT_METHODS = Path(__file__).parent / "latency.yaml"
 REFUSALS = (NotHereError, ValueError, ImportError, NotImplementedError)  # a method's, which the others go on without
 
 
@@ -259,7 +259,7 @@ def parse() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="name or path of a vision-language model")
     which.add_argument("--shape", choices=sorted(shapes), help="random weights of that shape")
-    parser.add_argument("--methods", type=Path, default=METHODS, help="YAML: name -> options")
+    parser.add_argument("--methods", type=Path, default=DEFAULT_METHODS, help="YAML: name -> options")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="methods whose name holds one of these words")
     parser.add_argument("--contexts", type=positive, nargs="+", default=[1024, 4096], help="prompt lengths, at batch 1")
     parser.add_argument("--batches", type=positive, nargs="*", default=[], help="batches, at --batch-context")
