@@ -289,7 +289,7 @@ def bootstrap(losses: np.ndarray, seed: int = 0, rounds: int = 4000) -> tuple[fl
 
 @functools.cache
 def load(name: str | None) -> Reader:
-    """Load the attached model with its processor, once per process."""
+    """The attached model with its processor, once per process."""
     return Reader.load(name)
 
 

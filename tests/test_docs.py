@@ -103,5 +103,12 @@ def test_code_is_python_and_its_imports_work(page):
                 assert {alias.name for alias in node.names} <= set(rotatek_cache.__all__)
 
 
+def test_every_family_is_listed():
+    from rotatek_cache import families
+
+    listed = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")))
+    assert set(families()) <= listed
+
+
 def test_the_readme_is_one_page():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
