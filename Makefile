@@ -57,7 +57,7 @@ test-lmms:  ## Run lmms-eval itself with our plug-in, and our metrics against it
 # One thread: a small model gains nothing by two, and loses much where a machine is busy.
 evals-quick: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 evals-quick: $(VENV)/.evals  ## Accuracy, diagnostics and latency of the reader with a report, in some minutes
-	$(BIN)/python -m evals.accuracy --config evals/quick.yaml --out $(QUICK)/accuracy_reader
+	$(BIN)/python -m evals.accuracy --config evals/settings/quick.yaml --out $(QUICK)/accuracy_reader
 	$(BIN)/python -m evals.diagnostics --samples 8 --pages 64 --out $(QUICK)/diagnostics_reader.json --figures $(QUICK)
 	$(BIN)/python -m evals.bench.latency --shape four-layers --contexts 512 1024 --tokens 16 --rounds 3 --device cpu \
 		--out $(QUICK)/latency_four_layers.json

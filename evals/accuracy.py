@@ -1,6 +1,6 @@
 """Does a model still answer right? Methods x budgets x tasks, scored on the same samples by each task's own metric.
 
-    python -m evals.accuracy --config evals/accuracy.yaml --out runs/accuracy
+    python -m evals.accuracy --config evals/settings/accuracy.yaml --out runs/accuracy
     python -m evals.accuracy --model Qwen/Qwen2.5-VL-7B-Instruct --tasks textvqa chartqa --limit 500 \
         --method "rotatek={sparsity: [0.5, 0.75]}" --method "think={sparsity: 0.75, basis: think}" --out runs/qwen
 
@@ -94,12 +94,12 @@ class Settings:
 
     @property
     def torch_dtype(self) -> Any:
-        """What `from_pretrained` takes."""
+        """Return the dtype as `from_pretrained` takes it."""
         return "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
 def expand(methods: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
-    """One method for each combination of the options given as lists, named by them."""
+    """Make one method of each combination of the options given as lists, named by them."""
     expanded: dict[str, dict[str, Any]] = {}
     for name, options in methods:
         if not isinstance(options, Mapping):
@@ -126,7 +126,7 @@ class Run:
         if (folder / "scores.json").exists():
             raise RunError(f"'{folder}' holds a finished run, which is not overwritten: choose another --out")
         stored = folder / "run.json"
-        # A run that failed before its first answer binds nobody to its settings.
+        # A run that failed before its first answer leaves its settings free to change.
         if stored.exists() and any(part.stat().st_size for part in self._parts()):
             before = json.loads(stored.read_text())
             if changed := [name for name in given if given[name] != before.get(name)]:
@@ -174,26 +174,26 @@ def _key(line: Mapping[str, Any]) -> tuple[str, str, int]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file, which another process may be writing to."""
+    """Read the whole lines of a JSONL file, which another process may be writing to."""
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def sample_order(task: Task, limit: int, seed: int | None) -> list[int]:
-    """Numbers of the samples of a run; a higher limit goes on with the same ones."""
+    """Draw the numbers of the samples of a run; a higher limit goes on with the same ones."""
     if seed is None:
         return list(range(min(limit, len(task))))
     return np.random.default_rng(seed).permutation(len(task))[:limit].tolist()
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all storage that a cache holds."""
+    """Count the bytes of all storage that a cache holds."""
     if isinstance(cache, RotateKCache):
         return cache.nbytes()
     return storage_bytes(t for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values))
 
 
 def ask(chat: Chat, samples: Sequence[Sample], cache: Cache, max_new_tokens: int) -> tuple[list[list[str]], int, int]:
-    """Answers of each sample to each of its questions (as many for all), bytes of the cache, and tokens of a row."""
+    """Ask each sample its questions (as many for all); return answers, bytes of the cache, and tokens of a row."""
     turns = list(zip(*(sample.turns for sample in samples), strict=True))
     first = [turn.text for turn in turns[0]]
     batch = chat.begin([sample.images for sample in samples], first, cache, max_new_tokens=max_new_tokens)
@@ -207,7 +207,7 @@ def ask(chat: Chat, samples: Sequence[Sample], cache: Cache, max_new_tokens: int
 def answer_batch(
     chat: Chat, task: Task, numbers: Sequence[int], methods: Mapping[str, dict[str, Any] | None], limit: int | None
 ) -> list[dict[str, Any]]:
-    """One line for each sample and method; samples that cannot be used get a line that says why."""
+    """Make a line for each sample and method; samples that cannot be used get a line that says why."""
     usable: dict[int, list[tuple[int, Sample]]] = {}
     lines = []
     for number in numbers:
@@ -320,7 +320,7 @@ def _command(processes: int) -> str:
 
 
 def _memory(series: Sequence[tuple[int, float]], points: int = 200) -> dict[str, Any] | None:
-    """Resident memory of the main process while it answered its samples.
+    """Sum up the resident memory of the main process while it answered its samples.
 
     Args:
         series: samples that were finished (of all tasks), and MiB then, after each batch.
@@ -340,7 +340,7 @@ def _memory(series: Sequence[tuple[int, float]], points: int = 200) -> dict[str,
 
 
 def environment(device: str, processes: int = 1) -> dict[str, Any]:
-    """Hardware, how busy it was, versions and date, as every result names them."""
+    """Describe hardware, how busy it was, versions and date, as every result names them."""
     packages = ("torch", "transformers", "datasets", "triton", "numpy")
     versions = {"python": platform.python_version()}
     for name in packages:
@@ -360,7 +360,7 @@ def environment(device: str, processes: int = 1) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, str]:
-    """Settings from the YAML and the flags that override it; where results go; the device."""
+    """Read settings from the YAML and the flags that override it; where results go; the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML with any of the settings below by their names")
     parser.add_argument("--model", help="name or path (default: the reader)")
@@ -402,7 +402,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, str]:
 
 
 def _tasks(given: Any, chosen: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """Options of each task by its name: of those given in the YAML, or of those chosen by flags."""
+    """Return options of each task by its name: of those given in the YAML, or of those chosen by flags."""
     if not isinstance(given, Mapping | list):
         raise RunError(f"tasks must be a list of names or a mapping of names to options, got {given!r}")
     options = given if isinstance(given, Mapping) else {}

@@ -97,7 +97,7 @@ class _ListeningKV(LayerKV):
 
 
 def listen(chat: Chat, sample: Sample, max_new_tokens: int, window: int = 32) -> list[Heard]:
-    """What each layer holds of one conversation.
+    """Record what each layer holds of one conversation.
 
     Raises:
         SampleError: its answers ended with their first token, which the prompt's last query gives.
@@ -130,13 +130,13 @@ def listen(chat: Chat, sample: Sample, max_new_tokens: int, window: int = 32) ->
 
 
 def spectrum(matrix: Tensor) -> Tensor:
-    """Cumulative share of the eigenvalues ``[*, D]`` of symmetric positive ``matrix [*, D, D]``, largest first."""
+    """Return the cumulative share of the eigenvalues ``[*, D]`` of positive ``matrix [*, D, D]``, largest first."""
     values = torch.linalg.eigvalsh(matrix).flip(-1).clamp_min(0)
     return values.cumsum(-1) / values.sum(-1, keepdim=True)
 
 
 def logit_energy(scatter: Tensor, queries: Tensor) -> Tensor:
-    """``Cq^1/2 Ck Cq^1/2`` of Key scatter ``[H, D, D]`` and queries ``[H, n, D]``: eigenvalues are logit energy."""
+    """Return ``Cq^1/2 Ck Cq^1/2``, of Keys' scatter ``[H, D, D]`` and queries ``[H, n, D]``: logit energy."""
     moment = queries.mT @ queries / queries.shape[1]
     scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     root, _ = matrix_roots(moment / scale)
@@ -145,12 +145,12 @@ def logit_energy(scatter: Tensor, queries: Tensor) -> Tensor:
 
 
 def rank_for(cumulative: Tensor, share: float) -> Tensor:
-    """Least rank whose cumulative share reaches `share`."""
+    """Find the least rank whose cumulative share reaches `share`."""
     return (cumulative < share - 1e-6).sum(-1) + 1
 
 
 def directions(states: Tensor, rank: int, *, centred: bool = True) -> Tensor:
-    """Orthonormal ``[H, D, r]`` of the top directions of states ``[H, n, D]``; r is at most what n states span."""
+    """Find the top directions ``[H, D, r]`` of states ``[H, n, D]``, orthonormal; r is at most what n states span."""
     rank = min(rank, states.shape[1] - centred, states.shape[2])
     centre = states.mean(1, keepdim=True) if centred else 0.0
     moved = states - centre
@@ -158,7 +158,7 @@ def directions(states: Tensor, rank: int, *, centred: bool = True) -> Tensor:
 
 
 def overlap(one: Tensor, other: Tensor) -> dict[str, list[float]]:
-    """Principal angles between subspaces ``[H, D, r]`` and ``[H, D, r']``, over the heads' mean.
+    """Measure the principal angles between subspaces ``[H, D, r]`` and ``[H, D, r']``, over the heads' mean.
 
     "shared" is the mean squared cosine: 1 for the same subspace (or one inside the other), r / D by chance.
     """
@@ -168,7 +168,7 @@ def overlap(one: Tensor, other: Tensor) -> dict[str, list[float]]:
 
 
 def basis_errors(heard: Heard, name: str, rank: int) -> tuple[float, float]:
-    """Squared errors of Keys and of logits under a basis, each relative, over all heads of a layer."""
+    """Measure squared errors of Keys and of logits under a basis, each relative, over all heads of a layer."""
     keys = heard.visual
     basis = BASES[name].fit(heard.stats, rank, "eigh", keys.dtype)
     found = basis.reconstruct(basis.encode(keys[:, None]))[:, 0]
@@ -181,12 +181,12 @@ def basis_errors(heard: Heard, name: str, rank: int) -> tuple[float, float]:
 
 
 def mean_of(tensors: Sequence[Tensor]) -> list[Any]:
-    """Mean over samples, as lists."""
+    """Average over samples, as lists."""
     return torch.stack([tensor.float() for tensor in tensors]).mean(0).tolist()
 
 
 def geometry(samples: Sequence[list[Heard]], ranks: Sequence[int]) -> dict[str, Any]:
-    """All numbers of the module's first half, from what was heard of each sample in each layer."""
+    """Compute all numbers of the module's first half, from what was recorded of each sample in each layer."""
     layers = range(len(samples[0]))
     result: dict[str, Any] = {
         "samples": len(samples),
@@ -252,7 +252,7 @@ def _root_mean(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 def without_delta(cache: RotateKCache) -> None:
-    """Let a filled cache forget what its basis leaves out of the mean: ``K R R^T`` in place of ``... + delta``."""
+    """Make a filled cache forget what its basis leaves out of the mean: ``K R R^T`` in place of ``... + delta``."""
     for layer in cache.layers:
         for segment in layer.kv.segments:
             basis = segment.keys.basis
@@ -265,7 +265,7 @@ Change = Callable[[RotateKCache], None]
 
 
 def ablations(rank: int) -> dict[str, tuple[dict[str, Any], Change | None]]:
-    """Options of the paper's method less one of its parts, at a rank, and what is done to the filled cache."""
+    """List options of the paper's method less one of its parts, at a rank, and what is done to the filled cache."""
     paper: dict[str, Any] = {"rank": rank, "always_compress": True}
     table: dict[str, tuple[dict[str, Any], Change | None]] = {
         "the paper": (paper, None),
@@ -279,7 +279,7 @@ def ablations(rank: int) -> dict[str, tuple[dict[str, Any], Change | None]]:
 
 
 def answers_without(args: argparse.Namespace) -> dict[str, Any]:
-    """Exact match and KL of the reader for each ablation and rank."""
+    """Measure exact match and KL of the reader for each ablation and rank."""
     reader = fidelity.load(None)
     model = reader.model
     methods = {f"r={rank}, {name}": entry for rank in args.ablation_ranks for name, entry in ablations(rank).items()}
@@ -309,14 +309,14 @@ def answers_without(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def heat(heard: list[Heard], layer: int, head: int) -> tuple[Tensor, Tensor]:
-    """Keys ``[S, D]`` of one head, and the same in the paper's basis at full rank."""
+    """Return the Keys ``[S, D]`` of one head, and the same in the paper's basis at full rank."""
     one = heard[layer]
     basis = BASES["rotatek"].fit(one.stats, one.visual.shape[-1], "eigh", one.visual.dtype)
     return one.visual[head], basis.encode(one.visual[:, None])[head, 0]
 
 
 def listen_to(chat: Chat, task: Task, numbers: Sequence[int], ranks: Sequence[int]) -> list[list[Heard]]:
-    """What is heard of each sample in each layer; samples that cannot be used are left out, with a word.
+    """Record each sample in each layer; samples that cannot be used are left out, with a word.
 
     Raises:
         TaskError: fewer than two samples can be used, or a rank is more than the model's head width.
@@ -339,7 +339,7 @@ def listen_to(chat: Chat, task: Task, numbers: Sequence[int], ranks: Sequence[in
 
 
 def mapping(text: str) -> dict[str, Any]:
-    """A mapping in YAML, of a flag."""
+    """Read a mapping in YAML, of a flag."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -350,7 +350,7 @@ def mapping(text: str) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    """The flags, checked."""
+    """Read and check the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=READER, help="name or path")
     parser.add_argument("--task", default="reader-hard-second", help="conversations that are listened to")

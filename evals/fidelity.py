@@ -60,7 +60,7 @@ from rotatek_cache.core.attention import causal_mask
 from rotatek_cache.hf.cache import RotateKLayer, storage_bytes
 from rotatek_cache.hf.chat import READER, Chat, InputError, open_image
 
-METHODS = Path(__file__).parent / "fidelity.yaml"
+DEFAULT_METHODS = Path(__file__).parent / "settings" / "fidelity.yaml"
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}
 OTHER_CACHES: dict[str, type[Cache]] = {"quantized": QuantizedCache}
 
@@ -117,7 +117,7 @@ class Batch:
         return len(self.rest)
 
     def positions(self) -> tuple[Tensor | None, Tensor | None]:
-        """Positions of prompt and rest: None, the model's own, where nothing is padded."""
+        """Return positions of prompt and rest: None, the model's own, where nothing is padded."""
         mask = torch.cat([self.prompt["attention_mask"], self.rest_mask], 1)
         if bool(mask.all()):
             return None, None
@@ -197,7 +197,7 @@ class Scores:
 
 
 def new_cache(options: dict[str, Any], config: Any) -> Cache:
-    """The empty cache of a row, for a model of that config: RotateKCache, or the other cache that it names."""
+    """Make the empty cache of a row, for a model of that config: RotateKCache, or the other cache that it names."""
     options = dict(options)
     if "cache" not in options:
         # Also where the basis costs more bytes than it saves: what is asked here is what a method loses.
@@ -209,7 +209,7 @@ def new_cache(options: dict[str, Any], config: Any) -> Cache:
 
 
 def stored_tensors(held: Any) -> list[Tensor]:
-    """The plain tensors in nested containers and behind wrapper subclasses, such as packed data and scales."""
+    """List the plain tensors in nested containers and behind wrapper subclasses, such as packed data and scales."""
     if isinstance(held, dict):
         held = list(held.values())
     if isinstance(held, (list, tuple)):
@@ -222,7 +222,7 @@ def stored_tensors(held: Any) -> list[Tensor]:
 
 
 def visual_bytes(cache: Cache, visual: Tensor) -> tuple[float, float]:
-    """Bytes that the requests of a cache own for visual Keys and Values; `visual`, bool ``[B, T]``, says which are."""
+    """Count the bytes that requests own for visual Keys and Values; `visual`, bool ``[B, T]``, marks the tokens."""
     if not isinstance(cache, RotateKCache):
         share = visual.double().mean().item()
         of_kind = [
@@ -258,7 +258,7 @@ def fill(cache: Cache, config: Any, batch: Batch, recorder: RecordingCache) -> N
 
 
 def replay(model: Any, cache: Cache, batch: Batch, first_logits: Tensor) -> Tensor:
-    """Log-probabilities ``[B, n, V]`` that predict each token of `batch.rest`, from the cache of its prompt."""
+    """Predict each token of `batch.rest` from the cache of its prompt; return log-probabilities ``[B, n, V]``."""
     mask = torch.cat([batch.prompt["attention_mask"], batch.rest_mask], 1)
     logits = model(
         input_ids=batch.rest,
@@ -281,7 +281,7 @@ def score(scores: Scores, batch: Batch, found: Tensor, dense: Tensor) -> None:
 
 
 def bootstrap(losses: np.ndarray, seed: int = 0, rounds: int = 4000) -> tuple[float, float]:
-    """95 % bounds of the mean of paired differences by resampling pages."""
+    """Bound the mean of paired differences by resampling pages, at 95 %."""
     generator = np.random.default_rng(seed)
     means = [losses[generator.integers(0, len(losses), len(losses))].mean() for _ in range(rounds)]
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
@@ -324,14 +324,14 @@ def score_part(
 
 
 def read_methods(path: Path, only: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Options by "family: variant" of a methods file; with `only`, those whose name holds one of its words."""
+    """Read options by "family: variant" from a file; with `only`, those whose name holds one of its words."""
     families: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(path.read_text())
     named = {f"{family}: {variant}": options for family, rows in families.items() for variant, options in rows.items()}
     return {name: options for name, options in named.items() if not only or any(word in name for word in only)}
 
 
 def chosen_methods(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The rows to run, dense first; a ValueError that names the row where one cannot be."""
+    """List the rows to run, dense first; a ValueError names the row where one cannot be."""
     methods = read_methods(args.methods, args.only)
     if args.images is not None:
         # Rows of the reader's own files have no meaning for another model.
@@ -350,7 +350,7 @@ def chosen_methods(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         try:
             new_cache(options, config)
         except (ImportError, TypeError, ValueError) as error:
-            hint = "; python -m evals.calibrate_reader makes the reader's" if "does not exist" in str(error) else ""
+            hint = "; python -m evals.reader.calibrate makes the reader's" if "does not exist" in str(error) else ""
             raise ValueError(f"row '{name}': {error}{hint}") from error
     if args.model is not None:
         config = AutoConfig.from_pretrained(args.model)
@@ -391,7 +391,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(found: Scores, dense: Scores, options: dict[str, Any]) -> dict[str, Any]:
-    """Means, paired losses against dense with their bounds, and byte ratios of one method."""
+    """Sum up means, paired losses against dense with their bounds, and byte ratios of one method."""
     key_bytes, value_bytes = float(np.mean(found.key_bytes)), float(np.mean(found.value_bytes))
     dense_keys, dense_values = float(np.mean(dense.key_bytes)), float(np.mean(dense.value_bytes))
     row: dict[str, Any] = {
@@ -416,7 +416,7 @@ def summary(found: Scores, dense: Scores, options: dict[str, Any]) -> dict[str, 
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """A line a method."""
+    """Print a line a method."""
     heads = f"{'first EM':>8} {'KL':>8}   {'second EM':>9} {'KL':>8}"
     print(f"{'method':70} {'K':>6} {'V':>6} {'KV':>6}   {heads}  loss, 95 %")
     for name, row in result["methods"].items():
@@ -437,14 +437,14 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def natural(text: str) -> int:
-    """A number from 0 on, of a flag."""
+    """Read a number from 0 on, of a flag."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """A number from 1 on, of a flag."""
+    """Read a number from 1 on, of a flag."""
     if natural(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
     return int(text)
@@ -458,7 +458,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--question", action="append", help="with --images: give it twice")
     parser.add_argument("--basis", type=Path, help="with --images: file of `rotatek calibrate` for the calibrated rows")
     parser.add_argument("--max-new-tokens", type=positive, default=32, help="longest answer, with --images")
-    parser.add_argument("--methods", type=Path, default=METHODS, help="YAML: family -> variant -> RotateKCache options")
+    parser.add_argument(
+        "--methods", type=Path, default=DEFAULT_METHODS, help="YAML: family -> variant -> RotateKCache options"
+    )
     parser.add_argument("--only", nargs="*", help='methods whose "family: variant" holds one of these words')
     parser.add_argument("--level", choices=sorted(LEVELS), default="hard", help="of drawn pages")
     parser.add_argument("--seeds", choices=sorted(SEEDS), default="choose", help="report: for reported figures only")

@@ -31,7 +31,7 @@ NAMES = {
 
 
 def new(rows: int = 1, columns: int = 1, height: float = 3.0, **options: Any) -> tuple[Figure, Any]:
-    """A figure and its axes ``[rows, columns]``."""
+    """Make a figure and its axes ``[rows, columns]``."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **options)
@@ -41,7 +41,7 @@ def new(rows: int = 1, columns: int = 1, height: float = 3.0, **options: Any) ->
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file holds it."""
+    """Encode the figure as a PNG file."""
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
     # 128 colours show the same in a third of the bytes.
@@ -56,7 +56,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def heat_maps(layers: Mapping[int, tuple[Tensor, Tensor]]) -> Figure:
-    """Absolute Keys before and after the rotation, tokens down, channels across; a column for each layer."""
+    """Draw absolute Keys before and after the rotation, tokens down, channels across; a column for each layer."""
     figure, axes = new(2, len(layers), 2.6, sharex=True, sharey=True)
     for column, (layer, states) in enumerate(layers.items()):
         for row, (part, label) in enumerate(zip(states, ("Keys", "rotated"), strict=True)):
@@ -72,12 +72,12 @@ def heat_maps(layers: Mapping[int, tuple[Tensor, Tensor]]) -> Figure:
 
 
 def spaced(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers below `count`, evenly apart, the first and the last among them."""
+    """Choose at most `most` of the numbers below `count`, evenly apart, the first and the last among them."""
     return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
 
 
 def _layer_styles(count: int) -> list[dict[str, Any]]:
-    """Colour and label of each layer's line: few are all named, of many along a colour map some."""
+    """Choose colour and label of each layer's line: few are all named, of many along a colour map some."""
     if count <= 8:
         return [{"color": f"C{index}", "label": f"layer {index}"} for index in range(count)]
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.95, count))
@@ -86,7 +86,7 @@ def _layer_styles(count: int) -> list[dict[str, Any]]:
 
 
 def diagnostics(result: Mapping[str, Any]) -> dict[str, Figure]:
-    """The pictures of `evals/diagnostics.py` by name."""
+    """Draw the pictures of `evals/diagnostics.py`, by name."""
     drawn = {
         "variance": _variance(result),
         "angles": _angles(result),
@@ -161,7 +161,7 @@ def _ablations(table: Mapping[str, Any]) -> Figure:
 
 
 def family(options: Mapping[str, Any]) -> str:
-    """What a method's options of `RotateKCache` prune."""
+    """Name what a method's options of `RotateKCache` prune."""
     identity = options.get("sparsity") == 0 and not options.get("key_bits")
     if options.get("tokens"):
         return "tokens only" if identity else "tokens and channels"
@@ -169,7 +169,7 @@ def family(options: Mapping[str, Any]) -> str:
 
 
 def _label(options: Mapping[str, Any]) -> str:
-    """The method without its budget."""
+    """Name the method without its budget."""
     basis = options.get("basis", "rotatek")
     name = NAMES.get(basis, f"calibrated, {Path(str(basis)).stem}")
     tokens = str(options.get("tokens") or "").split(":")[0]
@@ -256,7 +256,7 @@ def robustness(result: Mapping[str, Any]) -> Figure | None:
 
 
 def fidelity(result: Mapping[str, Any]) -> Figure:
-    """Loss on the second question against the bytes of the visual KV: one line a family, 95 % intervals."""
+    """Draw the second question's loss against the bytes of the visual KV: a line a family, 95 % intervals."""
     families: dict[str, list[Mapping[str, Any]]] = {}
     for name, row in result["methods"].items():
         if name != "dense":

@@ -25,7 +25,7 @@ class MetricError(Exception):
 
 
 def require(metric: str) -> None:
-    """Raises MetricError if `metric` needs a program that is not here."""
+    """Raise MetricError if `metric` needs a program that is not here."""
     if metric == "cider" and shutil.which("java") is None:
         raise MetricError("the metric 'cider' runs the Stanford tokenizer: install a Java runtime (command `java`)")
 
@@ -40,7 +40,7 @@ def _each(score: Callable[[str, Reference], float]) -> Callable[[str, Reference]
 
 @_each
 def exact_match(prediction: str, reference: Reference) -> float:
-    """Whether the words are those of an answer."""
+    """Compare the words with those of each answer."""
     return any(prediction.split() == answer.split() for answer in reference["answers"])
 
 
@@ -64,7 +64,7 @@ RESTORED = {
 
 
 def vqa_words(text: str) -> str:
-    """An answer as the VQA challenge compares it: lower case, no articles, numbers as digits, bare punctuation."""
+    """Normalise an answer as the VQA challenge does: lower case, no articles, numbers as digits, bare punctuation."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     given = text.replace("\n", " ").replace("\t", " ").strip()
     text = given
@@ -78,7 +78,7 @@ def vqa_words(text: str) -> str:
 
 @_each
 def vqa_accuracy(prediction: str, reference: Reference) -> float:
-    """min(1, matches / 3), averaged over leaving out each of the (ten) people's answers in turn."""
+    """Score min(1, matches / 3), averaged over leaving out each of the (ten) people's answers in turn."""
     given = vqa_words(prediction)
     matches = [vqa_words(answer) == given for answer in reference["answers"]]
     return statistics.mean(min(1.0, (sum(matches) - match) / 3) for match in matches)
@@ -86,7 +86,7 @@ def vqa_accuracy(prediction: str, reference: Reference) -> float:
 
 @_each
 def anls(prediction: str, reference: Reference) -> float:
-    """Normalised Levenshtein similarity to the nearest answer, 0 where below a half (DocVQA, InfoVQA).
+    """Score Levenshtein similarity to the nearest answer, normalised, 0 where below a half (DocVQA, InfoVQA).
 
     As in the challenge's own script the distance is that of lower-case words with single spaces, its norm the longer
     of the two strings as they stand.
@@ -106,7 +106,7 @@ def _words(text: str) -> str:
 
 @_each
 def relaxed_accuracy(prediction: str, reference: Reference) -> float:
-    """Numbers within 5 % of an answer, other answers word by word without case (ChartQA).
+    """Accept numbers within 5 % of an answer, other answers word by word without case (ChartQA).
 
     A percentage is its hundredth; an answer of zero has no 5 % and must be met as text.
     """
@@ -132,7 +132,7 @@ FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 
 
 @_each
 def ocrbench_match(prediction: str, reference: Reference) -> float:
-    """Whether an answer stands in the prediction: without spaces for formulae (HME100k), else without case."""
+    """Look for an answer in the prediction: without spaces for formulae (HME100k), else without case."""
 
     def bare(text: str) -> str:
         text = text.strip().replace("\n", " ")
@@ -145,7 +145,7 @@ NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(
 
 
 def mathvista_value(prediction: str, reference: Reference) -> str | None:
-    """What a prediction answers, read by rules: the chosen option, or its last number in the asked precision.
+    """Read a prediction's value by rules: the chosen option, or its last number in the asked precision.
 
     The benchmark has a large language model extract this; rules find less in free prose, so compare scores only with
     those of the same rules.
@@ -174,12 +174,12 @@ def mathvista_value(prediction: str, reference: Reference) -> str | None:
 
 @_each
 def mathvista_match(prediction: str, reference: Reference) -> float:
-    """Whether the value read off the prediction is the answer."""
+    """Compare the value read off the prediction with the answer."""
     return mathvista_value(prediction, reference) in reference["answers"]
 
 
 def cider(predictions: Sequence[str], references: Sequence[Reference]) -> list[float]:
-    """CIDEr-D of captions; the weights of words come from the references of the whole run.
+    """Score captions by CIDEr-D; the weights of words come from the references of the whole run.
 
     Captions are cut into words by the Penn Treebank tokenizer that the benchmark uses, a Java program.
     """

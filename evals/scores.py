@@ -14,7 +14,7 @@ DENSE = "dense"  # the method that every other is compared with
 
 
 def score(metric: str, table: Mapping[str, list[dict[str, Any]]], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores of every method of a task, with paired differences.
+    """Score every method of a task, with paired differences.
 
     Args:
         metric: name of the metric.
@@ -60,14 +60,14 @@ def score(metric: str, table: Mapping[str, list[dict[str, Any]]], options: Mappi
 
 
 def mean_and_error(scores: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """Mean, its standard error (None below two samples) and the count."""
+    """Return the mean, its standard error (None below two samples) and the count."""
     values = np.asarray(scores, float)
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return {"mean": float(values.mean()) if len(values) else None, "se": error, "n": len(values)}
 
 
 def print_table(result: Mapping[str, Any]) -> None:
-    """A line for each task and method."""
+    """Print a line for each task and method."""
     for name, task in result["tasks"].items():
         print(f"\n{name}: {task['metric']}, {task['samples']} samples, {len(task['failed'])} left out")
         for method, row in task["methods"].items():

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as a JSON file, in folders made for it; what holds nothing but numbers and texts takes one line."""
+    """Write `value` as a JSON file, in folders made for it; numbers and texts alone take one line."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     # No text of JSON holds a raw line break, so that these are all between its parts.
     text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda leaf: re.sub(r"\n *", " ", leaf.group()), text)
@@ -18,7 +18,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def rounded(value: Any, digits: int = 5) -> Any:
-    """`value` with its floats rounded to significant digits."""
+    """Round the floats in `value` to significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
@@ -43,7 +43,7 @@ class Results:
     pictures: dict[str, Path] = field(default_factory=dict)
 
     def kind_of(self, stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Where a result belongs."""
+        """Choose where a result belongs."""
         if "tasks" in stored and "settings" in stored:
             return self.accuracy
         if "geometry" in stored:
@@ -63,7 +63,7 @@ class Results:
 
 
 def read(folders: Iterable[Path]) -> Results:
-    """All results in the folders."""
+    """Read all results in the folders."""
     results = Results()
     for folder in folders:
         if not folder.is_dir():

@@ -49,7 +49,7 @@ from rotatek_cache.hf.feature_choice import choose
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
 
-METHODS = Path(__file__).with_suffix(".yaml")
+DEFAULT_METHODS = Path(__file__).parent / "settings" / "token_pruning.yaml"
 QUESTIONS = ("first", "second")
 
 
@@ -85,12 +85,12 @@ class Variant:
     scores: Scores = field(default_factory=Scores)
 
     def cache(self) -> RotateKCache:
-        """A fresh cache."""
+        """Make a fresh cache."""
         return HalfCache(**self.options, tokens=self.method)
 
 
 def visual_share(cache: RotateKCache, pages: int) -> float:
-    """Bytes of all that is held for visual tokens, over those of dense ones in half precision."""
+    """Compare the bytes of all that is held for visual tokens with those of dense ones in half precision."""
     layers = [layer.kv for layer in cache.layers]
     held = storage_bytes([tensor for kv in layers for segment in kv.segments for tensor in segment.tensors()])
     _, heads, width, value_width = layers[0].shape
@@ -125,7 +125,7 @@ class Prompts:
         )
 
     def read(self, variant: Variant) -> tuple[RotateKCache, torch.Tensor]:
-        """The variant's cache after the prompts, and the logits of the next token."""
+        """Read the prompts; return the variant's cache and the logits of the next token."""
         cache = variant.cache()
         if isinstance(variant.method, FeatureMethod):
             counts = [variant.method.count_of(len(image)) for image in self.features]
@@ -141,7 +141,7 @@ class Prompts:
 
 
 def variants(config: dict[str, Any], model: Any, batch: Batch, only: list[str] | None) -> Iterator[Variant]:
-    """All rows, with shares of tokens that give the budgets' bytes on the pages of `batch`."""
+    """List all rows, with shares of tokens that give the budgets' bytes on the pages of `batch`."""
     prompts = Prompts(model, batch)
 
     def measured(variant: Variant) -> Variant:
@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> tuple[list[Variant], dict[str, float]]:
 
 
 def score_batch(model: Any, batch: Batch, rows: list[Variant]) -> list[Scores]:
-    """Scores of all variants on one batch; the first is the dense one."""
+    """Score all variants on one batch; the first is the dense one."""
     prompts = Prompts(model, batch)
     dense, all_scores = None, []
     for row in rows:
@@ -208,7 +208,7 @@ def score_batch(model: Any, batch: Batch, rows: list[Variant]) -> list[Scores]:
 def prefill_times(
     config: dict[str, Any], model: Any, batch: Batch, only: list[str] | None, rounds: int
 ) -> dict[str, float]:
-    """Median over rounds of a prefill's time with each token method (0.3 kept) over that without any, just before."""
+    """Time a prefill with each token method (0.3 kept) over one without just before; return medians over rounds."""
     ratios: dict[str, list[float]] = {}
     for _ in range(rounds):
         for tokens, spec in config["tokens"].items():
@@ -224,7 +224,7 @@ def prefill_times(
 
 
 def summary(row: Variant, dense: Variant, alone: Variant | None) -> dict[str, Any]:
-    """Exact match and losses of a row against the dense cache and against the same tokens' method alone, paired."""
+    """Sum up exact match and paired losses of a row, against dense and against the same tokens' method alone."""
     found: dict[str, Any] = {
         "tokens": row.tokens,
         "channels": row.channels,
@@ -248,7 +248,7 @@ def summary(row: Variant, dense: Variant, alone: Variant | None) -> dict[str, An
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line a row."""
+    """Write Markdown: a line a row."""
     lines = [
         "| tokens | channels | kept | bytes | first question | second question | second: over tokens only, points |",
         "|---|---|---|---|---|---|---|",
@@ -268,7 +268,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Exact match of both questions against bytes: a panel a channel option, a line a token method."""
+    """Draw exact match of both questions against bytes: a panel a channel option, a line a token method."""
     channels = list(dict.fromkeys(row["channels"] for row in result["rows"] if row["budget"] is not None))
     figure, axes = figures.new(2, len(channels), 3.2, sharex=True, sharey=True)
     names = list(dict.fromkeys(row["tokens"] for row in result["rows"] if row["budget"] is not None))
@@ -295,7 +295,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Parse, run, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", type=Path, default=METHODS, help="YAML: tokens, channels, budgets, alone")
+    parser.add_argument("--methods", type=Path, default=DEFAULT_METHODS, help="YAML: tokens, channels, budgets, alone")
     parser.add_argument("--only", nargs="*", help="token methods whose name holds one of these words")
     parser.add_argument("--level", choices=sorted(LEVELS), default="hard")
     parser.add_argument("--seeds", choices=sorted(SEEDS), default="choose", help="report: for reported figures only")

@@ -1,6 +1,5 @@
 """What a built wheel holds."""
 
-import re
 import subprocess
 import sys
 import tomllib
@@ -73,16 +72,3 @@ def test_torch_is_the_only_core_dependency_and_pins_fit_the_ranges():
         assert name in pins, f"{name} is not pinned in constraints.txt"
         (pin,) = pins[name]
         assert Version(pin.version) in requirement.specifier
-
-
-def test_documented_evals_exist_and_are_run_in_a_way_that_finds_their_neighbours():
-    """`python evals/x.py` does not see the package `evals`; `python -m evals.x` does."""
-    texts = [*ROOT.glob("*.md"), *(ROOT / "evals").rglob("*.py"), *(ROOT / "evals").glob("*.yaml"), ROOT / "Makefile"]
-    told = "\n".join(path.read_text(encoding="utf-8") for path in texts)
-    modules = set(re.findall(r"python -m (evals[\w.]*\w)", told))
-    assert {"evals.fidelity", "evals.accuracy"} <= modules
-    for name in modules:
-        assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file(), name
-    for name in set(re.findall(r"python (evals/[\w/]+\.py)", told)):
-        source = (ROOT / name).read_text(encoding="utf-8")
-        assert not re.search(r"^from evals|^import evals", source, re.MULTILINE), f"{name} needs python -m"

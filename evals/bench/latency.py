@@ -3,12 +3,12 @@
     python -m evals.bench.latency --shape four-layers --contexts 1024 4096 --out runs/latency.json
     python -m evals.bench.latency --shape llava-next-8b --contexts 1024 4096 16384 65536 131072 --batches 1 4 16 \
         --largest 65536 --device cuda --out evals/results/latency_llava_next_8b.json
-    python -m evals.bench.latency --shape llava-next-8b --methods evals/bench/latency_vl_cache.yaml --contexts 16384 131072 \
-        --batches 4 --tokens 100 --device cuda --out evals/results/latency_vl_cache.json
+    python -m evals.bench.latency --shape llava-next-8b --methods evals/bench/latency_vl_cache.yaml \
+        --contexts 16384 131072 --batches 4 --tokens 100 --device cuda --out evals/results/latency_vl_cache.json
     python -m evals.bench.latency --model llava-hf/llama3-llava-next-8b-hf --images page.png --contexts 16384
 
-A model comes by name, or as a *shape* with random weights (`evals/bench/shapes.yaml`). The vision tower is bypassed: the
-prompt is random embeddings whose variance falls as 1 / rank, all visual but `--text` of them. With `--images` the
+A model comes by name, or as a *shape* with random weights (`evals/bench/shapes.yaml`). The vision tower is bypassed:
+the prompt is random embeddings whose variance falls as 1 / rank, all visual but `--text` of them. With `--images` the
 model's own tower reads them instead, as many as the context holds. In every round each method prefills a cache of its
 own and decodes `--tokens` tokens, so that all methods meet the same machine; figures are medians over rounds with their
 range. "end to end" is a prefill with all its tokens. "attention" is a decode step's appending and attending in all
@@ -56,7 +56,7 @@ from rotatek_cache import RotateKCache
 from rotatek_cache.hf.chat import InputError, check_device
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
-METHODS = Path(__file__).parent / "latency.yaml"
+DEFAULT_METHODS = Path(__file__).parent / "latency.yaml"
 REFUSALS = (NotHereError, ValueError, ImportError, NotImplementedError)  # a method's, which the others go on without
 
 
@@ -65,14 +65,14 @@ class MethodsError(Exception):
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Return median, least and most."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def measure(
     model: Any, methods: Mapping[str, Mapping[str, Any]], prompt: Prompt, tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row a method, for one prompt."""
+    """Measure every method on one prompt, a result row for each."""
     cuda = model.device.type == "cuda"
     gathered: dict[str, dict[str, Any]] = {}
 
@@ -98,7 +98,7 @@ def measure(
                     prefill(model, cache, prompt)
                     decode(model, cache, prompt.batch, min(3, tokens), compiled=compiled)
                     attention_steps(model, cache, prompt.batch, 1)
-                    cache = None  # before the next one takes its room
+                    cache = None  # freed before the next one is made
                     cache = make_cache(options, model.config, prompt.visual, longest)
                     row["fit_share"] = fit_share(model, cache, prompt)
                     continue
@@ -138,7 +138,7 @@ def _row(gathered: dict[str, Any], batch: int, tokens: int) -> dict[str, Any]:
 
 
 def largest(fits: Callable[[int], bool], limit: int = 1 << 14) -> int:
-    """The largest number up to `limit` that fits, 0 if none does; `fits` is true up to some number."""
+    """Find the largest number up to `limit` that fits, 0 if none does; `fits` is true up to some number."""
     high = 1
     while high <= limit and fits(high):
         high *= 2
@@ -152,7 +152,7 @@ def largest(fits: Callable[[int], bool], limit: int = 1 << 14) -> int:
 def largest_batches(
     model: Any, methods: Mapping[str, Mapping[str, Any]], context: int, text: int
 ) -> list[dict[str, Any]]:
-    """The largest batch of each method whose caches and decode step fit into the GPU; caches are filled by `fill`."""
+    """Find the largest batch of each method whose caches, filled by `fill`, and decode step fit into the GPU."""
     rows = []
     for name, options in methods.items():
 
@@ -191,7 +191,7 @@ COLUMNS = {
 
 
 def references(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], Mapping[str, Any]]:
-    """The first measured row of each setting (context, batch): the one that others are compared with."""
+    """Find the first measured row of each setting (context, batch): the one that others are compared with."""
     first: dict[tuple[int, int], Mapping[str, Any]] = {}
     for row in rows:
         if "skipped" not in row:
@@ -200,7 +200,7 @@ def references(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], Mappi
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A line a row; each time with how often it goes into that of the setting's first method."""
+    """Print a line a row; each time with how often it goes into that of the setting's first method."""
     first = references(rows)
     titles = " ".join(f"{title:>20}" for title in COLUMNS)
     print(f"{'context':>8} {'batch':>5}  {'method':44}{titles} {'fit':>6} {'cache':>10}")
@@ -219,7 +219,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    """Raises what is wrong with a method, as far as it shows without a model."""
+    """Raise what is wrong with a method, as far as it shows without a model."""
     if "dense" in options:
         if options["dense"] not in DENSE:
             raise ValueError(f"dense must be one of {', '.join(DENSE)}, got {options['dense']!r}")
@@ -228,7 +228,7 @@ def _check(options: Mapping[str, Any]) -> None:
 
 
 def read_methods(path: Path, only: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
-    """The methods of a YAML file, those whose name holds a word of `only` if there are some.
+    """Read the methods of a YAML file, those whose name holds a word of `only` if there are some.
 
     Raises:
         MethodsError: the file cannot be read, a method cannot be made, or none is left.
@@ -253,13 +253,13 @@ def read_methods(path: Path, only: Sequence[str] | None) -> dict[str, Mapping[st
 
 
 def parse() -> argparse.Namespace:
-    """The flags, checked, with `methods` read."""
+    """Read and check the flags, with `methods` read."""
     shapes = yaml.safe_load(SHAPES.read_text())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="name or path of a vision-language model")
     which.add_argument("--shape", choices=sorted(shapes), help="random weights of that shape")
-    parser.add_argument("--methods", type=Path, default=METHODS, help="YAML: name -> options")
+    parser.add_argument("--methods", type=Path, default=DEFAULT_METHODS, help="YAML: name -> options")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="methods whose name holds one of these words")
     parser.add_argument("--contexts", type=positive, nargs="+", default=[1024, 4096], help="prompt lengths, at batch 1")
     parser.add_argument("--batches", type=positive, nargs="*", default=[], help="batches, at --batch-context")

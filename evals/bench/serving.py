@@ -49,7 +49,7 @@ FIGURES = {
 
 
 def load(port: int, model: str, given: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """SGLang's bench client."""
+    """Run SGLang's bench client."""
     out = folder / "client.jsonl"
     out.unlink(missing_ok=True)
     command = [
@@ -76,7 +76,7 @@ def fetch(port: int, path: str, body: dict[str, Any] | None = None) -> str:
 
 
 def noise(size: str, seed: int) -> str:
-    """A data URL of an image in a few colours, small to send."""
+    """Make the data URL of an image in a few colours, small to send."""
     import base64  # noqa: PLC0415
     import io  # noqa: PLC0415
 
@@ -91,7 +91,7 @@ def noise(size: str, seed: int) -> str:
 
 
 def burst(port: int, given: argparse.Namespace, log: Path) -> dict[str, float]:
-    """Many image requests at once: how many are served at the same time, how many are taken back."""
+    """Send many image requests at once; count how many are served at the same time and how many are taken back."""
     before, peak, done = log.read_text(encoding="utf-8").count("Retract requests"), 0.0, threading.Event()
 
     def watch() -> None:
@@ -105,7 +105,7 @@ def burst(port: int, given: argparse.Namespace, log: Path) -> dict[str, float]:
         image = {"type": "image_url", "image_url": {"url": noise(given.image, seed)}}
         content = [image, {"type": "text", "text": "what is in this image?"}]
         body = {"model": "x", "messages": [{"role": "user", "content": content}], "temperature": 0}
-        # Not `ignore_eos`, for which SGLang sets all of the answer's room aside at once.
+        # Not `ignore_eos`, for which SGLang reserves the whole answer's memory at once.
         fetch(port, "/v1/chat/completions", {**body, "max_tokens": given.output, "min_tokens": given.output})
 
     watching = threading.Thread(target=watch)
@@ -121,7 +121,7 @@ def burst(port: int, given: argparse.Namespace, log: Path) -> dict[str, float]:
 
 
 def draw(rows: dict[str, dict[str, float]], path: Path, title: str) -> None:
-    """One panel per figure, one bar per server."""
+    """Draw one panel per figure, one bar per server."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (not in the test environment of the plug-in)
 
     figure = Figure(figsize=(14, 5), layout="constrained")

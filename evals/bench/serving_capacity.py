@@ -1,6 +1,6 @@
 """Tokens that fit into the same memory under SGLang, dense and compressed, by text share.
 
-    python evals/bench/serving_capacity.py
+    python -m evals.bench.serving_capacity
 
 Makes the pools that the plug-in makes for a model of these shapes, fills them, and reads their bytes off the storage
 and off the process. Bases, row tables and all else that the pool needs are counted.
@@ -31,14 +31,14 @@ def resident() -> int:
 
 
 def filled(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the tensors, each of which is written to, so that the process really has them."""
+    """Count the bytes of the tensors after writing to each, so that the process really has them."""
     for tensor in tensors:
         tensor.fill_(1)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def dense(budget: int, heads: HeadShape, layers: int) -> dict[str, int]:
-    """A dense pool: tokens, bytes of storage, bytes of the process."""
+    """Make a dense pool; count its tokens, bytes of storage and bytes of the process."""
     per_token = layers * heads.kv_heads * (heads.key_width + heads.value_width) * 2
     tokens = budget // per_token
     before = resident()
@@ -53,7 +53,7 @@ def dense(budget: int, heads: HeadShape, layers: int) -> dict[str, int]:
 def compressed(
     budget: int, heads: HeadShape, layers: int, rank: int, text_share: float, requests: int, context: int
 ) -> dict[str, int]:
-    """Our pools, sized as the plug-in sizes them."""
+    """Make our pools, sized as the plug-in sizes them, and count the same."""
     sealers = [Sealer(FitOptions(rank=rank), index) for index in range(layers)]
     layout = find_layout(sealers, heads, torch.bfloat16, "cpu")
     plan = Plan.make(sealers, layout, text_share, 2 * requests, requests, context)
@@ -107,7 +107,7 @@ def main() -> None:
     found = {
         "settings": {name: value for name, value in vars(given).items() if name != "out"},
         "machine": {"cpu": platform.machine(), "torch": importlib.metadata.version("torch")},
-        "command": shlex.join(["python", "evals/bench/serving_capacity.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "evals.bench.serving_capacity", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "dense": base,
         "rows": rows,

@@ -38,7 +38,7 @@ class PromptError(Exception):
 
 
 def build(shape: Mapping[str, Any], device: str, dtype: torch.dtype, longest: int) -> Any:
-    """A LLaVA with a text model of that shape, random weights and a vision tower that is never run."""
+    """Build a LLaVA with a text model of that shape, random weights and a vision tower that is never run."""
     fields = {name: value for name, value in shape.items() if name != "model_type"}
     text = AutoConfig.for_model(shape["model_type"], **fields, max_position_embeddings=longest)
     tower = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -64,7 +64,7 @@ class Prompt:
 
 
 def draw_prompt(model: Any, batch: int, context: int, text: int, seed: int = 0) -> Prompt:
-    """Embeddings ``[B, T, hidden]`` whose variance falls as 1 / rank, all visual but `text` around them."""
+    """Draw embeddings ``[B, T, hidden]`` whose variance falls as 1 / rank, all visual but `text` around them."""
     weight = model.get_input_embeddings().weight
     generator = torch.Generator(weight.device).manual_seed(seed)
 
@@ -79,7 +79,7 @@ def draw_prompt(model: Any, batch: int, context: int, text: int, seed: int = 0) 
 
 
 def visual_span(batch: int, context: int, text: int, device: torch.device) -> Tensor:
-    """bool ``[B, T]``: everything but `text` tokens, half of them before the image."""
+    """Mark as visual, bool ``[B, T]``, all but `text` tokens, half of which stand before the image."""
     visual = torch.zeros(batch, context, dtype=torch.bool, device=device)
     visual[:, text // 2 : context - (text - text // 2)] = True
     return visual
@@ -88,7 +88,7 @@ def visual_span(batch: int, context: int, text: int, device: torch.device) -> Te
 def read_prompt(
     model: Any, processor: Any, images: Sequence[Image.Image], question: str, batch: int, context: int
 ) -> Prompt:
-    """As many of `images`, in turn, as `context` tokens hold, and a question: the model's own tower reads them.
+    """Have the model's own tower read as many of `images`, in turn, as `context` tokens hold, and a question.
 
     Raises:
         PromptError: not even one image fits, or no text follows it, so that a prefill would compress nothing.
@@ -123,7 +123,7 @@ DENSE: dict[str, Callable[[Any, int], Cache]] = {
 
 
 def make_cache(options: Mapping[str, Any], config: Any, visual: Tensor | None, longest: int) -> Cache:
-    """The empty cache that a method's options describe."""
+    """Make the empty cache that a method's options describe."""
     text = config.get_text_config(decoder=True)
     if "dense" in options:
         return DENSE[options["dense"]](text, longest)
@@ -136,7 +136,7 @@ def make_cache(options: Mapping[str, Any], config: Any, visual: Tensor | None, l
 
 
 def held_bytes(cache: Cache) -> int:
-    """Bytes of all storage that a cache's layers hold."""
+    """Count the bytes of all storage that a cache's layers hold."""
     if isinstance(cache, RotateKCache):
         return cache.nbytes()
     return storage_bytes(stored_tensors([list(vars(layer).values()) for layer in cache.layers]))
@@ -168,21 +168,21 @@ class _TimedCoordinator(Coordinator):
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when all that the device was given is done."""
+    """Return the time in seconds, when all that the device was given is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def prefill(model: Any, cache: Cache, prompt: Prompt) -> float:
-    """Seconds of the prompt's forward."""
+    """Time the prompt's forward, in seconds."""
     begin = clock(model.device)
     model(**prompt.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return clock(model.device) - begin
 
 
 def fit_share(model: Any, cache: Cache, prompt: Prompt) -> float | None:
-    """Share of a prefill that goes into seals; None for caches without."""
+    """Measure the share of a prefill that goes into seals; None for caches without."""
     if not isinstance(cache, RotateKCache):
         return None
     cache.coordinator = timed = _TimedCoordinator(cache.positions, cache.tokens, cache.coordinator.planner)
@@ -191,7 +191,7 @@ def fit_share(model: Any, cache: Cache, prompt: Prompt) -> float | None:
 
 
 def decode(model: Any, cache: Cache, batch: int, tokens: int, *, compiled: bool = False) -> list[float]:
-    """Seconds of each of `tokens` decode steps."""
+    """Time each of `tokens` decode steps, in seconds."""
     step = model.get_compiled_call(None) if compiled else model
     ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     times = []
@@ -216,7 +216,7 @@ class _Call:
 
 @contextmanager
 def _heard(model: Any, cache: Cache) -> Iterator[list[_Call]]:
-    """Lists the calls of cache and attention function of one forward inside."""
+    """List the calls of cache and attention function of one forward inside."""
     usual = model.config.get_text_config(decoder=True)._attn_implementation  # noqa: SLF001 - it has no public name
     names = {usual, "rotatek"} if isinstance(cache, RotateKCache) else {usual}  # `attach` switches by the cache
     update = cache.update
@@ -246,7 +246,7 @@ def _heard(model: Any, cache: Cache) -> Iterator[list[_Call]]:
 
 
 def attention_steps(model: Any, cache: Cache, batch: int, tokens: int) -> list[float]:
-    """Seconds of the attention alone of each of `tokens` decode steps: append and attend, through all layers.
+    """Time the attention alone of each of `tokens` decode steps: append and attend, through all layers.
 
     One step of the whole model is heard; after it, its states go through cache and attention function by themselves.
     """

@@ -57,7 +57,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer: one token per cell, row, column, glyph, colour and number."""
+    """Build a word-level tokenizer: one token per cell, row, column, glyph, colour and number."""
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex(r"[\s?.,!:;]+"), " ")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
@@ -81,7 +81,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    """Image processor without torchvision, tokenizer and chat template."""
+    """Build the image processor without torchvision, tokenizer and chat template."""
     image_processor = SiglipImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
@@ -96,7 +96,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_config(head_dim: int = 128) -> LlavaConfig:
-    """Sizes of the reader."""
+    """Build the config with the sizes of the reader."""
     vision = SiglipVisionConfig(
         hidden_size=HIDDEN,
         intermediate_size=768,
@@ -139,7 +139,7 @@ def build_config(head_dim: int = 128) -> LlavaConfig:
 
 
 def build_model(seed: int = 0, head_dim: int = 128) -> LlavaForConditionalGeneration:
-    """The untrained reader."""
+    """Build the untrained reader."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(build_config(head_dim))
     with torch.no_grad():
@@ -153,7 +153,7 @@ def build_model(seed: int = 0, head_dim: int = 128) -> LlavaForConditionalGenera
 
 
 def word_table(seed: int = 0) -> Tensor:
-    """First word embeddings, of length about 1: a cell is the sum of its row and its column.
+    """Draw the first word embeddings, of length about 1: a cell is the sum of its row and its column.
 
     The tower learns to say what a patch shows in these words, so it depends on nothing that is trained later.
     """
@@ -168,18 +168,18 @@ def word_table(seed: int = 0) -> Tensor:
 
 
 def patch_cells() -> Tensor:
-    """For each patch in raster order, the index in `CELLS` of the cell that it lies in."""
+    """Find, for each patch in raster order, the index in `CELLS` of the cell that it lies in."""
     line = torch.arange(SIDE) * PATCH // CELL
     return (line[:, None] * GRID_MAX + line[None]).flatten()
 
 
 def _waves() -> Tensor:
-    """Angular frequencies of the position table, for wavelengths from 2.5 to 40 patches."""
+    """Return the angular frequencies of the position table, for wavelengths from 2.5 to 40 patches."""
     return 2 * math.pi / torch.logspace(math.log10(2.5), math.log10(40), HIDDEN // 4)
 
 
 def _start_tower_as_convolution(tower: nn.Module) -> None:
-    """Sin-cos positions, and the eight heads of the first two layers look at the eight neighbours of a patch.
+    """Set sin-cos positions; the eight heads of the first two layers look at a patch's eight neighbours.
 
     From the default start a tower this small spends most of a short training on finding out what lies next to what.
     """
@@ -212,7 +212,7 @@ def _start_tower_as_convolution(tower: nn.Module) -> None:
 
 
 def _start_text_as_matcher(model: LlavaForConditionalGeneration) -> None:
-    """Queries start out close to keys, so that a token first attends to tokens that resemble it."""
+    """Start queries close to keys, so that a token first attends to tokens that resemble it."""
     text = model.config.text_config
     groups = text.num_attention_heads // text.num_key_value_heads
     for layer in model.model.language_model.layers:

@@ -30,7 +30,7 @@ LEVEL_OFFSET = 100_000
 
 
 def answers(model: Any, processor: Any, pages: list[Page], prompts: list[str]) -> list[str]:
-    """Generated texts for one prompt per page."""
+    """Generate a text for one prompt per page."""
     inputs = processor(images=[page.image for page in pages], text=prompts, padding=True, return_tensors="pt")
     inputs = inputs.to(model.device)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def answers(model: Any, processor: Any, pages: list[Page], prompts: list[str]) -
 def score(
     model: Any, processor: Any, level: str, kinds: tuple[str, ...], count: int, batch: int, turns: int
 ) -> dict[str, list[list[bool]]]:
-    """For each turn, whether each answer of each kind is right; a batch mixes kinds, so prompts differ in length."""
+    """Mark each answer of each kind and turn as right or wrong; a batch mixes kinds, so prompts differ in length."""
     first = REPORT_SEEDS[list(LEVELS).index(level) * LEVEL_OFFSET]
     # Kind after kind for every page, so each page gets one kind and each kind `count` pages.
     tasks = [(first + index, kinds[index % len(kinds)]) for index in range(count * len(kinds))]
@@ -65,7 +65,7 @@ def score(
 
 
 def summary(outcomes: list[bool]) -> dict[str, float | int]:
-    """Share of right answers, with its standard error and count."""
+    """Return the share of right answers, with its standard error and count."""
     share, count = float(np.mean(outcomes)), len(outcomes)
     return {"exact": round(share, 4), "se": round(math.sqrt(share * (1 - share) / count), 4), "n": count}
 

@@ -73,13 +73,13 @@ KIND_SHARES = {"glyph": 0.2, "colour": 0.14} | dict.fromkeys(ADDRESS_KINDS[2:], 
 
 
 def images_of(pages: Sequence[Page]) -> Tensor:
-    """Pixel values as the image processor would make them."""
+    """Make pixel values as the image processor would."""
     pixels = torch.from_numpy(np.stack([np.asarray(page.image) for page in pages]))
     return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 
 
 def labels_of(pages: Sequence[Page]) -> tuple[Tensor, Tensor]:
-    """(glyph, colour) class of every patch; a cell beyond the grid is blank and has no colour."""
+    """Find the (glyph, colour) class of every patch; a cell beyond the grid is blank and has no colour."""
     glyphs = torch.full((len(pages), GRID_MAX, GRID_MAX), len(GLYPHS))
     colours = torch.full((len(pages), GRID_MAX, GRID_MAX), IGNORE)
     for index, page in enumerate(pages):
@@ -91,13 +91,13 @@ def labels_of(pages: Sequence[Page]) -> tuple[Tensor, Tensor]:
 
 
 def train_pages(rng: np.random.Generator, count: int) -> list[Page]:
-    """Pages of all levels from the training seeds."""
+    """Draw pages of all levels from the training seeds."""
     levels = rng.choice(list(LEVEL_SHARES), count, p=list(LEVEL_SHARES.values()))
     return [make_page(int(rng.integers(TRAIN_SEEDS.start, TRAIN_SEEDS.stop)), str(level)) for level in levels]
 
 
 def see(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Projected features (images, patches, hidden), by the model's own path."""
+    """Compute projected features (images, patches, hidden), by the model's own path."""
     features = model.model.get_image_features(pixel_values=pixels).pooler_output
     return torch.stack(list(features)) if isinstance(features, list | tuple) else features
 
@@ -178,7 +178,7 @@ class Trainer:
         (self.out / "model.tmp").rename(self.out / "model")
 
     def rate(self, minutes: float) -> float:
-        """Warm-up, a plateau, then linear to nearly nothing at the end of the time."""
+        """Set the learning rate: warm-up, a plateau, then linear to nearly nothing at the end of the time."""
         done = minutes / self.flags.minutes
         fall = (1 - done) / self.flags.fall
         return self.flags.lr * min(1.0, (self.step + 1) / 100, max(0.02, fall))
@@ -257,7 +257,7 @@ def _line(values: dict[str, float]) -> str:
 
 
 def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Own gradients per thread; `.backward()` would add them all up in one place."""
+    """Compute gradients per thread; `.backward()` would add them all up in one place."""
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
@@ -266,13 +266,13 @@ def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def tower_logits(features: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How well each patch agrees with each glyph, colour and cell word."""
+    """Measure how well each patch agrees with each glyph, colour and cell word."""
     logits = features.float() @ (8 * table.T)
     return logits[..., GLYPH_WORDS], logits[..., COLOUR_WORDS], logits[..., CELL_WORDS]
 
 
 def train_tower(flags: argparse.Namespace) -> None:
-    """Stage 1."""
+    """Train the tower, stage 1."""
     device = torch.device(flags.device)
     model = build_model(flags.seed).to(device)
     table, cells = word_table(flags.seed).to(device), patch_cells().to(device)
@@ -369,7 +369,7 @@ class Asker:
 def ideal_features(
     glyphs: Sequence[Sequence[str]], colours: Sequence[Sequence[str]], table: Tensor, noise: float
 ) -> Tensor:
-    """What a perfect tower would say: the words of each patch's glyph, colour and cell, added up."""
+    """Build a perfect tower's output: the words of each patch's glyph, colour and cell, added up."""
     n = len(glyphs)
     values = table[CELL_WORDS].view(GRID_MAX, GRID_MAX, -1).clone()
     values[:n, :n] += table[[VOCABULARY[g] for line in glyphs for g in line]].view(n, n, -1)
@@ -382,7 +382,7 @@ def ideal_features(
 
 
 def shown_patches(rng: np.random.Generator, per_cell: int) -> Tensor:
-    """Raster-ordered patches of a page, `per_cell` drawn from each cell (0: all patches)."""
+    """Draw patches of a page in raster order, `per_cell` from each cell (0: all patches)."""
     if not per_cell:
         return torch.arange(VISUAL_TOKENS)
     order = rng.permutation(VISUAL_TOKENS)
@@ -413,7 +413,7 @@ class Views:
 
 
 def answer_logits(model: LlavaForConditionalGeneration, features: Tensor, places: Tensor, text: Tensor) -> Tensor:
-    """Logits for `text[:, 1:]` after `<bos>` and the visual tokens that stand at `places` of the whole page."""
+    """Predict `text[:, 1:]` after `<bos>` and the visual tokens that stand at `places` of the whole page."""
     rows, device = len(text), text.device
     embed = model.get_input_embeddings()
     start = embed(torch.full((rows, 1), BOS, device=device))
@@ -438,13 +438,13 @@ def calibrate(model: LlavaForConditionalGeneration, table: Tensor) -> None:
     pages = train_pages(np.random.default_rng(0), 16)
     features = see(model, images_of(pages).to(model.device)).cpu()
     words = table[CELL_WORDS][patch_cells()]
-    said = (features * words).sum(-1).mean() / (words * words).sum(-1).mean()
+    scale = (features * words).sum(-1).mean() / (words * words).sum(-1).mean()
     for parameter in model.model.multi_modal_projector.linear_2.parameters():
-        parameter.div_(said)
+        parameter.div_(scale)
 
 
 def train_text(flags: argparse.Namespace) -> None:
-    """Stage 2."""
+    """Train the text model, stage 2."""
     device = torch.device(flags.device)
     model = build_model(flags.seed)
     if flags.start:

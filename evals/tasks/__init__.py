@@ -54,12 +54,12 @@ class Task(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, index: int) -> Sample:
-        """The sample of that number; raises SampleError if it cannot be used."""
+        """Make the sample of that number; raise SampleError if it cannot be used."""
         ...
 
 
 def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
-    """The task `name`, a name of `task_names`.
+    """Load the task `name`, a name of `task_names`.
 
     Args:
         name: "reader-<level>-<what>" or the name of a dataset task.
@@ -80,7 +80,7 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
 
 
 def task_names() -> list[str]:
-    """All names of tasks."""
+    """List all names of tasks."""
     from evals.tasks.hub import HUB  # noqa: PLC0415
     from evals.tasks.reader import reader_names  # noqa: PLC0415
 

@@ -57,7 +57,7 @@ class HubFields:
     extra: tuple[str, ...] = ()
 
     def needed(self) -> list[str]:
-        """The fields that a row must have."""
+        """List the fields that a row must have."""
         named = [self.image, "" if self.prompt else self.question, self.answers, self.id, self.kind, *self.extra]
         return [name for name in named if name]
 
@@ -133,7 +133,7 @@ class HubTask:
 
     @classmethod
     def open(cls, name: str, **options: Any) -> "HubTask":
-        """The benchmark `name` with fields overridden by `options` (those of `HubFields`)."""
+        """Load the benchmark `name` with fields overridden by `options` (those of `HubFields`)."""
         known = {field.name for field in dataclasses.fields(HubFields)}
         if unknown := sorted(set(options) - known):
             raise TaskError(
@@ -148,7 +148,7 @@ class HubTask:
         return len(self.rows)
 
     def sample(self, index: int) -> Sample:
-        """Row `index`."""
+        """Make the sample of row `index`."""
         fields, row = self.fields, self.rows[index]
         label = str(row[fields.id]) if fields.id else str(index)
         given = row[fields.answers]
@@ -159,7 +159,7 @@ class HubTask:
                 f"sample {label} of '{self.name}' has no answer: its field '{fields.answers}' is {given!r}"
             )
         if fields.metric == "vqa_accuracy":
-            answers = told  # one for each person; a blank one is an answer that nobody else gave
+            answers = told  # one for each person; a blank one matches no other person's
             if len(answers) < LEAST_PEOPLE:
                 raise SampleError(
                     f"sample {label} of '{self.name}': 'vqa_accuracy' asks that three others agree, so it needs the "
@@ -176,7 +176,7 @@ class HubTask:
 
 
 def _rows(name: str, fields: HubFields) -> Any:
-    """The split's rows, from a local directory if `path` is one."""
+    """Load the split's rows, from a local directory if `path` is one."""
     folder = Path(fields.path).expanduser()
     try:
         if not folder.is_dir():
@@ -197,7 +197,7 @@ def _rows(name: str, fields: HubFields) -> Any:
 
 
 def _cache_of(folder: Path) -> str:
-    """Where `datasets` keeps what it makes of a folder: a place for these very files.
+    """Choose where `datasets` keeps what it makes of a folder: a place for these very files.
 
     Its own names for folders that declare configurations leave out what the files hold, so that another folder's, or
     an older state's, rows would come back.
@@ -209,7 +209,7 @@ def _cache_of(folder: Path) -> str:
 
 
 def _open_image(stored: Mapping[str, Any] | None, folder: Path, what: str) -> Image.Image:
-    """The image of a row; a path that a table of the dataset states is one in the dataset's folder."""
+    """Open the image of a row; a path that a table of the dataset states is one in the dataset's folder."""
     if not stored or (stored.get("bytes") is None and not stored.get("path")):
         raise SampleError(f"{what} is missing")
     source = folder.expanduser() / stored["path"] if stored.get("bytes") is None else io.BytesIO(stored["bytes"])

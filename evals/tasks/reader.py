@@ -70,7 +70,7 @@ WHAT = {
 
 
 def tells_nothing(task: str) -> str:
-    """Why no answer to a task tells how well Keys are kept, "" if answers do."""
+    """Say why no answer to a task tells how well Keys are kept, "" if answers do."""
     if not task.startswith("reader-"):
         return ""
     what = "-".join(task.split("-")[2:])
@@ -82,7 +82,7 @@ def tells_nothing(task: str) -> str:
 
 
 def reader_names() -> list[str]:
-    """Names of all reader tasks."""
+    """List the names of all reader tasks."""
     return [f"reader-{level}-{what}" for level, what in itertools.product(LEVELS, WHAT)]
 
 
@@ -98,7 +98,7 @@ class ReaderTask:
 
     @classmethod
     def named(cls, name: str) -> "ReaderTask":
-        """The task of that name."""
+        """Make the task of that name."""
         _, level, what = name.split("-", 2)
         return cls(name, level, WHAT[what])
 
@@ -106,7 +106,7 @@ class ReaderTask:
         return SIZE
 
     def sample(self, index: int) -> Sample:
-        """The page of that number with its questions."""
+        """Draw the page of that number with its questions."""
         if not 0 <= index < SIZE:
             raise TaskError(f"sample must lie in 0 ... {SIZE - 1}, got {index}")
         seed = REPORT_SEEDS[SEED_OFFSET + list(LEVELS).index(self.level) * LEVEL_OFFSET + index]

@@ -26,7 +26,7 @@ quanto = pytest.mark.skipif(
 
 @pytest.mark.parametrize("name", ["fidelity.yaml", "fidelity_choice.yaml", "fidelity_allocation.yaml"])
 def test_every_row_of_the_table_is_a_valid_cache(name):
-    methods = fidelity.read_methods(ROOT / "evals" / name)
+    methods = fidelity.read_methods(ROOT / "evals" / "settings" / name)
     for options in methods.values():
         if "cache" in options:
             assert options["cache"] in fidelity.OTHER_CACHES
@@ -37,7 +37,7 @@ def test_every_row_of_the_table_is_a_valid_cache(name):
 def test_the_table_compares_every_method():
     used = {
         options.get("basis", "rotatek")
-        for options in fidelity.read_methods(fidelity.METHODS).values()
+        for options in fidelity.read_methods(fidelity.DEFAULT_METHODS).values()
         if "cache" not in options
     }
     assert used >= set(METHODS)
@@ -192,7 +192,7 @@ def test_rows_that_another_models_layers_cannot_take_are_left_out(tmp_path, caps
     text = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
     transformers.Gemma3TextConfig(**text).save_pretrained(tmp_path)
     arguments = fidelity.argparse.Namespace(
-        methods=fidelity.METHODS, only=["fp8", "r=16"], images=PAGES, basis=None, model=str(tmp_path)
+        methods=fidelity.DEFAULT_METHODS, only=["fp8", "r=16"], images=PAGES, basis=None, model=str(tmp_path)
     )
     rows = fidelity.chosen_methods(arguments)
     assert "rotatek: r=16" in rows and not any("cache" in options for options in rows.values())
@@ -200,7 +200,9 @@ def test_rows_that_another_models_layers_cannot_take_are_left_out(tmp_path, caps
 
 
 def test_another_models_images_leave_the_readers_bases_out(tmp_path, capsys):
-    arguments = fidelity.argparse.Namespace(methods=fidelity.METHODS, only=None, images=PAGES, basis=None, model=None)
+    arguments = fidelity.argparse.Namespace(
+        methods=fidelity.DEFAULT_METHODS, only=None, images=PAGES, basis=None, model=None
+    )
     rows = fidelity.chosen_methods(arguments)
     assert not any(str(options.get("basis")).endswith(".safetensors") for options in rows.values())
     assert "rows with a calibrated basis of the reader" in capsys.readouterr().out

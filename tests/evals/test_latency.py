@@ -41,7 +41,7 @@ def model():
     return build(SHAPE, "cpu", torch.float32, 512)
 
 
-VL_CACHE = latency.METHODS.with_name("latency_vl_cache.yaml")
+VL_CACHE = latency.DEFAULT_METHODS.with_name("latency_vl_cache.yaml")
 
 
 def small(path):
@@ -51,7 +51,7 @@ def small(path):
 
 
 def test_every_method_of_the_file_is_measured_or_says_why_not(model):
-    methods = small(latency.METHODS)
+    methods = small(latency.DEFAULT_METHODS)
     with torch.inference_mode():
         rows = measure(model, methods, draw_prompt(model, 2, 200, 8), 2, 1)
     assert [row["method"] for row in rows] == list(methods)
@@ -82,7 +82,7 @@ def test_the_setting_of_vl_cache_holds_a_tenth_of_the_bytes():
 @pytest.mark.parametrize("name", ["dense, sdpa", "dense, sdpa, preallocated", "RotateK r=32", "SparK r=32"])
 def test_attention_alone_is_what_the_model_does_with_its_cache(model, name):
     """As many layers append and attend as the model has, and the attention functions are put back."""
-    options = small(latency.METHODS)[name]
+    options = small(latency.DEFAULT_METHODS)[name]
     prompt = draw_prompt(model, 2, 120, 8)
     usual = dict(ALL_ATTENTION_FUNCTIONS)
     with torch.inference_mode():
@@ -97,7 +97,7 @@ def test_attention_alone_is_what_the_model_does_with_its_cache(model, name):
 
 @pytest.mark.parametrize("name", ["dense, sdpa", "RotateK r=32", "FastV .4, RotateK r=32", "VL-Cache .1, tokens only"])
 def test_a_filled_cache_holds_the_bytes_of_a_prefilled_one(model, name):
-    options = small(latency.METHODS)[name]
+    options = small(latency.DEFAULT_METHODS)[name]
     prompt = draw_prompt(model, 3, 160, 8)
     with torch.inference_mode():
         switch_attention(model, options)

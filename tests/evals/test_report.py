@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from evals import report
-from evals.bench import plain
-from evals.report import build
+from evals.report import build as report
+from evals.report.build import build
+from evals.report.verdicts import verdicts
 from evals.scores import score
 from evals.store import Results, StoreError, read, write_json
-from evals.verdicts import verdicts
 
-RESULTS = Path(report.__file__).parent / "results"
+RESULTS = Path(report.__file__).parents[1] / "results"
 QUARTER = {"sparsity": 0.75}
 OPTIONS = {
     "rotatek": QUARTER,
@@ -152,7 +151,7 @@ def folder(tmp_path):
     (home / "diagnostics_x.json").write_text(json.dumps(diagnostics()))
     (home / "token_x.json").write_text(json.dumps(tokens()))
     (home / "latency_x.json").write_text(json.dumps(latency()))
-    (home / "bench_x.json").write_text(json.dumps({"milliseconds": {"ours <fast>": 1.25}, "n": [1, 2]}))
+    (home / "bench_x.json").write_text(json.dumps({"milliseconds": {"ours": 1.25}, "command": "run with <fast>"}))
     return home
 
 
@@ -161,7 +160,7 @@ def test_one_page_holds_everything(folder, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert sources and all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
-    for text in ("accuracy_x", "+ ", "fidelity_reader", "FastV .40 + RotateK .25", "ours &lt;fast&gt;", "1.25"):
+    for text in ("accuracy_x", "+ ", "fidelity_reader", "FastV .40 + RotateK .25", "bench_x", "run with &lt;fast&gt;"):
         assert text in page, text
     assert "Not run: other. it needs a thing" in page and "n = 40" in page
     text = (tmp_path / "out" / "report.md").read_text()
@@ -186,7 +185,7 @@ def test_results_are_known_by_what_they_hold(folder):
     assert "fidelity_reader" in read([RESULTS]).fidelity
 
 
-def test_what_only_looks_like_a_result_is_shown_as_it_is(tmp_path):
+def test_what_only_looks_like_a_result_is_listed(tmp_path):
     for name, value in (
         ("a", {"rows": [], "largest": []}),
         ("b", {"methods": {}}),
@@ -196,7 +195,8 @@ def test_what_only_looks_like_a_result_is_shown_as_it_is(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     assert list(read([tmp_path]).other) == ["a", "b", "d"]
     build([tmp_path], tmp_path / "out")
-    assert "## Other results: d" in (tmp_path / "out" / "report.md").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert all(f"| {name} |" in text for name in ("a", "b", "d"))
 
 
 def test_what_cannot_be_read_is_named(folder, tmp_path):
@@ -250,32 +250,9 @@ def test_a_task_without_a_usable_sample_is_shown_and_judges_nothing(tmp_path):
     assert "chartqa: exact_match, n = 0, 1 left out" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_any_result_becomes_tables():
-    stored = {
-        "date": "2026-01-01", "best": "b, c", "ms": {"a": 1.23456, "b": 2}, "error": {"a": 0.0, "b": 1e-7},
-        "setting": {"seed": 0, "shares": [0.1, 0.5]}, "rows": [{"x": 1, "y": {"z": True}}, {"x": 2, "y": {"z": False}}],
-        "kinds": {"one": {"n": 4}, "two": {"n": 250000}}, "chose": [
-            {"shape": "s", "best": 1, "candidates": [{"regs": 1}, {"regs": 2}]},
-            {"shape": "t", "best": 0, "candidates": [{"regs": 3}]},
-        ],
-    }  # fmt: skip
-    head, numbers, setting, rows, kinds, chose = plain.blocks(stored)
-    assert head == "best: b, c." and setting == "Setting. seed: 0; shares: 0.1, 0.5."
-    assert (numbers.head, numbers.rows) == (["", "ms", "error"], [["a", "1.235", "0"], ["b", "2", "1e-07"]])
-    assert (rows.head, rows.rows) == (["x", "y / z"], [["1", "yes"], ["2", "no"]])
-    assert (kinds.head, kinds.rows) == (["", "n"], [["one", "4"], ["two", "250,000"]])
-    assert chose.rows == [["s", "2", "2"], ["t", "1", "3"]] and chose.head == ["shape", "candidates", "regs"]
-    many = [{"n": index} for index in range(50)]
-    (table,) = plain.blocks({"many": many})
-    assert len(table.rows) == 48 and table.caption == "many, the first 48 of 50"
-    wide = [dict.fromkeys("abcdefghijkl", index) for index in range(2)]
-    (table,) = plain.blocks({"wide": wide})
-    assert table.head == ["", "0", "1"] and table.rows[0] == ["a", "0", "1"] and len(table.rows) == 12
-
-
 def test_every_stored_result_has_a_title_in_words():
     results = read([RESULTS])
-    kinds = (results.accuracy, results.diagnostics, results.latency, results.fidelity, results.tokens, results.other)
+    kinds = (results.accuracy, results.diagnostics, results.latency, results.fidelity, results.tokens)
     assert {name for kind in kinds for name in kind} <= set(report.TEXTS["results"])
 
 

@@ -34,35 +34,35 @@ class Verdict:
     why: str = ""
 
     def words(self) -> str:
-        """As a table says it."""
+        """Write the verdict as a table does."""
         if self.share is None:
             return "not measured"
         return "holds" if self.share == 1 else "holds in part" if self.share > 0 else "does not hold"
 
 
 def points(share: float | None) -> str:
-    """A share in points of a hundred."""
+    """Write a share in points of a hundred."""
     return "" if share is None else f"{100 * share:.1f}"
 
 
 def interval(mean: float, bounds: Sequence[float]) -> str:
-    """A signed difference with its interval, in points."""
+    """Write a signed difference with its interval, in points."""
     middle, low, high = (round(100 * value, 1) + 0.0 for value in (mean, *bounds))  # no negative zero
     return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
 
 
 def count_of(turn: Mapping[str, Any]) -> int:
-    """How many samples a turn's scores are of, in results of fidelity and of token pruning."""
+    """Count the samples of a turn's scores, in results of fidelity and of token pruning."""
     return int(turn.get("images", turn.get("pages", 0)))
 
 
 def negated(bounds: Sequence[float]) -> list[float]:
-    """The interval of the negative quantity."""
+    """Return the interval of the negative quantity."""
     return [-bounds[1], -bounds[0]]
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """All claims."""
+    """Judge all claims."""
     checks: list[Callable[[Results], Verdict]] = [
         _keeps_answers,
         _beats_think,
@@ -83,7 +83,7 @@ def verdicts(results: Results) -> list[Verdict]:
 
 
 def tables(results: Results) -> dict[str, list[Mapping[str, Any]]]:
-    """Each task's tables of methods, those of most samples first; tasks that tell nothing about Keys are left out."""
+    """List each task's tables, those of most samples first; leave out tasks that tell nothing about Keys."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for stored in results.accuracy.values():
         for task, table in stored["tasks"].items():
@@ -98,7 +98,7 @@ def _holds(options: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def _method(table: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The method whose options hold `wanted`; None asks for an absent option."""
+    """Find the method whose options hold `wanted`; None asks for an absent option."""
     for name, row in table["methods"].items():
         if row.get("options") is not None and _holds(row["options"], wanted):
             return str(name)
@@ -116,11 +116,11 @@ def _keeps_answers(results: Results) -> Verdict:
     if not losses:
         return Verdict(claim, None)
     lost = {task: row for task, row in losses.items() if row["interval_95"][1] < 0}
-    said = f"no loss beyond the 95 % interval on {len(losses) - len(lost)} of {len(losses)} tasks"
-    said += f", n = {_counts([row['n'] for row in losses.values()])}"
+    told = f"no loss beyond the 95 % interval on {len(losses) - len(lost)} of {len(losses)} tasks"
+    told += f", n = {_counts([row['n'] for row in losses.values()])}"
     worst = sorted(lost.items(), key=lambda entry: entry[1]["mean"])
     named = [f"{task} {interval(row['mean'], row['interval_95'])}, n = {row['n']}" for task, row in worst]
-    evidence = "; ".join([said, *(["lost on " + "; ".join(named)] if named else [])])
+    evidence = "; ".join([told, *(["lost on " + "; ".join(named)] if named else [])])
     return Verdict(claim, 1 - len(lost) / len(losses), evidence, _logit_errors(results, ("rotatek", "pca")))
 
 
@@ -128,7 +128,7 @@ Difference = tuple[str, float, float, int]  # task, difference, standard error, 
 
 
 def pairs(results: Results, wanted: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
-    """What a method scores above another on the same samples, task by task."""
+    """List what a method scores above another on the same samples, task by task."""
     found = {}
     for task, held in tables(results).items():
         for table in held:
@@ -141,13 +141,13 @@ def pairs(results: Results, wanted: Mapping[str, Any], other: Mapping[str, Any])
 
 
 def _counts(counts: Iterable[int]) -> str:
-    """A number of samples, or the least and the most."""
+    """Write a number of samples, or the least and the most."""
     ordered = sorted(set(counts))
     return " to ".join(map(str, ordered[:: max(1, len(ordered) - 1)]))
 
 
 def _sorted(found: Sequence[Difference]) -> tuple[list[Difference], list[Difference], list[Difference]]:
-    """Those that are better, level (within two standard errors) and worse."""
+    """Sort into those that are better, level (within two standard errors) and worse."""
     better = [one for one in found if one[1] > 2 * one[2]]
     worse = [one for one in found if one[1] < -2 * one[2]]
     return better, [one for one in found if one not in better and one not in worse], worse
@@ -196,13 +196,37 @@ def _beats_tokens(results: Results) -> Verdict:
     for task, held in tables(results).items():
         compared = [one for table in held if (one := _with_best_tokens(task, table)) is not None]
         found += compared[:1]
-    if not found:
+    equals = [one for stored in results.tokens.values() for one in _as_good_at_fewer_bytes(stored["rows"])]
+    if not found and not equals:
         return Verdict(claim, None)
-    return Verdict(claim, _won(found), "against the best such token method: " + _told(found))
+    told = ["against the best such token method: " + _told(found)] if found else []
+    told += ["as good at fewer bytes: " + ", ".join(equals)] if equals else []
+    better, _, worse = _sorted(found)
+    return Verdict(claim, len(better) / max(1, len(better) + len(worse) + len(equals)), "; ".join(told))
+
+
+def _as_good_at_fewer_bytes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name token methods at their least bytes with which a second question loses no more than with RotateK alone."""
+    (alone,) = [row for row in rows if row["tokens"] == "none" and row["channels"] == "RotateK 1/4"] or [None]
+    if alone is None:
+        return []
+    least: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        second = row["second"]
+        if row["channels"] == "tokens only" and row["bytes_share"] < alone["bytes_share"]:
+            as_good = second["loss_95"][0] <= max(0.0, alone["second"]["loss_95"][1])
+            if as_good and row["bytes_share"] < least.get(row["tokens"], alone)["bytes_share"]:
+                least[row["tokens"]] = row
+    return [
+        f"{name} at {row['bytes_share']:.2f} of the bytes (channels alone: {alone['bytes_share']:.2f}), "
+        f"{points(row['second']['exact_match'])} and {points(alone['second']['exact_match'])}, "
+        f"n = {count_of(row['second'])}"
+        for name, row in least.items()
+    ]
 
 
 def _with_best_tokens(task: str, table: Mapping[str, Any]) -> Difference | None:
-    """RotateK's score above that of the best token method whose cache is not smaller."""
+    """Compare RotateK's score with that of the best token method whose cache is not smaller."""
     name = _method(table, {"sparsity": QUARTER, **PAPER_BASIS})
     if name is None:
         return None
@@ -230,15 +254,15 @@ def _joint_beats_tokens(results: Results) -> Verdict:
     papers = [row for row in joint if row["channels"].startswith("RotateK 1/4")]
     if not papers:
         return Verdict(claim, None)
-    better, worse, said = _won_pairs(papers)
+    better, worse, told = _won_pairs(papers)
     coded = [row for row in joint if row not in papers]
     if coded:
-        said += "; with coefficients of a few bits: " + _won_pairs(coded)[2]
-    return Verdict(claim, better / max(1, better + worse), "second question, beyond the 95 % interval: " + said)
+        told += "; with coefficients of a few bits: " + _won_pairs(coded)[2]
+    return Verdict(claim, better / max(1, better + worse), "second question, beyond the 95 % interval: " + told)
 
 
 def _won_pairs(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int, str]:
-    """In how many joint rows the second question is answered better and worse than by tokens only, and in words."""
+    """Count joint rows that answer the second question better and worse than tokens only; say so in words."""
     seconds = [row["second"] for row in rows]
     bounds = [negated(second["loss_to_tokens_only_95"]) for second in seconds]
     better, worse = sum(low > 0 for low, _ in bounds), sum(high < 0 for _, high in bounds)
@@ -258,12 +282,12 @@ def _tenth_of_tokens(results: Results) -> Verdict:
         return Verdict(claim, None)
     turns = [(turn, row[turn]) for row in rows for turn in ("first", "second")]
     kept = [row["loss_95"][0] <= 0 for _, row in turns]
-    said = "; ".join(
+    told = "; ".join(
         f"{name} question {points(row['exact_match'])}, loss {interval(row['loss'], row['loss_95'])}"
         for name, row in turns
     )
-    said += f"; n = {_counts(count_of(row) for _, row in turns)}"
-    return Verdict(claim, sum(kept) / len(kept), said)
+    told += f"; n = {_counts(count_of(row) for _, row in turns)}"
+    return Verdict(claim, sum(kept) / len(kept), told)
 
 
 def _error(layers: Sequence[Mapping[str, Any]], basis: str, rank: int) -> float | None:
@@ -274,15 +298,15 @@ def _error(layers: Sequence[Mapping[str, Any]], basis: str, rank: int) -> float 
 
 
 def _logit_errors(results: Results, bases: Sequence[str]) -> str:
-    """Relative error of the answers' logits under some bases at a quarter of the width, by what was asked."""
-    said = []
+    """Write the relative error of the answers' logits under some bases at a quarter of the width, by task."""
+    told = []
     for stored in results.diagnostics.values():
         layers, rank = stored["geometry"]["layers"], stored["head_width"] // 4
         errors = {figures.NAMES.get(basis, basis): _error(layers, basis, rank) for basis in bases}
         if None not in errors.values():
-            told = ", ".join(f"{name} {error:.2f}" for name, error in errors.items())
-            said.append(f"{stored['setting']['task']}: {told}")
-    return f"relative error of the answers' logits at rank 1/4: {'; '.join(said)}" if said else ""
+            listed = ", ".join(f"{name} {error:.2f}" for name, error in errors.items())
+            told.append(f"{stored['setting']['task']}: {listed}")
+    return f"relative error of the answers' logits at rank 1/4: {'; '.join(told)}" if told else ""
 
 
 def _low_rank(results: Results) -> Verdict:
@@ -292,17 +316,17 @@ def _low_rank(results: Results) -> Verdict:
         kept = [head[width // 4 - 1] for layer in layers for head in layer["explained_variance"]]
         energy = [head[width // 4 - 1] for layer in layers for head in layer["logit_energy"]]
         needed = [rank for layer in layers for rank in layer["rank_for"]["0.99"]["variance"]]
-        said = (
+        told = (
             f"rank {width // 4} of {width} keeps {points(min(kept))} to {points(max(kept))} % of the variance; 99 % of "
             f"it needs rank {min(needed):.0f} to {max(needed):.0f}; {stored['geometry']['samples']} images"
         )
         why = f"of the logit energy it keeps {points(min(energy))} to {points(max(energy))} %"
-        return Verdict(claim, sum(share >= 0.99 for share in kept) / len(kept), said, why)
+        return Verdict(claim, sum(share >= 0.99 for share in kept) / len(kept), told, why)
     return Verdict(claim, None)
 
 
 def _ablation(results: Results, part: str) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """(rank, the paper's row, the row without `part`) of the stored ablations."""
+    """List (rank, the paper's row, the row without `part`) of the stored ablations."""
     return [
         (rank, table[f"{rank}, the paper"], table[f"{rank}, {part}"])
         for stored in results.diagnostics.values()
@@ -333,13 +357,13 @@ def _weight_helps(results: Results) -> Verdict:
 
 
 def _sparsities(table: Mapping[str, Any]) -> set[float]:
-    """At which a table holds the paper's method."""
+    """List the sparsities at which a table holds the paper's method."""
     options = [row.get("options") or {} for row in table["methods"].values()]
     return {held["sparsity"] for held in options if held.get("sparsity") and _holds(held, PAPER_BASIS)}
 
 
 def _shared(results: Results, pair: str) -> tuple[list[float], float, int] | None:
-    """By layer, over all stored diagnostics: what 8 dimensions share, what they would by chance, and conversations."""
+    """Sum up all stored diagnostics: what 8 dimensions share by layer, what they would by chance, and conversations."""
     shares, chance, count = [], 0.0, 0
     for stored in results.diagnostics.values():
         shares += [float(np.mean(layer["angles"][pair]["8"]["shared"])) for layer in stored["geometry"]["layers"]]
@@ -357,11 +381,11 @@ def _alike(results: Results, claim: str, pair: str) -> Verdict:
     if found is None:
         return Verdict(claim, None)
     shares, chance, count = found
-    said = (
+    told = (
         f"8 dimensions share {_range(shares)} by layer and question (1: the same, {chance:.2f}: by chance); "
         f"{count} conversations"
     )
-    return Verdict(claim, sum(share >= ALIKE for share in shares) / len(shares), said)
+    return Verdict(claim, sum(share >= ALIKE for share in shares) / len(shares), told)
 
 
 def _stable_subspace(results: Results) -> Verdict:
@@ -384,17 +408,17 @@ def _cheap_fit(results: Results) -> Verdict:
         return Verdict(claim, None)
     share, row, stored = max(shares, key=lambda entry: entry[0])
     where = f"{stored['model']}; {stored['environment']['device']}"
-    said = f"at most {100 * share:.1f} % of a prefill, at {row['context']:,} tokens ({where})"
-    return Verdict(claim, sum(one[0] < CHEAP for one in shares) / len(shares), said)
+    told = f"at most {100 * share:.1f} % of a prefill, at {row['context']:,} tokens ({where})"
+    return Verdict(claim, sum(one[0] < CHEAP for one in shares) / len(shares), told)
 
 
 def on_gpus(results: Results) -> Iterable[Mapping[str, Any]]:
-    """Latency results that do not come from a CPU."""
+    """Yield the latency results that do not come from a CPU."""
     return (stored for stored in results.latency.values() if not stored["environment"]["device"].startswith("CPU"))
 
 
 def gains(rows: Sequence[Mapping[str, Any]], time: str, name: str) -> list[tuple[float, Mapping[str, Any]]]:
-    """How often `time` of methods whose name begins so goes into that of the fastest dense cache of the setting."""
+    """Compute how often `time` of methods whose name begins so goes into that of the setting's fastest dense cache."""
     measured = [row for row in rows if "skipped" not in row]
     found = []
     for row in measured:
@@ -424,11 +448,11 @@ def _faster(results: Results) -> Verdict:
     if not found:
         return Verdict(claim, None, NO_GPU)
     low, high = (choose(found, key=lambda gain: gain[0]) for choose in (min, max))
-    said = (
+    told = (
         f"{low[0]:.2f}x at {low[1]['context']:,} to {high[0]:.2f}x at {high[1]['context']:,} tokens, over the fastest "
         "dense cache"
     )
-    return Verdict(claim, sum(gain >= FASTER for gain, _ in found) / len(found), said)
+    return Verdict(claim, sum(gain >= FASTER for gain, _ in found) / len(found), told)
 
 
 def _vl_cache(results: Results, claim: str, time: str, stated: float) -> Verdict:
@@ -443,9 +467,9 @@ def _vl_cache(results: Results, claim: str, time: str, stated: float) -> Verdict
         for gain, other in gains(stored["rows"], time, name)
         if (other["context"], other["batch"]) == (row["context"], row["batch"])
     ]
-    said = f"{best:.2f}x at {row['context']:,} tokens, batch {row['batch']}"
-    said += "".join(f"; {name}: {gain:.2f}x" for gain, name in ours)
-    return Verdict(claim, float(best >= stated), f"{said}; over the fastest dense cache")
+    told = f"{best:.2f}x at {row['context']:,} tokens, batch {row['batch']}"
+    told += "".join(f"; {name}: {gain:.2f}x" for gain, name in ours)
+    return Verdict(claim, float(best >= stated), f"{told}; over the fastest dense cache")
 
 
 def _end_to_end(results: Results) -> Verdict:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-PAGE = Path(__file__).parent / "report.html.jinja"
+PAGE = Path(__file__).parent / "page.html.jinja"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Section:
 
 
 def to_html(title: str, sections: Sequence[Section], marks: Mapping[str, str]) -> str:
-    """One page with everything inside; cells that say a word of `marks` get that class."""
+    """Write one HTML page with everything inside; cells that hold a word of `marks` get that class."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(PAGE.read_text(encoding="utf-8"))
 
@@ -54,7 +54,7 @@ def to_html(title: str, sections: Sequence[Section], marks: Mapping[str, str]) -
 
 
 def to_markdown(title: str, sections: Sequence[Section], folder: Path) -> str:
-    """The same as Markdown, with pictures as files in `folder`."""
+    """Write the same as Markdown, with pictures as files in `folder`."""
     lines = [f"# {title}", ""]
     for section in sections:
         lines += [f"## {section.title}", ""]

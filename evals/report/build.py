@@ -3,8 +3,8 @@
     python -m evals.report --results evals/results --out report
 
 writes `report.html`, which needs no other file, and `report.md` with its pictures in `figures/`. Result files are known
-by what they hold (those of accuracy, diagnostics, latency and fidelity); any other JSON is shown as tables of what it
-holds. Verdicts are computed from the numbers on the page, so that they change with them.
+by what they hold (accuracy, fidelity, token pruning, diagnostics, latency); of any other the page lists where it comes
+from. Verdicts are computed from the numbers on the page, so that they change with them.
 """
 
 import argparse
@@ -16,11 +16,10 @@ import numpy as np
 import yaml
 
 from evals import figures
-from evals.bench import plain
-from evals.page import Picture, Section, Table, to_html, to_markdown
+from evals.report.page import Picture, Section, Table, to_html, to_markdown
+from evals.report.verdicts import count_of, interval, negated, pairs, points, verdicts
 from evals.store import Results, StoreError, read
 from evals.tasks.reader import tells_nothing
-from evals.verdicts import count_of, interval, negated, pairs, points, verdicts
 
 PAPERS = Path(__file__).parent / "papers.yaml"
 TEXTS = yaml.safe_load((Path(__file__).parent / "texts.yaml").read_text(encoding="utf-8"))
@@ -31,31 +30,31 @@ READER_NOTE = (
 
 
 def with_error(row: Mapping[str, Any]) -> str:
-    """Mean and standard error in points."""
+    """Write mean and standard error in points."""
     return points(row["mean"]) + ("" if row.get("se") is None else f" ± {100 * row['se']:.1f}")
 
 
 def against_dense(row: Mapping[str, Any]) -> str:
-    """The paired difference in points, with its interval."""
+    """Write the paired difference in points, with its interval."""
     paired = row.get("against_dense")
     return "" if paired is None else interval(paired["mean"], paired["interval_95"])
 
 
 def titled(name: str, kind: str) -> Section:
-    """A section with the title and the introduction of a stored result."""
+    """Start a section with the title and the introduction of a stored result."""
     known = TEXTS["results"].get(name, {})
     return Section(known.get("title", f"{kind}: {name}"), [known["note"]] if "note" in known else [])
 
 
 def described(method: str, options: Mapping[str, Any] | None) -> str:
-    """A method's name with those of its options that the name leaves out."""
+    """Name a method with those of its options that its name leaves out."""
     shown = {name: Path(str(value)).stem if name == "basis" else value for name, value in (options or {}).items()}
     left = [f"{name}={value}" for name, value in shown.items() if name != "always_compress"]
     return " ".join([method, *(text for text in left if text not in method)])
 
 
 def accuracy_sections(results: Results) -> Iterable[Section]:
-    """Tables of the accuracy script, with the trade-off and robustness pictures."""
+    """Show the accuracy script's results, with the trade-off and robustness pictures."""
     for name, stored in results.accuracy.items():
         tasks = stored["tasks"]
         model = f"Model {stored['model']['name'].rsplit('/', 1)[-1]}, {stored['model']['dtype']}."
@@ -81,7 +80,7 @@ def accuracy_sections(results: Results) -> Iterable[Section]:
 
 
 def _accuracy_tables(tasks: Mapping[str, Any]) -> Iterable[Table]:
-    """Scores and differences of each method: side by side for few tasks, one table each for many."""
+    """Show scores and differences of each method: side by side for few tasks, one table each for many."""
     options = {name: row.get("options") for found in tasks.values() for name, row in found["methods"].items()}
     few = len(tasks) <= 3
     for caption, cells in (
@@ -108,7 +107,7 @@ def _task_title(task: str) -> str:
 
 
 def _ratios(tasks: Mapping[str, Any], method: str) -> str:
-    """By how much a method's cache is smaller, over the tasks."""
+    """Write by how much a method's cache is smaller, over the tasks."""
     found = [row["ratio"] for task in tasks.values() if (row := task["methods"].get(method)) and row["ratio"]]
     low, high = (f"{limit:.2f}" for limit in (min(found, default=0), max(found, default=0)))
     return "" if not found else f"{low}x" if low == high else f"{low} to {high}x"
@@ -125,7 +124,7 @@ def _accuracy_pictures(name: str, stored: Mapping[str, Any]) -> Iterable[Picture
 
 
 def paper_section(papers: Mapping[str, Any], results: Results) -> Section:
-    """What the papers state, and what came out here in its place."""
+    """Show what the papers state beside what came out here."""
     stated = papers["accuracy"]
     rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in stated["rows"].items()]
     gains = [
@@ -147,7 +146,7 @@ def paper_section(papers: Mapping[str, Any], results: Results) -> Section:
 
 
 def _here(results: Results, wanted: Mapping[str, Any]) -> list[str]:
-    """The reader's difference for a row of the papers' gains, and at what it was measured."""
+    """Find the reader's difference for a row of the papers' gains, and at what it was measured."""
     if "tokens" in wanted:
         for stored in results.tokens.values():
             for row in stored["rows"]:
@@ -164,7 +163,7 @@ def _here(results: Results, wanted: Mapping[str, Any]) -> list[str]:
 
 
 def fidelity_sections(results: Results) -> Iterable[Section]:
-    """Tables of the fidelity script."""
+    """Show the fidelity script's results."""
     for name, stored in results.fidelity.items():
         count = count_of(next(iter(stored["methods"].values()))["second"])
         rows = [
@@ -184,13 +183,15 @@ def fidelity_sections(results: Results) -> Iterable[Section]:
         section = titled(name, "Fidelity")
         section.blocks.append(Table(caption, head, rows))
         if len(stored["methods"]) > 2:
-            said = "What the second question loses against the bytes of the visual part, with 95 % intervals."
-            section.blocks.append(Picture(name, said, figures.png(figures.fidelity(stored))))
+            caption_of_picture = (
+                "What the second question loses against the bytes of the visual part, with 95 % intervals."
+            )
+            section.blocks.append(Picture(name, caption_of_picture, figures.png(figures.fidelity(stored))))
         yield section
 
 
 def tokens_sections(results: Results) -> Iterable[Section]:
-    """Tables of token pruning at matched bytes."""
+    """Show token pruning at matched bytes."""
     for name, stored in results.tokens.items():
         rows = []
         for row in stored["rows"]:
@@ -221,7 +222,7 @@ def tokens_sections(results: Results) -> Iterable[Section]:
 
 
 def diagnostics_sections(results: Results) -> Iterable[Section]:
-    """Why it works: numbers and pictures."""
+    """Show why it works: numbers and pictures."""
     for name, stored in results.diagnostics.items():
         geometry = stored["geometry"]
         section = titled(name, "Why it works")
@@ -277,7 +278,7 @@ def diagnostics_sections(results: Results) -> Iterable[Section]:
 
 
 def latency_sections(results: Results) -> Iterable[Section]:
-    """Times and bytes of whole models."""
+    """Show times and bytes of whole models."""
     for name, stored in results.latency.items():
         measured = [row for row in stored["rows"] if "skipped" not in row]
         peaks = any(_peaks(row) for row in measured)  # a GPU's
@@ -334,18 +335,8 @@ def _peaks(row: Mapping[str, Any]) -> str:
     return "" if None in peaks else ", ".join(f"{peak / 2**30:.2f} GiB" for peak in peaks)
 
 
-def other_sections(results: Results) -> Iterable[Section]:
-    """Results of other scripts, as tables of what they hold."""
-    for name, stored in results.other.items():
-        section = titled(name, "Other results")
-        section.blocks += plain.blocks(stored)
-        if name in results.pictures:
-            section.blocks.append(Picture(name, section.title, results.pictures[name].read_bytes()))
-        yield section
-
-
 def provenance(results: Results) -> Section:
-    """Commands, hardware, versions and dates."""
+    """List commands, hardware, versions and dates."""
     rows = []
     kinds = (results.accuracy, results.diagnostics, results.latency, results.fidelity, results.tokens, results.other)
     for name, stored in ((name, stored) for kind in kinds for name, stored in kind.items()):
@@ -366,11 +357,11 @@ def provenance(results: Results) -> Section:
 
 def _command(stored: Mapping[str, Any]) -> str:
     setting = stored.get("setting") or stored.get("settings") or {}
-    return str(stored.get("command") or ", ".join(f"{name} {plain.cell(value)}" for name, value in setting.items()))
+    return str(stored.get("command") or ", ".join(f"{name} {value}" for name, value in setting.items()))
 
 
 def compose(results: Results, papers: Mapping[str, Any]) -> list[Section]:
-    """The page, section by section."""
+    """Put the page together, section by section."""
     rows = [[verdict.claim, verdict.words(), verdict.evidence, verdict.why] for verdict in verdicts(results)]
     head = ["claim", "here", "numbers", "diagnostics"]
     return [
@@ -382,7 +373,6 @@ def compose(results: Results, papers: Mapping[str, Any]) -> list[Section]:
         *tokens_sections(results),
         *diagnostics_sections(results),
         *latency_sections(results),
-        *other_sections(results),
         provenance(results),
     ]
 
@@ -403,7 +393,7 @@ def build(folders: Sequence[Path], out: Path) -> None:
 def main() -> None:
     """Parse and build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, nargs="+", default=[Path(__file__).parent / "results"])
+    parser.add_argument("--results", type=Path, nargs="+", default=[Path(__file__).parents[1] / "results"])
     parser.add_argument("--out", type=Path, default=Path("report"))
     args = parser.parse_args()
     try:
@@ -411,7 +401,3 @@ def main() -> None:
     except StoreError as error:
         raise SystemExit(f"error: {error}") from error
     print(f"{args.out / 'report.html'} and {args.out / 'report.md'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
 """Calibrate the shipped reader on pages drawn from its training seeds, all levels in turn, and write basis files.
 
-    python -m evals.calibrate_reader --pages 768
+    python -m evals.reader.calibrate --pages 768
 
 writes runs/reader_basis.safetensors (PCA of Keys and Values), runs/reader_oblique.safetensors (Keys weighted by
 queries, Values by the output projection) and runs/reader_leank.safetensors (static channels), the files that
-evals/fidelity.yaml names.
+evals/settings/fidelity.yaml names.
 """
 
 import argparse
@@ -21,14 +21,12 @@ from evals.reader.pages import ADDRESS_KINDS, LEVELS, TRAIN_SEEDS, ask, make_pag
 from rotatek_cache import attach
 from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
 
-READER = Path(__file__).parent.parent / "rotatek_cache" / "reader"
-
-
+READER = Path(__file__).parents[2] / "rotatek_cache" / "reader"
 FILES = {"reader_basis": ("pca", "pca"), "reader_oblique": ("oblique", "output"), "reader_leank": ("leank", "pca")}
 
 
 def prompts(processor: Any, pages: int, levels: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One page and question after the other, as model inputs."""
+    """Yield one page and question after the other, as model inputs."""
     for index in trange(pages, desc="pages"):
         # From the end of the range: training draws from its beginning.
         seed = TRAIN_SEEDS[-1 - index]

@@ -1,0 +1,1 @@
+"""One page out of the stored results."""
