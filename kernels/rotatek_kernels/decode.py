@@ -12,9 +12,9 @@ from torch import Tensor
 from rotatek_cache.core.segments import SegmentView
 from rotatek_kernels.attend_triton import attend_splits
 from rotatek_kernels.checks import arguments_key, check_arguments, check_scale
-from rotatek_kernels.forms import STATE_ALIGN, MergeArguments, SegmentArguments
+from rotatek_kernels.forms import STATE_ALIGN, MergeArguments, SegmentArguments, encode_integer
 from rotatek_kernels.merge_triton import merge_splits
-from rotatek_kernels.shapes import BlockSizes, SegmentShape, Shapes, odd, shapes_of
+from rotatek_kernels.shapes import BlockSizes, SegmentShape, Shapes, shapes_of
 
 SEGMENTS_PER_LAUNCH = 8  # each is a branch of the kernel
 TOKENS_PER_SPLIT = 256  # below this a split costs more than it brings: it projects the queries and merges a state
@@ -148,7 +148,7 @@ def plan(
     for start in range(0, len(attended), SEGMENTS_PER_LAUNCH):
         part = slice(start, start + SEGMENTS_PER_LAUNCH)
         programs, before = sum(splits[part]), sum(splits[:start])
-        integers = (odd(positions), odd(total_splits), odd(first_state), odd(programs), odd(before))
+        integers = (encode_integer(positions), encode_integer(total_splits), encode_integer(first_state), encode_integer(programs), encode_integer(before))
         arguments: dict[str, Any] = {
             "query": query,
             "states": states,
@@ -164,7 +164,7 @@ def plan(
         "out": out,
         "lse": lse,
         "segments": tuple(merged),
-        "integers": (odd(positions), odd(total_splits), odd(first_state)),
+        "integers": (encode_integer(positions), encode_integer(total_splits), encode_integer(first_state)),
         "FORMS": tuple([shape.merge_form for shape in shapes.segments]),
         **shapes.merge_constants,
     }
@@ -195,7 +195,7 @@ def _segment_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[i
     if mask is None:
         mask_strides = (3, 3)  # `odd` zeros
     else:
-        mask_strides = (odd(mask.stride(0)), odd(mask.stride(1)))
+        mask_strides = (encode_integer(mask.stride(0)), encode_integer(mask.stride(1)))
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     starts, lengths, rows = segment.starts, segment.lengths, segment.basis_rows
     if not shape.packed_rows:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.quantization import Code, CodeLayout, HeadCodes, Numbers
 from rotatek_cache.core.segments import SegmentView
-from rotatek_kernels.forms import Block, HeadTable, MergeForm, SegmentForm
+from rotatek_kernels.forms import Block, HeadTable, MergeForm, SegmentForm, encode_integer
 
 MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
 MERGE_SPLITS = 16  # states that it reads at once
@@ -73,8 +73,8 @@ class SegmentShape(NamedTuple):
         order: which of the segments it is.
         form, merge_form: what the kernels are compiled for.
         token_bytes: of one token's Keys and Values in one head.
-        strides: odd, of heads of Keys and of Values (see `SegmentArguments`) and of rows of slots.
-        basis_strides, merge_strides: of the Keys' basis and the Values', odd.
+        strides: encoded, of heads of Keys and of Values (see `SegmentArguments`) and of rows of slots.
+        basis_strides, merge_strides: of the Keys' basis and the Values', encoded.
         heads: tables of what each head has of its own, of Keys and of Values.
         packed_rows: whether row tables lie side by side, as the kernels read them.
     """
@@ -99,7 +99,7 @@ class Shapes(NamedTuple):
         tiles: of queries.
         heads: of Keys and Values.
         value_width: of the output.
-        query_strides: odd, in units of their alignment.
+        query_strides: encoded, in units of their alignment.
         constants, merge_constants: of the two kernels.
         options, merge_options: for Triton.
     """
@@ -143,7 +143,7 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
         tiles=-(-positions // tile_queries),
         heads=heads,
         value_width=value_width,
-        query_strides=tuple(odd(stride // align) for stride in query.stride()[:3]),
+        query_strides=tuple(encode_integer(stride // align) for stride in query.stride()[:3]),
         constants={
             "SINGLE": positions == 1,
             "G": group,
@@ -167,14 +167,6 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
         },
         merge_options={"num_warps": 4 if widest else 2, "num_stages": 2, "enable_fp_fusion": True},
     )
-
-
-def odd(integer: int) -> int:
-    """An odd number above 1 for an integer above -1, which Triton does not make a kernel of its own for.
-
-    The kernels take it back; see `forms.plain`.
-    """
-    return 2 * integer + 3
 
 
 def kind_of(query: Tensor, segments: Sequence[SegmentView]) -> str:
@@ -217,7 +209,7 @@ class StoredForm(NamedTuple):
         stride: from token to token; 0 if each head has its own.
         align: divides the strides.
         heads, table: what each head has of its own.
-        head_stride: odd, in units of `align`; the number of tokens stored where each head has its own stride.
+        head_stride: encoded, in units of `align`; the number of tokens stored where each head has its own stride.
         channels: coefficients of a token, or its numbers.
         token_bytes: of a token in one head, on average.
     """
@@ -247,7 +239,7 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
             align=align,
             heads=heads,
             table=_head_table(code, columns, align, stored.device),
-            head_stride=odd(stored.numel() // width),
+            head_stride=encode_integer(stored.numel() // width),
             channels=code.channels,
             token_bytes=-(-width * stored.element_size() // len(code.parts)),
         )
@@ -259,7 +251,7 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
         align=align,
         heads=HeadTable(0, 1),
         table=None,
-        head_stride=odd(stored.stride(0) // align),
+        head_stride=encode_integer(stored.stride(0) // align),
         channels=stored.shape[-1] if code is None else code.channels,
         token_bytes=stored.shape[-1] * stored.element_size(),
     )
@@ -303,7 +295,7 @@ def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: t
         strides=(
             keys.head_stride,
             values.head_stride,
-            odd(0 if segment.slots is None else segment.slots.stride(0)),
+            encode_integer(0 if segment.slots is None else segment.slots.stride(0)),
         ),
         basis_strides=_basis_strides(key_basis),
         merge_strides=_basis_strides(value_basis),
@@ -373,13 +365,13 @@ def _basis_form(basis: KeyBasis | None) -> dict[str, int]:
 
 
 def _basis_strides(basis: KeyBasis | None) -> tuple[int, ...]:
-    """Strides of heads and rows of decoder, delta and scale, odd, in units of their alignment."""
+    """Strides of heads and rows of decoder, delta and scale, encoded, in units of their alignment."""
     form = _basis_form(basis)
     strides = []
     decoder, delta, scale = (None, None, None) if basis is None else (basis.B, basis.delta, basis.scale)
     for name, tensor in (("decoder", decoder), ("delta", delta), ("scale", scale)):
         pair = (0, 0) if tensor is None else tensor.stride()[:2]
-        strides += [odd(stride // form[f"{name}_align"]) for stride in pair]
+        strides += [encode_integer(stride // form[f"{name}_align"]) for stride in pair]
     return tuple(strides)
 
 
