@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rotatek_cache.core.attention import reference_attention
+from rotatek_cache.core.attention import UnsupportedError, reference_attention
 from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.quantization import CodeLayout, HeadCodes, Numbers
 from rotatek_cache.core.segments import SegmentView
@@ -313,12 +313,20 @@ BAD = {
     ),
     "query-float64": (
         lambda q, v, t, s: (q.double(), [v, t], s),
-        TypeError,
+        UnsupportedError,
         "query must be float16.*got torch.float64",
     ),
-    "query-other-dtype": (lambda q, v, t, s: (q.float(), [v, t], s), TypeError, r"\[0\].keys must have .*float32, got"),
+    "query-other-dtype": (
+        lambda q, v, t, s: (q.float(), [v, t], s),
+        UnsupportedError,
+        r"\[0\].keys must have .*float32, got",
+    ),
     "query-heads": (lambda q, v, t, s: (q[:, :3], [v, t], s), ValueError, "keys must have KV heads .* 3"),
-    "query-gradient": (lambda q, v, t, s: (q.clone().requires_grad_(), [v, t], s), ValueError, "query.* no backward"),
+    "query-gradient": (
+        lambda q, v, t, s: (q.clone().requires_grad_(), [v, t], s),
+        UnsupportedError,
+        "query.* no backward",
+    ),
     "scale-tensor": (
         lambda q, v, t, s: (q, [v, t], torch.tensor(1.0)),
         TypeError,
@@ -348,7 +356,7 @@ BAD = {
     ),
     "code-of-another-type": (
         lambda q, v, t, s: (q, [change(v, key_code="4 bit"), t], s),
-        TypeError,
+        UnsupportedError,
         "keys must be packed as a CodeLayout or HeadCodes say, got str",
     ),
     "heads-of-two-kinds": (
@@ -373,7 +381,7 @@ BAD = {
     ),
     "basis-diagonal": (
         lambda q, v, t, s: (q, [v, change(t, basis=KeyBasis(B=torch.ones(2, 2, 64, device=q.device)))], s),
-        ValueError,
+        UnsupportedError,
         r"\[1\].basis scales channels and rotates nothing",
     ),
     "codes-more-than-decoded": (
@@ -420,7 +428,7 @@ BAD = {
     ),
     "keys-strided": (
         lambda q, v, t, s: (q, [change(v, keys=v.keys.mT.contiguous().mT), t], s),
-        ValueError,
+        UnsupportedError,
         "keys must be contiguous",
     ),
     "keys-width": (
@@ -433,7 +441,11 @@ BAD = {
         ValueError,
         r"\[1\].keys .* got 1",
     ),
-    "values-dtype": (lambda q, v, t, s: (q, [change(v, values=v.values.float()), t], s), TypeError, "values must have"),
+    "values-dtype": (
+        lambda q, v, t, s: (q, [change(v, values=v.values.float()), t], s),
+        UnsupportedError,
+        "values must have",
+    ),
     "values-tokens": (
         lambda q, v, t, s: (q, [change(v, values=v.values[:, 1:]), t], s),
         ValueError,
@@ -477,7 +489,7 @@ BAD = {
             [change_basis(change(v, keys=v.keys[..., :12].clone()), B=v.basis.B[..., :12].clone()), t],
             s,
         ),
-        ValueError,
+        UnsupportedError,
         "rank that is a multiple of 8, got 12",
     ),
     "basis-shape": (
@@ -492,12 +504,12 @@ BAD = {
     ),
     "basis-dtype": (
         lambda q, v, t, s: (q, [change_basis(v, B=v.basis.B.double()), t], s),
-        TypeError,
+        UnsupportedError,
         "basis.B must be float16",
     ),
     "basis-strided": (
         lambda q, v, t, s: (q, [change_basis(v, B=v.basis.B.mT.contiguous().mT), t], s),
-        ValueError,
+        UnsupportedError,
         "basis.B must be contig",
     ),
     "basis-too-few-rows": (

@@ -430,7 +430,8 @@ def attend_splits(
     states,  # float32, written: each segment's [B, H, splits, Q * G, state_width], and base-2 log-sum-exps
     segments,  # a SegmentArguments each
     scale,
-    integers,  # encoded: Q, total_splits, where lses begin, splits of this launch, its first, query strides in QUERY_ALIGN
+    # Encoded: Q, total_splits, where lses begin, splits of this launch, its first, strides of the query in QUERY_ALIGN.
+    integers,
     FORMS: tl.constexpr,  # a SegmentForm each
     SINGLE: tl.constexpr,  # Q is 1
     G: tl.constexpr,

@@ -60,7 +60,7 @@ class SegmentForm(NamedTuple):
 
 
 class SegmentArguments(NamedTuple):
-    """What a segment stores; integers are encoded (`encode_integer`). Strides of heads and of basis rows are in units of align."""
+    """What a segment stores; integers are encoded (`encode_integer`), strides of heads and rows in units of align."""
 
     stored_keys: Any  # [H, N, columns], or the heads one after the other
     stored_values: Any  # [H, N, columns] (a tuple of Triton has `values` of its own)
@@ -105,7 +105,7 @@ class MergeArguments(NamedTuple):
 
 
 def form_of(forms, index, _semantic=None):
-    """Return entry `index` of `FORMS` as a tuple of Triton: before 3.9 it does not make those of tuples of tuples itself."""
+    """Return entry `index` of `FORMS` as a tuple of Triton, which before 3.9 makes none of tuples of tuples itself."""
     form = forms[index]
     interpreted = _semantic is None  # and takes tuples as they are
     return form if interpreted or isinstance(form, tl.tuple) else _static(form)
@@ -139,5 +139,5 @@ def decode_integers(encoded):
 
 @triton.jit
 def basis_row_of(tensor, strides, head, basis_row, FIRST: tl.constexpr, ALIGN: tl.constexpr):
-    """Find where `tensor` of a basis keeps what belongs to a head and a row; entry `FIRST` of the strides is its first."""
+    """Find where `tensor` of a basis keeps a head and a row; entry `FIRST` of the strides is its first."""
     return tensor + (head * strides[FIRST] + basis_row * strides[FIRST + 1]) * ALIGN

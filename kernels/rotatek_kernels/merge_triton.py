@@ -25,7 +25,7 @@ def _merge_segment(
     BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Merge channels of a segment's output [BLOCK_DV] and its base-2 log-sum-exp; coefficients are rotated back once."""
+    """Merge a segment's states: channels of its output [BLOCK_DV], rotated back once, and its base-2 log-sum-exp."""
     channels = first_channel + tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
     if seg.decoder is None:
         columns = channels  # [W]

@@ -197,8 +197,8 @@ def test_text_that_grows_makes_no_new_kernel():
 def test_cpu_tensors_need_the_interpreter():
     message = run("""
 import torch
-from rotatek_cache.attention import attend
-from rotatek_cache.segments import SegmentView
+from rotatek_cache.core.attention import attend
+from rotatek_cache.core.segments import SegmentView
 storage = torch.zeros(1, 4, 16)
 row = torch.zeros(1, dtype=torch.int64)
 try:
