@@ -70,7 +70,7 @@ def candidates(kind: str) -> Iterator[BlockSizes]:
 
 def judged(found: Resources, sizes: BlockSizes, block_n: int, size: int, gpu: Gpu) -> dict[str, Any]:
     """What compiled code says of a candidate for tokens of `size` bytes; picoseconds a token on the whole GPU."""
-    processor = H200_PROCESSOR._replace(count=gpu.processors, shared=gpu.shared)
+    processor = H200_PROCESSOR._replace(multiprocessors=gpu.processors, shared=gpu.shared)
     programs = programs_held(processor, found.registers, found.shared, sizes.warps)
     instructions = max(found.loops) * sizes.warps / block_n
     # Copies past the registers are as many as the stages less the one in use; plain loads are one block's.

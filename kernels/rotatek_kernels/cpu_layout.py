@@ -46,7 +46,7 @@ class Form(NamedTuple):
     width: int  # numbers or bytes
     before: int  # numbers or bytes of the heads before it, for each token
     channels: int
-    count: int  # of blocks; 0: numbers
+    block_count: int  # 0: numbers
     blocks: Address  # a `Block` each
 
 
@@ -77,7 +77,7 @@ class Stored(NamedTuple):
     head_stride: int
     token_stride: int
     tokens: int
-    count: int  # of forms: one for all heads, or one for each
+    form_count: int  # one for all heads, or one for each
     forms: Address  # a `Form` each
     decoder: Matrix
     delta: Matrix
@@ -121,7 +121,7 @@ class Problem(NamedTuple):
     lse: Output
     threads: int
     scale: Double
-    count: int  # of segments
+    segment_count: int
     segments: Address  # a `Segment` each
 
 

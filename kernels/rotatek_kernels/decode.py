@@ -16,7 +16,7 @@ from rotatek_kernels.attend_triton import attend_splits
 from rotatek_kernels.checks import arguments_key, check_arguments, check_scale
 from rotatek_kernels.forms import STATE_ALIGN, MergeArguments, SegmentArguments, encode_integer
 from rotatek_kernels.merge_triton import merge_splits
-from rotatek_kernels.occupancy import INTERPRETER, Load, Processor, programs_held, split_counts
+from rotatek_kernels.occupancy import H200, INTERPRETER, Load, Processor, programs_held, split_counts
 from rotatek_kernels.shapes import BlockSizes, SegmentShape, Shapes, shapes_of
 
 SEGMENTS_PER_LAUNCH = 8  # each is a branch of the kernel
@@ -156,11 +156,12 @@ _REMEMBERED: dict[Hashable, Prepared] = {}
 
 def _prepare(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None) -> Prepared:
     """Check the arguments, once for each `arguments_key`."""
+    key: Hashable = None
     try:
         key = (arguments_key(query, segments), sizes)
         prepared = _REMEMBERED.get(key)
     except (AttributeError, TypeError):
-        key = prepared = None  # something is not of its type, which the checks will name
+        prepared = None  # something is not of its type, which the checks will name
     if prepared is not None:
         return prepared
     check_arguments(query, segments)
@@ -266,13 +267,13 @@ def _slots(shapes: Shapes, query: Tensor, segments: Sequence[SegmentView], scale
     """Count the programs that the GPU holds at once of the kernel that this needs, which is compiled for it."""
     processor = _processor(query.device)
     if INTERPRETED:
-        return processor.count
+        return processor.multiprocessors
     held = []
-    for launch in plan(shapes, query, segments, scale, processor.count)[0][:-1]:
+    for launch in plan(shapes, query, segments, scale, processor.multiprocessors)[0][:-1]:
         compiled = launch.compile()
         compiled.run  # noqa: B018 - loads it, which tells its registers
         held.append(programs_held(processor, compiled.n_regs, compiled.metadata.shared, compiled.metadata.num_warps))
-    return processor.count * min(held, default=1)
+    return processor.multiprocessors * min(held, default=1)
 
 
 @functools.cache
@@ -281,8 +282,8 @@ def _processor(device: torch.device) -> Processor:
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
     return Processor(
-        count=found.multi_processor_count,
-        registers=found.regs_per_multiprocessor,
+        multiprocessors=found.multi_processor_count,
+        registers=getattr(found, "regs_per_multiprocessor", H200.registers),  # older versions of torch do not tell
         shared=found.shared_memory_per_multiprocessor,
         threads=found.max_threads_per_multi_processor,
         warp=found.warp_size,
@@ -342,10 +343,11 @@ def _launches(
     query, states, out, lse = given
     common = (encode_integer(shapes.positions), encode_integer(sum(layout.splits)), encode_integer(layout.first_lse))
     arguments = [
-        SegmentArguments(*tensors, place, size, shape.basis_strides)
+        SegmentArguments._make((*tensors, place, size, shape.basis_strides))
         for tensors, place, size, shape in zip(attended, layout.places, sizes, shapes.segments, strict=True)
     ]
     launches = []
+    leading: tuple[Any, ...]
     for part, first, programs in layout.parts:
         integers = (*common, encode_integer(programs), encode_integer(first), *shapes.query_strides)
         leading = (query, states, tuple(arguments[part]), scale, integers)
@@ -354,7 +356,7 @@ def _launches(
         launches.append(Launch(attend_splits, grid, leading, constants, shapes.options))
     to_merge = tuple(
         [
-            MergeArguments(*tensors, place, shape.merge_strides)
+            MergeArguments._make((*tensors, place, shape.merge_strides))
             for tensors, place, shape in zip(merged, layout.places, shapes.segments, strict=True)
         ]
     )

@@ -71,6 +71,7 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
     out = _empty((batch, queries, q_heads, value_width), query.dtype)
     lse = _empty((batch, q_heads, queries), torch.float32)
     described = packed([_segment(segment) for segment in segments])
+    query_row, query_head, query_position, _ = query.stride()
     problem = Problem(
         Address(query.data_ptr()),
         Type(TYPES[query.dtype]),
@@ -80,7 +81,9 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
         queries,
         width,
         value_width,
-        *query.stride()[:3],
+        query_row,
+        query_head,
+        query_position,
         Output(out.data_ptr()),
         Output(lse.data_ptr()),
         torch.get_num_threads(),
@@ -155,19 +158,25 @@ def unsupported_reason(query: Tensor, segments: Sequence[SegmentView]) -> str | 
 
 
 def _segment(segment: SegmentView) -> Segment:
-    mask, place, strides = segment.mask, Address(0), (0, 0, 0)
+    mask, place, dtype = segment.mask, Address(0), torch.float32
+    mask_row = mask_query = mask_token = 0
     if mask is not None:
-        place, strides = Address(mask.data_ptr()), mask.stride()
-    dtype = torch.float32 if mask is None else mask.dtype
+        place, dtype = Address(mask.data_ptr()), mask.dtype
+        mask_row, mask_query, mask_token = mask.stride()
     return Segment(
         _stored(segment.keys, segment.key_code, segment.basis),
         _stored(segment.values, segment.value_code, segment.value_basis),
-        *[_vector(one) for one in (segment.starts, segment.lengths, segment.basis_rows, segment.slots)],
+        _vector(segment.starts),
+        _vector(segment.lengths),
+        _vector(segment.basis_rows),
+        _vector(segment.slots),
         _columns(segment),
         segment.max_length,
         place,
         Type(TYPES[dtype]),
-        *strides,
+        mask_row,
+        mask_query,
+        mask_token,
         _hidden(dtype),
     )
 
@@ -190,18 +199,21 @@ def _matrix(tensor: Tensor | None) -> Matrix:
 def _stored(stored: Tensor, code: Code | None, basis: KeyBasis | None) -> Stored:
     assert code is None or isinstance(code, CodeLayout | HeadCodes)  # as checked
     if isinstance(code, HeadCodes):  # heads one after the other, whose strides follow from their widths
-        place = (0, code.widths[0], stored.numel() // sum(code.widths))
+        head_stride, token_stride, tokens = 0, code.widths[0], stored.numel() // sum(code.widths)
     else:
-        place = (stored.stride(0), stored.stride(1), stored.shape[1])
+        head_stride, token_stride, tokens = stored.stride(0), stored.stride(1), stored.shape[1]
     _, forms = _forms(code or Numbers(stored.shape[-1]))
-    held = (None, None, None) if basis is None or basis.B is None else (basis.B, basis.delta, basis.scale)
     return Stored(
         Address(stored.data_ptr()),
         Type(TYPES[stored.dtype]),
-        *place,
+        head_stride,
+        token_stride,
+        tokens,
         len(code.parts) if isinstance(code, HeadCodes) else 1,
         _address(forms),
-        *[_matrix(tensor) for tensor in held],
+        _matrix(None if basis is None else basis.B),
+        _matrix(None if basis is None or basis.B is None else basis.delta),
+        _matrix(None if basis is None or basis.B is None else basis.scale),
     )
 
 

@@ -11,13 +11,13 @@ class Processor(NamedTuple):
     """A GPU, as far as programs share it.
 
     Attributes:
-        count: multiprocessors.
-        registers, shared, threads: of a multiprocessor; shared memory in bytes.
+        multiprocessors: of the whole GPU.
+        registers, shared, threads: of each; shared memory in bytes.
         programs: most of them at once, whatever they take.
         warp: threads.
     """
 
-    count: int
+    multiprocessors: int
     registers: int
     shared: int
     threads: int
@@ -25,9 +25,9 @@ class Processor(NamedTuple):
     warp: int = 32
 
 
-H200 = Processor(count=132, registers=65536, shared=228 << 10, threads=2048)
+H200 = Processor(multiprocessors=132, registers=65536, shared=228 << 10, threads=2048)
 # The interpreter runs programs one by one; a few splits take the same way as on a GPU.
-INTERPRETER = Processor(count=2, registers=65536, shared=228 << 10, threads=2048)
+INTERPRETER = Processor(multiprocessors=2, registers=65536, shared=228 << 10, threads=2048)
 RESERVED_SHARED = 1024  # bytes that CUDA takes of each program's share
 REGISTER_UNIT = 8  # registers of a thread are given out in multiples
 
@@ -115,8 +115,8 @@ def split_counts(loads: Sequence[Load], slots: int, pairs: int) -> list[int]:
     work = [load.tokens * load.work for load in loads]
     pace = CODES if loads[work.index(max(work))].coded else NUMBERS
     most = min(sum(load.most_splits for load in loads), max(len(loads), MOST_WAVES * slots // pairs))
-    tried = dict.fromkeys(tuple(_dealt(loads, work, count)) for count in range(len(loads), most + 1))
-    return list(min(tried, key=lambda counts: _time(work, counts, pace, slots, pairs)))
+    tried = [_dealt(loads, work, count) for count in range(len(loads), most + 1)]
+    return min(tried, key=lambda counts: _time(work, counts, pace, slots, pairs))
 
 
 def _dealt(loads: Sequence[Load], work: Sequence[int], count: int) -> list[int]:

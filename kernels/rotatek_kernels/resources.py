@@ -28,7 +28,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SLOTS = 3 * H200.count  # that an H200 holds of the kernel over numbers, for plans
+REGISTERS = 162  # of a thread of the kernel over numbers on sm_90
+SLOTS = 3 * H200.multiprocessors  # that an H200 holds of the kernel over numbers, for plans
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -56,10 +57,40 @@ class Resources:
 
 
 class _Driver:
-    """A driver that claims a GPU of a kind, as far as compiling asks."""
+    """A driver that claims a GPU of a kind, as far as compiling asks, and in whose launches nothing runs.
+
+    Attributes:
+        launched: grid, kernel and arguments of each launch, if that is to be kept.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.utils = self
+        self.launched: list[tuple[Any, ...]] | None = None
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Any:
+        """Make what Triton calls to launch a kernel."""
+        del src, metadata
+
+        def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            if self.launched is not None:
+                self.launched.append(((x, y, z), function, rest[4:]))  # less the metadata and hooks
+
+        return launch
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: str) -> tuple[int, int, int, int, int]:
+        """Number the kernel; its registers are those of the kernel over numbers, three of which an H200 holds."""
+        del name, shared, device
+        number = hash(kernel)
+        return number, number, REGISTERS, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        """Unload nothing."""
+
+    def get_device_properties(self, device: str) -> dict[str, int]:
+        """Tell what Triton compares a kernel's shared memory with."""
+        del device
+        return {"max_shared_mem": 227 << 10}
 
     def get_current_device(self) -> str:
         return self.name  # kernels are kept by device
@@ -72,12 +103,13 @@ class _Driver:
 
 
 @contextmanager
-def pretend(target: str) -> Iterator[None]:
-    """Let Triton compile for `target`, a name in `TARGETS`."""
+def pretend(target: str) -> Iterator[_Driver]:
+    """Let Triton compile for `target`, a name in `TARGETS`, and launch nothing."""
     before = driver._active  # noqa: SLF001 - its own reset fails where there is no GPU
-    driver.set_active(_Driver(target))
+    pretended = _Driver(target)
+    driver.set_active(pretended)
     try:
-        yield
+        yield pretended
     finally:
         driver._active = before  # noqa: SLF001
 

@@ -28,7 +28,9 @@ def time_at(measured: dict[int, float], splits: int) -> float:
 )
 def test_the_splits_chosen_are_within_3_percent_of_the_fastest_measured(row):
     load, held = KINDS[row["kind"]]
-    splits, text = split_counts([load._replace(tokens=row["tokens"]), TEXT], held * H200.count, row["batch"] * HEADS)
+    splits, text = split_counts(
+        [load._replace(tokens=row["tokens"]), TEXT], held * H200.multiprocessors, row["batch"] * HEADS
+    )
     measured = {int(count): us for count, us in row["us by splits"].items()}
     print(f"{splits} splits, {time_at(measured, splits):.1f} us; fastest {min(measured.values()):.1f}")  # noqa: T201
     assert text == 1
@@ -38,7 +40,7 @@ def test_the_splits_chosen_are_within_3_percent_of_the_fastest_measured(row):
 @pytest.mark.parametrize("batch", [1, 3, 8, 13, 64, 200])
 @pytest.mark.parametrize("tokens", [4096, 16384, 100_000])
 def test_no_count_is_just_above_whole_waves(batch, tokens):
-    slots, pairs = 3 * H200.count, batch * HEADS
+    slots, pairs = 3 * H200.multiprocessors, batch * HEADS
     (splits,) = split_counts([KINDS["r = 32"][0]._replace(tokens=tokens)], slots, pairs)
     waves = pairs * splits / slots
     assert waves <= 1 or waves % 1 == 0 or waves % 1 > 0.5 or splits == 1

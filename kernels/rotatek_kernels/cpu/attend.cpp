@@ -242,7 +242,7 @@ void merge(const Problem& problem, const std::vector<Piece>& pieces, std::size_t
 // Products of numbers, about.
 int64_t work_of(const Problem& problem) {
     int64_t numbers = 0;
-    for (int64_t s = 0; s < problem.count; ++s) {
+    for (int64_t s = 0; s < problem.segment_count; ++s) {
         const Segment& segment = problem.segment(s);
         int64_t tokens = 0, channels = 0;
         for (int64_t row = 0; row < problem.batch; ++row) tokens += segment.length(row);
@@ -260,7 +260,7 @@ std::vector<Piece> cut(const Problem& problem, std::vector<std::size_t>& runs) {
     const int64_t all_queries = problem.group * problem.queries;
     const int64_t blocks = (all_queries + QUERIES - 1) / QUERIES;
     int64_t tokens = 0;
-    for (int64_t s = 0; s < problem.count; ++s) {
+    for (int64_t s = 0; s < problem.segment_count; ++s) {
         for (int64_t row = 0; row < problem.batch; ++row) tokens += problem.segment(s).length(row);
     }
     const int64_t wanted = tokens * problem.heads * blocks / std::max<int64_t>(1, problem.threads * PIECES) + 1;
@@ -270,7 +270,7 @@ std::vector<Piece> cut(const Problem& problem, std::vector<std::size_t>& runs) {
             for (int64_t query = 0; query < all_queries; query += QUERIES) {
                 runs.push_back(pieces.size());
                 const int64_t n = std::min<int64_t>(QUERIES, all_queries - query);
-                for (int64_t s = 0; s < problem.count; ++s) {
+                for (int64_t s = 0; s < problem.segment_count; ++s) {
                     const int64_t length = problem.segment(s).length(row);
                     for (int64_t from = 0; from < length || (s == 0 && from == 0); from += longest) {
                         const int64_t to = std::min(length, from + longest);
@@ -290,11 +290,11 @@ std::vector<Piece> cut(const Problem& problem, std::vector<std::size_t>& runs) {
 extern "C" int64_t rotatek_attend(const void* described) {
     Problem problem = *static_cast<const Problem*>(described);
     int64_t widest = padded(std::max(problem.width, problem.value_width)), state_width = padded(problem.value_width);
-    for (int64_t s = 0; s < problem.count; ++s) {
+    for (int64_t s = 0; s < problem.segment_count; ++s) {
         widest = std::max(widest, padded(problem.segment(s).keys.widest()));
         state_width = std::max(state_width, padded(problem.segment(s).values.widest()));
     }
-    for (int64_t s = 0; s < problem.count; ++s) {
+    for (int64_t s = 0; s < problem.segment_count; ++s) {
         for (int64_t row = 0; row < problem.batch; ++row) {
             const Outside outside = problem.segment(s).outside(row);
             if (outside != NOTHING) return (s * problem.batch + row) * 4 + outside;

@@ -57,15 +57,15 @@ struct Matrix {
 
 struct Stored {
     STORED_FIELDS
-    const Form& of(int64_t head) const { return reinterpret_cast<const Form*>(forms)[count == 1 ? 0 : head]; }
+    const Form& of(int64_t head) const { return reinterpret_cast<const Form*>(forms)[form_count == 1 ? 0 : head]; }
     int64_t channels(int64_t head) const { return of(head).channels; }
-    int64_t stride(int64_t head) const { return count == 1 ? token_stride : of(head).width; }
+    int64_t stride(int64_t head) const { return form_count == 1 ? token_stride : of(head).width; }
     const char* first(int64_t head) const {
-        return data + (count == 1 ? head * head_stride : of(head).before * tokens) * size_of(type);
+        return data + (form_count == 1 ? head * head_stride : of(head).before * tokens) * size_of(type);
     }
     int64_t widest() const {
         int64_t channels = 0;
-        for (int64_t i = 0; i < count; ++i) channels = std::max(channels, of(i).channels);
+        for (int64_t i = 0; i < form_count; ++i) channels = std::max(channels, of(i).channels);
         return channels;
     }
 };
@@ -129,12 +129,12 @@ void read_tile(const Segment& segment, const Stored& stored, int64_t row, int64_
     }
     for (int t = known; t < count + AHEAD; ++t) tile.token[t] = tile.token[known - 1];
     tile.type = stored.type;
-    if (own.count == 0 && own.channels == width) return;
+    if (own.block_count == 0 && own.channels == width) return;
     for (int t = 0; t < count; ++t) __builtin_prefetch(tile.token[t + AHEAD]);
-    if (own.count == 0) {
+    if (own.block_count == 0) {
         for (int t = 0; t < count; ++t) read_numbers(tile.token[t], stored.type, own.channels, buffer + t * width);
     }
-    for (int64_t i = 0; i < own.count; ++i) {
+    for (int64_t i = 0; i < own.block_count; ++i) {
         const Block& block = own.block(i);
         switch (block.bits) {
             case 8: read_block<8>(tile.token, count, block, buffer, width); break;
