@@ -1,8 +1,8 @@
 """Time that the host takes for one call of the fused attention, in parts.
 
-Used by `evals.bench.kernel`. On a CUDA device calls are real, and what the GPU does meanwhile is not waited for. Without
-one, Triton compiles for an H200 and takes the way of a real launch up to its launcher, in whose place nothing is called:
-what the launcher takes is owed. Time is that of this thread, so that other work on the machine counts little.
+Used by `evals.bench.kernel`. On a CUDA device calls are real, and what the GPU does meanwhile is not waited for.
+Without one, Triton compiles for an H200 and takes the way of a real launch up to its launcher, in whose place nothing
+is called: what the launcher takes is owed. Time is that of this thread: other work on the machine counts little.
 """
 
 import os
@@ -50,11 +50,9 @@ def parts(setting: Setting, kind: str) -> dict[str, float]:
         for launch in launches:
             launch.run()
 
-    compiled = next(iter(prepared.compiled.values()))
-
     def direct() -> None:
-        for launch, kernel in zip(launches, compiled, strict=True):
-            launch.run_compiled(kernel)
+        for launch, kernel in zip(launches, next(iter(prepared.compiled.values())), strict=True):
+            kernel[launch.grid](*launch.leading, *launch.constants.values())
 
     longer = iter(range(setting.tokens, 1 << 29, decode.LENGTH_STEP))
     visual = decode.Load(setting.tokens, shapes.segments[0].work, shapes.segments[0].coded)

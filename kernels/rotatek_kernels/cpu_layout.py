@@ -6,7 +6,7 @@ macros, which the structures of `cpu/storage.h` begin with and assert to be all 
 
 from array import array
 from collections.abc import Iterable
-from typing import Any, NamedTuple, NewType, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import torch
 
@@ -25,10 +25,11 @@ DTYPES = (
 TYPES = {dtype: place for place, dtype in enumerate(DTYPES)}
 
 
-Address = NewType("Address", int)  # where numbers or bytes lie; 0 for none
-Output = NewType("Output", int)  # where numbers are written
-Type = NewType("Type", int)  # a place in `DTYPES`
-Double = NewType("Double", int)  # the bits of a double
+# Words, and what they are in C++.
+Address = Annotated[int, "const char*"]  # where numbers or bytes lie; 0 for none
+Output = Annotated[int, "char*"]  # where numbers are written
+Type = Annotated[int, "Type"]  # a place in `DTYPES`
+Double = Annotated[int, "double"]  # the bits of a double
 
 
 class Block(NamedTuple):
@@ -126,7 +127,7 @@ class Problem(NamedTuple):
 
 
 STRUCTURES = (Block, Form, Vector, Matrix, Stored, Segment, Problem)
-C_TYPES = {int: "int64_t", Address: "const char*", Output: "char*", Type: "Type", Double: "double"}
+FLAT = {Block, Form, Vector, Matrix, Problem}  # hold words alone
 
 
 def header() -> str:
@@ -134,11 +135,17 @@ def header() -> str:
     names = ", ".join(str(dtype).removeprefix("torch.").upper() for dtype in DTYPES)
     lines = ["#pragma once", "#include <cstdint>", f"enum Type : int64_t {{ {names} }};"]
     for structure in STRUCTURES:
-        fields = get_type_hints(structure).items()
-        declared = " ".join(f"{C_TYPES.get(kind, kind.__name__)} {name};" for name, kind in fields)
+        fields = get_type_hints(structure, include_extras=True).items()
+        declared = " ".join(f"{_c_type(kind)} {name};" for name, kind in fields)
         lines.append(f"#define {structure.__name__.upper()}_FIELDS {declared}")
         lines.append(f"constexpr int64_t {structure.__name__.upper()}_SIZE = {8 * words_in(structure)};")
     return "\n".join(lines) + "\n"
+
+
+def _c_type(kind: Any) -> str:
+    if kind in STRUCTURES:
+        return str(kind.__name__)
+    return "int64_t" if kind is int else str(get_args(kind)[1])
 
 
 def words_in(structure: Any) -> int:
@@ -155,6 +162,9 @@ def packed(structures: Iterable[tuple]) -> array:
 
 
 def _add_words(words: list[int], structure: tuple) -> None:
+    if type(structure) in FLAT:
+        words += structure
+        return
     for entry in structure:
         if type(entry) is int:
             words.append(entry)

@@ -35,7 +35,7 @@ class Launch(NamedTuple):
     Attributes:
         kernel: of Triton.
         grid: of programs.
-        leading: its arguments up to the constants; tensors, or their addresses.
+        leading: its arguments up to the constants.
         constants: that it is compiled for, in the order of its parameters.
         options: for Triton.
     """
@@ -59,27 +59,41 @@ class Launch(NamedTuple):
         """Return the compiled kernel without running it."""
         return self.kernel.warmup(*self.leading, grid=self.grid, **self.constants, **self.options)
 
-    def run_compiled(self, compiled: Any) -> None:
-        """Launch a kernel that was compiled for arguments of these types, alignments and ranges."""
-        compiled[self.grid](*self.leading, *self.constants.values())
+
+class Part(NamedTuple):
+    """A launch of a `Layout`, but for addresses, scale and lengths.
+
+    Attributes:
+        segments: which of them.
+        grid: of programs.
+        integers: that the kernel is given.
+        constants: that it is compiled for, in the order of its parameters.
+        values: of the constants.
+    """
+
+    segments: slice
+    grid: tuple[int, int, int]
+    integers: tuple[int, ...]
+    constants: dict[str, Any]
+    values: tuple[Any, ...]
 
 
 class Layout(NamedTuple):
     """How the states of all splits lie, and who computes them.
 
     Attributes:
-        splits: of each segment.
         places: of each segment: first split, splits, where its states begin; encoded.
-        first_lse: where the log-sum-exps begin, in units of `UNIT` numbers.
-        numbers: of all states and their log-sum-exps.
-        parts: segments, first split and splits of each launch.
+        numbers: of all states and their log-sum-exps, which lie behind them.
+        largest: of the integers in it.
+        parts: the launches over segments.
+        merge: the launch that merges.
     """
 
-    splits: tuple[int, ...]
     places: tuple[tuple[int, int, int], ...]
-    first_lse: int
     numbers: int
-    parts: tuple[tuple[slice, int, int], ...]
+    largest: int
+    parts: tuple[Part, ...]
+    merge: Part
 
 
 @dataclass(slots=True)
@@ -201,50 +215,84 @@ def _run(
         prepared.slots = _slots(shapes, query, segments, scale)
     layout = _layout(prepared, shapes, query, segments)
     states, out, lse = _outputs(shapes, layout, query)
+    given = (query, states, out, lse)
     attended = [_attended_tensors(segments[shape.order], shape) for shape in shapes.segments]
     merged = [_merged_tensors(segments[shape.order], shape) for shape in shapes.segments]
     sizes = [_sizes(segments[shape.order], shape) for shape in shapes.segments]
     if INTERPRETED:
-        for launch in _launches(shapes, layout, scale, (query, states, out, lse), attended, merged, sizes):
+        for launch in _launches(shapes, layout, scale, given, attended, merged, sizes):
             launch.run()
         return out, lse
-    # From here on tensors are their addresses, which Triton's launcher takes as they are.
-    given = (query.data_ptr(), states.data_ptr(), out.data_ptr(), lse.data_ptr())
-    addresses = [_addresses(tensors) for tensors in attended]
-    merged_addresses = [_addresses(tensors) for tensors in merged]
-    key = _specialisation(
-        (given, *addresses, *merged_addresses), (*sizes, *layout.places, (encode_integer(layout.first_lse),))
-    )
+    # Triton's launcher takes addresses in place of tensors, and asks nothing of them then.
+    addresses = [_addresses(tensors) for tensors in (given, *attended, *merged)]
+    key = _specialisation(addresses, layout.largest, sizes)
     compiled = prepared.compiled.get(key)
     if compiled is None:
-        launches = _launches(shapes, layout, scale, (query, states, out, lse), attended, merged, sizes)
+        launches = _launches(shapes, layout, scale, given, attended, merged, sizes)
         _keep(prepared.compiled, key, [launch.run() for launch in launches])
     else:
-        launches = _launches(shapes, layout, scale, given, addresses, merged_addresses, sizes)
-        for launch, kernel in zip(launches, compiled, strict=True):
-            launch.run_compiled(kernel)
+        _run_compiled(compiled, shapes, layout, scale, addresses, sizes)
     return out, lse
+
+
+def _run_compiled(
+    compiled: Sequence[Any],
+    shapes: Shapes,
+    layout: Layout,
+    scale: float,
+    addresses: Sequence[tuple[int | None, ...]],
+    sizes: Sequence[tuple[int, ...]],
+) -> None:
+    """Launch kernels that were compiled for arguments of these types, alignments and ranges of integers.
+
+    Args:
+        compiled: the kernels.
+        shapes, layout, scale: of the call.
+        addresses: of query, states, output and log-sum-exp, then of what each segment attends to and merges.
+        sizes: of each segment.
+    """
+    query, states, out, lse = addresses[0]
+    count = len(sizes)
+    attended = tuple(
+        [
+            (*addresses[1 + index], layout.places[index], sizes[index], shape.basis_strides)
+            for index, shape in enumerate(shapes.segments)
+        ]
+    )
+    merged = tuple(
+        [
+            (*addresses[1 + count + index], layout.places[index], shape.merge_strides)
+            for index, shape in enumerate(shapes.segments)
+        ]
+    )
+    for part, kernel in zip(layout.parts, compiled, strict=False):  # the last kernel merges
+        kernel[part.grid](query, states, attended[part.segments], scale, part.integers, *part.values)
+    compiled[-1][layout.merge.grid](states, out, lse, merged, layout.merge.integers, *layout.merge.values)
 
 
 def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
     return tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-def _specialisation(addresses: Sequence[tuple[int | None, ...]], integers: Sequence[tuple[int, ...]]) -> Hashable:
-    """Tell apart what Triton compiles anew for, beyond what `arguments_key` holds.
+def _specialisation(
+    addresses: Sequence[tuple[int | None, ...]], largest: int, sizes: Sequence[tuple[int, ...]]
+) -> Hashable:
+    """Tell apart what Triton compiles anew for, beyond what `arguments_key` and a layout's splits hold.
 
     That is which addresses are multiples of 16 and which integers need more than 32 bits; mostly all and none.
     """
-    bits = most = 0
+    bits = 0
     for one in addresses:
         for address in one:
-            bits |= address or 0
-    for numbers in integers:
-        most = max(most, *numbers)
+            if address is not None:
+                bits |= address
     aligned: Hashable = None
     if bits & 15:
         aligned = tuple([tuple([address is None or address & 15 == 0 for address in one]) for one in addresses])
-    return aligned, None if most < 1 << 31 else tuple([tuple([n >= 1 << 31 for n in one]) for one in integers])
+    wide: Hashable = None
+    if max(largest, *map(max, sizes)) >> 31:
+        wide = (largest, *[tuple([number >> 31 for number in one]) for one in sizes])
+    return aligned, wide
 
 
 def plan(
@@ -255,7 +303,7 @@ def plan(
     Returns:
         The launches, output ``[B, Q, H_q, D_v]`` and log-sum-exp ``[B, H_q, Q]``.
     """
-    layout = _lay_out(shapes, query, _splits(shapes, query, segments, slots))
+    layout = _lay_out(shapes, _splits(shapes, query, segments, slots))
     states, out, lse = _outputs(shapes, layout, query)
     attended = [_attended_tensors(segments[shape.order], shape) for shape in shapes.segments]
     merged = [_merged_tensors(segments[shape.order], shape) for shape in shapes.segments]
@@ -300,25 +348,37 @@ def _layout(prepared: Prepared, shapes: Shapes, query: Tensor, segments: Sequenc
     layout = prepared.layouts.get(key)
     if layout is None:
         assert prepared.slots is not None
-        layout = _lay_out(shapes, query, _splits(shapes, query, segments, prepared.slots))
+        layout = _lay_out(shapes, _splits(shapes, query, segments, prepared.slots))
         _keep(prepared.layouts, key, layout)
     return layout
 
 
-def _lay_out(shapes: Shapes, query: Tensor, splits: tuple[int, ...]) -> Layout:
+def _lay_out(shapes: Shapes, splits: tuple[int, ...]) -> Layout:
     """Give each segment's states a place: one allocation for all that only the kernels see, log-sum-exps last."""
-    states_of_split = query.shape[0] * query.shape[1] * query.shape[2]
+    states_of_split = shapes.batch * shapes.q_heads * shapes.positions
     places, first_split, first_state = [], 0, 0
     for shape, count in zip(shapes.segments, splits, strict=True):
         places.append((encode_integer(first_split), encode_integer(count), encode_integer(first_state)))
         first_split += count
         first_state += -(-states_of_split * count * shape.form.state_width // UNIT)
+    common = (encode_integer(shapes.positions), encode_integer(sum(splits)), encode_integer(first_state))
     parts = []
     for start in range(0, len(splits), SEGMENTS_PER_LAUNCH):
         part = slice(start, start + SEGMENTS_PER_LAUNCH)
-        parts.append((part, sum(splits[:start]), sum(splits[part])))
-    numbers = first_state * UNIT + states_of_split * sum(splits)
-    return Layout(splits, tuple(places), first_state, numbers, tuple(parts))
+        programs = sum(splits[part])
+        integers = (*common, encode_integer(programs), encode_integer(sum(splits[:start])), *shapes.query_strides)
+        constants = {"FORMS": shapes.forms[part], **shapes.constants}
+        grid = (programs * shapes.tiles, shapes.heads, shapes.batch)
+        parts.append(Part(part, grid, integers, constants, tuple(constants.values())))
+    constants = {"FORMS": shapes.merge_forms, **shapes.merge_constants}
+    grid = (shapes.q_heads * shapes.positions, shapes.batch, shapes.merge_blocks)
+    return Layout(
+        places=tuple(places),
+        numbers=first_state * UNIT + states_of_split * sum(splits),
+        largest=max(*common, *(number for part in parts for number in part.integers)),
+        parts=tuple(parts),
+        merge=Part(slice(None), grid, common, constants, tuple(constants.values())),
+    )
 
 
 def _outputs(shapes: Shapes, layout: Layout, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,36 +394,28 @@ def _launches(
     shapes: Shapes,
     layout: Layout,
     scale: float,
-    given: tuple[Any, Any, Any, Any],
-    attended: Sequence[tuple[Any, ...]],
-    merged: Sequence[tuple[Any, ...]],
+    given: tuple[Tensor, Tensor, Tensor, Tensor],
+    attended: Sequence[tuple[Tensor | None, ...]],
+    merged: Sequence[tuple[Tensor | None, ...]],
     sizes: Sequence[tuple[int, ...]],
 ) -> list[Launch]:
-    """List the launches, given query, states, output, log-sum-exp and the segments' tensors, or their addresses."""
+    """List the launches, given query, states, output, log-sum-exp and the segments' tensors."""
     query, states, out, lse = given
-    common = (encode_integer(shapes.positions), encode_integer(sum(layout.splits)), encode_integer(layout.first_lse))
     arguments = [
         SegmentArguments._make((*tensors, place, size, shape.basis_strides))
         for tensors, place, size, shape in zip(attended, layout.places, sizes, shapes.segments, strict=True)
     ]
     launches = []
-    leading: tuple[Any, ...]
-    for part, first, programs in layout.parts:
-        integers = (*common, encode_integer(programs), encode_integer(first), *shapes.query_strides)
-        leading = (query, states, tuple(arguments[part]), scale, integers)
-        constants = {"FORMS": shapes.forms[part], **shapes.constants}
-        grid = (programs * shapes.tiles, shapes.heads, shapes.batch)
-        launches.append(Launch(attend_splits, grid, leading, constants, shapes.options))
-    to_merge = tuple(
-        [
-            MergeArguments._make((*tensors, place, shape.merge_strides))
-            for tensors, place, shape in zip(merged, layout.places, shapes.segments, strict=True)
-        ]
-    )
-    grid = (shapes.q_heads * shapes.positions, shapes.batch, shapes.merge_blocks)
-    leading = (states, out, lse, to_merge, common)
-    constants = {"FORMS": shapes.merge_forms, **shapes.merge_constants}
-    launches.append(Launch(merge_splits, grid, leading, constants, shapes.merge_options))
+    for part in layout.parts:
+        leading = (query, states, tuple(arguments[part.segments]), scale, part.integers)
+        launches.append(Launch(attend_splits, part.grid, leading, part.constants, shapes.options))
+    to_merge = [
+        MergeArguments._make((*tensors, place, shape.merge_strides))
+        for tensors, place, shape in zip(merged, layout.places, shapes.segments, strict=True)
+    ]
+    merge = layout.merge
+    merging = (states, out, lse, tuple(to_merge), merge.integers)
+    launches.append(Launch(merge_splits, merge.grid, merging, merge.constants, shapes.merge_options))
     return launches
 
 

@@ -21,17 +21,15 @@ from rotatek_kernels.cpu_layout import (
     Double,
     Form,
     Matrix,
-    Output,
     Problem,
     Segment,
     Stored,
-    Type,
     Vector,
     packed,
 )
 
-NO_VECTOR = Vector(Address(0), Type(0), 0)
-NO_MATRIX = Matrix(Address(0), Type(0), -1, 0, 0, 0)
+NO_VECTOR = Vector(0, 0, 0)
+NO_MATRIX = Matrix(0, 0, -1, 0, 0, 0)
 REMEMBERED = 1024  # arguments that were checked
 
 
@@ -73,8 +71,8 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
     described = packed([_segment(segment) for segment in segments])
     query_row, query_head, query_position, _ = query.stride()
     problem = Problem(
-        Address(query.data_ptr()),
-        Type(TYPES[query.dtype]),
+        query.data_ptr(),
+        TYPES[query.dtype],
         batch,
         heads,
         q_heads // heads,
@@ -84,8 +82,8 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
         query_row,
         query_head,
         query_position,
-        Output(out.data_ptr()),
-        Output(lse.data_ptr()),
+        out.data_ptr(),
+        lse.data_ptr(),
         torch.get_num_threads(),
         _bits(float(scale)),
         len(segments),
@@ -158,10 +156,10 @@ def unsupported_reason(query: Tensor, segments: Sequence[SegmentView]) -> str | 
 
 
 def _segment(segment: SegmentView) -> Segment:
-    mask, place, dtype = segment.mask, Address(0), torch.float32
+    mask, place, dtype = segment.mask, 0, torch.float32
     mask_row = mask_query = mask_token = 0
     if mask is not None:
-        place, dtype = Address(mask.data_ptr()), mask.dtype
+        place, dtype = mask.data_ptr(), mask.dtype
         mask_row, mask_query, mask_token = mask.stride()
     return Segment(
         _stored(segment.keys, segment.key_code, segment.basis),
@@ -173,7 +171,7 @@ def _segment(segment: SegmentView) -> Segment:
         _columns(segment),
         segment.max_length,
         place,
-        Type(TYPES[dtype]),
+        TYPES[dtype],
         mask_row,
         mask_query,
         mask_token,
@@ -184,16 +182,14 @@ def _segment(segment: SegmentView) -> Segment:
 def _vector(vector: Tensor | None) -> Vector:
     if vector is None:
         return NO_VECTOR
-    return Vector(Address(vector.data_ptr()), Type(TYPES[vector.dtype]), vector.stride(0))
+    return Vector(vector.data_ptr(), TYPES[vector.dtype], vector.stride(0))
 
 
 def _matrix(tensor: Tensor | None) -> Matrix:
     if tensor is None:
         return NO_MATRIX
     line = tensor.stride(2) if tensor.dim() == 4 else 0
-    return Matrix(
-        Address(tensor.data_ptr()), Type(TYPES[tensor.dtype]), tensor.shape[1], tensor.stride(0), tensor.stride(1), line
-    )
+    return Matrix(tensor.data_ptr(), TYPES[tensor.dtype], tensor.shape[1], tensor.stride(0), tensor.stride(1), line)
 
 
 def _stored(stored: Tensor, code: Code | None, basis: KeyBasis | None) -> Stored:
@@ -204,8 +200,8 @@ def _stored(stored: Tensor, code: Code | None, basis: KeyBasis | None) -> Stored
         head_stride, token_stride, tokens = stored.stride(0), stored.stride(1), stored.shape[1]
     _, forms = _forms(code or Numbers(stored.shape[-1]))
     return Stored(
-        Address(stored.data_ptr()),
-        Type(TYPES[stored.dtype]),
+        stored.data_ptr(),
+        TYPES[stored.dtype],
         head_stride,
         token_stride,
         tokens,
@@ -235,7 +231,8 @@ def _forms(code: CodeLayout | HeadCodes | Numbers) -> tuple[list[array], array]:
 
 
 def _address(words: array) -> Address:
-    return Address(words.buffer_info()[0])
+    """Return where the words lie, as long as they are kept."""
+    return words.buffer_info()[0]
 
 
 @functools.cache
@@ -245,7 +242,7 @@ def _hidden(dtype: torch.dtype) -> Double:
 
 
 def _bits(number: float) -> Double:
-    return Double(struct.unpack("q", struct.pack("d", number))[0])
+    return int(struct.unpack("q", struct.pack("d", number))[0])
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
