@@ -1,5 +1,7 @@
 """What the tests share."""
 
+import faulthandler
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +25,31 @@ def llava():
     from hosts import build_host
 
     return build_host("llava")
+
+
+GPU_SECONDS = 120  # that a test on a GPU may take
+HANGING_SECONDS = 30  # more, after which a process that waits for the GPU is ended
+
+
+@pytest.fixture(autouse=True)
+def _time_limit(request: pytest.FixtureRequest):
+    """Fail a GPU test that takes too long; where it hangs outside of Python, print where and end the process."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+
+    def stop(*_):
+        pytest.fail(f"took more than {GPU_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(GPU_SECONDS)
+    faulthandler.dump_traceback_later(GPU_SECONDS + HANGING_SECONDS, exit=True)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
     python -m evals.bench.kernel --device cpu         # one decoded token of one layer, update plus attention
     python -m evals.bench.kernel --device cuda        # the fused kernel, all sizes; JSON and a figure beside it
     python -m evals.bench.kernel --device rehearsal   # the same in Triton's interpreter, small and without a clock
+    python -m evals.bench.kernel --device host        # what a call takes of the host, in parts; needs no GPU
     python -m evals.bench.kernel --roofline           # what bytes and instructions allow on an H200; needs no GPU
 
 On the CPU every method is run in turn, round after round, so that all of them meet the same machine and cold caches;
@@ -11,8 +12,8 @@ are taken with a cold L2 cache, called and replayed from a CUDA graph. No speed 
 the CPU the Keys are drawn with rank r, so that the compressed answer must equal the dense one.
 
 `--only` picks parts of a run on CUDA: "decode" (batches and tokens as given), "queries" (several queries a row), "fit"
-(a basis, beside the prefill of a layer), "blocks" (block sizes in turn; see `evals.bench.block_sizes`). `--minutes` ends it
-between two rows, and says which were not reached.
+(a basis, beside the prefill of a layer), "blocks" (block sizes in turn; see `evals.bench.block_sizes`). `--minutes`
+ends it between two rows, and says which were not reached.
 """
 
 import argparse
@@ -35,7 +36,7 @@ PARTS = ("decode", "queries", "fit", "blocks")
 def main() -> None:
     """Parse, measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda", "rehearsal"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda", "host", "rehearsal"], default="cpu")
     parser.add_argument("--roofline", action="store_true", help="print bounds, measure nothing")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     cuda = parser.add_argument_group("cuda")
@@ -66,7 +67,12 @@ def main() -> None:
         if args.device == "rehearsal":
             rehearse(args)
             return
-        result = on_cuda(args) if args.device == "cuda" else importlib.import_module("evals.bench.kernel_cpu").run(args)
+        if args.device == "cuda":
+            result = on_cuda(args)
+        elif args.device == "host":
+            result = importlib.import_module("evals.bench.host").run()
+        else:
+            result = importlib.import_module("evals.bench.kernel_cpu").run(args)
     result["command"] = shlex.join(["python", "-m", "evals.bench.kernel", *sys.argv[1:]])
     result["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     if args.out:

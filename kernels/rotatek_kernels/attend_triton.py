@@ -8,14 +8,14 @@ stores in one block of its layout. What differs between segments comes in tuples
 import triton
 import triton.language as tl
 
-from rotatek_kernels.forms import STATE_ALIGN, basis_row_of, form_of, plain
+from rotatek_kernels.forms import STATE_ALIGN, basis_row_of, decode_integers, form_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _unpack(stored, part: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """A stored tile as numbers: as it is, or part `part` of packed bytes less the centre ``2 ** (BITS - 1)``.
+    """Return a stored tile as numbers: as it is, or part `part` of packed bytes less the centre ``2 ** (BITS - 1)``.
 
     A code is set into the mantissa of a power of two, which is then subtracted: cheaper than a conversion, and exact.
     """
@@ -36,7 +36,7 @@ def _unpack(stored, part: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr)
 
 @triton.jit
 def _zeros(BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """A sum [BLOCK_M, W] for each part of each block."""
+    """Make a sum [BLOCK_M, W] for each part of each block."""
     zeros = ()
     for index in tl.static_range(len(BLOCKS)):
         for _ in tl.static_range(BLOCKS[index].parts):
@@ -45,14 +45,14 @@ def _zeros(BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _column(heads, row, columns, inside, TABLE: tl.constexpr):
-    """Row `row` of what a `HeadTable` says of columns, [W]; 0 for those that are not there."""
-    return tl.load(heads + 3 + row * TABLE.columns + columns, mask=inside, other=0)
+def _column(heads, entry, columns, inside, TABLE: tl.constexpr):
+    """Load entry `entry` of what a `HeadTable` says of columns, [W]; 0 for those that are not there."""
+    return tl.load(heads + 3 + entry * TABLE.columns + columns, mask=inside, other=0)
 
 
 @triton.jit
 def _inside(columns, width, BLOCK: tl.constexpr):
-    """Which columns [W] of a block there are in a token of `width`."""
+    """Tell which columns [W] of a block there are in a token of `width`."""
     if BLOCK.width > 0:
         inside = columns < BLOCK.width
     else:
@@ -62,7 +62,7 @@ def _inside(columns, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _channels(heads, columns, inside, part: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr):
-    """The channel of part `part` of a block's columns, [W], and the power of two by which it counts there."""
+    """Return the channel of part `part` of a block's columns, [W], and the power of two by which it counts there."""
     if BLOCK.width > 0:
         channels = BLOCK.channel + part * BLOCK.width + columns
         power = 1.0
@@ -77,10 +77,10 @@ def _channels(heads, columns, inside, part: tl.constexpr, BLOCK: tl.constexpr, T
 
 
 @triton.jit
-def _add_projections(sums, q, rows, there, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr):
-    """Those of `sums` that belong to a block, and the products of query channels with its part of the decoder.
+def _add_projections(sums, q, lines, there, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr):
+    """Add the products of query channels with a block's part of the decoder to its `sums`.
 
-    `rows` are pointers to these channels' rows of the decoder, `there` whether they are there.
+    `lines` are pointers to these channels' lines of the decoder, `there` whether they are there.
     """
     columns = tl.arange(0, BLOCK.padded)  # [W]
     inside = _inside(columns, width, BLOCK)
@@ -88,7 +88,7 @@ def _add_projections(sums, q, rows, there, heads, width, BLOCK: tl.constexpr, TA
     for part in tl.static_range(BLOCK.parts):
         channels, _ = _channels(heads, columns, inside, part, BLOCK, TABLE)
         decoder = tl.load(  # [BLOCK_K, W]
-            rows[:, None] + channels[None, :], mask=there[:, None] & inside[None, :], other=0.0
+            lines[:, None] + channels[None, :], mask=there[:, None] & inside[None, :], other=0.0
         )
         if decoder.dtype == q.dtype:
             product = tl.dot(q, decoder, sums[BLOCK.first_part + part], input_precision="ieee")
@@ -113,14 +113,14 @@ def _project(
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Queries as they meet the stored Keys, a tile [BLOCK_M, W] for each part of each block, and what is lost to it.
+    """Project the queries on what the Keys store: a tile [BLOCK_M, W] for each part of each block, and its rest.
 
     Also what is added to all logits, [BLOCK_M]: ``q . delta`` and the centres of the codes. Channels are read a few at
     a time, or the decoder would fill the registers.
     """
     shift = tl.zeros([query.shape[0]], tl.float32)  # [BLOCK_M]
     sums = _zeros(FORM.key_blocks, query.shape[0])
-    strides = plain(seg.basis_strides)
+    strides = decode_integers(seg.basis_strides)
     decoder = basis_row_of(seg.decoder, strides, head, basis_row, 0, FORM.decoder_align)
     for first in tl.range(0, D, BLOCK_K, num_stages=1):
         channels = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
@@ -134,11 +134,11 @@ def _project(
                 other=0.0,
             )
             shift += tl.sum(q.to(tl.float32) * delta.to(tl.float32)[None, :], 1)
-        rows = decoder + channels * FORM.decoder_stride  # [BLOCK_K]
+        lines = decoder + channels * FORM.decoder_stride  # [BLOCK_K]
         more = ()
         for index in tl.static_range(len(FORM.key_blocks)):
             more = more + _add_projections(
-                sums, q, rows, channels < D, heads, width, FORM.key_blocks[index], FORM.key_heads
+                sums, q, lines, channels < D, heads, width, FORM.key_blocks[index], FORM.key_heads
             )
         sums = more
     tiles = ()
@@ -171,11 +171,11 @@ def _project(
 
 
 @triton.jit
-def _add_logits(logits, tiles, rests, rows, inside, width, BLOCK: tl.constexpr):
-    """`logits` [BLOCK_M, BLOCK_N] and the products of projected queries with one block of the tokens' Keys."""
+def _add_logits(logits, tiles, rests, k_ptrs, inside, width, BLOCK: tl.constexpr):
+    """Add the products of projected queries with one block of the tokens' Keys to `logits` [BLOCK_M, BLOCK_N]."""
     columns = tl.arange(0, BLOCK.padded)  # [W]
     inside_tile = _inside(columns, width, BLOCK)[:, None] & inside[None, :]  # [W, BLOCK_N]
-    pointers = rows[None, :] + (BLOCK.offset + columns)[:, None]
+    pointers = k_ptrs[None, :] + (BLOCK.offset + columns)[:, None]
     # Codes are finite whatever their bits, and what meets those that are not there is zero: they need no fill.
     if BLOCK.bits > 0:
         stored = tl.load(pointers, mask=inside_tile)
@@ -190,30 +190,30 @@ def _add_logits(logits, tiles, rests, rows, inside, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_values(outs, fade, weights, rows, inside, width, BLOCK: tl.constexpr):
-    """Those of the sums `outs` [BLOCK_M, W] that belong to a block, faded, and the block's weighted Values."""
+def _add_values(acc, alpha, p, v_ptrs, inside, width, BLOCK: tl.constexpr):
+    """Add a block's weighted Values to those of the sums `acc` [BLOCK_M, W] that are its own, times `alpha`."""
     columns = tl.arange(0, BLOCK.padded)  # [W]
     inside_tile = inside[:, None] & _inside(columns, width, BLOCK)[None, :]  # [BLOCK_N, W]
-    pointers = rows[:, None] + (BLOCK.offset + columns)[None, :]
+    pointers = v_ptrs[:, None] + (BLOCK.offset + columns)[None, :]
     if BLOCK.bits > 0:
         stored = tl.load(pointers, mask=inside_tile)
     else:
         stored = tl.load(pointers, mask=inside_tile, other=0.0)
-    sums = ()
+    new_acc = ()
     for part in tl.static_range(BLOCK.parts):
-        values = _unpack(stored, part, BLOCK.bits, weights.dtype)
-        faded = outs[BLOCK.first_part + part] * fade[:, None]
-        sums = sums + (tl.dot(weights, values, faded, input_precision="ieee"),)
-    return sums
+        values = _unpack(stored, part, BLOCK.bits, p.dtype)
+        scaled = acc[BLOCK.first_part + part] * alpha[:, None]
+        new_acc = new_acc + (tl.dot(p, values, scaled, input_precision="ieee"),)
+    return new_acc
 
 
 @triton.jit
-def _store_block(states, there, outs, total, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr):
+def _store_block(states, there, acc, l_i, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr):
     """Store a block's channels of the state, [BLOCK_M] pointers, with the centre of its codes put back."""
     columns = tl.arange(0, BLOCK.padded)  # [W]
     inside = _inside(columns, width, BLOCK)
     for part in tl.static_range(BLOCK.parts):
-        out = outs[BLOCK.first_part + part] / total[:, None]
+        out = acc[BLOCK.first_part + part] / l_i[:, None]
         if BLOCK.bits > 0:
             out += 2.0 ** (BLOCK.bits - 1)
         channels, power = _channels(heads, columns, inside, part, BLOCK, TABLE)
@@ -222,7 +222,7 @@ def _store_block(states, there, outs, total, heads, width, BLOCK: tl.constexpr, 
             # The first digit of a code takes the others to it.
             stored = inside & (power == 1.0)
             for other in tl.static_range(part + 1, BLOCK.parts):
-                digit = outs[BLOCK.first_part + other] / total[:, None] + 2.0 ** (BLOCK.bits - 1)
+                digit = acc[BLOCK.first_part + other] / l_i[:, None] + 2.0 ** (BLOCK.bits - 1)
                 others, weight = _channels(heads, columns, inside, other, BLOCK, TABLE)
                 out += tl.where((others == channels)[None, :], digit * weight[None, :], 0.0)
         tl.store(states[:, None] + channels[None, :], out, mask=there[:, None] & stored[None, :])
@@ -230,29 +230,29 @@ def _store_block(states, there, outs, total, heads, width, BLOCK: tl.constexpr, 
 
 @triton.jit
 def _head(stored, table, head, head_stride, STRIDE: tl.constexpr, ALIGN: tl.constexpr, TABLE: tl.constexpr):
-    """Where a head's tokens begin, its entry of the table if there is one, and the stride from token to token."""
+    """Find where a head's tokens begin, its entry of the table if there is one, and the stride from token to token."""
     if table is None:
         heads = stored  # there is none to be read
-        rows = stored + head * head_stride * ALIGN
+        tokens = stored + head * head_stride * ALIGN
         stride = STRIDE
     else:
         # With a table the stride of heads is the number of tokens stored, and tokens are as wide as they lie apart.
         heads = table + head * (3 + 3 * TABLE.columns)
-        rows = stored + tl.load(heads).to(tl.int64) * head_stride * ALIGN
+        tokens = stored + tl.load(heads).to(tl.int64) * head_stride * ALIGN
         stride = tl.load(heads + 1) * ALIGN
-    return rows, heads, stride
+    return tokens, heads, stride
 
 
 @triton.jit
 def _attend_segment(
     query,  # pointers of the queries [BLOCK_M]
     inside_queries,  # [BLOCK_M]
-    positions,  # query position of each row [BLOCK_M]
+    positions,  # of each query [BLOCK_M]
     states,
     lses,
     seg,
-    state_row,  # (row * heads + head)
-    query_rows,  # index of a query within a state [BLOCK_M]
+    pair,  # (row * heads + head)
+    query_index,  # index of a query within a state [BLOCK_M]
     head,
     row,
     split,  # within the segment
@@ -270,10 +270,15 @@ def _attend_segment(
     """
     BLOCK_M: tl.constexpr = query.shape[0]
     BLOCK_N: tl.constexpr = FORM.block_n
-    first_split, splits, first_state = plain(seg.place)
-    max_length, mask_row_stride, mask_query_stride, key_head_stride, value_head_stride, slot_row_stride = plain(
-        seg.sizes
-    )
+    first_split, splits, first_state = decode_integers(seg.place)
+    (
+        max_length,
+        mask_row_stride,
+        mask_query_stride,
+        key_head_stride,
+        value_head_stride,
+        slot_row_stride,
+    ) = decode_integers(seg.sizes)
     start = tl.load(seg.starts + row).to(tl.int64)
     length = tl.load(seg.lengths + row).to(tl.int32)
     length = tl.maximum(tl.minimum(length, max_length), 0)
@@ -329,25 +334,25 @@ def _attend_segment(
             + begin.to(tl.int64) * FORM.mask_stride
         )
 
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)  # [BLOCK_M]
-    total = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
-    outs = _zeros(FORM.value_blocks, BLOCK_M)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # [BLOCK_M]
+    l_i = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
+    acc = _zeros(FORM.value_blocks, BLOCK_M)
     for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.stages):
         inside = first + tokens < end  # [BLOCK_N]
         if slots is None:
-            key_rows = keys + tokens * key_stride  # [BLOCK_N]
-            value_rows = values + tokens * value_stride  # [BLOCK_N]
+            k_ptrs = keys + tokens * key_stride  # [BLOCK_N]
+            v_ptrs = values + tokens * value_stride  # [BLOCK_N]
         else:
             slot = tl.load(slots + tokens, mask=inside, other=0).to(tl.int64)  # [BLOCK_N]
-            key_rows = keys + slot * key_stride
-            value_rows = values + slot * value_stride
+            k_ptrs = keys + slot * key_stride
+            v_ptrs = values + slot * value_stride
         logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
         for index in tl.static_range(len(FORM.key_blocks)):
             if FORM.key_blocks[index].width == 0 and index > 0:
                 if key_stride > FORM.key_blocks[index].offset:  # or this head ends before it
-                    logits = _add_logits(logits, tiles, rests, key_rows, inside, key_stride, FORM.key_blocks[index])
+                    logits = _add_logits(logits, tiles, rests, k_ptrs, inside, key_stride, FORM.key_blocks[index])
             else:
-                logits = _add_logits(logits, tiles, rests, key_rows, inside, key_stride, FORM.key_blocks[index])
+                logits = _add_logits(logits, tiles, rests, k_ptrs, inside, key_stride, FORM.key_blocks[index])
         logits = logits * scale_log2 + shift[:, None]
         if mask is not None:
             if SINGLE:
@@ -366,52 +371,52 @@ def _attend_segment(
             mask += BLOCK_N * FORM.mask_stride
         logits = tl.where(inside[None, :], logits, float("-inf"))
 
-        new_highest = tl.maximum(highest, tl.max(logits, 1))  # [BLOCK_M]
-        # A query that saw no token yet has -inf here; any finite number keeps its weights at zero and out of NaN.
-        reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # [BLOCK_M]
-        weights = tl.exp2(logits - reference[:, None])  # [BLOCK_M, BLOCK_N]
-        fade = tl.exp2(highest - reference)  # [BLOCK_M]
-        total = total * fade + tl.sum(weights, 1)
-        rounded_weights = weights.to(query.dtype.element_ty)
-        sums = ()
+        m_ij = tl.maximum(m_i, tl.max(logits, 1))  # [BLOCK_M]
+        # A query that saw no token yet has -inf here; any finite number keeps `p` at zero and out of NaN.
+        m_safe = tl.where(m_ij == float("-inf"), 0.0, m_ij)  # [BLOCK_M]
+        p = tl.exp2(logits - m_safe[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - m_safe)  # [BLOCK_M]
+        l_i = l_i * alpha + tl.sum(p, 1)
+        p_rounded = p.to(query.dtype.element_ty)
+        new_acc = ()
         for index in tl.static_range(len(FORM.value_blocks)):
             if FORM.value_blocks[index].width == 0 and index > 0:
-                block_sums = ()
+                block_acc = ()
                 for part in tl.static_range(FORM.value_blocks[index].parts):
-                    block_sums = block_sums + (outs[FORM.value_blocks[index].first_part + part],)
+                    block_acc = block_acc + (acc[FORM.value_blocks[index].first_part + part],)
                 if value_stride > FORM.value_blocks[index].offset:
-                    block_sums = _add_values(
-                        outs, fade, rounded_weights, value_rows, inside, value_stride, FORM.value_blocks[index]
+                    block_acc = _add_values(
+                        acc, alpha, p_rounded, v_ptrs, inside, value_stride, FORM.value_blocks[index]
                     )
-                sums = sums + block_sums
+                new_acc = new_acc + block_acc
             else:
-                sums = sums + _add_values(
-                    outs, fade, rounded_weights, value_rows, inside, value_stride, FORM.value_blocks[index]
+                new_acc = new_acc + _add_values(
+                    acc, alpha, p_rounded, v_ptrs, inside, value_stride, FORM.value_blocks[index]
                 )
-        outs = sums
-        highest = new_highest
+        acc = new_acc
+        m_i = m_ij
         if slots is None:
             keys += BLOCK_N * key_stride
             values += BLOCK_N * value_stride
         else:
             slots += BLOCK_N
 
-    nothing = total == 0.0  # [BLOCK_M]
-    total = tl.where(nothing, 1.0, total)
-    lse = tl.where(nothing, float("-inf"), highest + tl.log2(total))  # [BLOCK_M]
+    nothing = l_i == 0.0  # [BLOCK_M]
+    l_i = tl.where(nothing, 1.0, l_i)
+    lse = tl.where(nothing, float("-inf"), m_i + tl.log2(l_i))  # [BLOCK_M]
     tl.store(
-        lses + (state_row * total_splits + first_split + split) * all_queries + query_rows,
+        lses + (pair * total_splits + first_split + split) * all_queries + query_index,
         lse,
         mask=inside_queries,
     )
-    state = ((state_row * splits + split) * all_queries + query_rows) * FORM.state_width  # [BLOCK_M]
+    state = ((pair * splits + split) * all_queries + query_index) * FORM.state_width  # [BLOCK_M]
     state += first_state.to(tl.int64) * STATE_ALIGN
     for index in tl.static_range(len(FORM.value_blocks)):
         _store_block(
             states + state,
             inside_queries,
-            outs,
-            total,
+            acc,
+            l_i,
             value_heads,
             value_stride,
             FORM.value_blocks[index],
@@ -425,7 +430,8 @@ def attend_splits(
     states,  # float32, written: each segment's [B, H, splits, Q * G, state_width], and base-2 log-sum-exps
     segments,  # a SegmentArguments each
     scale,
-    integers,  # odd: Q, total_splits, where lses begin, splits of this launch, its first, query strides in QUERY_ALIGN
+    # Encoded: Q, total_splits, where lses begin, splits of this launch, its first, strides of the query in QUERY_ALIGN.
+    integers,
     FORMS: tl.constexpr,  # a SegmentForm each
     SINGLE: tl.constexpr,  # Q is 1
     G: tl.constexpr,
@@ -435,24 +441,24 @@ def attend_splits(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Partial states of segments; grid (splits of these segments * tiles of queries, H, B)."""
-    queries, total_splits, first_lse, programs, first_split, row_stride, head_stride, stride = plain(integers)
+    """Attend to segments and store partial states; grid (splits of these segments * tiles of queries, H, B)."""
+    queries, total_splits, first_lse, programs, first_split, row_stride, head_stride, stride = decode_integers(integers)
     lses = states + first_lse.to(tl.int64) * STATE_ALIGN  # [B, H, total_splits, Q * G]
     split = first_split + tl.program_id(0) % programs
     tile = tl.program_id(0) // programs
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
-    rows = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    positions = tile * TILE_Q + rows // G  # [BLOCK_M]
-    inside = (rows < TILE_Q * G) & (positions < queries)  # [BLOCK_M]
+    offs_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    positions = tile * TILE_Q + offs_m // G  # [BLOCK_M]
+    inside = (offs_m < TILE_Q * G) & (positions < queries)  # [BLOCK_M]
     pointers = (  # [BLOCK_M]
         query
         + row * row_stride * QUERY_ALIGN
-        + (head * G + rows % G) * head_stride * QUERY_ALIGN
+        + (head * G + offs_m % G) * head_stride * QUERY_ALIGN
         + positions.to(tl.int64) * stride * QUERY_ALIGN
     )
     for index in tl.static_range(len(FORMS)):
-        first_split, splits, _ = plain(segments[index].place)
+        first_split, splits, _ = decode_integers(segments[index].place)
         own = split - first_split
         if (own >= 0) & (own < splits):
             _attend_segment(
@@ -463,7 +469,7 @@ def attend_splits(
                 lses,
                 segments[index],
                 row * tl.num_programs(1) + head,
-                positions * G + rows % G,
+                positions * G + offs_m % G,
                 head,
                 row,
                 own,

@@ -1,40 +1,126 @@
 """Fused attention over segment views: plans and launches of the kernels (`attend_triton.py`, `merge_triton.py`)."""
 
 import functools
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from rotatek_cache.core.attention import UnsupportedError
 from rotatek_cache.core.segments import SegmentView
+from rotatek_kernels import checks
 from rotatek_kernels.attend_triton import attend_splits
 from rotatek_kernels.checks import arguments_key, check_arguments, check_scale
-from rotatek_kernels.forms import STATE_ALIGN, MergeArguments, SegmentArguments
+from rotatek_kernels.forms import STATE_ALIGN, MergeArguments, SegmentArguments, encode_integer
 from rotatek_kernels.merge_triton import merge_splits
-from rotatek_kernels.shapes import BlockSizes, SegmentShape, Shapes, odd, shapes_of
+from rotatek_kernels.occupancy import H200, INTERPRETER, Load, Processor, programs_held, split_counts
+from rotatek_kernels.shapes import BlockSizes, SegmentShape, Shapes, shapes_of
 
 SEGMENTS_PER_LAUNCH = 8  # each is a branch of the kernel
-TOKENS_PER_SPLIT = 256  # below this a split costs more than it brings: it projects the queries and merges a state
 UNIT = STATE_ALIGN.value
-REMEMBERED = 1024  # shapes
+REMEMBERED = 1024  # shapes; layouts and kernels of a shape
+LENGTH_STEP = 64  # splits are chosen for lengths in steps of so many tokens, not anew for each that text grows by
 MAX_GRID = 65535  # programs along the second and third dimension of a grid
 MAX_GROUP = 64  # query heads of a KV head
+INTERPRETED = not isinstance(attend_splits, triton.runtime.JITFunction)
+NO_STRIDES = (encode_integer(0), encode_integer(0))
 
 
 class Launch(NamedTuple):
-    """A kernel with everything that its launch needs."""
+    """A kernel with everything that its launch needs.
+
+    Attributes:
+        kernel: of Triton.
+        grid: of programs.
+        leading: its arguments up to the constants.
+        constants: that it is compiled for, in the order of its parameters.
+        options: for Triton.
+    """
 
     kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    grid: tuple[int, int, int]
+    leading: tuple[Any, ...]
+    constants: dict[str, Any]
     options: dict[str, Any]
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments by name."""
+        return {**dict(zip(self.kernel.arg_names, self.leading, strict=False)), **self.constants}
 
-def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: float) -> tuple[Tensor, Tensor]:
-    """`rotatek_cache.attend`, fused: one pass over what the segments store.
+    def run(self) -> Any:
+        """Launch as Triton does it: look at all arguments, and compile if need be; return the compiled kernel."""
+        return self.kernel[self.grid](*self.leading, **self.constants, **self.options)
+
+    def compile(self) -> Any:
+        """Return the compiled kernel without running it."""
+        return self.kernel.warmup(*self.leading, grid=self.grid, **self.constants, **self.options)
+
+
+class Part(NamedTuple):
+    """A launch of a `Layout`, but for addresses, scale and lengths.
+
+    Attributes:
+        segments: which of them.
+        grid: of programs.
+        integers: that the kernel is given.
+        constants: that it is compiled for, in the order of its parameters.
+        values: of the constants.
+    """
+
+    segments: slice
+    grid: tuple[int, int, int]
+    integers: tuple[int, ...]
+    constants: dict[str, Any]
+    values: tuple[Any, ...]
+
+
+class Layout(NamedTuple):
+    """How the states of all splits lie, and who computes them.
+
+    Attributes:
+        places: of each segment: first split, splits, where its states begin; encoded.
+        numbers: of all states and their log-sum-exps, which lie behind them.
+        largest: of the integers in it.
+        parts: the launches over segments.
+        merge: the launch that merges.
+    """
+
+    places: tuple[tuple[int, int, int], ...]
+    numbers: int
+    largest: int
+    parts: tuple[Part, ...]
+    merge: Part
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What was worked out of arguments of some types, shapes and strides, and is used again for all such.
+
+    Nothing of it depends on where tensors lie or, but for `layouts`, on lengths: addresses are read in each call.
+
+    Attributes:
+        reason: why the kernel does not read them; None if it does.
+        shapes: what follows from their shapes; None if there is a reason.
+        slots: programs that the GPU holds at once, known once the kernel is compiled.
+        layouts: by lengths in steps of `LENGTH_STEP`.
+        compiled: the kernels of all launches, by what Triton compiles anew for: alignments and ranges of integers.
+    """
+
+    reason: str | None
+    shapes: Shapes | None
+    slots: int | None = None
+    layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict)
+    compiled: dict[Hashable, list[Any]] = field(default_factory=dict)
+
+
+def decode_attention(
+    query: Tensor, segments: Sequence[SegmentView], scale: float, *, sizes: BlockSizes | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend as `rotatek_cache.attend` does, fused: one pass over what the segments store.
 
     A segment is read as it lies, coefficients as numbers or as codes; the queries are projected inside, and coded
     Values are summed as coefficients, which the merge rotates back once. The segments of a layer share a launch (up to
@@ -49,191 +135,321 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
         segments: views of what the cache stores: numbers in the query's dtype or packed codes, last dimensions
             contiguous; their KV heads divide ``H_q``. Masks are ``[B, Q, max_length]``. Ranks are multiples of 8.
         scale: factor on ``q . k``.
+        sizes: of blocks, in place of the table's (to compare them).
 
     Returns:
         Output ``[B, Q, H_q, D_v]`` in the query's dtype and natural log-sum-exp ``[B, H_q, Q]`` in float32. A query
         that sees no token has output 0 and log-sum-exp -inf.
 
     Raises:
-        TypeError, ValueError: an argument is nothing that the kernel can read; nothing was launched then.
+        TypeError, ValueError: an argument is malformed; nothing was launched then.
+        UnsupportedError: there is an `unsupported_reason`.
     """
     if isinstance(query, Tensor) and query.dim() and query.stride(-1) != 1:
         query = query.contiguous()
-    shapes = _checked_shapes(query, segments, scale)
-    launches, out, lse = plan(shapes, query, segments, scale, _processors(query.device))
+    prepared = _prepare(query, segments, sizes)
+    check_scale(scale)
+    if prepared.shapes is None:
+        raise UnsupportedError(prepared.reason)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(query):
-        for launch in launches:
-            launch.kernel[launch.grid](**launch.arguments, **launch.options)
-    return out, lse
+        return _run(prepared, prepared.shapes, query, segments, float(scale))
 
 
-_REMEMBERED: dict[Hashable, Shapes] = {}
-_FORCED: dict[None, BlockSizes] = {}
+def unsupported_reason(query: Tensor, segments: Sequence[SegmentView]) -> str | None:
+    """Say why this kernel does not read arguments that are well formed; None if it does.
+
+    Raises:
+        TypeError, ValueError: an argument is malformed.
+    """
+    return _prepare(query, segments, None).reason
 
 
-@contextmanager
-def forced_sizes(sizes: BlockSizes) -> Iterator[None]:
-    """Attend with these block sizes, whatever the table says (to compare them)."""
-    _REMEMBERED.clear()
-    _FORCED[None] = sizes
+_REMEMBERED: dict[Hashable, Prepared] = {}
+
+
+def _prepare(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None) -> Prepared:
+    """Check the arguments, once for each `arguments_key`."""
+    key: Hashable = None
     try:
-        yield
-    finally:
-        _FORCED.clear()
-        _REMEMBERED.clear()
-
-
-def _checked_shapes(query: Tensor, segments: Sequence[SegmentView], scale: float) -> Shapes:
-    """`shapes_of` checked arguments. All that checks look at, but the scale, is in the key under which it is kept."""
-    try:
-        key = arguments_key(query, segments)
-        shapes = _REMEMBERED.get(key)
+        key = (arguments_key(query, segments), sizes)
+        prepared = _REMEMBERED.get(key)
     except (AttributeError, TypeError):
-        key = shapes = None  # something is not of its type, which the checks will name
-    if shapes is not None:
-        check_scale(scale)
-        return shapes
-    check_arguments(query, segments, scale)
-    _check_launch(query, segments[0].heads)
-    shapes = shapes_of(query, segments, _FORCED.get(None))
+        prepared = None  # something is not of its type, which the checks will name
+    if prepared is not None:
+        return prepared
+    check_arguments(query, segments)
+    reason = checks.unsupported_reason(query, segments) or _launch_reason(query, segments[0].heads)
+    prepared = Prepared(reason, None if reason else shapes_of(query, segments, sizes))
     if key is not None:
-        if len(_REMEMBERED) >= REMEMBERED:
-            _REMEMBERED.clear()
-        _REMEMBERED[key] = shapes
-    return shapes
+        _keep(_REMEMBERED, key, prepared)
+    return prepared
 
 
-def _check_launch(query: Tensor, heads: int) -> None:
-    """What Triton needs besides."""
-    if query.device.type != "cuda" and isinstance(attend_splits, triton.runtime.JITFunction):
-        raise ValueError(
+def _keep(memory: dict, key: Hashable, value: Any) -> None:
+    if len(memory) >= REMEMBERED:
+        memory.clear()
+    memory[key] = value
+
+
+def _launch_reason(query: Tensor, heads: int) -> str | None:
+    """Say what Triton needs besides, if it is not so."""
+    if query.device.type != "cuda" and not INTERPRETED:
+        return (
             f"query must be on a GPU, got {query.device}; on the CPU use impl='cpp' or 'torch', or set "
             "TRITON_INTERPRET=1 before Triton is imported"
         )
-    rows, q_heads = query.shape[:2]
-    if rows > MAX_GRID or heads > MAX_GRID:
-        raise ValueError(f"query must have at most {MAX_GRID} rows and KV heads, got {rows} and {heads}")
+    batch, q_heads = query.shape[:2]
+    if batch > MAX_GRID or heads > MAX_GRID:
+        return f"query must have at most {MAX_GRID} rows and KV heads, got {batch} and {heads}"
     if q_heads // heads > MAX_GROUP:
-        raise ValueError(
-            f"segments[0].keys must have at least one KV head for {MAX_GROUP} query heads, got {heads} for {q_heads}"
-        )
+        return f"segments[0].keys must have a KV head for each {MAX_GROUP} query heads, got {heads} for {q_heads}"
+    return None
+
+
+def _run(
+    prepared: Prepared, shapes: Shapes, query: Tensor, segments: Sequence[SegmentView], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernels: as Triton does it where they may have to be compiled, else directly."""
+    if prepared.slots is None:
+        prepared.slots = _slots(shapes, query, segments, scale)
+    layout = _layout(prepared, shapes, query, segments)
+    states, out, lse = _outputs(shapes, layout, query)
+    given = (query, states, out, lse)
+    attended = [_attended_tensors(segments[shape.order], shape) for shape in shapes.segments]
+    merged = [_merged_tensors(segments[shape.order], shape) for shape in shapes.segments]
+    sizes = [_sizes(segments[shape.order], shape) for shape in shapes.segments]
+    if INTERPRETED:
+        for launch in _launches(shapes, layout, scale, given, attended, merged, sizes):
+            launch.run()
+        return out, lse
+    # Triton's launcher takes addresses in place of tensors, and asks nothing of them then.
+    addresses = [_addresses(tensors) for tensors in (given, *attended, *merged)]
+    key = _specialisation(addresses, layout.largest, sizes)
+    compiled = prepared.compiled.get(key)
+    if compiled is None:
+        launches = _launches(shapes, layout, scale, given, attended, merged, sizes)
+        _keep(prepared.compiled, key, [launch.run() for launch in launches])
+    else:
+        _run_compiled(compiled, shapes, layout, scale, addresses, sizes)
+    return out, lse
+
+
+def _run_compiled(
+    compiled: Sequence[Any],
+    shapes: Shapes,
+    layout: Layout,
+    scale: float,
+    addresses: Sequence[tuple[int | None, ...]],
+    sizes: Sequence[tuple[int, ...]],
+) -> None:
+    """Launch kernels that were compiled for arguments of these types, alignments and ranges of integers.
+
+    Args:
+        compiled: the kernels.
+        shapes, layout, scale: of the call.
+        addresses: of query, states, output and log-sum-exp, then of what each segment attends to and merges.
+        sizes: of each segment.
+    """
+    query, states, out, lse = addresses[0]
+    count = len(sizes)
+    attended = tuple(
+        [
+            (*addresses[1 + index], layout.places[index], sizes[index], shape.basis_strides)
+            for index, shape in enumerate(shapes.segments)
+        ]
+    )
+    merged = tuple(
+        [
+            (*addresses[1 + count + index], layout.places[index], shape.merge_strides)
+            for index, shape in enumerate(shapes.segments)
+        ]
+    )
+    for part, kernel in zip(layout.parts, compiled, strict=False):  # the last kernel merges
+        kernel[part.grid](query, states, attended[part.segments], scale, part.integers, *part.values)
+    compiled[-1][layout.merge.grid](states, out, lse, merged, layout.merge.integers, *layout.merge.values)
+
+
+def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
+    return tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
+def _specialisation(
+    addresses: Sequence[tuple[int | None, ...]], largest: int, sizes: Sequence[tuple[int, ...]]
+) -> Hashable:
+    """Tell apart what Triton compiles anew for, beyond what `arguments_key` and a layout's splits hold.
+
+    That is which addresses are multiples of 16 and which integers need more than 32 bits; mostly all and none.
+    """
+    bits = 0
+    for one in addresses:
+        for address in one:
+            if address is not None:
+                bits |= address
+    aligned: Hashable = None
+    if bits & 15:
+        aligned = tuple([tuple([address is None or address & 15 == 0 for address in one]) for one in addresses])
+    wide: Hashable = None
+    if max(largest, *map(max, sizes)) >> 31:
+        wide = (largest, *[tuple([number >> 31 for number in one]) for one in sizes])
+    return aligned, wide
 
 
 def plan(
-    shapes: Shapes, query: Tensor, segments: Sequence[SegmentView], scale: float, processors: int
+    shapes: Shapes, query: Tensor, segments: Sequence[SegmentView], scale: float, slots: int
 ) -> tuple[list[Launch], Tensor, Tensor]:
-    """The launches that decode arguments of `shapes`, with output ``[B, Q, H_q, D_v]`` and lse ``[B, H_q, Q]``."""
-    batch, q_heads, positions, _ = query.shape
-    device, heads = query.device, shapes.heads
-    states_of_split = batch * q_heads * positions
-    splits = split_counts(
-        [(segments[shape.order].max_length, shape.token_bytes) for shape in shapes.segments],
-        shapes.programs * processors,
-        batch * heads * shapes.tiles,
+    """Plan the launches that decode arguments of `shapes` on a GPU that holds `slots` programs at once.
+
+    Returns:
+        The launches, output ``[B, Q, H_q, D_v]`` and log-sum-exp ``[B, H_q, Q]``.
+    """
+    layout = _lay_out(shapes, _splits(shapes, query, segments, slots))
+    states, out, lse = _outputs(shapes, layout, query)
+    attended = [_attended_tensors(segments[shape.order], shape) for shape in shapes.segments]
+    merged = [_merged_tensors(segments[shape.order], shape) for shape in shapes.segments]
+    sizes = [_sizes(segments[shape.order], shape) for shape in shapes.segments]
+    return _launches(shapes, layout, scale, (query, states, out, lse), attended, merged, sizes), out, lse
+
+
+def _slots(shapes: Shapes, query: Tensor, segments: Sequence[SegmentView], scale: float) -> int:
+    """Count the programs that the GPU holds at once of the kernel that this needs, which is compiled for it."""
+    processor = _processor(query.device)
+    if INTERPRETED:
+        return processor.multiprocessors
+    held = []
+    for launch in plan(shapes, query, segments, scale, processor.multiprocessors)[0][:-1]:
+        compiled = launch.compile()
+        compiled.run  # noqa: B018 - loads it, which tells its registers
+        held.append(programs_held(processor, compiled.n_regs, compiled.metadata.shared, compiled.metadata.num_warps))
+    return processor.multiprocessors * min(held, default=1)
+
+
+@functools.cache
+def _processor(device: torch.device) -> Processor:
+    if device.type != "cuda":
+        return INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    return Processor(
+        multiprocessors=found.multi_processor_count,
+        registers=getattr(found, "regs_per_multiprocessor", H200.registers),  # older versions of torch do not tell
+        shared=found.shared_memory_per_multiprocessor,
+        threads=found.max_threads_per_multi_processor,
+        warp=found.warp_size,
     )
-    total_splits = sum(splits)
-    attended, merged, first_split, first_state = [], [], 0, 0
+
+
+def _splits(shapes: Shapes, query: Tensor, segments: Sequence[SegmentView], slots: int) -> tuple[int, ...]:
+    loads = [Load(segments[shape.order].max_length, shape.work, shape.coded) for shape in shapes.segments]
+    return tuple(split_counts(loads, slots, query.shape[0] * shapes.heads * shapes.tiles))
+
+
+def _layout(prepared: Prepared, shapes: Shapes, query: Tensor, segments: Sequence[SegmentView]) -> Layout:
+    key = tuple([-(-segments[shape.order].max_length // LENGTH_STEP) for shape in shapes.segments])
+    layout = prepared.layouts.get(key)
+    if layout is None:
+        assert prepared.slots is not None
+        layout = _lay_out(shapes, _splits(shapes, query, segments, prepared.slots))
+        _keep(prepared.layouts, key, layout)
+    return layout
+
+
+def _lay_out(shapes: Shapes, splits: tuple[int, ...]) -> Layout:
+    """Give each segment's states a place: one allocation for all that only the kernels see, log-sum-exps last."""
+    states_of_split = shapes.batch * shapes.q_heads * shapes.positions
+    places, first_split, first_state = [], 0, 0
     for shape, count in zip(shapes.segments, splits, strict=True):
-        place = (2 * first_split + 3, 2 * count + 3, 2 * first_state + 3)  # `odd` numbers
-        attended.append(_segment_arguments(segments[shape.order], shape, place))
-        merged.append(_merge_arguments(segments[shape.order], shape, place))
+        places.append((encode_integer(first_split), encode_integer(count), encode_integer(first_state)))
         first_split += count
         first_state += -(-states_of_split * count * shape.form.state_width // UNIT)
-    # One allocation for all that only the kernels see: the states, behind them their log-sum-exps.
-    states = _empty((first_state * UNIT + states_of_split * total_splits,), torch.float32, device)
-    out = _empty((batch, positions, q_heads, shapes.value_width), query.dtype, device)
-    lse = _empty((batch, q_heads, positions), torch.float32, device)
-    launches = []
-    for start in range(0, len(attended), SEGMENTS_PER_LAUNCH):
+    common = (encode_integer(shapes.positions), encode_integer(sum(splits)), encode_integer(first_state))
+    parts = []
+    for start in range(0, len(splits), SEGMENTS_PER_LAUNCH):
         part = slice(start, start + SEGMENTS_PER_LAUNCH)
-        programs, before = sum(splits[part]), sum(splits[:start])
-        integers = (odd(positions), odd(total_splits), odd(first_state), odd(programs), odd(before))
-        arguments: dict[str, Any] = {
-            "query": query,
-            "states": states,
-            "segments": tuple(attended[part]),
-            "scale": float(scale),
-            "integers": integers + shapes.query_strides,
-            "FORMS": tuple([shape.form for shape in shapes.segments[part]]),
-            **shapes.constants,
-        }
-        launches.append(Launch(attend_splits, (programs * shapes.tiles, heads, batch), arguments, shapes.options))
-    merge: dict[str, Any] = {
-        "states": states,
-        "out": out,
-        "lse": lse,
-        "segments": tuple(merged),
-        "integers": (odd(positions), odd(total_splits), odd(first_state)),
-        "FORMS": tuple([shape.merge_form for shape in shapes.segments]),
-        **shapes.merge_constants,
-    }
-    blocks = -(-shapes.value_width // shapes.merge_constants["BLOCK_DV"])
-    launches.append(Launch(merge_splits, (q_heads * positions, batch, blocks), merge, shapes.merge_options))
-    return launches, out, lse
-
-
-def split_counts(segments: Sequence[tuple[int, int]], programs: int, pairs: int) -> list[int]:
-    """Number of programs that share each segment's tokens, per (row, KV head, tile of queries).
-
-    Follows from numbers that the host knows: programs are dealt out by the bytes that the segments may hold.
-
-    Args:
-        segments: most tokens of a row and bytes of a token, for each segment.
-        programs: wanted in all.
-        pairs: of rows, KV heads and tiles.
-    """
-    wanted = -(-programs // pairs)
-    total = sum(tokens * size for tokens, size in segments)
-    return [
-        max(1, min(round(wanted * tokens * size / total), -(-tokens // TOKENS_PER_SPLIT))) for tokens, size in segments
-    ]
-
-
-def _segment_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[int, int, int]) -> SegmentArguments:
-    mask, basis = segment.mask, segment.basis
-    if mask is None:
-        mask_strides = (3, 3)  # `odd` zeros
-    else:
-        mask_strides = (odd(mask.stride(0)), odd(mask.stride(1)))
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    starts, lengths, rows = segment.starts, segment.lengths, segment.basis_rows
-    if not shape.packed_rows:
-        starts, lengths, rows = starts.contiguous(), lengths.contiguous(), None if rows is None else rows.contiguous()
-    decoder = None if basis is None else basis.B
-    return SegmentArguments(
-        segment.keys,
-        segment.values,
-        *shape.heads,
-        segment.slots,
-        starts,
-        lengths,
-        mask,
-        decoder,
-        None if basis is None or decoder is None else basis.delta,
-        None if basis is None or decoder is None else basis.scale,
-        None if decoder is None else rows,
-        place,
-        (2 * segment.max_length + 3, *mask_strides, *shape.strides),
-        shape.basis_strides,
+        programs = sum(splits[part])
+        integers = (*common, encode_integer(programs), encode_integer(sum(splits[:start])), *shapes.query_strides)
+        constants = {"FORMS": shapes.forms[part], **shapes.constants}
+        grid = (programs * shapes.tiles, shapes.heads, shapes.batch)
+        parts.append(Part(part, grid, integers, constants, tuple(constants.values())))
+    constants = {"FORMS": shapes.merge_forms, **shapes.merge_constants}
+    grid = (shapes.q_heads * shapes.positions, shapes.batch, shapes.merge_blocks)
+    return Layout(
+        places=tuple(places),
+        numbers=first_state * UNIT + states_of_split * sum(splits),
+        largest=max(*common, *(number for part in parts for number in part.integers)),
+        parts=tuple(parts),
+        merge=Part(slice(None), grid, common, constants, tuple(constants.values())),
     )
 
 
-def _merge_arguments(segment: SegmentView, shape: SegmentShape, place: tuple[int, int, int]) -> MergeArguments:
+def _outputs(shapes: Shapes, layout: Layout, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, q_heads, positions, _ = query.shape
+    return (
+        _empty((layout.numbers,), torch.float32, query.device),
+        _empty((batch, positions, q_heads, shapes.value_width), query.dtype, query.device),
+        _empty((batch, q_heads, positions), torch.float32, query.device),
+    )
+
+
+def _launches(
+    shapes: Shapes,
+    layout: Layout,
+    scale: float,
+    given: tuple[Tensor, Tensor, Tensor, Tensor],
+    attended: Sequence[tuple[Tensor | None, ...]],
+    merged: Sequence[tuple[Tensor | None, ...]],
+    sizes: Sequence[tuple[int, ...]],
+) -> list[Launch]:
+    """List the launches, given query, states, output, log-sum-exp and the segments' tensors."""
+    query, states, out, lse = given
+    arguments = [
+        SegmentArguments._make((*tensors, place, size, shape.basis_strides))
+        for tensors, place, size, shape in zip(attended, layout.places, sizes, shapes.segments, strict=True)
+    ]
+    launches = []
+    for part in layout.parts:
+        leading = (query, states, tuple(arguments[part.segments]), scale, part.integers)
+        launches.append(Launch(attend_splits, part.grid, leading, part.constants, shapes.options))
+    to_merge = [
+        MergeArguments._make((*tensors, place, shape.merge_strides))
+        for tensors, place, shape in zip(merged, layout.places, shapes.segments, strict=True)
+    ]
+    merge = layout.merge
+    merging = (states, out, lse, tuple(to_merge), merge.integers)
+    launches.append(Launch(merge_splits, merge.grid, merging, merge.constants, shapes.merge_options))
+    return launches
+
+
+def _attended_tensors(segment: SegmentView, shape: SegmentShape) -> tuple[Tensor | None, ...]:
+    """List what `SegmentArguments` holds of a segment's tensors, in its order."""
+    mask, basis = segment.mask, segment.basis
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    starts, lengths, rows = segment.starts, segment.lengths, segment.basis_rows
+    if not shape.packed_tables:
+        starts, lengths, rows = starts.contiguous(), lengths.contiguous(), None if rows is None else rows.contiguous()
+    stored = (segment.keys, segment.values, *shape.heads, segment.slots, starts, lengths, mask)
+    if basis is None or basis.B is None:
+        return (*stored, None, None, None, None)
+    return (*stored, basis.B, basis.delta, basis.scale, rows)
+
+
+def _merged_tensors(segment: SegmentView, shape: SegmentShape) -> tuple[Tensor | None, ...]:
+    """List what `MergeArguments` holds of a segment's tensors, in its order."""
     basis = segment.value_basis
     if basis is None or basis.B is None:
-        return MergeArguments(None, None, None, None, None, place, shape.merge_strides)
+        return (None, None, None, None, None)
     rows = segment.basis_rows
-    if rows is not None and not shape.packed_rows:
+    if rows is not None and not shape.packed_tables:
         rows = rows.contiguous()
-    return MergeArguments(basis.B, basis.delta, basis.scale, rows, shape.heads[1], place, shape.merge_strides)
+    return (basis.B, basis.delta, basis.scale, rows, shape.heads[1])
+
+
+def _sizes(segment: SegmentView, shape: SegmentShape) -> tuple[int, ...]:
+    """List `SegmentArguments.sizes` of a segment."""
+    mask = segment.mask
+    strides = NO_STRIDES if mask is None else (encode_integer(mask.stride(0)), encode_integer(mask.stride(1)))
+    return (encode_integer(segment.max_length), *strides, *shape.strides)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; a small number for the interpreter, whose programs run one by one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

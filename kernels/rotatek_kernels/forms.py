@@ -1,4 +1,4 @@
-"""What the kernels are told of a segment: when they are compiled (forms), and when they are launched (arguments)."""
+"""What the kernels need to know of a segment: when compiled (forms), and when launched (arguments)."""
 
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ class SegmentForm(NamedTuple):
     value_blocks: tuple[Block, ...]
     key_stride: int  # from token to token
     value_stride: int
-    key_align: int  # divides the head stride, which is counted in it, so that rows are known to be aligned
+    key_align: int  # divides the head stride, which is counted in it, so that tokens are known to be aligned
     value_align: int
     decoder_stride: int  # of the Keys' basis, from channel to channel
     decoder_align: int
@@ -60,7 +60,7 @@ class SegmentForm(NamedTuple):
 
 
 class SegmentArguments(NamedTuple):
-    """What a segment stores; integers as `odd` numbers. Strides of heads and of basis rows are in units of align."""
+    """What a segment stores; integers are encoded (`encode_integer`), strides of heads and rows in units of align."""
 
     stored_keys: Any  # [H, N, columns], or the heads one after the other
     stored_values: Any  # [H, N, columns] (a tuple of Triton has `values` of its own)
@@ -93,7 +93,7 @@ class MergeForm(NamedTuple):
 
 
 class MergeArguments(NamedTuple):
-    """A segment's states, and what its Values mean; integers as `odd` numbers."""
+    """A segment's states, and what its Values mean; integers are encoded (`encode_integer`)."""
 
     decoder: Any  # [H, R, D_v, channels], or None: states are outputs
     delta: Any  # [H, R, D_v], or None
@@ -105,7 +105,7 @@ class MergeArguments(NamedTuple):
 
 
 def form_of(forms, index, _semantic=None):
-    """Entry `index` of `FORMS`, as a tuple of Triton: before 3.9 it does not make those of tuples of tuples itself."""
+    """Return entry `index` of `FORMS` as a tuple of Triton, which before 3.9 makes none of tuples of tuples itself."""
     form = forms[index]
     interpreted = _semantic is None  # and takes tuples as they are
     return form if interpreted or isinstance(form, tl.tuple) else _static(form)
@@ -115,24 +115,29 @@ form_of.__triton_builtin__ = True  # type: ignore[attr-defined]  # Python, calle
 
 
 def _static(value):
-    """A number, or tuples of numbers however deep, as a kernel holds what is known when it is compiled."""
+    """Make a constant of a number, or of tuples of numbers however deep."""
     if not isinstance(value, tuple):
         return tl.constexpr(value)
     entries = [_static(entry) for entry in value]
     return tl.tuple(entries, tl.tuple_type([entry.type for entry in entries], getattr(value, "_fields", None)))
 
 
-@triton.jit
-def plain(odd):
-    """The integers that `shapes.odd` made odd.
+def encode_integer(integer: int) -> int:
+    """Encode a non-negative integer as 2 n + 3.
 
-    Triton makes kernels of their own for integers that are 1 or multiples of 16, which inside of tuples cannot be
-    switched off; lengths and strides that change from step to step must not make new kernels.
+    Triton specialises kernels on 1 and on multiples of 16; encoded values are neither, so changing lengths never
+    recompile. (Inside of tuples it cannot be told not to.)
     """
-    return [(integer - 3) >> 1 for integer in odd]
+    return 2 * integer + 3
+
+
+@triton.jit
+def decode_integers(encoded):
+    """Undo `encode_integer` for each entry of a tuple."""
+    return [(integer - 3) >> 1 for integer in encoded]
 
 
 @triton.jit
 def basis_row_of(tensor, strides, head, basis_row, FIRST: tl.constexpr, ALIGN: tl.constexpr):
-    """Where `tensor` of a basis keeps what belongs to a head and a row; entry `FIRST` of the strides is its first."""
+    """Find where `tensor` of a basis keeps a head and a row; entry `FIRST` of the strides is its first."""
     return tensor + (head * strides[FIRST] + basis_row * strides[FIRST + 1]) * ALIGN

@@ -1,4 +1,4 @@
-"""What a launch takes of a GPU, read out of what Triton compiles for it; no GPU is needed."""
+"""Read out of what Triton compiles what a launch takes of a GPU; no GPU is needed."""
 
 import re
 import subprocess
@@ -19,6 +19,7 @@ from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.quantization import CodeLayout, HeadCodes, Numbers
 from rotatek_cache.core.segments import SegmentView
 from rotatek_kernels.decode import Launch, plan
+from rotatek_kernels.occupancy import H200
 from rotatek_kernels.shapes import BlockSizes, shapes_of
 
 TARGETS = {
@@ -27,13 +28,14 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-PROCESSORS = 132  # of an H200, for plans
+REGISTERS = 162  # of a thread of the kernel over numbers on sm_90
+SLOTS = 3 * H200.multiprocessors  # that an H200 holds of the kernel over numbers, for plans
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes.
+    """Registers, memory and instructions of a compiled kernel.
 
     Attributes:
         registers: of a thread.
@@ -55,10 +57,40 @@ class Resources:
 
 
 class _Driver:
-    """Claims a GPU of a kind, as far as compiling asks."""
+    """A driver that claims a GPU of a kind, as far as compiling asks, and in whose launches nothing runs.
+
+    Attributes:
+        launched: grid, kernel and arguments of each launch, if that is to be kept.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.utils = self
+        self.launched: list[tuple[Any, ...]] | None = None
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Any:
+        """Make what Triton calls to launch a kernel."""
+        del src, metadata
+
+        def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            if self.launched is not None:
+                self.launched.append(((x, y, z), function, rest[4:]))  # less the metadata and hooks
+
+        return launch
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: str) -> tuple[int, int, int, int, int]:
+        """Number the kernel; its registers are those of the kernel over numbers, three of which an H200 holds."""
+        del name, shared, device
+        number = hash(kernel)
+        return number, number, REGISTERS, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        """Unload nothing."""
+
+    def get_device_properties(self, device: str) -> dict[str, int]:
+        """Tell what Triton compares a kernel's shared memory with."""
+        del device
+        return {"max_shared_mem": 227 << 10}
 
     def get_current_device(self) -> str:
         return self.name  # kernels are kept by device
@@ -71,27 +103,28 @@ class _Driver:
 
 
 @contextmanager
-def pretend(target: str) -> Iterator[None]:
-    """Let Triton compile for `target`, a name in `TARGETS`."""
+def pretend(target: str) -> Iterator[_Driver]:
+    """Let Triton compile for `target`, a name in `TARGETS`, and launch nothing."""
     before = driver._active  # noqa: SLF001 - its own reset fails where there is no GPU
-    driver.set_active(_Driver(target))
+    pretended = _Driver(target)
+    driver.set_active(pretended)
     try:
-        yield
+        yield pretended
     finally:
         driver._active = before  # noqa: SLF001
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
-    """The kernel that `launch` would run on `target`, compiled as a launch compiles it."""
+    """Compile the kernel that `launch` would run on `target`, as a launch does."""
     options = dict(launch.options)
     if TARGETS[target].backend == "hip":
         options.pop("maxnreg", None)  # a launch there has none
     with pretend(target):
-        return launch.kernel.warmup(**launch.arguments, grid=launch.grid, **options)
+        return launch._replace(options=options).compile()
 
 
 def resources(launch: Launch, target: str) -> Resources:
-    """What `launch` takes on `target`."""
+    """Compile `launch` for `target` and read what it takes."""
     compiled = compile_launch(launch, target)
     if TARGETS[target].backend == "hip":
         return _amd(compiled.asm["amdgcn"], compiled.metadata.shared)
@@ -184,7 +217,7 @@ def segment_of_shape(
     slots: bool = False,
     mask: tuple[int, torch.dtype] | None = None,
 ) -> SegmentView:
-    """A segment without storage, for plans: `tokens` in each of `batch` rows.
+    """Make a segment without storage, for plans: `tokens` in each of `batch` rows.
 
     Args:
         batch, heads, tokens, width: its shape.
@@ -233,8 +266,8 @@ def segment_of_shape(
 def plan_of_shape(
     segments: Sequence[SegmentView], group: int, width: int, queries: int = 1, sizes: BlockSizes | None = None
 ) -> list[Launch]:
-    """The launches over segments without storage, by a query of their dtype; `sizes` in place of the table's."""
+    """Plan the launches over segments without storage, by a query of their dtype; `sizes` in place of the table's."""
     heads, batch = segments[0].heads, segments[0].starts.shape[0]
     dtype = next((s.keys.dtype for s in segments if s.key_code is None), torch.bfloat16)
     query = torch.empty(batch, heads * group, queries, width, dtype=dtype, device="meta")
-    return plan(shapes_of(query, segments, sizes), query, segments, width**-0.5, PROCESSORS)[0]
+    return plan(shapes_of(query, segments, sizes), query, segments, width**-0.5, SLOTS)[0]

@@ -1,4 +1,4 @@
-"""What follows from the shapes of an attention: block sizes, and how each segment is laid out for the kernels."""
+"""Block sizes of an attention, and how each segment is laid out for the kernels: what follows from shapes alone."""
 
 import functools
 import math
@@ -11,7 +11,8 @@ from torch import Tensor
 from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.quantization import Code, CodeLayout, HeadCodes, Numbers
 from rotatek_cache.core.segments import SegmentView
-from rotatek_kernels.forms import Block, HeadTable, MergeForm, SegmentForm
+from rotatek_kernels.forms import Block, HeadTable, MergeForm, SegmentForm, encode_integer
+from rotatek_kernels.occupancy import CODE_WORK
 
 MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
 MERGE_SPLITS = 16  # states that it reads at once
@@ -28,8 +29,7 @@ class BlockSizes(NamedTuple):
 
     Attributes:
         warps: of a program.
-        rows: most queries (positions times heads of a group) that share a tile of tokens.
-        programs: per multiprocessor: two waves of what its registers and shared memory hold.
+        queries: most of them (positions times heads of a group) that share a tile of tokens.
         tokens: most tokens of a block.
         tile: most bytes of a block's Keys and Values, unpacked.
         stages: blocks in flight.
@@ -37,32 +37,32 @@ class BlockSizes(NamedTuple):
     """
 
     warps: int
-    rows: int
-    programs: int
+    queries: int
     tokens: int
     tile: int
     stages: int
     registers: int | None
 
 
-# Chosen by what the compiler reports (`tests/kernels/test_compile.py -s`: registers, spills, shared memory; instructions
-# per token by `python -m evals.bench.kernel --roofline`), the same for sm_80, sm_90 and sm_100 and for all ranks. None
-# of it has been timed on a GPU.
+# Chosen by what the compiler reports (`tests/kernels/test_compile.py -s`: registers, spills, shared memory;
+# instructions per token by `python -m evals.bench.kernel --roofline`), the same for sm_80, sm_90 and sm_100 and for all
+# ranks. On an H200 those of "plain" were the fastest tried, those of "codes" within 4 % of the fastest
+# (evals/results/gpu_decode_sweep_h200.json); the others have not been timed.
 BLOCK_SIZES = {
     # Bound by bytes, so instructions may be spent: 18 a token at D 128, r 32 against 70 that the bytes leave time for.
     # At most 168 registers and 70 KiB let three programs share a processor.
-    "plain": BlockSizes(warps=4, rows=16, programs=6, tokens=64, tile=32 * 1024, stages=3, registers=168),
+    "plain": BlockSizes(warps=4, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=168),
     # Bound by instructions: several warps would each unpack all codes (14 a token with one warp, 26 with two, 52 with
     # four, at 4 bits and r 32). Larger tiles spill beside a text segment of D 128, which then has 16 tokens a block.
-    "codes": BlockSizes(warps=1, rows=16, programs=22, tokens=64, tile=8 * 1024, stages=3, registers=None),
+    "codes": BlockSizes(warps=1, queries=16, tokens=64, tile=8 * 1024, stages=3, registers=None),
     # In heads of at most `NARROW` channels, where on sm_90 blocks of 64 tokens spill beside a text segment.
-    "8 bit": BlockSizes(warps=1, rows=16, programs=22, tokens=64, tile=4 * 1024, stages=3, registers=None),
+    "8 bit": BlockSizes(warps=1, queries=16, tokens=64, tile=4 * 1024, stages=3, registers=None),
     # Blocks of 32 tokens of 16 bytes each are not loaded ahead of their use, 16 are: 28 instructions a token, not 37.
-    "2 bit": BlockSizes(warps=1, rows=16, programs=22, tokens=64, tile=4 * 1024, stages=3, registers=None),
+    "2 bit": BlockSizes(warps=1, queries=16, tokens=64, tile=4 * 1024, stages=3, registers=None),
     # Without tensor cores; with four warps the dense segment needs twice the registers.
-    "float32": BlockSizes(warps=8, rows=16, programs=4, tokens=64, tile=32 * 1024, stages=3, registers=None),
-    # 64 rows by 64 tokens spill (976 instructions of it at D 128 with a mask), 64 by 32 do not.
-    "queries": BlockSizes(warps=4, rows=64, programs=4, tokens=32, tile=16 * 1024, stages=2, registers=None),
+    "float32": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=None),
+    # 64 queries by 64 tokens spill (976 instructions of it at D 128 with a mask), 64 by 32 do not.
+    "queries": BlockSizes(warps=4, queries=64, tokens=32, tile=16 * 1024, stages=2, registers=None),
 }
 
 
@@ -72,22 +72,24 @@ class SegmentShape(NamedTuple):
     Attributes:
         order: which of the segments it is.
         form, merge_form: what the kernels are compiled for.
-        token_bytes: of one token's Keys and Values in one head.
-        strides: odd, of heads of Keys and of Values (see `SegmentArguments`) and of rows of slots.
-        basis_strides, merge_strides: of the Keys' basis and the Values', odd.
+        work: of one token's Keys and Values in one head (see `occupancy.Load`).
+        coded: whether codes are the greater part of it.
+        strides: encoded, of heads of Keys and of Values (see `SegmentArguments`) and of rows of slots.
+        basis_strides, merge_strides: of the Keys' basis and the Values', encoded.
         heads: tables of what each head has of its own, of Keys and of Values.
-        packed_rows: whether row tables lie side by side, as the kernels read them.
+        packed_tables: whether the entries of row tables lie side by side, as the kernels read them.
     """
 
     order: int
     form: SegmentForm
     merge_form: MergeForm
-    token_bytes: int
+    work: int
+    coded: bool
     strides: tuple[int, ...]
     basis_strides: tuple[int, ...]
     merge_strides: tuple[int, ...]
     heads: tuple[Tensor | None, Tensor | None]
-    packed_rows: bool
+    packed_tables: bool
 
 
 class Shapes(NamedTuple):
@@ -95,43 +97,51 @@ class Shapes(NamedTuple):
 
     Attributes:
         segments: those that may hold tokens.
-        programs: wanted per multiprocessor.
+        batch, q_heads, positions: of the query.
         tiles: of queries.
         heads: of Keys and Values.
         value_width: of the output.
-        query_strides: odd, in units of their alignment.
+        query_strides: encoded, in units of their alignment.
         constants, merge_constants: of the two kernels.
+        forms, merge_forms: of all segments.
+        merge_blocks: of channels of the output.
         options, merge_options: for Triton.
     """
 
     segments: list[SegmentShape]
-    programs: int
+    batch: int
+    q_heads: int
+    positions: int
     tiles: int
     heads: int
     value_width: int
     query_strides: tuple[int, ...]
     constants: dict[str, Any]
     merge_constants: dict[str, Any]
+    forms: tuple[SegmentForm, ...]
+    merge_forms: tuple[MergeForm, ...]
+    merge_blocks: int
     options: dict[str, Any]
     merge_options: dict[str, Any]
 
 
 def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None = None) -> Shapes:
-    """What follows from the shapes and strides of checked arguments; `sizes` in place of the table's."""
-    _, q_heads, positions, width = query.shape
+    """Work out what follows from the shapes and strides of checked arguments; `sizes` in place of the table's."""
+    batch, q_heads, positions, width = query.shape
     heads = segments[0].heads
     group = q_heads // heads
     value_width = segments[0].value_width
     sizes = sizes or BLOCK_SIZES[kind_of(query, segments)]
     # Few block sizes, so that few kernels are made: a tile holds as many positions as fit.
-    rows = max(_block(group), min(sizes.rows, _block(positions * group)))
-    tile_queries = rows // group
+    queries = max(_block(group), min(sizes.queries, _block(positions * group)))
+    tile_queries = queries // group
     shaped = [
         _shape_segment(index, segment, sizes, query.dtype)
         for index, segment in enumerate(segments)
         if segment.max_length > 0
     ]
     widest = max([shape.merge_form.block_w for shape in shaped], default=0)
+    merge_block = min(_block(value_width), MERGE_NUMBERS // max(16, widest))
     align = _alignment(query, *query.stride()[:3])
     # With a slot table the compiler keeps within them by itself, and spills where it is told to; widths per head need
     # more.
@@ -139,26 +149,26 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
     registers = None if free else sizes.registers
     return Shapes(
         segments=shaped,
-        programs=sizes.programs,
+        batch=batch,
+        q_heads=q_heads,
+        positions=positions,
         tiles=-(-positions // tile_queries),
         heads=heads,
         value_width=value_width,
-        query_strides=tuple(odd(stride // align) for stride in query.stride()[:3]),
+        query_strides=tuple(encode_integer(stride // align) for stride in query.stride()[:3]),
         constants={
             "SINGLE": positions == 1,
             "G": group,
             "D": width,
             "QUERY_ALIGN": align,
             "TILE_Q": tile_queries,
-            "BLOCK_M": rows,
+            "BLOCK_M": queries,
             "BLOCK_D": _block(width),
         },
-        merge_constants={
-            "G": group,
-            "D_V": value_width,
-            "BLOCK_DV": min(_block(value_width), MERGE_NUMBERS // max(16, widest)),
-            "BLOCK_S": MERGE_SPLITS,
-        },
+        merge_constants={"G": group, "D_V": value_width, "BLOCK_DV": merge_block, "BLOCK_S": MERGE_SPLITS},
+        forms=tuple([shape.form for shape in shaped]),
+        merge_forms=tuple([shape.merge_form for shape in shaped]),
+        merge_blocks=-(-value_width // merge_block),
         options={
             "num_warps": sizes.warps,
             "num_stages": sizes.stages,
@@ -169,16 +179,8 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
     )
 
 
-def odd(integer: int) -> int:
-    """An odd number above 1 for an integer above -1, which Triton does not make a kernel of its own for.
-
-    The kernels take it back; see `forms.plain`.
-    """
-    return 2 * integer + 3
-
-
 def kind_of(query: Tensor, segments: Sequence[SegmentView]) -> str:
-    """The entry of `BLOCK_SIZES` for these arguments."""
+    """Choose the entry of `BLOCK_SIZES` for these arguments."""
     if query.dtype == torch.float32:
         return "float32"
     if query.shape[2] > 1:
@@ -198,14 +200,14 @@ def kind_of(query: Tensor, segments: Sequence[SegmentView]) -> str:
 
 
 def _is_narrow(code: Code | None) -> bool:
-    """Whether these are codes that one warp can hold."""
+    """Tell whether these are codes that one warp can hold."""
     if isinstance(code, HeadCodes):
         return isinstance(code.parts[0], CodeLayout) and max(code.widths) <= HEAD_BLOCKS * HEAD_COLUMNS
     return code is not None
 
 
 def _unpacked(blocks: tuple[Block, ...]) -> int:
-    """Numbers of a token in tiles."""
+    """Count the numbers of a token in tiles."""
     return sum(block.parts * block.padded for block in blocks)
 
 
@@ -217,9 +219,10 @@ class StoredForm(NamedTuple):
         stride: from token to token; 0 if each head has its own.
         align: divides the strides.
         heads, table: what each head has of its own.
-        head_stride: odd, in units of `align`; the number of tokens stored where each head has its own stride.
+        head_stride: encoded, in units of `align`; the number of tokens stored where each head has its own stride.
         channels: coefficients of a token, or its numbers.
-        token_bytes: of a token in one head, on average.
+        work: of a token in one head, on average (see `occupancy.Load`).
+        coded: whether these are codes.
     """
 
     blocks: tuple[Block, ...]
@@ -229,7 +232,16 @@ class StoredForm(NamedTuple):
     table: Tensor | None
     head_stride: int
     channels: int
-    token_bytes: int
+    work: int
+    coded: bool
+
+
+def _work(stored: Tensor, code: Code | None) -> int:
+    """Count the bytes of numbers that take as long as a token of all heads (of one, if they are alike)."""
+    if code is None:
+        return stored.shape[-1] * stored.element_size()
+    parts = code.parts if isinstance(code, HeadCodes) else (code,)
+    return sum(part.channels * (CODE_WORK if isinstance(part, CodeLayout) else stored.element_size()) for part in parts)
 
 
 def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
@@ -247,9 +259,10 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
             align=align,
             heads=heads,
             table=_head_table(code, columns, align, stored.device),
-            head_stride=odd(stored.numel() // width),
+            head_stride=encode_integer(stored.numel() // width),
             channels=code.channels,
-            token_bytes=-(-width * stored.element_size() // len(code.parts)),
+            work=-(-_work(stored, code) // len(code.parts)),
+            coded=isinstance(code.parts[0], CodeLayout),
         )
     stride = _token_stride(stored)
     align = _alignment(stored, stored.stride(0), stride)
@@ -259,9 +272,10 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
         align=align,
         heads=HeadTable(0, 1),
         table=None,
-        head_stride=odd(stored.stride(0) // align),
+        head_stride=encode_integer(stored.stride(0) // align),
         channels=stored.shape[-1] if code is None else code.channels,
-        token_bytes=stored.shape[-1] * stored.element_size(),
+        work=_work(stored, code),
+        coded=code is not None,
     )
 
 
@@ -299,21 +313,22 @@ def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: t
             **_basis_form(value_basis),
             value_heads=values.heads,
         ),
-        token_bytes=keys.token_bytes + values.token_bytes,
+        work=keys.work + values.work,
+        coded=2 * (keys.work * keys.coded + values.work * values.coded) > keys.work + values.work,
         strides=(
             keys.head_stride,
             values.head_stride,
-            odd(0 if segment.slots is None else segment.slots.stride(0)),
+            encode_integer(0 if segment.slots is None else segment.slots.stride(0)),
         ),
         basis_strides=_basis_strides(key_basis),
         merge_strides=_basis_strides(value_basis),
         heads=(keys.table, values.table),
-        packed_rows=all(table is None or table.is_contiguous() for table in tables),
+        packed_tables=all(table is None or table.is_contiguous() for table in tables),
     )
 
 
 def _blocks(columns: int, code: Code | None) -> tuple[Block, ...]:
-    """The blocks of a stored token of `columns` numbers, or of bytes packed as `code` says."""
+    """Cut a stored token into blocks: `columns` numbers, or bytes packed as `code` says."""
     if code is None:
         return (Block(0, 1, 0, columns, _block(columns), 0, 0),)
     assert isinstance(code, CodeLayout)
@@ -326,14 +341,14 @@ def _blocks(columns: int, code: Code | None) -> tuple[Block, ...]:
 
 
 def _runs(code: CodeLayout | Numbers) -> list[tuple[int, int, int]]:
-    """Bits (0: numbers), columns and channels to a column of each run of columns of a token."""
+    """List bits (0: numbers), columns and channels to a column of each run of columns of a token."""
     if isinstance(code, Numbers):
         return [(0, code.channels, 1)]
     return [(bits, channels * bits // 8, 8 // bits) for bits, channels in code.blocks]
 
 
 def _digit_blocks(code: HeadCodes, columns: int, width: int) -> tuple[Block, ...]:
-    """Blocks of `width` columns of a token whose head says what they hold; see `Block`."""
+    """Cut a token whose head says what it holds into blocks of `width` columns; see `Block`."""
     bits = min(bits for part in code.parts for bits, _, _ in _runs(part))
     parts = 8 // bits if bits else 1
     return tuple(Block(bits, parts, i * width, 0, width, 0, i * parts) for i in range(columns // width))
@@ -341,7 +356,7 @@ def _digit_blocks(code: HeadCodes, columns: int, width: int) -> tuple[Block, ...
 
 @functools.lru_cache(maxsize=REMEMBERED)
 def _head_table(code: HeadCodes, columns: int, align: int, device: torch.device) -> Tensor:
-    """What a `HeadTable` describes."""
+    """Fill the table that a `HeadTable` describes."""
     table = []
     offset = 0
     for part, width in zip(code.parts, code.widths, strict=True):
@@ -373,13 +388,13 @@ def _basis_form(basis: KeyBasis | None) -> dict[str, int]:
 
 
 def _basis_strides(basis: KeyBasis | None) -> tuple[int, ...]:
-    """Strides of heads and rows of decoder, delta and scale, odd, in units of their alignment."""
+    """Return the strides of heads and rows of decoder, delta and scale, encoded, in units of their alignment."""
     form = _basis_form(basis)
     strides = []
     decoder, delta, scale = (None, None, None) if basis is None else (basis.B, basis.delta, basis.scale)
     for name, tensor in (("decoder", decoder), ("delta", delta), ("scale", scale)):
         pair = (0, 0) if tensor is None else tensor.stride()[:2]
-        strides += [odd(stride // form[f"{name}_align"]) for stride in pair]
+        strides += [encode_integer(stride // form[f"{name}_align"]) for stride in pair]
     return tuple(strides)
 
 
@@ -389,10 +404,10 @@ def _token_stride(tensor: Tensor) -> int:
 
 
 def _alignment(tensor: Tensor, *strides: int) -> int:
-    """The largest power of two, up to 16 bytes, that divides the strides."""
+    """Find the largest power of two, up to 16 bytes, that divides the strides."""
     return math.gcd(16 // tensor.element_size(), *strides)
 
 
 def _block(size: int) -> int:
-    """The power of two, at least the 16 of a matrix product, that holds `size`."""
+    """Find the power of two, at least the 16 of a matrix product, that holds `size`."""
     return max(16, 1 << (size - 1).bit_length())

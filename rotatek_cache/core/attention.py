@@ -10,15 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rotatek_cache.core.basis import RANK_MULTIPLE, KeyBasis, compute_dtype
-from rotatek_cache.core.quantization import Code, CodeLayout, HeadCodes
+from rotatek_cache.core.basis import compute_dtype
 from rotatek_cache.core.segments import SegmentView
 
 Implementation = Literal["auto", "torch", "triton", "cpp"]
 
-# The kernels are an optional room, imported by name where they are dispatched to: the one arrow up.
+# The kernels are optional, and imported by name where they are dispatched to: the one arrow up.
 KERNELS = {"triton": "rotatek_kernels.decode", "cpp": "rotatek_kernels.decode_cpu"}
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_TRITON = (3, 6)  # of those that the kernels were compiled with
 
 # Up to so many queries per KV head, a CPU reads long Keys up to twice as fast where the Keys are the left factor.
@@ -26,6 +24,10 @@ FEW_QUERIES = 8
 
 # Scores of one chunk of queries, in numbers: 256 MiB of float32.
 MAX_SCORES = 1 << 26
+
+
+class UnsupportedError(ValueError):
+    """Arguments that the reference reads and a kernel does not."""
 
 
 def attend(
@@ -43,8 +45,8 @@ def attend(
         segments: views of what the cache stores; their KV heads divide ``H_q``.
         scale: factor on ``q . k``.
         impl: "torch" is the reference, "triton" the kernel on CUDA, "cpp" the one on CPUs (errors where they cannot
-            run). "auto" is the kernel of the query's device if it reads these segments and can be had: on CUDA where
-            Triton (3.6 or newer) is installed, on CPUs where Linux has a C++ compiler. Else it is the reference.
+            run). "auto" is the kernel of the query's device if it can be had (on CUDA where Triton 3.6 or newer is
+            installed, on CPUs where Linux has a C++ compiler) and reads all arguments. Else it is the reference.
         return_lse: whether the caller needs the log-sum-exp; None may stand in its place otherwise.
 
     Returns:
@@ -52,44 +54,23 @@ def attend(
         for float64 queries). A query that sees no token has output 0 and log-sum-exp -inf. Of the implementations
         the reference alone is differentiable, and "auto" takes it where a gradient is required.
     """
-    if impl == "auto":
-        impl = _kernel_for(query, segments) or "torch"
-    if impl == "torch":
-        return reference_attention(query, segments, scale, return_lse=return_lse)
-    if impl not in KERNELS:
+    if impl not in ("auto", "torch", *KERNELS):
         raise ValueError(f"impl must be 'auto', 'torch', 'triton' or 'cpp', got {impl!r}")
-    return importlib.import_module(KERNELS[impl]).decode_attention(query, segments, scale)
+    chosen = (_kernel_for(query.device) or "torch") if impl == "auto" else impl
+    if chosen != "torch":
+        try:
+            return importlib.import_module(KERNELS[chosen]).decode_attention(query, segments, scale)
+        except UnsupportedError:
+            if impl != "auto":
+                raise
+    return reference_attention(query, segments, scale, return_lse=return_lse)
 
 
-def _kernel_for(query: Tensor, segments: Sequence[SegmentView]) -> Implementation | None:
-    """The kernel that is at hand and reads this: numbers of the query's dtype, or packed codes."""
-    if query.dtype not in KERNEL_DTYPES:
-        return None
-    if torch.is_grad_enabled() and (query.requires_grad or any(segment.requires_grad for segment in segments)):
-        return None
-    for segment in segments:
-        stored = ((segment.keys, segment.key_code), (segment.values, segment.value_code))
-        if segment.is_diagonal or not all(_reads_stored(numbers, code, query.dtype) for numbers, code in stored):
-            return None
-        if not (_reads_basis(segment.basis) and _reads_basis(segment.value_basis)):
-            return None
-    if query.is_cuda:
+def _kernel_for(device: torch.device) -> Implementation | None:
+    """Name the kernel for tensors on `device`, if it can be had."""
+    if device.type == "cuda":
         return "triton" if _triton_is_installed() else None
-    return "cpp" if query.device.type == "cpu" and _cpp_is_compiled() else None
-
-
-def _reads_stored(stored: Tensor, code: Code | None, dtype: torch.dtype) -> bool:
-    if isinstance(code, HeadCodes):
-        return stored.dtype in (torch.uint8, dtype)
-    return (isinstance(code, CodeLayout) if code else stored.dtype == dtype) and stored.stride(-1) == 1
-
-
-def _reads_basis(basis: KeyBasis | None) -> bool:
-    if basis is None or basis.B is None:
-        return True
-    held = [tensor for tensor in (basis.B, basis.delta, basis.scale) if tensor is not None]
-    known = all(tensor.dtype in (*KERNEL_DTYPES, torch.int8) and tensor.stride(-1) == 1 for tensor in held)
-    return known and basis.B.shape[-1] % RANK_MULTIPLE == 0
+    return "cpp" if device.type == "cpu" and _cpp_is_compiled() else None
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Triton reads TRITON_INTERPRET once a process, and other tests may have set it: all of this happens in children.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -193,12 +193,93 @@ def test_text_that_grows_makes_no_new_kernel():
     assert json.loads(run(PLAN + GROW)) == [1, 1]
 
 
+# A driver that launches nothing notes what Triton gives it and what a direct launch does.
+DIRECT = """
+import dataclasses, json
+
+import torch
+from kernel_contract import CASES, Case, draw
+
+from rotatek_kernels import decode
+from rotatek_kernels.occupancy import H200
+from rotatek_kernels.resources import pretend
+
+
+def plain(arguments):
+    if isinstance(arguments, torch.Tensor):
+        return arguments.data_ptr()
+    return [plain(one) for one in arguments] if isinstance(arguments, (tuple, list)) else arguments
+
+
+def launched(gpu, query, segments):
+    gpu.launched = []
+    decode.decode_attention(query, segments, 0.125)
+    return [(grid, kernel, plain(arguments)) for grid, kernel, arguments in gpu.launched]
+
+
+decode._launch_reason, decode._processor = lambda *_: None, lambda _: H200
+kept = {}
+outputs = decode._outputs  # the same for both ways
+decode._outputs = lambda shapes, layout, query: kept.setdefault(layout.numbers, outputs(shapes, layout, query))
+result = {}
+with pretend("sm_90") as gpu:
+    for name in ("two-images", "pool-codes", "heads-mixed-bits", "additive-mask", "queries-masked", "int8-basis"):
+        query, segments = draw(CASES[name], torch.float16, torch.device("cpu"))
+        text = segments[-1]
+        tables = torch.cat([text.lengths[:1], text.lengths])
+        assert tables[1:].data_ptr() % 16
+        moved = dataclasses.replace(text, lengths=tables[1:])
+        variants = {"as drawn": segments, "table not aligned": [*segments[:-1], moved]}
+        if text.mask is None:
+            variants["longer"] = [*segments[:-1], dataclasses.replace(text, max_length=text.max_length + 1000)]
+        kernels = set()
+        for variant, views in variants.items():
+            by_triton = launched(gpu, query, views)
+            prepared = decode._prepare(query, views, None)
+            prepared.compiled.clear()
+            by_triton = launched(gpu, query, views)
+            direct = launched(gpu, query.clone(), views)
+            again = launched(gpu, query, views)
+            result[f"{name}, {variant}"] = [len(by_triton), again == by_triton, direct == by_triton]
+            kernels.update(prepared.compiled)
+        result[name] = len(kernels)
+print(json.dumps(result))
+"""
+
+
+@needs_triton
+def test_a_direct_launch_gives_the_kernel_what_triton_gives_it():
+    found = json.loads(run(DIRECT))
+    cases = {name: count for name, count in found.items() if isinstance(count, int)}
+    assert cases == dict.fromkeys(cases, 2)  # kernels: a table that is not aligned is another, longer text is not
+    for name, launches in found.items():
+        if name not in cases:
+            # Two launches; the same with all addresses the same, and not where the query lies elsewhere.
+            assert launches == [2, True, False], name
+
+
+HELD = """
+from rotatek_kernels.occupancy import H200, programs_held
+print([
+    programs_held(H200, found.registers, found.shared, launch.options["num_warps"])
+    for visual in ({"rank": 32}, dict.fromkeys(("key_code", "value_code"), [[4, 32]]))
+    for launch in plan(128, 4, "bfloat16", visual, text=64)[:1]
+    for found in [resources(launch, "sm_90")]
+])
+"""
+
+
+@needs_triton
+def test_an_h200_holds_as_many_programs_as_splits_were_fitted_with():
+    assert json.loads(run(PLAN + HELD)) == [3, 10]  # see `test_occupancy.py`
+
+
 @needs_triton
 def test_cpu_tensors_need_the_interpreter():
     message = run("""
 import torch
-from rotatek_cache.attention import attend
-from rotatek_cache.segments import SegmentView
+from rotatek_cache.core.attention import attend
+from rotatek_cache.core.segments import SegmentView
 storage = torch.zeros(1, 4, 16)
 row = torch.zeros(1, dtype=torch.int64)
 try:

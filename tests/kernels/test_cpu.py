@@ -265,7 +265,7 @@ def test_without_a_compiler_torch_does_the_work(monkeypatch):
     [
         ("c++ -include /no/such/header", "/no/such/header"),
         ("/no/such/compiler", "No such file"),
-        ("false", "said: nothing"),
+        ("false", "failed: without a message"),
         ("c++ '", 'CXX must be the command of a compiler, got "c++ \'": No closing quotation'),
         ("true", "made.so"),
         ("c++ -c", "can be loaded"),
@@ -296,7 +296,7 @@ def test_attend_takes_it_for_what_it_reads(monkeypatch):
     query, segments = draw(CASES["bool-mask"], torch.float32, CPU)
     for state, direct in zip(attend(query, segments, 0.125), decode_attention(query, segments, 0.125), strict=True):
         assert torch.equal(state, direct)
-    monkeypatch.setattr(decode_cpu, "decode_attention", None)
+    monkeypatch.setattr(decode_cpu, "_segment", None)  # nothing is read by the kernel
     visual, text = segments
     basis = visual.basis
     refused = [
@@ -340,10 +340,10 @@ def test_generate_through_it_gives_what_torch_gives(host, options, monkeypatch):
         )
 
     choose, chosen = attention._kernel_for, []
-    monkeypatch.setattr(attention, "_kernel_for", lambda *what: chosen.append(choose(*what)) or chosen[-1])
+    monkeypatch.setattr(attention, "_kernel_for", lambda device: chosen.append(choose(device)) or chosen[-1])
     ours = generated()
     assert set(chosen) == {"cpp"}
-    monkeypatch.setattr(attention, "_kernel_for", lambda *what: None)
+    monkeypatch.setattr(attention, "_kernel_for", lambda device: None)
     expected = generated()
     assert torch.equal(ours.sequences, expected.sequences)
     for logits, exact in zip(ours.logits, expected.logits, strict=True):

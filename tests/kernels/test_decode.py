@@ -70,8 +70,9 @@ def many_splits(monkeypatch):
         shapes, "BLOCK_SIZES", {kind: sizes._replace(tile=1) for kind, sizes in shapes.BLOCK_SIZES.items()}
     )
     monkeypatch.setattr(decode, "_REMEMBERED", {})
-    monkeypatch.setattr(decode, "TOKENS_PER_SPLIT", 16)
-    monkeypatch.setattr(decode, "_processors", lambda device: 4096)
+    monkeypatch.setattr(
+        decode, "split_counts", lambda loads, slots, pairs: [max(1, math.ceil(load.tokens / 16)) for load in loads]
+    )
 
 
 def splits_of(query: torch.Tensor, segments: list[SegmentView]) -> list[int]:
@@ -126,10 +127,8 @@ def test_attend_dispatches():
 def test_bad_input_is_named(spoil, error, message, monkeypatch):
     query, (visual, text) = draw(CASES["bool-mask"], torch.float16, DEVICE)
     arguments = spoil(query, visual, text, 0.125)
-    decode._checked_shapes(
-        query, [visual, text], 0.125
-    )  # what is right is remembered, and must not cover what is wrong
-    monkeypatch.setattr(decode, "plan", None)  # nothing is planned, let alone launched
+    decode._prepare(query, [visual, text], None)  # what is right is remembered, and must not cover what is wrong
+    monkeypatch.setattr(decode, "_run", None)  # nothing is planned, let alone launched
     with torch.enable_grad(), pytest.raises(error, match=message):
         decode_attention(*arguments)
 

@@ -1,10 +1,9 @@
 // Attention over segment views on a CPU, decoded from what the segments store.
 //
 // The tokens that a row and KV head see are cut into pieces. A piece goes through its tokens tile by tile: all queries
-// of the head meet them in the first-level cache, where an online softmax keeps what is summed of the Values. Rows of
-// numbers are read where they lie if they are whole vectors; others, and codes, become rows of float32 beside them.
-// What the pieces of a row and head found is merged by its log-sum-exp, and coefficients of Values are rotated back
-// once.
+// of the head meet them in the first-level cache, where an online softmax keeps what is summed of the Values. Numbers
+// are read where they lie if a token is whole vectors; others, and codes, become float32 beside them. What the pieces
+// of a row and head found is merged by its log-sum-exp, and coefficients of Values are rotated back once.
 
 #include <algorithm>
 #include <cmath>
@@ -23,16 +22,11 @@ constexpr int64_t THREAD_WORK = 1 << 18;  // products that make another thread w
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 struct Problem {
-    const char* query;
-    Type type;
-    int64_t batch, heads, group, queries, width, value_width;
-    int64_t query_row, query_head, query_position;
-    char* out;
-    float* lse;
-    int64_t threads;
-    double scale;
-    std::vector<Segment> segments;
+    PROBLEM_FIELDS
+    const Segment& segment(int64_t index) const { return reinterpret_cast<const Segment*>(segments)[index]; }
 };
+
+static_assert(sizeof(Problem) == PROBLEM_SIZE, "a structure holds more than the fields that Python writes");
 
 struct Piece {
     int64_t row, head, segment, query, queries;  // of `group * queries`, the first and how many
@@ -41,7 +35,7 @@ struct Piece {
 
 // Queries [n, padded(channels)] as they meet what a segment stores, scaled, and what all its logits have in common.
 void project(const Problem& problem, const Segment& segment, const Piece& piece, float* projected, float* shifts,
-             float* room) {
+             float* buffer) {
     const int64_t n = piece.queries, width = padded(problem.width);
     std::vector<float> plain(n * width, 0.0f);
     for (int64_t m = 0; m < n; ++m) {
@@ -52,7 +46,7 @@ void project(const Problem& problem, const Segment& segment, const Piece& piece,
         for (int64_t i = 0; i < problem.width; ++i) plain[m * width + i] *= float(problem.scale);
     }
     std::fill(shifts, shifts + n, 0.0f);
-    const Rows& keys = segment.keys;
+    const Stored& keys = segment.keys;
     if (!keys.decoder.data) {
         std::copy(plain.begin(), plain.end(), projected);
         return;
@@ -75,7 +69,7 @@ void project(const Problem& problem, const Segment& segment, const Piece& piece,
     Tile tile;
     for (int64_t d = 0; d < problem.width; d += TILE) {
         const int count = int(std::min<int64_t>(TILE, problem.width - d));
-        read_decoder(keys.decoder, decoder, d, count, channels, room, tile);
+        read_decoder(keys.decoder, decoder, d, count, channels, buffer, tile);
         sums(&plain[d], width, int(n), tile, count, ones.data(), projected, inner, inner);
     }
     if (keys.scale.data) {
@@ -107,28 +101,29 @@ void hide(const Problem& problem, const Segment& segment, const Piece& piece, in
 
 // Scratch memory of a thread.
 struct Scratch {
-    std::unique_ptr<float[]> room, scores, projected;
+    std::unique_ptr<float[]> buffer, scores, projected;
     explicit Scratch(int64_t widest)
-        : room(new float[TILE * widest]), scores(new float[QUERIES * TILE]), projected(new float[QUERIES * widest]) {}
+        : buffer(new float[TILE * widest]), scores(new float[QUERIES * TILE]), projected(new float[QUERIES * widest]) {}
 };
 
-// The state of a piece: sums [n, width] of Values with weights exp(logit - most), the greatest logits, sums of weights.
-void attend(const Problem& problem, const Piece& piece, Scratch& scratch, float* state, int64_t width, float* most,
-            float* total) {
-    const Segment& segment = problem.segments[piece.segment];
+// Computes the state of a piece: sums acc [n, width] of Values with weights exp(logit - m_i), the greatest logits m_i,
+// sums l_i of weights.
+void attend(const Problem& problem, const Piece& piece, Scratch& scratch, float* acc, int64_t width, float* m_i,
+            float* l_i) {
+    const Segment& segment = problem.segment(piece.segment);
     const int64_t n = piece.queries, inner = padded(segment.keys.channels(piece.head));
     const int64_t value_width = padded(segment.values.channels(piece.head));
-    float shifts[QUERIES], factors[QUERIES];
+    float shifts[QUERIES], alpha[QUERIES];
     Tile tile;
-    std::fill(state, state + n * width, 0.0f);
-    std::fill(most, most + n, NONE);
-    std::fill(total, total + n, 0.0f);
+    std::fill(acc, acc + n * width, 0.0f);
+    std::fill(m_i, m_i + n, NONE);
+    std::fill(l_i, l_i + n, 0.0f);
     if (piece.from == piece.to) return;  // a row without tokens, whose basis may be none
-    project(problem, segment, piece, scratch.projected.get(), shifts, scratch.room.get());
+    project(problem, segment, piece, scratch.projected.get(), shifts, scratch.buffer.get());
     for (int64_t from = piece.from; from < piece.to; from += TILE) {
         const int count = int(std::min<int64_t>(TILE, piece.to - from));
         float* scores = scratch.scores.get();
-        read_tile(segment, segment.keys, piece.row, piece.head, from, count, piece.to, scratch.room.get(), tile);
+        read_tile(segment, segment.keys, piece.row, piece.head, from, count, piece.to, scratch.buffer.get(), tile);
         dots(scratch.projected.get(), inner, int(n), tile, count, inner, scores, TILE);
         if (segment.mask) hide(problem, segment, piece, from, count, scores);
         for (int64_t m = 0; m < n; ++m) {
@@ -141,10 +136,10 @@ void attend(const Problem& problem, const Piece& piece, Scratch& scratch, float*
             }
             float peak = greatest[0];
             for (int i = 1; i < LANES; ++i) peak = std::max(peak, greatest[i]);
-            peak = std::max(most[m], peak + shifts[m]);
+            peak = std::max(m_i[m], peak + shifts[m]);
             const float base = peak == NONE ? 0.0f : peak;
-            factors[m] = std::exp(most[m] - base);
-            most[m] = peak;
+            alpha[m] = std::exp(m_i[m] - base);
+            m_i[m] = peak;
             Floats sum = {};
             for (int t = 0; t < count; t += LANES) {
                 const Floats weights = exponential(load(of_query + t) + all(shifts[m] - base));
@@ -153,17 +148,17 @@ void attend(const Problem& problem, const Piece& piece, Scratch& scratch, float*
             }
             float added = 0;
             for (int i = 0; i < LANES; ++i) added += sum[i];
-            total[m] = total[m] * factors[m] + added;
+            l_i[m] = l_i[m] * alpha[m] + added;
         }
-        read_tile(segment, segment.values, piece.row, piece.head, from, count, piece.to, scratch.room.get(), tile);
-        sums(scores, TILE, int(n), tile, count, factors, state, width, value_width);
+        read_tile(segment, segment.values, piece.row, piece.head, from, count, piece.to, scratch.buffer.get(), tile);
+        sums(scores, TILE, int(n), tile, count, alpha, acc, width, value_width);
     }
 }
 
 struct States {
     int64_t width;
     std::vector<int64_t> first;  // of a piece's queries among all
-    std::unique_ptr<float[]> sums, most, total;
+    std::unique_ptr<float[]> acc, m_i, l_i;
 };
 
 // Output and log-sum-exp of pieces `from` to `to`, which are those of some queries of a row and head.
@@ -175,26 +170,26 @@ void merge(const Problem& problem, const std::vector<Piece>& pieces, std::size_t
     std::vector<float> sum(n * states.width), products(n * TILE);
     Tile tile;
     for (std::size_t i = from; i < to; ++i) {
-        for (int64_t m = 0; m < n; ++m) peaks[m] = std::max(peaks[m], states.most[states.first[i] + m]);
+        for (int64_t m = 0; m < n; ++m) peaks[m] = std::max(peaks[m], states.m_i[states.first[i] + m]);
     }
     for (std::size_t i = from; i < to;) {
         if (pieces[i].from == pieces[i].to) {
             ++i;
             continue;
         }
-        const Segment& segment = problem.segments[pieces[i].segment];
+        const Segment& segment = problem.segment(pieces[i].segment);
         std::fill(sum.begin(), sum.end(), 0.0f);
         std::fill(held.begin(), held.end(), 0.0f);
-        const Rows& values = segment.values;
+        const Stored& values = segment.values;
         const int64_t channels = values.channels(one.head), inner = padded(channels);
         const int64_t index = pieces[i].segment;
         for (; i < to && pieces[i].segment == index; ++i) {
             for (int64_t m = 0; m < n; ++m) {
                 const int64_t state = states.first[i] + m;
-                if (states.total[state] == 0) continue;
-                const float weight = std::exp(states.most[state] - peaks[m]);
-                held[m] += weight * states.total[state];
-                const float* numbers = &states.sums[state * states.width];
+                if (states.l_i[state] == 0) continue;
+                const float weight = std::exp(states.m_i[state] - peaks[m]);
+                held[m] += weight * states.l_i[state];
+                const float* numbers = &states.acc[state * states.width];
                 for (int64_t d = 0; d < inner; ++d) sum[m * states.width + d] += weight * numbers[d];
             }
         }
@@ -216,7 +211,7 @@ void merge(const Problem& problem, const std::vector<Piece>& pieces, std::size_t
         const char* decoder = values.decoder.of(one.head, basis_row);
         for (int64_t d = 0; d < value_width; d += TILE) {
             const int count = int(std::min<int64_t>(TILE, value_width - d));
-            read_decoder(values.decoder, decoder, d, count, channels, scratch.room.get(), tile);
+            read_decoder(values.decoder, decoder, d, count, channels, scratch.buffer.get(), tile);
             dots(sum.data(), states.width, int(n), tile, count, inner, products.data(), TILE);
             for (int64_t m = 0; m < n; ++m) {
                 for (int t = 0; t < count; ++t) out[m * value_width + d + t] += products[m * TILE + t];
@@ -234,7 +229,7 @@ void merge(const Problem& problem, const std::vector<Piece>& pieces, std::size_t
     for (int64_t m = 0; m < n; ++m) {
         const int64_t index = one.query + m, position = index % problem.queries;
         const int64_t head = one.head * problem.group + index / problem.queries;
-        problem.lse[(one.row * q_heads + head) * problem.queries + position] =
+        reinterpret_cast<float*>(problem.lse)[(one.row * q_heads + head) * problem.queries + position] =
             totals[m] == 0 ? NONE : peaks[m] + std::log(totals[m]);
         const float factor = totals[m] == 0 ? 0.0f : 1 / totals[m];
         const int64_t first = ((one.row * problem.queries + position) * q_heads + head) * value_width;
@@ -247,7 +242,8 @@ void merge(const Problem& problem, const std::vector<Piece>& pieces, std::size_t
 // Products of numbers, about.
 int64_t work_of(const Problem& problem) {
     int64_t numbers = 0;
-    for (const Segment& segment : problem.segments) {
+    for (int64_t s = 0; s < problem.segment_count; ++s) {
+        const Segment& segment = problem.segment(s);
         int64_t tokens = 0, channels = 0;
         for (int64_t row = 0; row < problem.batch; ++row) tokens += segment.length(row);
         for (int64_t head = 0; head < problem.heads; ++head) {
@@ -264,8 +260,8 @@ std::vector<Piece> cut(const Problem& problem, std::vector<std::size_t>& runs) {
     const int64_t all_queries = problem.group * problem.queries;
     const int64_t blocks = (all_queries + QUERIES - 1) / QUERIES;
     int64_t tokens = 0;
-    for (const Segment& segment : problem.segments) {
-        for (int64_t row = 0; row < problem.batch; ++row) tokens += segment.length(row);
+    for (int64_t s = 0; s < problem.segment_count; ++s) {
+        for (int64_t row = 0; row < problem.batch; ++row) tokens += problem.segment(s).length(row);
     }
     const int64_t wanted = tokens * problem.heads * blocks / std::max<int64_t>(1, problem.threads * PIECES) + 1;
     const int64_t longest = (std::max<int64_t>(LEAST_PIECE, wanted) + TILE - 1) / TILE * TILE;
@@ -274,11 +270,11 @@ std::vector<Piece> cut(const Problem& problem, std::vector<std::size_t>& runs) {
             for (int64_t query = 0; query < all_queries; query += QUERIES) {
                 runs.push_back(pieces.size());
                 const int64_t n = std::min<int64_t>(QUERIES, all_queries - query);
-                for (std::size_t s = 0; s < problem.segments.size(); ++s) {
-                    const int64_t length = problem.segments[s].length(row);
+                for (int64_t s = 0; s < problem.segment_count; ++s) {
+                    const int64_t length = problem.segment(s).length(row);
                     for (int64_t from = 0; from < length || (s == 0 && from == 0); from += longest) {
                         const int64_t to = std::min(length, from + longest);
-                        pieces.push_back({row, head, int64_t(s), query, n, from, to});
+                        pieces.push_back({row, head, s, query, n, from, to});
                     }
                 }
             }
@@ -291,37 +287,16 @@ std::vector<Piece> cut(const Problem& problem, std::vector<std::size_t>& runs) {
 }  // namespace
 
 // 0 if all could be read; else nothing is written, and it is (segment * batch + row) * 4 + what of it is outside.
-extern "C" int64_t rotatek_attend(const int64_t* described, double scale) {
-    Words words{described};
-    Problem problem;
-    problem.query = words.address();
-    problem.type = words.type();
-    problem.batch = words.integer();
-    problem.heads = words.integer();
-    problem.group = words.integer();
-    problem.queries = words.integer();
-    problem.width = words.integer();
-    problem.value_width = words.integer();
-    problem.query_row = words.integer();
-    problem.query_head = words.integer();
-    problem.query_position = words.integer();
-    problem.out = const_cast<char*>(words.address());
-    problem.lse = reinterpret_cast<float*>(const_cast<char*>(words.address()));
-    problem.threads = words.integer();
-    problem.scale = scale;
-    const int64_t count = words.integer();
+extern "C" int64_t rotatek_attend(const void* described) {
+    Problem problem = *static_cast<const Problem*>(described);
     int64_t widest = padded(std::max(problem.width, problem.value_width)), state_width = padded(problem.value_width);
-    for (int64_t s = 0; s < count; ++s) {
-        problem.segments.emplace_back(words);
-        for (const HeadRows& head : problem.segments.back().keys.heads)
-            widest = std::max(widest, padded(head.channels));
-        for (const HeadRows& head : problem.segments.back().values.heads) {
-            state_width = std::max(state_width, padded(head.channels));
-        }
+    for (int64_t s = 0; s < problem.segment_count; ++s) {
+        widest = std::max(widest, padded(problem.segment(s).keys.widest()));
+        state_width = std::max(state_width, padded(problem.segment(s).values.widest()));
     }
-    for (int64_t s = 0; s < count; ++s) {
+    for (int64_t s = 0; s < problem.segment_count; ++s) {
         for (int64_t row = 0; row < problem.batch; ++row) {
-            const Outside outside = problem.segments[s].outside(row);
+            const Outside outside = problem.segment(s).outside(row);
             if (outside != NOTHING) return (s * problem.batch + row) * 4 + outside;
         }
     }
@@ -336,17 +311,17 @@ extern "C" int64_t rotatek_attend(const int64_t* described, double scale) {
         states.first.push_back(total);
         total += piece.queries;
     }
-    states.sums.reset(new float[total * state_width]);
-    states.most.reset(new float[total]);
-    states.total.reset(new float[total]);
+    states.acc.reset(new float[total * state_width]);
+    states.m_i.reset(new float[total]);
+    states.l_i.reset(new float[total]);
 #pragma omp parallel num_threads(int(problem.threads))
     {
         Scratch scratch(widest);
 #pragma omp for schedule(dynamic)
         for (std::size_t i = 0; i < pieces.size(); ++i) {
             const int64_t first = states.first[i];
-            attend(problem, pieces[i], scratch, &states.sums[first * state_width], state_width, &states.most[first],
-                   &states.total[first]);
+            attend(problem, pieces[i], scratch, &states.acc[first * state_width], state_width, &states.m_i[first],
+                   &states.l_i[first]);
         }
 #pragma omp for schedule(static)
         for (std::size_t i = 0; i < last_run; ++i) {

@@ -1,5 +1,5 @@
-// The inner loops: products of rows (`dots`: scores, and rotating back), weighted sums of rows (`sums`: outputs, and
-// projecting queries), and exponentials.
+// The inner loops: products of tokens (`dots`: scores, and rotating back), weighted sums of tokens (`sums`: outputs,
+// and projecting queries), and exponentials.
 
 #pragma once
 
@@ -35,39 +35,40 @@ __attribute__((always_inline)) inline void fold(Floats* vectors) {
     }
 }
 
-// scores[m][t] = queries[m] . rows[t], of M queries and LANES / M rows.
+// scores[m][t] = queries[m] . tokens[t], of M queries and LANES / M tokens.
 template <typename Number, int M>
-inline __attribute__((always_inline)) void dots_of(const float* queries, int64_t query_stride, const char* const* rows,
-                                                   int64_t width, float* scores, int64_t score_stride) {
-    constexpr int ROWS = LANES / M;
+inline __attribute__((always_inline)) void dots_of(const float* queries, int64_t query_stride,
+                                                   const char* const* tokens, int64_t width, float* scores,
+                                                   int64_t score_stride) {
+    constexpr int TOKENS = LANES / M;
     Floats sums[LANES] = {};
     for (int64_t i = 0; i < width; i += LANES) {
         Floats query[M];
         for (int m = 0; m < M; ++m) query[m] = load(queries + m * query_stride + i);
-        for (int t = 0; t < ROWS; ++t) {
-            const Floats numbers = load(reinterpret_cast<const Number*>(rows[t]) + i);
-            __builtin_prefetch(reinterpret_cast<const Number*>(rows[t + AHEAD]) + i);
-            for (int m = 0; m < M; ++m) sums[m * ROWS + t] += query[m] * numbers;
+        for (int t = 0; t < TOKENS; ++t) {
+            const Floats numbers = load(reinterpret_cast<const Number*>(tokens[t]) + i);
+            __builtin_prefetch(reinterpret_cast<const Number*>(tokens[t + AHEAD]) + i);
+            for (int m = 0; m < M; ++m) sums[m * TOKENS + t] += query[m] * numbers;
         }
     }
     fold<LANES / 2>(sums);
     for (int m = 0; m < M; ++m) {
-        std::memcpy(scores + m * score_stride, reinterpret_cast<float*>(sums) + m * ROWS, ROWS * sizeof(float));
+        std::memcpy(scores + m * score_stride, reinterpret_cast<float*>(sums) + m * TOKENS, TOKENS * sizeof(float));
     }
 }
 
 template <typename Number, int M>
-void dots_of_rows(const float* queries, int64_t query_stride, const Tile& tile, int count, int64_t width, float* scores,
-                  int64_t score_stride) {
-    constexpr int ROWS = LANES / M;
+void dots_of_tokens(const float* queries, int64_t query_stride, const Tile& tile, int count, int64_t width,
+                    float* scores, int64_t score_stride) {
+    constexpr int TOKENS = LANES / M;
     int t = 0;
-    for (; t + ROWS <= count; t += ROWS) {
-        dots_of<Number, M>(queries, query_stride, tile.row + t, width, scores + t, score_stride);
+    for (; t + TOKENS <= count; t += TOKENS) {
+        dots_of<Number, M>(queries, query_stride, tile.token + t, width, scores + t, score_stride);
     }
-    if (t < count) {  // fewer rows than a product takes: the last one again, for which the scores have room
-        const char* rows[ROWS + AHEAD];
-        for (int i = 0; i < ROWS + AHEAD; ++i) rows[i] = tile.row[std::min(t + i, count - 1)];
-        dots_of<Number, M>(queries, query_stride, rows, width, scores + t, score_stride);
+    if (t < count) {  // fewer tokens than a product takes: the last one again, for which there is space in the scores
+        const char* tokens[TOKENS + AHEAD];
+        for (int i = 0; i < TOKENS + AHEAD; ++i) tokens[i] = tile.token[std::min(t + i, count - 1)];
+        dots_of<Number, M>(queries, query_stride, tokens, width, scores + t, score_stride);
     }
 }
 
@@ -76,21 +77,21 @@ void dots_as(const float* queries, int64_t query_stride, int n, const Tile& tile
              float* scores, int64_t score_stride) {
     int m = 0;
     for (; m + 4 <= n; m += 4) {
-        dots_of_rows<Number, 4>(queries + m * query_stride, query_stride, tile, count, width, scores + m * score_stride,
-                                score_stride);
+        dots_of_tokens<Number, 4>(queries + m * query_stride, query_stride, tile, count, width,
+                                  scores + m * score_stride, score_stride);
     }
     if (m + 2 <= n) {
-        dots_of_rows<Number, 2>(queries + m * query_stride, query_stride, tile, count, width, scores + m * score_stride,
-                                score_stride);
+        dots_of_tokens<Number, 2>(queries + m * query_stride, query_stride, tile, count, width,
+                                  scores + m * score_stride, score_stride);
         m += 2;
     }
     if (m < n) {
-        dots_of_rows<Number, 1>(queries + m * query_stride, query_stride, tile, count, width, scores + m * score_stride,
-                                score_stride);
+        dots_of_tokens<Number, 1>(queries + m * query_stride, query_stride, tile, count, width,
+                                  scores + m * score_stride, score_stride);
     }
 }
 
-// scores [n, count] of queries [n, width] against the rows of a tile; a row of scores has room for whole vectors.
+// scores [n, count] of queries [n, width] against the tokens of a tile; the scores of a query take whole vectors.
 void dots(const float* queries, int64_t query_stride, int n, const Tile& tile, int count, int64_t width, float* scores,
           int64_t score_stride) {
     switch (tile.type) {
@@ -100,18 +101,18 @@ void dots(const float* queries, int64_t query_stride, int n, const Tile& tile, i
     }
 }
 
-// sums[m] = factors[m] * sums[m] + sum over t of weights[m][t] * rows[t], for M sums and VECTORS vectors of each, from
-// column `column` of the rows on.
+// sums[m] = factors[m] * sums[m] + sum over t of weights[m][t] * tokens[t], for M sums and VECTORS vectors of each,
+// from column `column` of the tokens on.
 template <typename Number, int M, int VECTORS>
 inline void sums_of(const float* weights, int64_t weight_stride, const Tile& tile, int count, int64_t column,
                     const float* factors, float* sums, int64_t sum_stride) {
     Floats held[M][VECTORS] = {};  // of the tile alone: thousands of tokens added up one by one would lose digits
     for (int t = 0; t < count; ++t) {
-        const Number* row = reinterpret_cast<const Number*>(tile.row[t]) + column;
-        const Number* next = reinterpret_cast<const Number*>(tile.row[t + AHEAD]) + column;
+        const Number* token = reinterpret_cast<const Number*>(tile.token[t]) + column;
+        const Number* next = reinterpret_cast<const Number*>(tile.token[t + AHEAD]) + column;
         Floats numbers[VECTORS];
         for (int v = 0; v < VECTORS; ++v) {
-            numbers[v] = load(row + v * LANES);
+            numbers[v] = load(token + v * LANES);
             __builtin_prefetch(next + v * LANES);
         }
         for (int m = 0; m < M; ++m) {
@@ -160,7 +161,7 @@ void sums_as(const float* weights, int64_t weight_stride, int n, const Tile& til
     }
 }
 
-// Weighted sums of the rows of a tile, added to `sums` [n, width] times `factors` [n].
+// Weighted sums of the tokens of a tile, added to `sums` [n, width] times `factors` [n].
 void sums(const float* weights, int64_t weight_stride, int n, const Tile& tile, int count, const float* factors,
           float* sums, int64_t sum_stride, int64_t width) {
     switch (tile.type) {

@@ -1,20 +1,18 @@
-// What segments store, and rows of it as numbers.
+// What segments store, and tokens of it as numbers. The fields of structures are declared in cpu_layout.py.
 
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "numbers.h"
 
 namespace {
 
-constexpr int TILE = 64;       // tokens
-constexpr int AHEAD = 32;      // rows that are fetched before they are met: memory is slow to answer
-constexpr int MAX_BLOCKS = 3;  // of codes: 8, 4 and 2 bits
+constexpr int TILE = 64;   // tokens
+constexpr int AHEAD = 32;  // tokens that are fetched before they are met: memory is slow to answer
 
 struct Block {
-    int64_t bits, bytes, offset, channel;
+    BLOCK_FIELDS
 };
 
 // Codes of BITS in N bytes of each token, from column `from` of the block on. Both are known where it is compiled, so
@@ -41,117 +39,48 @@ inline void read_block(const char* const* tokens, int count, const Block& block,
     for (; i + 2 <= block.bytes; i += 2) read_columns<BITS, 2>(tokens, count, block, i, to, stride);
 }
 
-// ---- a segment, from Python's words in order ----
-
-struct Words {
-    const int64_t* next;
-    int64_t integer() { return *next++; }
-    Type type() { return Type(*next++); }
-    const char* address() { return reinterpret_cast<const char*>(*next++); }
+struct Form {
+    FORM_FIELDS
+    const Block& block(int64_t index) const { return reinterpret_cast<const Block*>(blocks)[index]; }
 };
 
-struct Vector {  // of integers, one for each row
-    const char* data;
-    Type type;
-    int64_t stride;
+struct Vector {
+    VECTOR_FIELDS
     int64_t at(int64_t index) const { return integer_at(data, type, index * stride); }
-    explicit Vector(Words& words) : data(words.address()), type(words.type()), stride(words.integer()) {}
 };
 
-struct Matrix {  // of a basis: heads, rows, and what is inside
-    const char* data;
-    Type type;
-    int64_t rows;  // -1 where there is none
-    int64_t head, row, line;
-    explicit Matrix(Words& words)
-        : data(words.address()),
-          type(words.type()),
-          rows(words.integer()),
-          head(words.integer()),
-          row(words.integer()),
-          line(words.integer()) {}
+struct Matrix {
+    MATRIX_FIELDS
     bool has(int64_t r) const { return rows < 0 || (0 <= r && r < rows); }
     const char* of(int64_t h, int64_t r) const { return data + (h * head + r * row) * size_of(type); }
 };
 
-struct HeadRows {  // how a head stores a token
-    int64_t width, before, channels, blocks;
-    Block block[MAX_BLOCKS];
-};
-
-struct Rows {  // Keys or Values of a segment
-    const char* data;
-    Type type;
-    int64_t head_stride, token_stride, tokens;
-    std::vector<HeadRows> heads;  // one for all, or one each
-    Matrix decoder, delta, scale;
-
-    explicit Rows(Words& words)
-        : data(words.address()),
-          type(words.type()),
-          head_stride(words.integer()),
-          token_stride(words.integer()),
-          tokens(words.integer()),
-          heads(table(words)),
-          decoder(words),
-          delta(words),
-          scale(words) {}
-
-    static std::vector<HeadRows> table(Words& words) {
-        std::vector<HeadRows> heads(words.integer());
-        for (HeadRows& head : heads) {
-            head = {words.integer(), words.integer(), words.integer(), words.integer(), {}};
-            for (int64_t i = 0; i < head.blocks; ++i) {
-                head.block[i] = {words.integer(), words.integer(), words.integer(), words.integer()};
-            }
-        }
-        return heads;
-    }
-
-    const HeadRows& of(int64_t head) const { return heads[heads.size() == 1 ? 0 : head]; }
+struct Stored {
+    STORED_FIELDS
+    const Form& of(int64_t head) const { return reinterpret_cast<const Form*>(forms)[form_count == 1 ? 0 : head]; }
     int64_t channels(int64_t head) const { return of(head).channels; }
-    int64_t stride(int64_t head) const { return heads.size() == 1 ? token_stride : of(head).width; }
+    int64_t stride(int64_t head) const { return form_count == 1 ? token_stride : of(head).width; }
     const char* first(int64_t head) const {
-        return data + (heads.size() == 1 ? head * head_stride : of(head).before * tokens) * size_of(type);
+        return data + (form_count == 1 ? head * head_stride : of(head).before * tokens) * size_of(type);
+    }
+    int64_t widest() const {
+        int64_t channels = 0;
+        for (int64_t i = 0; i < form_count; ++i) channels = std::max(channels, of(i).channels);
+        return channels;
     }
 };
 
 enum Outside : int64_t { NOTHING, TOKENS, SLOTS, BASES };
 
 struct Segment {
-    Rows keys, values;
-    Vector starts, lengths, basis_rows;
-    Vector slots;     // of token j of a row, whose numbers are `stride` apart
-    int64_t columns;  // that starts and lengths are within: of slots, or tokens
-    int64_t max_length;
-    const char* mask;
-    Type mask_type;
-    int64_t mask_row, mask_query, mask_token;
-    double hidden;
-
-    explicit Segment(Words& words)
-        : keys(words),
-          values(words),
-          starts(words),
-          lengths(words),
-          basis_rows(words),
-          slots(words),
-          columns(words.integer()),
-          max_length(words.integer()),
-          mask(words.address()),
-          mask_type(words.type()),
-          mask_row(words.integer()),
-          mask_query(words.integer()),
-          mask_token(words.integer()) {
-        std::memcpy(&hidden, words.next++, sizeof hidden);
-    }
+    SEGMENT_FIELDS
 
     int64_t length(int64_t row) const { return std::clamp<int64_t>(lengths.at(row), 0, max_length); }
     int64_t basis_row(int64_t row) const { return basis_rows.data ? basis_rows.at(row) : row; }
     int64_t slot(int64_t row, int64_t index) const {
         return integer_at(slots.data, slots.type, row * slots.stride + index);
     }
-    // What of a row is outside of what is stored, which a kernel must not read.
+    // Of a row, what lies outside of what is stored, which a kernel must not read.
     Outside outside(int64_t row) const {
         const int64_t count = length(row), start = starts.at(row);
         if (count == 0) return NOTHING;
@@ -169,63 +98,67 @@ struct Segment {
     }
 };
 
-// Rows of numbers, whole vectors wide, and behind them AHEAD more addresses, of what is going to be read next.
+static_assert(sizeof(Block) == BLOCK_SIZE && sizeof(Form) == FORM_SIZE && sizeof(Vector) == VECTOR_SIZE &&
+                  sizeof(Matrix) == MATRIX_SIZE && sizeof(Stored) == STORED_SIZE && sizeof(Segment) == SEGMENT_SIZE,
+              "a structure holds more than the fields that Python writes");
+
+// Tokens as numbers, whole vectors wide, and behind them AHEAD more addresses, of what is going to be read next.
 struct Tile {
-    const char* row[TILE + AHEAD];
+    const char* token[TILE + AHEAD];
     Type type;
 
-    void copied(float* room, int count, int64_t width) {
+    void copied(float* buffer, int count, int64_t width) {
         type = FLOAT32;
-        for (int t = 0; t < count; ++t) row[t] = reinterpret_cast<const char*>(room + t * width);
+        for (int t = 0; t < count; ++t) token[t] = reinterpret_cast<const char*>(buffer + t * width);
     }
 };
 
 // Tokens `from` and following of a row and head: where they lie if they are numbers in whole vectors, else read to
-// `room`. The row has tokens up to `end`.
-void read_tile(const Segment& segment, const Rows& stored, int64_t row, int64_t head, int64_t from, int count,
-               int64_t end, float* room, Tile& tile) {
-    const HeadRows& own = stored.of(head);
+// `buffer`. The row has tokens up to `end`.
+void read_tile(const Segment& segment, const Stored& stored, int64_t row, int64_t head, int64_t from, int count,
+               int64_t end, float* buffer, Tile& tile) {
+    const Form& own = stored.of(head);
     const int64_t width = padded(own.channels), bytes = stored.stride(head) * size_of(stored.type);
     const int64_t start = segment.starts.at(row) + from;
     const char* first = stored.first(head);
     const int known = int(std::min<int64_t>(count + AHEAD, end - from));
     if (segment.slots.data) {
-        for (int t = 0; t < known; ++t) tile.row[t] = first + segment.slot(row, start + t) * bytes;
+        for (int t = 0; t < known; ++t) tile.token[t] = first + segment.slot(row, start + t) * bytes;
     } else {
-        for (int t = 0; t < known; ++t) tile.row[t] = first + (start + t) * bytes;
+        for (int t = 0; t < known; ++t) tile.token[t] = first + (start + t) * bytes;
     }
-    for (int t = known; t < count + AHEAD; ++t) tile.row[t] = tile.row[known - 1];
+    for (int t = known; t < count + AHEAD; ++t) tile.token[t] = tile.token[known - 1];
     tile.type = stored.type;
-    if (own.blocks == 0 && own.channels == width) return;
-    for (int t = 0; t < count; ++t) __builtin_prefetch(tile.row[t + AHEAD]);
-    if (own.blocks == 0) {
-        for (int t = 0; t < count; ++t) read_numbers(tile.row[t], stored.type, own.channels, room + t * width);
+    if (own.block_count == 0 && own.channels == width) return;
+    for (int t = 0; t < count; ++t) __builtin_prefetch(tile.token[t + AHEAD]);
+    if (own.block_count == 0) {
+        for (int t = 0; t < count; ++t) read_numbers(tile.token[t], stored.type, own.channels, buffer + t * width);
     }
-    for (int64_t i = 0; i < own.blocks; ++i) {
-        const Block& block = own.block[i];
+    for (int64_t i = 0; i < own.block_count; ++i) {
+        const Block& block = own.block(i);
         switch (block.bits) {
-            case 8: read_block<8>(tile.row, count, block, room, width); break;
-            case 4: read_block<4>(tile.row, count, block, room, width); break;
-            default: read_block<2>(tile.row, count, block, room, width);
+            case 8: read_block<8>(tile.token, count, block, buffer, width); break;
+            case 4: read_block<4>(tile.token, count, block, buffer, width); break;
+            default: read_block<2>(tile.token, count, block, buffer, width);
         }
     }
     if (own.channels < width) {
-        for (int t = 0; t < count; ++t) std::fill(room + t * width + own.channels, room + (t + 1) * width, 0.0f);
+        for (int t = 0; t < count; ++t) std::fill(buffer + t * width + own.channels, buffer + (t + 1) * width, 0.0f);
     }
-    tile.copied(room, count, width);
+    tile.copied(buffer, count, width);
 }
 
 // Lines `from` and following of a decoder.
-void read_decoder(const Matrix& decoder, const char* first, int64_t from, int count, int64_t channels, float* room,
+void read_decoder(const Matrix& decoder, const char* first, int64_t from, int count, int64_t channels, float* buffer,
                   Tile& tile) {
     const int64_t width = padded(channels);
     for (int t = 0; t < count; ++t) {
-        float* line = room + t * width;
+        float* line = buffer + t * width;
         read_numbers(first + (from + t) * decoder.line * size_of(decoder.type), decoder.type, channels, line);
         std::fill(line + channels, line + width, 0.0f);
     }
-    tile.copied(room, count, width);
-    std::fill(tile.row + count, tile.row + count + AHEAD, tile.row[0]);
+    tile.copied(buffer, count, width);
+    std::fill(tile.token + count, tile.token + count + AHEAD, tile.token[0]);
 }
 
 }  // namespace
