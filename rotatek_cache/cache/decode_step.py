@@ -98,6 +98,7 @@ class LayerStep:
 
     Attributes:
         layer: the layer.
+        text: its text segment; a layer that was reset has another one.
         segments: its visual segments.
         uniform: of each of them, whether its rows lie in order.
         keys, values: the text buffers ``[H, B, capacity, D]``.
@@ -106,6 +107,7 @@ class LayerStep:
     """
 
     layer: LayerKV
+    text: TextSegment
     segments: list[VisualSegment]
     uniform: list[bool]
     keys: Tensor
@@ -120,9 +122,10 @@ class LayerStep:
 
     def fits(self) -> bool:
         """Whether the layer still is what this step was made of, with a free column."""
-        layer, text = self.layer, self.layer.text
+        layer, text = self.layer, self.text
         return (
             layer.pending is None
+            and layer.text is text
             and text.keys is self.keys
             and text.values is self.values
             and text.length == self.cursor.text.length < text.capacity
@@ -168,7 +171,7 @@ class DecodeStep:
             )
         )
         uniform = [segment.uniform for segment in layer.segments]
-        return LayerStep(layer, list(layer.segments), uniform, text.keys, text.values, cursor, views)
+        return LayerStep(layer, text, list(layer.segments), uniform, text.keys, text.values, cursor, views)
 
     def _cursor(self, text: TextSegment) -> TextCursor:
         assert text.keys is not None
@@ -192,7 +195,7 @@ class DecodeStep:
 
     def belongs_to(self, layers: Sequence[LayerKV]) -> bool:
         """Whether these are the layers that it was made of."""
-        return all(held.layer is layer for held, layer in zip(self.layers, layers, strict=True))
+        return all(held.layer is layer and held.text is layer.text for held, layer in zip(self.layers, layers, strict=True))
 
     def refresh(self) -> None:
         """Write what has changed since the last step (rows selected, tokens appended otherwise) into its tensors."""
@@ -274,10 +277,10 @@ class DecodeStep:
                         table.segment = taken
                 joined.append(taken)
             layer.segments[:] = joined
-            if held.cursor.text is held.layer.text:
+            if held.cursor.text is held.text:
                 held.cursor.text = text
                 held.cursor.at = -1
-            held.layer, held.segments = layer, joined
+            held.layer, held.text, held.segments = layer, text, joined
         self.refresh()
 
     @property

@@ -140,6 +140,21 @@ def test_a_later_prompt_of_the_same_shapes_takes_the_graph_over(llava, model):
     assert len(RecordedGraph.made) == 1
 
 
+def test_a_cache_that_is_reset_takes_its_own_graph_over(llava, model):
+    inputs = ways.padded(llava.tiny)
+    cache = RotateKCache(rank=8)
+    for seed in (5, 7):
+        ways.generate(model, inputs, cache)
+        cache.reset()
+        other = llava.tiny.inputs(
+            llava.tiny.prompt(seed, images=(0,)), llava.tiny.prompt(6, images=(1,), text=2, tail=3)
+        )
+        found = ways.generate(model, other, cache).sequences
+        assert torch.equal(found, ways.generate(model, other, RotateKCache(rank=8, graphs=False)).sequences)
+        cache.reset()
+    assert len(RecordedGraph.made) == 1
+
+
 def test_a_graph_is_not_taken_from_a_cache_that_is_alive_or_whose_copy_is(llava, model):
     inputs = ways.padded(llava.tiny)
     first = RotateKCache(rank=8)
