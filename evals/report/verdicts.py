@@ -434,7 +434,7 @@ def gains(rows: Sequence[Mapping[str, Any]], time: str, name: str) -> list[tuple
     return found
 
 
-NO_GPU = "no result from a GPU is stored"
+NO_GPU = "no result of it from a GPU is stored"
 
 
 def _faster(results: Results) -> Verdict:

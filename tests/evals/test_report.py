@@ -138,7 +138,7 @@ def test_verdicts_follow_the_numbers():
 def test_speed_on_a_cpu_says_nothing_about_gpus():
     found = {verdict.claim: verdict for verdict in verdicts(Results(latency={"l": latency(device="CPU, 2 cores")}))}
     for speed in [verdict for claim, verdict in found.items() if "GPU" in claim or "times as fast" in claim]:
-        assert speed.share is None and speed.evidence == "no result from a GPU is stored"
+        assert speed.share is None and speed.evidence == "no result of it from a GPU is stored"
 
 
 @pytest.fixture
@@ -217,6 +217,29 @@ def test_claims_that_hold_on_some_tasks_hold_in_part():
     assert "1 of 2 tasks, n = 40; lost on reader-counting -50.0 [" in kept.evidence
     assert found["RotateK answers better than ThinK at the same rank"].words() == "holds"
     assert "worse on 1: reader-counting" in found["RotateK and SparK are level"].evidence
+
+
+def test_a_token_method_as_good_at_fewer_bytes_speaks_against_channels():
+    def row(name, channels, share, right, loss):
+        second = {"pages": 50, "exact_match": right, "loss_95": loss}
+        return {
+            "tokens": name,
+            "channels": channels,
+            "bytes_share": share,
+            "budget": 0.3,
+            "first": second,
+            "second": second,
+        }
+
+    alone = row("none", "RotateK 1/4", 0.68, 0.98, [0.0, 0.01])
+    good = [row("Good", "tokens only", share, 0.98, [0.0, 0.02]) for share in (0.45, 0.2)]
+    bad = row("Bad", "tokens only", 0.45, 0.5, [0.4, 0.5])
+    for rows, share in (([alone, *good, bad], 0.5), ([alone, bad], 1.0)):
+        right = {"dense": 40, "rotatek": 40, "tokens": 10}
+        judged = verdicts(Results(accuracy={"a": accuracy(right)}, tokens={"t": {"rows": rows}}))
+        (found,) = [verdict for verdict in judged if verdict.claim.startswith("Pruning channels")]
+        assert found.share == share
+        assert ("Good at 0.20 of the bytes" in found.evidence) == (share == 0.5) and "Bad" not in found.evidence
 
 
 def test_what_tells_nothing_is_a_control():
