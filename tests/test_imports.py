@@ -1,5 +1,6 @@
 """What each room imports, seen in a new interpreter in which what it must not need cannot be imported."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -118,3 +119,68 @@ else:
     raise AssertionError("it ran")
 """
     modules_after(body, ["typer"])
+
+
+# What each folder may import of the library; tests of single modules say more.
+BELOW = {
+    "core": set(),
+    "options": {"core", "codecs"},
+    "report": set(),
+    "codecs": {"core", "options"},
+    "token_pruning": {"core"},
+    "cache": {"core", "codecs", "token_pruning", "options", "report"},
+    "hf": {"core", "codecs", "token_pruning", "cache", "options", "report"},
+    "calibration": {"core", "codecs", "options", "hf"},
+    "cli": {"core", "codecs", "options", "report", "hf", "calibration"},
+    "__main__": {"cli"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """All modules that a file imports, wherever it does, for type checking too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+def library() -> dict[str, Path]:
+    files = (ROOT / "rotatek_cache").rglob("*.py")
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+@pytest.mark.parametrize("folder", sorted(BELOW))
+def test_arrows_go_one_way(folder):
+    for name, path in library().items():
+        parts = name.split(".")
+        if len(parts) == 1 or parts[1] != folder:
+            continue
+        used = {tuple(module.split(".")) for module in imports(path)}
+        below = {module[1] for module in used if module[0] == "rotatek_cache" and len(module) > 1} & BELOW.keys()
+        assert below <= BELOW[folder] | {folder}, name
+        tops = {module[0] for module in used}
+        assert not tops & {"rotatek_kernels", "rotatek_sglang", "rotatek_lmms_eval", "evals", "triton"}, name
+        if folder not in ("hf", "cli"):
+            assert "transformers" not in tops, name
+
+
+def test_the_library_has_no_import_cycle():
+    modules = library()
+    arrows = {name: imports(path) & modules.keys() - {name, "rotatek_cache"} for name, path in modules.items()}
+    arrows.pop("rotatek_cache")  # imports its public names when they are used
+    while arrows:
+        free = {name for name, used in arrows.items() if not used & arrows.keys()}
+        assert free, f"these import each other: {sorted(arrows)}"
+        arrows = {name: used for name, used in arrows.items() if name not in free}
+
+
+def test_of_the_evals_only_benches_import_an_integration():
+    for path in (ROOT / "evals").rglob("*.py"):
+        tops = {module.split(".")[0] for module in imports(path)}
+        if path.parent.name != "bench":
+            assert not tops & {"rotatek_sglang", "rotatek_lmms_eval"}, path
+    for path in (ROOT / "integrations").rglob("*.py"):
+        assert "evals" not in {module.split(".")[0] for module in imports(path)}, path

@@ -195,7 +195,9 @@ class DecodeStep:
 
     def belongs_to(self, layers: Sequence[LayerKV]) -> bool:
         """Whether these are the layers that it was made of."""
-        return all(held.layer is layer and held.text is layer.text for held, layer in zip(self.layers, layers, strict=True))
+        return all(
+            held.layer is layer and held.text is layer.text for held, layer in zip(self.layers, layers, strict=True)
+        )
 
     def refresh(self) -> None:
         """Write what has changed since the last step (rows selected, tokens appended otherwise) into its tensors."""
