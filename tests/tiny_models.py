@@ -628,3 +628,5 @@ FAMILIES: dict[str, Tiny] = {
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 if TRANSFORMERS < (5, 23):
     del FAMILIES["vipllava"]  # its vision tower returns no hidden states there
+if TRANSFORMERS < (5, 20):
+    del FAMILIES["perception_lm"]  # its config insists on a tower of the library timm there

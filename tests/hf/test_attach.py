@@ -18,6 +18,7 @@ from tiny_models import FAMILIES, visual_positions
 from transformers import AutoModelForImageTextToText, DynamicCache, GenerationMixin, LlavaModel, StaticCache
 
 from rotatek_cache import RotateKCache, attach, detach
+from rotatek_cache.hf import generate_methods
 from rotatek_cache.hf.families import FAMILIES as FAMILY_TABLE
 
 FULL = {"rank": 32, "always_compress": True}
@@ -162,9 +163,9 @@ def test_a_method_that_transformers_lacks_is_named(llava: Host, monkeypatch, own
 def test_a_method_is_expected_in_its_versions_only(llava: Host, monkeypatch):
     name = "_maybe_prepare_encoder_kwargs_for_generation"
     monkeypatch.delattr(GenerationMixin, name, raising=False)
-    monkeypatch.setattr(transformers, "__version__", "5.17.1")
+    monkeypatch.setattr(generate_methods.transformers, "__version__", "5.17.1")
     assert not hasattr(attach(copy.deepcopy(llava.plain)), name)
-    monkeypatch.setattr(transformers, "__version__", "5.18.0.dev0")
+    monkeypatch.setattr(generate_methods.transformers, "__version__", "5.18.0.dev0")
     with pytest.raises(RuntimeError, match=rf"5.18.0.dev0: .* no method {name}.* from version 5.18 on"):
         attach(copy.deepcopy(llava.plain))
 

@@ -158,6 +158,7 @@ def test_choosing_before_the_language_model_is_a_shorter_prompt(family, method):
     torch.testing.assert_close(torch.cat(got, 1), expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif("perception_lm" not in FAMILIES, reason="not in this transformers without timm")
 def test_a_family_without_a_readable_encoder_is_refused():
     host = build_host("perception_lm")
     with pytest.raises(
