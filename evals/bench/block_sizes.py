@@ -51,7 +51,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def candidates(kind: str) -> Iterator[BlockSizes]:
-    """What is tried for an entry of `BLOCK_SIZES`, its own sizes first."""
+    """List what is tried for an entry of `BLOCK_SIZES`, its own sizes first."""
     own = BLOCK_SIZES[kind]
     yield own
     if kind == "plain":
@@ -69,7 +69,7 @@ def candidates(kind: str) -> Iterator[BlockSizes]:
 
 
 def judged(found: Resources, sizes: BlockSizes, block_n: int, size: int, gpu: Gpu) -> dict[str, Any]:
-    """What compiled code says of a candidate for tokens of `size` bytes; picoseconds a token on the whole GPU."""
+    """Judge a candidate by its compiled code, for tokens of `size` bytes; picoseconds a token on the whole GPU."""
     processor = H200_PROCESSOR._replace(multiprocessors=gpu.processors, shared=gpu.shared)
     programs = programs_held(processor, found.registers, found.shared, sizes.warps)
     instructions = max(found.loops) * sizes.warps / block_n
@@ -95,13 +95,13 @@ def judged(found: Resources, sizes: BlockSizes, block_n: int, size: int, gpu: Gp
 
 
 def used(kind: str, name: str, width: int) -> bool:
-    """Whether an entry of `BLOCK_SIZES` is that of a shape with heads of `width`."""
+    """Tell whether an entry of `BLOCK_SIZES` is that of a shape with heads of `width`."""
     query = torch.empty(1, 32, 1, width, dtype=torch.bfloat16, device="meta")
     return kind_of(query, [segment_of_shape(1, 8, 1, width, torch.bfloat16, **SHAPES[kind][name])]) == kind
 
 
 def by_code(kind: str, name: str, width: int, gpu: Gpu) -> dict[str, Any]:
-    """All candidates for a shape, and the best of them: another than the one in use has to be 3 % better."""
+    """Judge all candidates for a shape, and find the best of them: another than the one in use has to be 3 % better."""
     segments = [segment_of_shape(8, 8, 32768, width, torch.bfloat16, **SHAPES[kind][name])]
     text = segment_of_shape(8, 8, 512, width, torch.bfloat16)
     tried = []
@@ -118,7 +118,7 @@ def by_code(kind: str, name: str, width: int, gpu: Gpu) -> dict[str, Any]:
 
 
 def by_clock(clock: Any, common: dict[str, Any], tokens: int = 32768, batch: int = 8) -> list[dict[str, Any]]:
-    """The same candidates timed on the current device, for shapes that the decode benchmark draws."""
+    """Time the same candidates on the current device, for shapes that the decode benchmark draws."""
     from evals.bench.kernel_cuda import Setting, draw, ours_error  # noqa: PLC0415 (it imports a figure's library)
 
     rows = []

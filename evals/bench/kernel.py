@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def on_cuda(args: argparse.Namespace) -> dict:
-    """The fused kernel against the dense decodes at hand."""
+    """Measure the fused kernel against the dense decodes at hand."""
     if not torch.cuda.is_available():
         raise SystemExit("--device cuda needs a CUDA device; --device rehearsal and --roofline do not")
     bench = importlib.import_module("evals.bench.kernel_cuda")
@@ -100,7 +100,7 @@ def on_cuda(args: argparse.Namespace) -> dict:
 
 
 def measure(args: argparse.Namespace, sizes: Iterable, shapes: dict, clock: Any, common: dict) -> dict:
-    """The parts that were asked for; `common` are fields of every `Setting`."""
+    """Measure the parts that were asked for; `common` are fields of every `Setting`."""
     bench = importlib.import_module("evals.bench.kernel_cuda")
     prefill = importlib.import_module("evals.bench.prefill")
     kinds = args.kinds or bench.KINDS
@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace, sizes: Iterable, shapes: dict, clock: Any,
 
 
 def rehearse(args: argparse.Namespace) -> None:
-    """All of a measurement but the clock, with small sizes on the CPU."""
+    """Take the way of a measurement but for the clock, with small sizes on the CPU."""
     bench = importlib.import_module("evals.bench.kernel_cuda")
     common = {"q_heads": 4, "kv_heads": 2, "width": 128, "text": 5, "dtype": torch.float16, "device": "cpu"}
     shapes = {"tokens": 160, "queries": (3,), "ranks": (32,)}

@@ -29,7 +29,7 @@ Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class DenseModule(torch.nn.Module):
-    """What transformers' sdpa function reads off an attention module."""
+    """An attention module, as far as transformers' sdpa function reads it."""
 
     is_causal = True
 
@@ -41,7 +41,7 @@ class DenseModule(torch.nn.Module):
 def filled_layer(
     keys: Tensor, values: Tensor, queries: Tensor, visual: int, options: FitOptions
 ) -> tuple[VisualPositions, LayerKV]:
-    """A layer of our cache after a prompt of `visual` visual tokens and some text."""
+    """Make a layer of our cache after a prompt of `visual` visual tokens and some text."""
     batch, _, tokens, _ = keys.shape
     positions = VisualPositions()
     positions.announce(0, tokens, (torch.arange(tokens, device=keys.device) < visual).expand(batch, -1))
@@ -52,7 +52,7 @@ def filled_layer(
 
 
 def our_step(positions: VisualPositions, kv: LayerKV, impl: Implementation) -> Step:
-    """One decode step of our cache; of a dense one, if its prompt had no visual token."""
+    """Make the decode step of our cache; of a dense one, if its prompt had no visual token."""
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         positions.complete(kv.length + 1, len(query))
@@ -63,7 +63,7 @@ def our_step(positions: VisualPositions, kv: LayerKV, impl: Implementation) -> S
 
 
 def dynamic_cache_step(keys: Tensor, values: Tensor, groups: int) -> Step:
-    """transformers' default: DynamicCache, then its sdpa attention function."""
+    """Make the step of transformers' default: DynamicCache, then its sdpa attention function."""
     cache = DynamicCache()
     cache.update(keys, values, 0)
     module = DenseModule(groups)
@@ -76,11 +76,11 @@ def dynamic_cache_step(keys: Tensor, values: Tensor, groups: int) -> Step:
 
 
 class Preallocated:
-    """A dense cache with room for `room` more tokens, which none of the dense formulations below has to copy."""
+    """A dense cache with space for `space` more tokens, which none of the dense formulations below has to copy."""
 
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, space: int) -> None:
         self.length = keys.shape[2]
-        self.buffers = [t.new_zeros(*t.shape[:2], self.length + room, t.shape[3]) for t in (keys, values)]
+        self.buffers = [t.new_zeros(*t.shape[:2], self.length + space, t.shape[3]) for t in (keys, values)]
         for buffer, source in zip(self.buffers, (keys, values), strict=True):
             buffer[:, :, : self.length] = source
 
@@ -94,7 +94,7 @@ class Preallocated:
 
 
 def sdpa_step(cache: Preallocated) -> Step:
-    """torch's sdpa with enable_gqa on a preallocated dense cache."""
+    """Make the step of torch's sdpa with enable_gqa on a preallocated dense cache."""
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = torch.nn.functional.scaled_dot_product_attention(query, *cache.append(key, value), enable_gqa=True)
@@ -104,7 +104,7 @@ def sdpa_step(cache: Preallocated) -> Step:
 
 
 def matmul_step(cache: Preallocated, *, keys_left: bool) -> Step:
-    """Batched matmuls over KV heads on a preallocated dense cache: each Key is read once for its GQA group.
+    """Make a step of batched matmuls over KV heads on a dense cache: each Key is read once for its GQA group.
 
     `keys_left` makes the Keys the left factor, which some libraries are faster at.
     """
@@ -121,7 +121,7 @@ def matmul_step(cache: Preallocated, *, keys_left: bool) -> Step:
 
 
 def draw(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys of rank `args.rank` around a mean, Values and queries of a prompt."""
+    """Draw Keys of rank `args.rank` around a mean, Values and queries of a prompt."""
     generator = torch.Generator().manual_seed(args.seed)
     tokens = args.visual + args.text
 
@@ -138,9 +138,9 @@ def draw(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def steps_of(args: argparse.Namespace) -> tuple[dict[str, Step], dict[str, Step]]:
-    """The methods by name, and the reference in torch of those whose answer is not the dense one."""
+    """Make the methods by name, and the reference in torch of those whose answer is not the dense one."""
     keys, values, queries = draw(args)
-    room = args.rounds + 2
+    space = args.rounds + 2
     # Without the query weight, or the basis would not span Keys of rank r (the paper applies the eigenvectors of the
     # weighted covariance to unweighted Keys).
     plain = FitOptions(rank=args.rank, query_weight=False)
@@ -156,9 +156,9 @@ def steps_of(args: argparse.Namespace) -> tuple[dict[str, Step], dict[str, Step]
         "rotatek in torch": ours(plain, args.visual, "torch"),
         "dense, our kernel": ours(plain, 0, "auto"),
         "DynamicCache + sdpa": dynamic_cache_step(keys, values, args.q_heads // args.kv_heads),
-        "dense, sdpa": sdpa_step(Preallocated(keys, values, room)),
-        "dense, matmuls q K": matmul_step(Preallocated(keys, values, room), keys_left=False),
-        "dense, matmuls K q": matmul_step(Preallocated(keys, values, room), keys_left=True),
+        "dense, sdpa": sdpa_step(Preallocated(keys, values, space)),
+        "dense, matmuls q K": matmul_step(Preallocated(keys, values, space), keys_left=False),
+        "dense, matmuls K q": matmul_step(Preallocated(keys, values, space), keys_left=True),
     }
     return methods, {"rotatek, 4 bit": ours(coded, args.visual, "torch")}
 
@@ -207,14 +207,14 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def cpu_name() -> str:
-    """Name of the processor, as Linux tells it."""
+    """Name the processor, as Linux does."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def run(args: argparse.Namespace) -> dict:
-    """A step of the cache against the dense ways to do it."""
+    """Measure a step of the cache against the dense ways to do it, and print."""
     result = measure(args)
     names = ("batch", "visual", "text", "q_heads", "kv_heads", "width", "rank", "dtype", "rounds", "seed")
     result["setting"] = {name: getattr(args, name) for name in names}

@@ -39,12 +39,12 @@ class Clock:
     """Times steps on the current CUDA device."""
 
     def median_ms(self, step: Callable[[], Any]) -> float:
-        """Median time with a cold L2 cache, in milliseconds."""
+        """Time a step with a cold L2 cache: the median, in milliseconds."""
         testing = importlib.import_module("triton.testing")
         return float(testing.do_bench(step, warmup=20, rep=150, return_mode="median"))
 
     def in_graph(self, step: Callable[[], Any]) -> Callable[[], Any]:
-        """The step as a CUDA graph."""
+        """Capture the step as a CUDA graph."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -56,11 +56,11 @@ class Clock:
         return graph.replay
 
     def free_bytes(self) -> int:
-        """Memory that is left."""
+        """Return the bytes of memory that are left."""
         return torch.cuda.mem_get_info()[0]
 
     def copy_bandwidth(self) -> float:
-        """Bytes a second, read and written, of a copy on the device."""
+        """Measure the bytes a second, read and written, of a copy on the device."""
         source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
         return 2 * COPY_BYTES / (self.median_ms(lambda: target.copy_(source)) * 1e-3)
@@ -70,20 +70,20 @@ class NoClock(Clock):
     """Runs each step once; every time is NaN."""
 
     def median_ms(self, step: Callable[[], Any]) -> float:
-        """NaN."""
+        """Run the step; return NaN."""
         step()
         return math.nan
 
     def in_graph(self, step: Callable[[], Any]) -> Callable[[], Any]:
-        """The step itself."""
+        """Return the step itself."""
         return step
 
     def free_bytes(self) -> int:
-        """As much as anything takes."""
+        """Return more than anything takes."""
         return 1 << 62
 
     def copy_bandwidth(self) -> float:
-        """NaN."""
+        """Return NaN."""
         return math.nan
 
 
@@ -103,13 +103,13 @@ class Setting:
 
 
 def settings(batches: list[int], tokens: list[int], **common: Any) -> Iterator[Setting]:
-    """All combinations, the smaller first."""
+    """List all combinations, the smaller first."""
     for batch, count in itertools.product(sorted(batches), sorted(tokens)):
         yield Setting(batch, count, **common)
 
 
 def dense_bytes(setting: Setting) -> int:
-    """Bytes of a dense cache of these sizes."""
+    """Count the bytes of a dense cache of these sizes."""
     tokens = setting.batch * (setting.tokens + setting.text)
     return tokens * setting.kv_heads * 2 * setting.width * setting.dtype.itemsize
 
@@ -133,14 +133,14 @@ def _segment(setting: Setting, tokens: int, keys: Tensor, values: Tensor, **fiel
 
 
 def _basis(setting: Setting, rank: int, scale: float = 1.0) -> KeyBasis:
-    """Orthonormal directions, a mean; `scale` is a code's step."""
+    """Draw orthonormal directions and a mean; `scale` is a code's step."""
     shape = (setting.kv_heads, setting.batch, setting.width, rank)
     decoder = torch.linalg.qr(_normal(setting, *shape, dtype=torch.float32)).Q * scale
     return KeyBasis(B=decoder.to(setting.dtype).contiguous(), delta=_normal(setting, *shape[:3]))
 
 
 def draw(setting: Setting, kind: str) -> tuple[Tensor, list[SegmentView]]:
-    """A query ``[B, H_q, 1, D]`` and a visual and a text segment."""
+    """Draw a query ``[B, H_q, 1, D]`` and a visual and a text segment."""
     torch.manual_seed(setting.seed)
     heads, rows, width = setting.kv_heads, setting.batch * setting.tokens, setting.width
     if kind in ("4 bit", "per head"):
@@ -170,14 +170,14 @@ def draw(setting: Setting, kind: str) -> tuple[Tensor, list[SegmentView]]:
 
 
 def dense_cache(setting: Setting) -> tuple[Tensor, Tensor]:
-    """Keys and Values ``[B, H, T, D]``, as a dense cache holds them."""
+    """Draw Keys and Values ``[B, H, T, D]``, as a dense cache holds them."""
     torch.manual_seed(setting.seed + 1)
     shape = (setting.batch, setting.kv_heads, setting.tokens + setting.text, setting.width)
     return _normal(setting, *shape), _normal(setting, *shape)
 
 
 def must_move(query: Tensor, segments: list[SegmentView]) -> int:
-    """Bytes that a step reads and writes: tokens, bases, query, output."""
+    """Count the bytes that a step reads and writes: tokens, bases, query, output."""
     read = [query, *(tensor for s in segments for tensor in (s.keys, s.values))]
     for segment in segments:
         read += [t for basis in (segment.basis, segment.value_basis) if basis is not None for t in basis.tensors()]
@@ -185,7 +185,7 @@ def must_move(query: Tensor, segments: list[SegmentView]) -> int:
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm."""
+    """Divide the norm of the difference by the norm."""
     return float((out.float() - expected.float()).norm() / expected.float().norm())
 
 
@@ -207,7 +207,7 @@ def ours_error(query: Tensor, segments: list[SegmentView], scale: float, sizes: 
 
 
 def dense_decodes(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> dict[str, Callable[[], Decode]]:
-    """Makers of the dense decodes; a maker raises where its library or backend is not at hand."""
+    """List makers of the dense decodes; a maker raises where its library or backend is not at hand."""
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def sdpa(backend: SDPBackend) -> Decode:
@@ -267,7 +267,7 @@ def dense_decodes(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
 def dense_times(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, clock: Clock
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Times of the dense decodes that run here and are right, one after the other; why the others are left out."""
+    """Time the dense decodes that run here and are right, one after the other; say why the others are left out."""
     row = slice(0, 1)
     attention = torch.nn.functional.scaled_dot_product_attention
     expected = attention(
@@ -289,12 +289,12 @@ def dense_times(
 
 
 def times(step: Callable[[], Any], clock: Clock) -> dict[str, float]:
-    """Median milliseconds, called and replayed."""
+    """Time a step called and replayed: median milliseconds."""
     return {"eager ms": clock.median_ms(step), "graph ms": clock.median_ms(clock.in_graph(step))}
 
 
 def measure(setting: Setting, kinds: Sequence[str], bandwidth: float, clock: Clock) -> dict[str, Any]:
-    """One row of the benchmark; a SystemExit where ours is wrong."""
+    """Measure one setting; a SystemExit where ours is wrong."""
     scale = setting.width**-0.5
     row: dict[str, Any] = {"batch": setting.batch, "tokens": setting.tokens, "dense": {}, "ours": {}}
     torch.manual_seed(setting.seed)
@@ -327,7 +327,7 @@ def measure(setting: Setting, kinds: Sequence[str], bandwidth: float, clock: Clo
 def run(
     wanted: Iterable[Setting], kinds: Sequence[str] = KINDS, clock: Clock | None = None, minutes: float = math.inf
 ) -> dict[str, Any]:
-    """All rows, with the bandwidth of a copy in the same run; none is begun once `minutes` have passed."""
+    """Measure all settings, with the bandwidth of a copy in the same run; none is begun once `minutes` have passed."""
     clock = clock or Clock()
     bandwidth = clock.copy_bandwidth()
     rows: list[dict[str, Any]] = []
@@ -343,7 +343,7 @@ def run(
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as text."""
+    """Write what was measured of a setting as text."""
     best = row["best dense"]
     dense = row.get("no dense", "no dense decode is right here")
     if best is not None:
@@ -356,7 +356,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def draw_figure(result: dict[str, Any], path: Path) -> None:
-    """Speed over the best dense decode against visual tokens, a panel for each batch."""
+    """Draw speed over the best dense decode against visual tokens, a panel for each batch."""
     rows = [row for row in result["rows"] if row["best dense"] is not None]
     batches = sorted({row["batch"] for row in rows})
     if not batches:
@@ -382,7 +382,7 @@ def draw_figure(result: dict[str, Any], path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Hardware and versions that a figure belongs to."""
+    """Name hardware and versions that a figure belongs to."""
     properties = torch.cuda.get_device_properties(0)
     found = {"device": properties.name, "multiprocessors": str(properties.multi_processor_count)}
     for name in ("torch", "triton", "flashinfer", "flash_attn"):

@@ -25,7 +25,7 @@ INTERMEDIATE = 14336  # of the feed-forward network of a model of this width (Ll
 
 
 def rebuilt_keys(segment: SegmentView) -> Tensor:
-    """Dense Keys ``[B, H, T, D]`` of a segment whose rows are alike."""
+    """Rebuild dense Keys ``[B, H, T, D]`` of a segment whose rows are alike."""
     basis = segment.basis
     assert basis is not None
     rows = segment.keys.unflatten(1, (-1, segment.max_length))  # [H, B, T, r]
@@ -33,7 +33,7 @@ def rebuilt_keys(segment: SegmentView) -> Tensor:
 
 
 def queries_row(setting: Setting, kind: str, queries: int, clock: Clock) -> dict[str, Any]:
-    """Times of some queries a row over visual tokens: the kernel, and dense attention with and without rebuilding."""
+    """Time some queries a row over visual tokens: the kernel, and dense attention with and without rebuilding."""
     scale = setting.width**-0.5
     _, (visual, _) = draw(setting, kind)
     query = torch.randn(
@@ -88,7 +88,7 @@ def _first(segment: SegmentView) -> dict[str, Tensor]:
 
 
 def fit_rows(setting: Setting, ranks: tuple[int, ...], clock: Clock) -> list[dict[str, Any]]:
-    """Time of the seal of one layer beside that of its prefill, with its parts; a SystemExit where the basis is bad."""
+    """Time the seal of one layer beside that of its prefill, with its parts; a SystemExit where the basis is bad."""
     hidden = setting.q_heads * setting.width
     draws = torch.Generator().manual_seed(setting.seed)
 
@@ -131,7 +131,7 @@ def fit_rows(setting: Setting, ranks: tuple[int, ...], clock: Clock) -> list[dic
 
 
 def prefill_layer(setting: Setting, hidden: int) -> Any:
-    """A step that does the large products of one decoder layer's prefill, and its attention."""
+    """Make a step that does the large products of one decoder layer's prefill, and its attention."""
     kv = setting.kv_heads * setting.width
     intermediate = INTERMEDIATE * hidden // 4096
     widths = {"qkv": (hidden, hidden + 2 * kv), "out": (hidden, hidden), "up": (hidden, 2 * intermediate)}

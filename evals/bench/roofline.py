@@ -1,4 +1,4 @@
-"""What bounds a decode step on a GPU: bytes over bandwidth, warp instructions over issue rate. No GPU is needed.
+"""Bound a decode step on a GPU: bytes over bandwidth, warp instructions over issue rate. No GPU is needed.
 
 Instructions are read out of the code that Triton compiles for the target, bytes out of the shapes of what is stored.
 """
@@ -27,7 +27,7 @@ class Gpu:
 
     @property
     def issue_rate(self) -> float:
-        """Warp instructions a second."""
+        """Return the warp instructions a second."""
         return self.processors * self.schedulers * self.clock
 
 
@@ -54,7 +54,7 @@ KINDS: dict[str, dict[str, int | CodeLayout | HeadCodes]] = {
 
 @dataclass(frozen=True)
 class Bound:
-    """What one token of one KV head costs.
+    """Cost of one token of one KV head.
 
     Attributes:
         token_bytes: stored.
@@ -69,12 +69,12 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The larger of the two."""
+        """Return the larger of the two."""
         return max(self.by_bytes, self.by_issue)
 
 
 def token_bytes(segment: SegmentView) -> float:
-    """Bytes of the Keys and Values of one token of one head, on average."""
+    """Count the bytes of the Keys and Values of one token of one head, on average."""
     total = 0.0
     for stored, code in ((segment.keys, segment.key_code), (segment.values, segment.value_code)):
         columns = sum(code.widths) / len(code.parts) if isinstance(code, HeadCodes) else stored.shape[-1]
@@ -83,7 +83,7 @@ def token_bytes(segment: SegmentView) -> float:
 
 
 def bound(gpu: Gpu, kind: str, *, width: int = 128, group: int = 4) -> Bound:
-    """The bound for a kind of segment, bf16."""
+    """Bound a kind of segment, bf16."""
     segment = segment_of_shape(8, 8, 32768, width, torch.bfloat16, **KINDS[kind])  # type: ignore[arg-type]
     launch = plan_of_shape([segment], group, width)[0]
     # The loop over tokens is the longest; the other projects the query, once for all tokens of a program.
@@ -94,7 +94,7 @@ def bound(gpu: Gpu, kind: str, *, width: int = 128, group: int = 4) -> Bound:
 
 
 def table(gpu: Gpu) -> str:
-    """Bounds of all kinds and their ratio to the bound of dense Keys and Values, as text."""
+    """List bounds of all kinds and their ratio to the bound of dense Keys and Values, as text."""
     bounds = {kind: bound(gpu, kind) for kind in KINDS}
     dense = bounds["dense"].seconds
     lines = [
@@ -114,7 +114,7 @@ def table(gpu: Gpu) -> str:
 def fit_table(
     gpu: Gpu, *, tokens: int = 16384, heads: int = 8, group: int = 4, width: int = 128, rank: int = 32
 ) -> str:
-    """What the seal of one layer's Keys moves and multiplies, beside the products of that layer's prefill, as text.
+    """List what the seal of one layer's Keys moves and multiplies, beside that layer's prefill, as text.
 
     The layer is that of a 7B or 8B model (feed-forward width 14,336). Not counted: some sixty small launches over
     ``[heads, width, rank]``, a few microseconds each.

@@ -1,4 +1,4 @@
-"""What the fused attention can read: checks of its arguments, made before anything is launched.
+"""Check the arguments of the fused attention before anything is launched.
 
 Malformed arguments raise an error that names them. What is well formed and yet not read by a kernel has a reason, on
 which `attend` takes the reference instead. What both look at is in `arguments_key`, so that what follows from arguments

@@ -1,4 +1,4 @@
-"""What `cpu/attend.cpp` is told of its arguments, declared once: here, and in C++ generated from this.
+"""Declare the structures that `cpu/attend.cpp` reads, once: those of C++ are generated from these.
 
 Every field is a word of 64 bits, so that a structure is its fields one after the other. `header` writes the fields as
 macros, which the structures of `cpu/storage.h` begin with and assert to be all that they hold.
@@ -42,7 +42,7 @@ class Block(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How a head stores a token."""
+    """Layout of a token in a head."""
 
     width: int  # numbers or bytes
     before: int  # numbers or bytes of the heads before it, for each token

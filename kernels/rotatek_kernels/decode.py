@@ -79,7 +79,7 @@ class Part(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the states of all splits lie, and who computes them.
+    """Places of the states of all splits, and the launches that compute them.
 
     Attributes:
         places: of each segment: first split, splits, where its states begin; encoded.
@@ -98,7 +98,7 @@ class Layout(NamedTuple):
 
 @dataclass(slots=True)
 class Prepared:
-    """What was worked out of arguments of some types, shapes and strides, and is used again for all such.
+    """Results worked out once for arguments of some types, shapes and strides, and used again for all such.
 
     Nothing of it depends on where tensors lie or, but for `layouts`, on lengths: addresses are read in each call.
 

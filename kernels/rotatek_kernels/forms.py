@@ -1,4 +1,4 @@
-"""What the kernels need to know of a segment: when compiled (forms), and when launched (arguments)."""
+"""Tell the kernels of a segment: when they are compiled (forms), and when they are launched (arguments)."""
 
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ class HeadTable(NamedTuple):
 
 
 class SegmentForm(NamedTuple):
-    """What is known of a segment when a kernel is compiled."""
+    """Facts of a segment for which a kernel is compiled."""
 
     key_blocks: tuple[Block, ...]
     value_blocks: tuple[Block, ...]
@@ -60,7 +60,7 @@ class SegmentForm(NamedTuple):
 
 
 class SegmentArguments(NamedTuple):
-    """What a segment stores; integers are encoded (`encode_integer`), strides of heads and rows in units of align."""
+    """Tensors and sizes of a segment; integers are encoded, strides of heads and of rows in units of align."""
 
     stored_keys: Any  # [H, N, columns], or the heads one after the other
     stored_values: Any  # [H, N, columns] (a tuple of Triton has `values` of its own)
@@ -81,7 +81,7 @@ class SegmentArguments(NamedTuple):
 
 
 class MergeForm(NamedTuple):
-    """What is known of a segment's states when the merge is compiled."""
+    """Facts of a segment's states for which the merge is compiled."""
 
     state_width: int
     block_w: int  # the power of two that holds it, where it is rotated back
@@ -93,7 +93,7 @@ class MergeForm(NamedTuple):
 
 
 class MergeArguments(NamedTuple):
-    """A segment's states, and what its Values mean; integers are encoded (`encode_integer`)."""
+    """Tensors and sizes of a segment's states and of its Values' basis; integers are encoded (`encode_integer`)."""
 
     decoder: Any  # [H, R, D_v, channels], or None: states are outputs
     delta: Any  # [H, R, D_v], or None

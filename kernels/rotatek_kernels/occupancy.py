@@ -1,4 +1,4 @@
-"""How many programs a GPU holds at once, and into how many of them an attention is cut."""
+"""Count the programs that a GPU holds at once, and choose into how many an attention is cut."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def programs_held(processor: Processor, registers: int, shared: int, warps: int)
 
 
 class Pace(NamedTuple):
-    """How the time of programs goes with what they read and with what else runs; fitted to one H200.
+    """The rule by which the time of programs goes with what they read and with what else runs; fitted to one H200.
 
     The unit is a byte at the rate at which each of all programs that fit reads numbers (10.6 GB/s there).
 
@@ -80,7 +80,7 @@ CODE_WORK = 2  # bytes of numbers that take as long as unpacking and multiplying
 
 
 class Load(NamedTuple):
-    """What a segment gives one (row, KV head, tile of queries) to read.
+    """The tokens of a segment that one (row, KV head, tile of queries) reads.
 
     Attributes:
         tokens: most of a row.

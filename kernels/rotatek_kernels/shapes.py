@@ -25,7 +25,7 @@ HEAD_COLUMNS, HEAD_BLOCKS = 16, 2
 
 
 class BlockSizes(NamedTuple):
-    """How an attention over segments is cut up.
+    """Sizes by which an attention over segments is cut up.
 
     Attributes:
         warps: of a program.
@@ -67,7 +67,7 @@ BLOCK_SIZES = {
 
 
 class SegmentShape(NamedTuple):
-    """What follows from the shapes and strides of a segment, whatever its length.
+    """Consequences of the shapes and strides of a segment, whatever its length.
 
     Attributes:
         order: which of the segments it is.
@@ -93,7 +93,7 @@ class SegmentShape(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """What follows from the shapes and strides of query and segments: checked once, used in every step.
+    """Consequences of the shapes and strides of query and segments: checked once, used in every step.
 
     Attributes:
         segments: those that may hold tokens.
@@ -212,7 +212,7 @@ def _unpacked(blocks: tuple[Block, ...]) -> int:
 
 
 class StoredForm(NamedTuple):
-    """How the Keys, or the Values, of a segment lie in memory.
+    """Layout of the Keys, or the Values, of a segment in memory.
 
     Attributes:
         blocks: of a token.
