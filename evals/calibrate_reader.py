@@ -19,7 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evals.reader.pages import ADDRESS_KINDS, LEVELS, TRAIN_SEEDS, ask, make_page
 from rotatek_cache import attach
-from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
+from rotatek_cache.calibration.gather import calibrate
+from rotatek_cache.calibration.moments import Calibration, fingerprint
 
 READER = Path(__file__).parent.parent / "rotatek_cache" / "reader"
 

@@ -171,9 +171,9 @@ def _check_storage(name: str, tensor: Tensor, code: Code | None, query: Tensor) 
         raise TypeError(
             f"{name} must be packed as a CodeLayout or HeadCodes say, got {type(code).__name__}: {USE} for other codes"
         )
-    elif tensor.dtype != torch.uint8 or tensor.shape[-1] != code.row_bytes:
+    elif tensor.dtype != torch.uint8 or tensor.shape[-1] != code.token_bytes:
         raise ValueError(
-            f"{name} must hold {code.row_bytes} bytes (uint8) a token, packed as {code.blocks}, got "
+            f"{name} must hold {code.token_bytes} bytes (uint8) a token, packed as {code.blocks}, got "
             f"{tensor.shape[-1]} of {tensor.dtype}"
         )
     _check_contiguous_rows(name, tensor)

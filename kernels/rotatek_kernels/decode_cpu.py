@@ -161,14 +161,14 @@ def _table(code: CodeLayout | HeadCodes | Numbers) -> tuple[int, ...]:
     words, before = [len(parts)], 0
     for part in parts:
         blocks = part.blocks if isinstance(part, CodeLayout) else ()
-        words += (part.row_width, before, part.channels, len(blocks))
+        words += (part.token_width, before, part.channels, len(blocks))
         offset = channel = 0
         for bits, channels in blocks:
             size = channels * bits // 8
             words += (bits, size, offset, channel)
             offset += size
             channel += channels
-        before += part.row_width
+        before += part.token_width
     return tuple(words)
 
 

@@ -168,8 +168,6 @@ class Planner:
             raise ValueError("budget sets a rank here, which key_bits='auto' does not have: give key_bits a number")
         if options.allocation.over != "uniform":
             raise ValueError("budget and allocation cannot both deal channels out to layers: give one of them")
-        if options.basis_per == "image":
-            raise ValueError("budget needs basis_per='prompt': how many images there will be is not known to the plan")
         self.layers: Sequence[Any] = ()  # with a `kv` each, as the cache holds them
         self.selection: TokenSelection | None = None
         self.made: BudgetPlan | None = None

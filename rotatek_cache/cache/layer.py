@@ -198,16 +198,16 @@ class LayerKV:
                 merged = self.selection.method.merged(pending.keys, pending.values, plan.visual, plan.dropped)
                 pending.keys, pending.values = merged
         compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
-        for image in plan.images() if self.options.basis_per == "image" else (plan.sparing(self.exact),):
-            made: list[VisualSegment] = []
-            # A segment has one layout, and that of a row must not depend on its batch.
-            for part in image.rows() if self.options.follows_content else (image,):
-                rows, segment = self._compress_worth(pending, part)
-                self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
-                if segment is not None:
-                    compressed.append((part, rows))
-                    made.append(segment)
-            self.segments += join_segments(made)
+        made: list[VisualSegment] = []
+        spared = plan.sparing(self.exact)
+        # A segment has one layout, and that of a row must not depend on its batch.
+        for part in spared.rows() if self.options.follows_content else (spared,):
+            rows, segment = self._compress_worth(pending, part)
+            self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
+            if segment is not None:
+                compressed.append((part, rows))
+                made.append(segment)
+        self.segments += join_segments(made)
         self.pending = None
         if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
             # Nothing is compressed and nothing is padding: the tokens keep their logical order.

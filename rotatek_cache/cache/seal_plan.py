@@ -106,23 +106,6 @@ class SealPlan:
         behind = torch.where(prompt.any(1, keepdim=True), prompt, behind)
         return behind & (places == (behind * places).amax(1, keepdim=True)) if last_only else behind
 
-    def images(self) -> "tuple[SealPlan, ...]":
-        """A plan for each image of a row, the n-th images of all rows together.
-
-        An image is a run of visual tokens; a single token between two of them belongs to it, as breaks between the rows
-        of an image do.
-        """
-        if "images" not in self._memo:
-            seen = self.visual if self.dropped is None else self.visual | self.dropped
-            before, after = (torch.nn.functional.pad(seen, pad) for pad in ((1, -1), (-1, 1)))
-            runs = seen | (before & after)
-            number = (runs & ~torch.nn.functional.pad(runs, (1, -1))).cumsum(1) * seen
-            parts = [self.visual & (number == n) for n in range(1, int(number.max()) + 1)]
-            self._memo["images"] = tuple(
-                SealPlan(part, self.visible, self.begin, self.end) for part in parts if bool(part.any())
-            )
-        return self._memo["images"]  # type: ignore[return-value]
-
     def rows(self) -> "tuple[SealPlan, ...]":
         """A plan for each batch row with visual tokens."""
         if "rows" not in self._memo:
@@ -176,7 +159,7 @@ class SealPlan:
     ) -> tuple[Tensor, Alignment]:
         """Where the text goes: `columns` old columns laid out as `previous`, then the pending ones that stay dense.
 
-        `compressed` are the plans of which segments were made, this one or those of its images, and the batch rows of
+        `compressed` are the plans of which segments were made, this one or those of its rows, and the batch rows of
         each; visual tokens of other rows stay dense. Returns what `align_right` does, over the concatenation of old and
         pending columns.
         """

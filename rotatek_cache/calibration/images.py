@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
+from rotatek_cache.calibration.gather import calibrate
+from rotatek_cache.calibration.moments import Calibration, fingerprint
 from rotatek_cache.cli.demo import DemoError, Reader, open_page
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -34,7 +35,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Image.Image:
-        """The image; a DemoError where it cannot be read."""
+        """Read the image; a DemoError where it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class DatasetImages:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files below `folder`, in the order of their names."""
+    """List the image files below `folder`, in the order of their names."""
     if not folder.is_dir():
         raise DemoError(f"--images must be a folder, got '{folder}'")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -93,7 +94,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def open_images(source: str, split: str = "train", most: int | None = None) -> Images:
-    """Images of a folder, or of a dataset: a name on the hub, or a folder that `save_to_disk` wrote.
+    """Open the images of a folder, or of a dataset: a name on the hub, or a folder that `save_to_disk` wrote.
 
     Args:
         source: folder, or ``owner/name`` or ``owner/name/configuration``.
@@ -148,7 +149,7 @@ def calibrate_reader(
         images: one that cannot be read is skipped and counted.
         questions: at least one.
         out: the basis file.
-        method, value_method: of `rotatek_cache.calibration.METHODS` and `VALUE_METHODS`.
+        method, value_method: of `rotatek_cache.calibration.moments.KEY_METHODS` and `VALUE_METHODS`.
         save_every: images between two saves.
         advance: called with the number of images done.
 
@@ -184,7 +185,7 @@ def calibrate_reader(
 
 
 def _resumed(saved: Path, mark: Tensor, source: str) -> Calibration:
-    """The state saved at `saved`; a ValueError if it was begun with something else."""
+    """Load the state saved at `saved`; a ValueError if it was begun with something else."""
     state = Calibration.load(saved, mark)
     if state.source != source:
         raise ValueError(

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rotatek_cache import FitOptions, __version__
 from rotatek_cache.calibration.images import calibrate_reader, open_images
-from rotatek_cache.calibration.moments import METHODS, VALUE_METHODS
+from rotatek_cache.calibration.moments import KEY_METHODS, VALUE_METHODS
 from rotatek_cache.cli.demo import (
     ANY_QUESTION,
     READER_PAGE,
@@ -137,7 +137,7 @@ def calibrate(
     question: Annotated[
         list[str] | None, typer.Option(help="Questions to ask in turn; may be given several times.")
     ] = None,
-    method: Annotated[str, typer.Option(help=f"Basis of Keys: {', '.join(METHODS)}.")] = METHODS[0],
+    method: Annotated[str, typer.Option(help=f"Basis of Keys: {', '.join(KEY_METHODS)}.")] = KEY_METHODS[0],
     value_method: Annotated[
         str, typer.Option(help=f"Basis of Values: {', '.join(VALUE_METHODS)} (weighted by the output projection).")
     ] = VALUE_METHODS[0],
@@ -181,8 +181,8 @@ def _check_calibration(out: Path, method: str, value_method: str, questions: lis
         raise DemoError("--question must not be empty: a cache seals an image once text follows it")
     if out.suffix != ".safetensors":
         raise DemoError(f"--out must end in .safetensors, got '{out}'")
-    if method not in METHODS:
-        raise DemoError(f"--method must be one of {', '.join(METHODS)}, got '{method}'")
+    if method not in KEY_METHODS:
+        raise DemoError(f"--method must be one of {', '.join(KEY_METHODS)}, got '{method}'")
     if value_method not in VALUE_METHODS:
         raise DemoError(f"--value-method must be one of {', '.join(VALUE_METHODS)}, got '{value_method}'")
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rotatek_cache.cache.seal_plan import Coming
 from rotatek_cache.calibration.moments import fingerprint
-from rotatek_cache.codecs.calibrated import load_basis
+from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.hf import attention as hf_attention
 from rotatek_cache.hf.cache import RotateKCache
 from rotatek_cache.hf.encoder_tap import EncoderTap
