@@ -88,7 +88,7 @@ class Settings:
             raise RunError(f"dtype must be 'auto' or the name of a torch dtype, got {self.dtype!r}")
         for name, options in self.methods.items():
             try:
-                RotateKCache(**options)
+                RotateKCache.for_study(**options)
             except (TypeError, ValueError, OSError) as error:
                 raise RunError(f"method '{name}' ({options}): {error}") from error
 
@@ -220,7 +220,7 @@ def answer_batch(
     for name, options in methods.items():
         for part in usable.values():  # conversations of one length go together
             config = chat.model.config.get_text_config(decoder=True)
-            cache = DynamicCache(config=config) if options is None else RotateKCache(**options)
+            cache = DynamicCache(config=config) if options is None else RotateKCache.for_study(**options)
             samples = [sample for _, sample in part]
             try:
                 answers, stored, tokens = ask(chat, samples, cache, limit or task.max_new_tokens)

@@ -294,7 +294,7 @@ def answers_without(args: argparse.Namespace) -> dict[str, Any]:
             prefill = model(**batch.prompt, position_ids=positions, past_key_values=recorder, use_cache=True)
             dense: Tensor | None = None
             for name, (options, change) in {"dense": (dense_options, None), **methods}.items():
-                cache = RotateKCache(**options)
+                cache = RotateKCache.for_study(**options)
                 fidelity.fill(cache, model.config, batch, recorder)
                 if change is not None:
                     change(cache)

@@ -201,7 +201,7 @@ def new_cache(options: dict[str, Any], config: Any) -> Cache:
     options = dict(options)
     if "cache" not in options:
         # Also where the basis costs more bytes than it saves: what is asked here is what a method loses.
-        return RotateKCache(**{"always_compress": True, **options})
+        return RotateKCache.for_study(**{"always_compress": True, **options})
     name = options.pop("cache")
     if name not in OTHER_CACHES:
         raise ValueError(f"cache must be one of {', '.join(OTHER_CACHES)}, or left out for RotateKCache, got {name!r}")

@@ -86,7 +86,7 @@ class Variant:
 
     def cache(self) -> RotateKCache:
         """Make a fresh cache."""
-        return HalfCache(**self.options, tokens=self.method)
+        return HalfCache.for_study(**self.options, tokens=self.method)
 
 
 def visual_share(cache: RotateKCache, pages: int) -> float:

@@ -17,7 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import rotatek_cache
 from rotatek_cache import RotateKCache, attach
-from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
+from rotatek_cache.calibration.gather import calibrate
+from rotatek_cache.calibration.moments import Calibration
+from rotatek_cache.codecs.fingerprint import fingerprint
 
 READER = Path(rotatek_cache.__file__).parent / "reader"
 

@@ -1,13 +1,23 @@
-"""What a user chooses: how a basis is fitted, how Keys and Values are stored; each option with its check."""
+"""The options of a user: how visual Keys and Values are stored. Each is documented and checked by its field.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+``python -m rotatek_cache.options`` prints the table of docs/options.md; the docstring of `RotateKCache` and the flags
+of the SGLang adapter are made of the same texts.
+"""
 
-from rotatek_cache.core.fitting import Solver
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from textwrap import indent, wrap
+from typing import Any, Literal, NamedTuple, TypeVar
 
 Bits = Literal[8, 4, 2, "fp8", "auto"] | None
+Solver = Literal["subspace", "eigh"]
 Worth = Literal["gain", "variance", "relative"]
+T = TypeVar("T")
+
+BIT_CHOICES: tuple[Bits, ...] = (None, 8, 4, 2, "fp8", "auto")
+STUDY_OPTIONS = ("solver", "always_compress")  # those that `RotateKCache` takes only through `for_study`
 
 
 class Allocation(NamedTuple):
@@ -27,7 +37,7 @@ class Allocation(NamedTuple):
 
     @classmethod
     def of(cls, given: object) -> "Allocation":
-        """An allocation from its name, or from a sequence of its attributes; errors name what was expected."""
+        """Make an allocation from its name, or from a sequence of its attributes; errors name what was expected."""
         parts = (given,) if isinstance(given, str) else given
         if not isinstance(parts, Sequence) or not 1 <= len(parts) <= 3:
             raise TypeError(f"allocation must be a name or (over, worth, floor), got {given!r}")
@@ -44,140 +54,185 @@ class Allocation(NamedTuple):
 UNIFORM = Allocation()
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """How a basis is fitted; exactly one of `sparsity`, `rank` and `energy` sets its rank.
+def about(
+    text: str,
+    *,
+    interval: str | None = None,
+    least: int | None = None,
+    choices: Sequence[object] = (),
+    takes: str | None = None,
+) -> dict[str, Any]:
+    """Describe an option, as the metadata of its field.
 
     Args:
-        sparsity: share of Key channels removed, in [0, 1): ``r = D - int(D * sparsity)``. 0 is the identity basis.
-        rank: coefficients kept per Key, from 1 to the head width.
-        energy: share in (0, 1] of the (query-weighted) variance that each head of a layer must keep; the layer's rank
-            follows, for each row of a batch on its own.
-        query_window: number of queries that weigh the channels: the last ones seen when the segment is sealed, which
-            are the prompt's last unless a chunked prefill ends a chunk between an image and the end (the paper: 32).
-        query_weight: weigh Key channels by the norm of the window's queries (the paper: on).
-        solver: "subspace" (the paper's five subspace iterations) or "eigh" (exact).
-        always_compress: compress segments in which the basis costs more bytes than it saves too (for studies).
-        basis: how Keys are stored: a name of `rotatek_cache.methods.METHODS` ("rotatek" is the paper's), or the path of
-            a basis file (``.safetensors``) made by `rotatek calibrate`.
-        key_bits: None keeps coefficients in the model's dtype; 8, 4 or 2 quantises them per channel, "fp8" stores them
-            as float8 (e4m3) with a scale per channel; "auto" spends ``(1 - sparsity) * 16`` bits per Key channel on
-            all channels by reverse water-filling.
-        value_sparsity: share of Value channels removed after a rotation of their own; None keeps Values dense.
-        value_bits: as `key_bits`, for the Values' coefficients.
-        value_basis: "auto" is PCA, or the file's where `basis` is one; "none" does not rotate and quantises per token.
-        basis_bits: 8 stores the bases of Keys and Values that a request owns as int8, with a scale per column
-            (`KeyBasis.in_int8`); None keeps the model's dtype.
-        allocation: how `sparsity`, `rank` or `energy` is dealt out to layers and heads; calibrated bases only.
-        basis_per: "prompt" fits one basis to all visual tokens of a seal, "image" one to each image (a run of visual
-            tokens, in which single other tokens do not count).
-        streaming: seal visual tokens after every forward in place of waiting for the end of their image, so that a
-            chunked prefill never holds an image densely; later chunks then attend to compressed Keys. Calibrated
-            bases only, since a basis of its own for each chunk would cost more than it saves.
+        text: what it means, for docstrings, tables and flags.
+        interval: the numbers that it may be, from 0 to 1, as in ``"[0, 1)"``.
+        least: the least integer that it may be.
+        choices: all that it may be, where that is a few values.
+        takes: what a table says that it may be; by default what the limits above say.
+    """
+    return {"help": text, "interval": interval, "least": least, "choices": tuple(choices), "takes": takes}
+
+
+def listed(words: Iterable[object]) -> str:
+    """Write words as in ``8, 4 or auto``."""
+    *first, last = map(str, words)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def check_option(described: "Field[Any]", value: Any) -> None:
+    """Raise a TypeError or ValueError where `value` is not within the limits that the metadata of its field states."""
+    name, limits = described.name, described.metadata
+    choices, interval, least = limits["choices"], limits["interval"], limits["least"]
+    if choices:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise ValueError(f"{name} must be {listed(map(repr, choices))}, got {value!r}")
+    elif value is None and described.default is None:
+        return
+    elif isinstance(described.default, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    elif interval is not None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        low = value >= 0 if interval[0] == "[" else value > 0
+        high = value <= 1 if interval[-1] == "]" else value < 1
+        if not (low and high):
+            raise ValueError(f"{name} must be in {interval}, got {value}")
+    elif least is not None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How visual Keys and Values are stored; exactly one of `sparsity`, `rank` and `energy` sets the rank of Keys.
+
+    What options go together depends on what a basis can do, and is checked where its codec is chosen
+    (`rotatek_cache.codecs.registry.codecs_for`).
     """
 
-    sparsity: float | None = None
-    rank: int | None = None
-    energy: float | None = None
-    query_window: int = 32
-    query_weight: bool = True
-    solver: Solver = "subspace"
-    always_compress: bool = False
-    basis: str = "rotatek"
-    key_bits: Bits = None
-    value_sparsity: float | None = None
-    value_bits: Bits = None
-    value_basis: Literal["auto", "none"] = "auto"
-    basis_bits: Literal[8] | None = None
-    allocation: Allocation = UNIFORM
-    basis_per: Literal["prompt", "image"] = "prompt"
-    streaming: bool = False
+    sparsity: float | None = field(
+        default=None,
+        metadata=about(
+            "share of the Key channels removed; 0 keeps Keys as they are. Exactly one of sparsity, rank and energy is "
+            "given",
+            interval="[0, 1)",
+        ),
+    )
+    rank: int | None = field(
+        default=None, metadata=about("coefficients kept per visual Key, up to the head width", least=1)
+    )
+    energy: float | None = field(
+        default=None,
+        metadata=about(
+            "share of the (query-weighted) variance that each head of a layer keeps; the layer's rank follows, for "
+            "each row of a batch on its own",
+            interval="(0, 1]",
+        ),
+    )
+    query_window: int = field(
+        default=32,
+        metadata=about(
+            "how many of the last queries weigh the channels. They are the prompt's last, unless a chunked prefill "
+            "ends a chunk between an image and the end",
+            least=1,
+        ),
+    )
+    solver: Solver = field(
+        default="subspace",
+        metadata=about("subspace is the paper's five subspace iterations, eigh exact", choices=("subspace", "eigh")),
+    )
+    always_compress: bool = field(
+        default=False, metadata=about("compress also where the basis costs more bytes than it saves")
+    )
+    basis: str = field(
+        default="rotatek",
+        metadata=about(
+            "how Keys are stored: a name of rotatek_cache.codecs.registry.CODECS (rotatek is the paper's, pca the same "
+            "without the query weight), or a basis file made by `rotatek calibrate`",
+            takes="a name, or a .safetensors file",
+        ),
+    )
+    key_bits: Bits = field(
+        default=None,
+        metadata=about(
+            "quantise coefficients to 8, 4 or 2 bits per channel, or to float8 (e4m3) with a scale per channel; auto "
+            "spends (1 - sparsity) * 16 bits per Key channel on all channels by reverse water-filling. None keeps the "
+            "model's dtype",
+            choices=BIT_CHOICES,
+        ),
+    )
+    value_sparsity: float | None = field(
+        default=None,
+        metadata=about(
+            "rotate Values too and remove this share of their channels; None keeps Values dense", interval="[0, 1)"
+        ),
+    )
+    value_bits: Bits = field(
+        default=None, metadata=about("as key_bits, for the coefficients of Values", choices=BIT_CHOICES)
+    )
+    value_basis: Literal["auto", "none"] = field(
+        default="auto",
+        metadata=about(
+            "auto is PCA, or the file's basis where basis is a file; none quantises Values per token as they are",
+            choices=("auto", "none"),
+        ),
+    )
+    basis_bits: Literal[8] | None = field(
+        default=None,
+        metadata=about(
+            "8 stores the bases that a request owns as int8 with a scale per column, half the bytes of half precision; "
+            "None keeps the model's dtype",
+            choices=(None, 8),
+        ),
+    )
+    allocation: Allocation = field(
+        default=UNIFORM,
+        metadata=about(
+            "uniform, or layers or heads to deal sparsity, rank or energy out to them by the spectrum of a calibrated "
+            "basis; an Allocation says how in detail",
+            takes="'uniform', 'layers', 'heads' or an Allocation",
+        ),
+    )
+    streaming: bool = field(
+        default=False,
+        metadata=about(
+            "seal visual tokens after every forward in place of waiting for the end of their image, so that a chunked "
+            "prefill never holds an image densely; later chunks then attend to compressed Keys. Calibrated bases only, "
+            "since a basis for each chunk would cost more than it saves",
+        ),
+    )
 
     def __post_init__(self) -> None:
-        given = {
-            name: getattr(self, name) for name in ("sparsity", "rank", "energy") if getattr(self, name) is not None
-        }
-        if len(given) != 1:
-            got = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
-            raise ValueError(f"exactly one of sparsity, rank and energy sets the rank; got {got}")
-        for name in ("sparsity", "energy", "value_sparsity"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        if self.value_sparsity is not None and not 0 <= self.value_sparsity < 1:
-            raise ValueError(f"value_sparsity must be in [0, 1), got {self.value_sparsity}")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise ValueError(f"energy must be in (0, 1], got {self.energy}")
-        for name in ("rank", "query_window"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("query_weight", "always_compress", "streaming"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.solver not in ("subspace", "eigh"):
-            raise ValueError(f"solver must be 'subspace' or 'eigh', got {self.solver!r}")
-        if not isinstance(self.basis, str):
-            raise TypeError(f"basis must be a name or the path of a basis file, got {type(self.basis).__name__}")
-        if not self.query_weight and self.basis not in ("rotatek", "pca"):
-            raise ValueError(f"query_weight=False is plain PCA: it does not go with basis={self.basis!r}")
-        if self.streaming and not self.is_calibrated:
-            raise ValueError(f"streaming needs a calibrated basis (a .safetensors file), got basis={self.basis!r}")
-        for name, share in (("key_bits", self.sparsity), ("value_bits", self.value_sparsity)):
-            bits = getattr(self, name)
-            if bits is not None and (type(bits) not in (int, str) or bits not in (8, 4, 2, "fp8", "auto")):
-                raise ValueError(f"{name} must be None, 8, 4, 2, 'fp8' or 'auto', got {bits!r}")
-            if bits == "auto" and share is None:
-                budget = "sparsity" if name == "key_bits" else "value_sparsity"
-                raise ValueError(f"{name}='auto' needs {budget}, which sets the bits to spend")
-        self._check_combination()
-
-    def _check_combination(self) -> None:
-        """Refuse options that do not go together."""
-        if self.basis == "none" and (self.sparsity != 0 or self.key_bits in ("auto", "fp8")):
-            raise ValueError(
-                "basis='none' keeps every channel where it is: it takes sparsity=0, with key_bits of 8, 4 or 2, "
-                f"got {self}"
-            )
+        object.__setattr__(self, "basis", _basis_name(self.basis))
+        object.__setattr__(self, "allocation", Allocation.of(self.allocation))
+        amounts = {name: getattr(self, name) for name in ("sparsity", "rank", "energy")}
+        given = ", ".join(f"{name}={value}" for name, value in amounts.items() if value is not None)
+        if sum(value is not None for value in amounts.values()) != 1:
+            raise ValueError(f"exactly one of sparsity, rank and energy sets the rank; got {given or 'none of them'}")
+        for described in fields(self):
+            check_option(described, getattr(self, described.name))
+        for name, share in (("key_bits", "sparsity"), ("value_bits", "value_sparsity")):
+            if getattr(self, name) == "auto" and getattr(self, share) is None:
+                raise ValueError(f"{name}='auto' needs {share}, which sets the bits to spend")
         if self.allocation.over == "layers" and self.energy is not None:
             raise ValueError("energy is kept by each head or layer on its own: allocation must be 'uniform' or 'heads'")
-        if self.basis in ("spark", "spark_mean") and (self.key_bits is not None or self.energy is not None):
-            raise ValueError(
-                f"basis={self.basis!r} keeps channels of each token as they are: it takes sparsity or "
-                f"rank and no key_bits, got {self}"
-            )
-        if self.basis_per not in ("prompt", "image"):
-            raise ValueError(f"basis_per must be 'prompt' or 'image', got {self.basis_per!r}")
-        if self.value_basis not in ("auto", "none"):
-            raise ValueError(f"value_basis must be 'auto' or 'none', got {self.value_basis!r}")
-        if self.value_basis == "none" and (self.value_bits not in (8, 4, 2) or self.value_sparsity):
-            raise ValueError(
-                "value_basis='none' quantises Values per token as they are: it takes value_bits of 8, 4 or 2 and no "
-                f"value_sparsity, got {self}"
-            )
-        if self.is_calibrated and (self.solver, self.query_window) != (FitOptions.solver, FitOptions.query_window):
-            raise ValueError(
-                "solver and query_window fit a basis to a prompt; a calibrated basis is fitted already: leave them "
-                f"out, got {self}"
-            )
-        if self.basis_bits is not None and (type(self.basis_bits) is not int or self.basis_bits != 8):
-            raise ValueError(f"basis_bits must be None or 8, got {self.basis_bits!r}")
-        if self.basis_bits is not None and not self.owns_basis:
-            raise ValueError(
-                "basis_bits codes the basis that a request owns, and here it owns none: it needs a basis fitted to the "
-                f"prompt or value_sparsity, got {self}"
-            )
-        if self.allocation.over != "uniform" and not self.is_calibrated:
-            raise ValueError(f"allocation needs a calibrated basis (a .safetensors file), got basis={self.basis!r}")
+        if self.is_calibrated:
+            if (self.solver, self.query_window) != (FitOptions.solver, FitOptions.query_window):
+                raise ValueError(
+                    "solver and query_window fit a basis to a prompt; a calibrated basis is fitted already: leave them "
+                    f"out, got {self}"
+                )
+            return
+        for name, chosen in (("streaming", self.streaming), ("allocation", self.allocation.over != "uniform")):
+            if chosen:
+                raise ValueError(f"{name} needs a calibrated basis (a .safetensors file), got basis={self.basis!r}")
 
     def __str__(self) -> str:
-        """The options that differ from their defaults."""
+        """Name the options that differ from their defaults."""
         chosen = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
         return ", ".join(f"{name}={value!r}" for name, value in chosen)
 
@@ -197,20 +252,12 @@ class FitOptions:
         return not self.is_calibrated and (self.energy is not None or "auto" in (self.key_bits, self.value_bits))
 
     @property
-    def owns_basis(self) -> bool:
-        """Whether Keys or Values get a rotation of their own from the request, which it then has to store."""
-        if self.is_calibrated:
-            return False
-        rotates_keys = self.basis not in ("none", "spark", "spark_mean") and not self.is_identity
-        return rotates_keys or (self.codes_values and self.value_basis == "auto")
-
-    @property
     def codes_values(self) -> bool:
         """Whether Values are stored as coefficients too."""
         return self.value_sparsity is not None or self.value_bits is not None
 
     def rank_for(self, head_width: int) -> int | None:
-        """Rank for a head of `head_width` channels before padding; None if it follows from the Keys (`energy`)."""
+        """Find the rank for a head of `head_width` channels before padding; None if it follows from the Keys."""
         if self.energy is not None:
             return None
         if self.sparsity is not None:
@@ -222,5 +269,49 @@ class FitOptions:
 
 
 def rank_of_share(sparsity: float, head_width: int) -> int:
-    """Channels left when a share `sparsity` of `head_width` is removed."""
+    """Count the channels left when a share `sparsity` of `head_width` is removed."""
     return head_width - int(head_width * sparsity)
+
+
+def _basis_name(basis: Any) -> str:
+    """Name a basis file by its whole path, so that the working directory may change; a name stays."""
+    if isinstance(basis, os.PathLike):
+        basis = os.fspath(basis)
+    if not isinstance(basis, str):
+        raise TypeError(f"basis must be a name or the path of a basis file, got {type(basis).__name__}")
+    return str(Path(basis).expanduser().absolute()) if basis.endswith(".safetensors") else basis
+
+
+def with_option_docs(documented: type[T]) -> type[T]:
+    """Replace the line ``<options>`` in a class's docstring by the options that are no study's, as of `FitOptions`."""
+    if documented.__doc__:  # python -OO has none
+        lines = []
+        for described in fields(FitOptions):
+            if described.name not in STUDY_OPTIONS:
+                first, *rest = wrap(f"{described.name}: {described.metadata['help']}.", 108)
+                lines += [first, *(f"    {line}" for line in rest)]
+        documented.__doc__ = documented.__doc__.replace("        <options>", indent("\n".join(lines), " " * 8))
+    return documented
+
+
+def options_table() -> str:
+    """Write all options as a Markdown table."""
+    rows = ["| option | takes | default | meaning |", "|---|---|---|---|"]
+    for described in fields(FitOptions):
+        limits, default = described.metadata, described.default
+        if limits["takes"] is not None:
+            takes = limits["takes"]
+        elif limits["choices"]:
+            takes = listed(map(repr, limits["choices"]))
+        elif limits["interval"] is not None:
+            takes = f"a number in {limits['interval']}"
+        else:
+            takes = "True or False" if isinstance(default, bool) else f"an integer from {limits['least']}"
+        shown = default.over if isinstance(default, Allocation) else default
+        study = " (`RotateKCache.for_study` only)" if described.name in STUDY_OPTIONS else ""
+        rows.append(f"| `{described.name}` | {takes} | `{shown!r}` | {limits['help']}{study} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(options_table())  # noqa: T201 (that is its purpose)

@@ -56,4 +56,6 @@ def kept_positions(cache: RotateKCache, layer: int, row: int, visual) -> list[in
 
 
 def make(method, **options):
-    return lambda visual_mask=None: RotateKCache(**({"sparsity": 0} | options), tokens=method, visual_mask=visual_mask)
+    return lambda visual_mask=None: RotateKCache.for_study(
+        **({"sparsity": 0} | options), tokens=method, visual_mask=visual_mask
+    )

@@ -157,7 +157,7 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) ->
                 return normal(tokens * sum(code.widths)).to(device, dtype)
             return torch.randint(256, (tokens * sum(code.widths),), generator=generator).byte().to(device)
         if code is not None:
-            return torch.randint(256, (case.heads, tokens, code.row_bytes), generator=generator).byte().to(device)
+            return torch.randint(256, (case.heads, tokens, code.token_bytes), generator=generator).byte().to(device)
         data = torch.full((case.heads, tokens, width), torch.nan, dtype=torch.float64)
         for span in owned:
             data[:, span] = normal(case.heads, span.stop - span.start, width)

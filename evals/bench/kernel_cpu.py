@@ -143,7 +143,7 @@ def steps_of(args: argparse.Namespace) -> tuple[dict[str, Step], dict[str, Step]
     space = args.rounds + 2
     # Without the query weight, or the basis would not span Keys of rank r (the paper applies the eigenvectors of the
     # weighted covariance to unweighted Keys).
-    plain = FitOptions(rank=args.rank, query_weight=False)
+    plain = FitOptions(rank=args.rank, basis="pca")
     # As many channels of the Values, and both in 4 bits: an eighth of the bytes of r numbers in float32.
     coded = dataclasses.replace(plain, key_bits=4, value_bits=4, value_sparsity=1 - args.rank / args.width)
 

@@ -145,7 +145,7 @@ def draw(setting: Setting, kind: str) -> tuple[Tensor, list[SegmentView]]:
     heads, rows, width = setting.kv_heads, setting.batch * setting.tokens, setting.width
     if kind in ("4 bit", "per head"):
         code: CodeLayout | HeadCodes = CODES
-        shape: tuple[int, ...] = (heads, rows, CODES.row_bytes)
+        shape: tuple[int, ...] = (heads, rows, CODES.token_bytes)
         if kind == "per head":
             code = HeadCodes((MIXED.parts * heads)[:heads])
             shape = (rows * sum(code.widths),)

@@ -224,7 +224,7 @@ def _check(options: Mapping[str, Any]) -> None:
         if options["dense"] not in DENSE:
             raise ValueError(f"dense must be one of {', '.join(DENSE)}, got {options['dense']!r}")
     elif "quantized" not in options:
-        RotateKCache(**options)
+        RotateKCache.for_study(**options)
 
 
 def read_methods(path: Path, only: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:

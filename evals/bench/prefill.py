@@ -102,7 +102,7 @@ def fit_rows(setting: Setting, ranks: tuple[int, ...], clock: Clock) -> list[dic
     layer_ms = clock.median_ms(prefill_layer(setting, hidden))
     rows = []
     for rank in ranks:
-        sealer = Sealer(FitOptions(rank=rank, query_weight=False), 0)
+        sealer = Sealer(FitOptions(rank=rank, basis="pca"), 0)
         weighted = Sealer(FitOptions(rank=rank), 0)
         stored = sealer.store_keys(keys, span, None, None)
         assert stored.basis is not None

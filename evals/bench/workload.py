@@ -132,7 +132,7 @@ def make_cache(options: Mapping[str, Any], config: Any, visual: Tensor | None, l
             return QuantizedCache(config=text, **options["quantized"])
         except ImportError as error:
             raise NotHereError(str(error)) from error
-    return RotateKCache(**options, visual_mask=visual)
+    return RotateKCache.for_study(**options, visual_mask=visual)
 
 
 def held_bytes(cache: Cache) -> int:

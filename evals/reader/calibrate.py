@@ -19,7 +19,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evals.reader.pages import ADDRESS_KINDS, LEVELS, TRAIN_SEEDS, ask, make_page
 from rotatek_cache import attach
-from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
+from rotatek_cache.calibration.gather import calibrate
+from rotatek_cache.calibration.moments import Calibration
+from rotatek_cache.codecs.fingerprint import fingerprint
 
 READER = Path(__file__).parents[2] / "rotatek_cache" / "reader"
 FILES = {"reader_basis": ("pca", "pca"), "reader_oblique": ("oblique", "output"), "reader_leank": ("leank", "pca")}

@@ -11,7 +11,7 @@ from evals.store import Results
 from evals.tasks.reader import tells_nothing
 
 QUARTER = 0.75  # the paper's sparsity: a quarter of the channels is kept
-PAPER_BASIS = dict.fromkeys(("basis", "tokens", "key_bits", "query_window", "query_weight"))
+PAPER_BASIS = dict.fromkeys(("basis", "tokens", "key_bits", "query_window"))
 ALIKE = 0.5  # mean squared cosine from which on two subspaces are called alike
 CHEAP = 0.05
 FASTER = 1.5

@@ -10,7 +10,8 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.runtime_context import get_parallel, get_serving
 from torch import Tensor
 
-from rotatek_cache.codecs.sealing import Sealer, Verdict
+from rotatek_cache.codecs.finite import FiniteCheck
+from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.core.attention import attend
 from rotatek_cache.core.segments import SegmentView
 from rotatek_sglang import options
@@ -80,7 +81,7 @@ class RotateKBackend(AttentionBackend):
             pool.gauges = Gauges({"model_name": get_serving().served_model_name})  # as in SGLang's own
             pool.publish()
         self.parts: list[PromptPart] = []
-        self.verdicts: list[Verdict] = []
+        self.unanswered: list[FiniteCheck] = []
         self.table: SegmentTable | None = None
         self.new_rows = torch.zeros(0, dtype=torch.int64)
         self.graph_tables: GraphTables | None = None
@@ -198,13 +199,13 @@ class RotateKBackend(AttentionBackend):
     def _report(self) -> None:
         """Say what is known by now of states that were not finite."""
         waiting = []
-        for verdict in self.verdicts:
+        for check in self.unanswered:
             try:
-                if not verdict.known():
-                    waiting.append(verdict)
+                if not check.passed():
+                    waiting.append(check)
             except ValueError as error:
                 log.error("%s", error)  # noqa: TRY400 (where it was found out says nothing)
-        self.verdicts = waiting
+        self.unanswered = waiting
 
     def _read_slots(self, request: int, length: int) -> None:
         """Find the rows of a request's first tokens, from its slots."""
@@ -260,7 +261,8 @@ class RotateKBackend(AttentionBackend):
         # fitted. The other requests of the batch are none of its business, and nothing waits for the device.
         finite = keys.isfinite().all() & values.isfinite().all() & queries.isfinite().all()
         marked = torch.where(finite, 0.0, torch.nan).to(k.dtype)
-        self.verdicts.append(Verdict(marked, f"Layer {sealer.layer} holds NaN or infinity for a prompt with an image"))
+        message = f"Layer {sealer.layer} holds NaN or infinity for a prompt with an image"
+        self.unanswered.append(FiniteCheck(marked, message))
         storage.write_text(part.text_rows, k[part.text] + marked, v[part.text] + marked)
         for states in (keys, values):  # picked out of the forward's: nobody else's
             states.masked_fill_(~finite, 0.0)

@@ -6,8 +6,8 @@ import sys
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
-from rotatek_cache.calibration.moments import sample_weight
-from rotatek_cache.codecs.calibrated import load_basis
+from rotatek_cache.codecs.basis_file import load_basis
+from rotatek_cache.codecs.fingerprint import sample_weight
 from rotatek_cache.options import FitOptions
 from rotatek_sglang.layout import HeadShape
 

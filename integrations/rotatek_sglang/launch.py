@@ -24,7 +24,7 @@ def main() -> None:
     options.add_flags(parser)
     given, rest = parser.parse_known_args()
     try:
-        chosen = options.ServingOptions(**{**options.read(), **vars(given)})
+        chosen = options.ServingOptions.of(**{**options.read(), **vars(given)})
         chosen.check_basis_file()
     except (TypeError, ValueError) as error:
         parser.error(str(error))

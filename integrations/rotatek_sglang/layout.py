@@ -41,7 +41,7 @@ class HeadShape:
     def of_rank(
         cls, q_heads: int, kv_heads: int, key_width: int, value_width: int, rank: int, size: int
     ) -> "HeadShape":
-        """The heads of process `rank` of `size` that share a model; those without a KV head of their own share one."""
+        """Name the heads of process `rank` of `size` that share a model; those without a KV head share one."""
         return cls(q_heads // size, max(1, kv_heads // size), key_width, value_width, rank * kv_heads // size, kv_heads)
 
     @property
@@ -54,7 +54,7 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """What is stored of the visual Keys, or Values, of one layer, in all heads of this process.
+    """The stored form of the visual Keys, or Values, of one layer, in all heads of this process.
 
     Attributes:
         heads: how many there are.
@@ -76,10 +76,13 @@ class StateLayout:
 
     @classmethod
     def of(cls, stored: Stored) -> "StateLayout":
-        """The layout of what a seal stored; a ValueError where a pool cannot hold it."""
+        """Read the layout off what a seal stored; a ValueError where a pool cannot hold it."""
         basis, code = stored.basis if stored.basis is not None else KeyBasis(), stored.code
         if not (code is None or isinstance(code, CodeLayout | HeadCodes)) or basis.is_diagonal:
-            raise ValueError("only rotated coefficients can be served: basis='spark', 'spark_mean' and 'none' cannot")
+            raise ValueError(
+                "a pool holds coefficients of a rotated basis, dense states, or codes with a range per channel; this "
+                f"codec stores {type(code).__name__ if code is not None else 'scaled channels'}: choose another basis"
+            )
         held = {name: getattr(basis, name) for name in ("B", "scale", "delta")}
         tables = {
             name: (tuple(tensor.shape[2:]), tensor.dtype)
@@ -144,12 +147,12 @@ class CacheLayout:
         return sum(layer.keys.basis_bytes + layer.values.basis_bytes for layer in self.layers)
 
     def window_bytes(self, sealers: Sequence[Sealer]) -> int:
-        """Bytes of the queries that are kept of a prompt until its last chunk is there."""
+        """Count the bytes of the queries that are kept of a prompt until its last chunk is there."""
         numbers = self.heads.q_heads * self.heads.key_width
         return sum(s.options.query_window * numbers * self.dtype.itemsize for s in sealers if s.calibrated is None)
 
     def ranks(self) -> str:
-        """Ranks of the Keys and Values, over layers and heads."""
+        """Write the ranks of the Keys and Values, over layers and heads."""
 
         def span(parts: Sequence[StateLayout], width: int) -> str:
             ranks = sorted({rank for part in parts for rank in part.ranks})
@@ -176,7 +179,7 @@ def check_heads(sealer: Sealer, heads: HeadShape) -> None:
 def find_layout(
     sealers: Sequence[Sealer], heads: HeadShape, dtype: torch.dtype, device: torch.device | str
 ) -> CacheLayout:
-    """The layout that the sealers of the layers give for states of these shapes."""
+    """Find the layout that the sealers of the layers give for states of these shapes."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -224,7 +227,7 @@ class Plan:
         context: int,
         tables: int = 1,
     ) -> "Plan":
-        """The plan for so many requests at once, of up to `context` tokens each, whose rows stand in so many tables."""
+        """Plan for so many requests at once, of up to `context` tokens each, whose rows stand in so many tables."""
         rows = tables * requests * context * ROW_NUMBER_BYTES
         fixed = bases * layout.basis_bytes + rows + PROMPTS_IN_CHUNKS * layout.window_bytes(sealers)
         return cls(sealers, layout, text_share, bases, fixed)
@@ -237,7 +240,7 @@ class Plan:
         return math.ceil(self.text_share * text + (1 - self.text_share) * visual) + row_numbers
 
     def rows(self, slots: int) -> tuple[int, int]:
-        """(text rows, visual rows) for so many slots."""
+        """Divide so many slots into (text rows, visual rows)."""
         text = min(slots, max(1, round(self.text_share * slots)))
         return text, slots - text
 
@@ -250,7 +253,7 @@ class Worth:
         self.known: dict[int, bool] = {}
 
     def __call__(self, tokens: int) -> bool:
-        """The answer for a number of tokens."""
+        """Answer for a number of tokens."""
         if tokens not in self.known:
             heads, dtype = self.layout.heads, self.layout.dtype
             # With `energy` the ranks follow from the basis; all else the sealer knows.

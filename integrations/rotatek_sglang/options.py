@@ -1,151 +1,148 @@
-"""What the adapter is asked to do: read from the environment, which SGLang's processes inherit.
+"""The adapter's options, read from the environment, which SGLang's processes inherit.
 
-Each field of `ServingOptions` has a variable, such as `ROTATEK_SPARSITY`; any of them switches it on. The launcher
-offers all of them as flags.
+Each option has a variable, such as `ROTATEK_SPARSITY`; any of them switches the adapter on. The launcher offers all of
+them as flags. Most are those of `FitOptions`, from whose fields names, checks and help texts are taken.
 """
 
 import argparse
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
-from rotatek_cache.codecs.calibrated import load_basis
-from rotatek_cache.codecs.registry import BASES
-from rotatek_cache.core.fitting import Solver
-from rotatek_cache.options import Allocation, Bits, FitOptions
+from rotatek_cache.codecs.basis_file import load_basis
+from rotatek_cache.codecs.registry import BASES, codecs_for
+from rotatek_cache.options import FitOptions, about, check_option, listed
 
 PREFIX = "ROTATEK_"
+NOT_SERVED = ("value_basis", "streaming")  # pools hold Values rotated, and SGLang decides when a prompt is complete
+NOT_SERVED_BITS = ("fp8",)  # the pools have not been tried with float8
 
 
 @dataclass(frozen=True)
 class ServingOptions:
-    """How a server compresses; `HELP` says what each field means, `rotatek_cache.FitOptions` more of most of them."""
+    """How a server compresses: the options of the method, and how much memory is set aside for what."""
 
-    sparsity: float | None = None
-    rank: int | None = None
-    energy: float | None = None
-    basis: str = "rotatek"
-    query_window: int = 32
-    solver: Solver = "subspace"
-    key_bits: Bits = None
-    value_sparsity: float | None = None
-    value_bits: Bits = None
-    basis_bits: Literal[8] | None = None
-    allocation: str = "uniform"
-    always_compress: bool = False
-    text_share: float = 0.25
-    bases: int | None = None
-    cuda_graphs: bool = False
+    fit: FitOptions
+    text_share: float = field(
+        default=0.25,
+        metadata=about("share of the tokens that are text, for which memory is set aside", interval="(0, 1]"),
+    )
+    bases: int | None = field(
+        default=None,
+        metadata=about(
+            "prompts whose images can be held, in use or cached; by default twice the requests that run at once",
+            least=1,
+        ),
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata=about("decode in CUDA graphs; off by default, since they have not been run on a GPU yet"),
+    )
+
+    @classmethod
+    def of(cls, **given: Any) -> "ServingOptions":
+        """Make the options from all of them by name."""
+        own = {described.name for described in fields(cls)}
+        fit = FitOptions(**{name: value for name, value in given.items() if name not in own})
+        return cls(fit, **{name: value for name, value in given.items() if name in own})
 
     def __post_init__(self) -> None:
-        if not 0 < self.text_share <= 1:
-            raise ValueError(f"text_share must be in (0, 1], got {self.text_share}")
-        if self.bases is not None and self.bases < 1:
-            raise ValueError(f"bases must be at least 1, got {self.bases}")
-        fit = self.fit  # checks the rest
-        if not fit.is_calibrated:
-            if self.basis not in BASES:
+        for described in _own_fields():
+            check_option(described, getattr(self, described.name))
+        fit = self.fit
+        if fit.is_calibrated:
+            return
+        if fit.basis not in BASES:
+            raise ValueError(
+                f"basis must be one of {', '.join(sorted(BASES))}, which are stored as rotated coefficients, or "
+                f"the path of a calibrated basis (a .safetensors file), got {fit.basis!r}"
+            )
+        codecs_for(fit)
+        if fit.energy is not None:
+            raise ValueError(
+                "energy needs a calibrated basis (basis=file.safetensors): ranks that differ from request to "
+                "request cannot size a pool"
+            )
+        for name in ("key_bits", "value_bits"):
+            if getattr(fit, name) == "auto":
                 raise ValueError(
-                    f"basis must be one of {', '.join(sorted(BASES))}, which are stored as rotated coefficients, or "
-                    f"the path of a calibrated basis (a .safetensors file), got {self.basis!r}"
+                    f"{name}='auto' needs a calibrated basis (basis=file.safetensors): widths that differ from "
+                    "request to request cannot size a pool; give 8, 4 or 2"
                 )
-            if self.energy is not None:
-                raise ValueError(
-                    "energy needs a calibrated basis (basis=file.safetensors): ranks that differ from request to "
-                    "request cannot size a pool"
-                )
-            for name in ("key_bits", "value_bits"):
-                if getattr(self, name) == "auto":
-                    raise ValueError(
-                        f"{name}='auto' needs a calibrated basis (basis=file.safetensors): widths that differ from "
-                        "request to request cannot size a pool; give 8, 4 or 2"
-                    )
-
-    @property
-    def fit(self) -> FitOptions:
-        """The part that the method knows."""
-        names = {field.name for field in fields(FitOptions)} & {field.name for field in fields(self)}
-        given = {name: getattr(self, name) for name in names}
-        return FitOptions(**{**given, "allocation": Allocation.of(self.allocation)})
 
     def check_basis_file(self) -> None:
         """Raise a ValueError if a basis file is asked for and cannot be read; later checks need the model."""
         if self.fit.is_calibrated:
-            load_basis(self.basis)
+            load_basis(self.fit.basis)
 
     def environment(self) -> dict[str, str]:
-        """The variables that say this."""
-        chosen = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
-        return {PREFIX + name.upper(): str(value) for name, value, default in chosen if value != default}
+        """Name the variables that ask for this."""
+        chosen = {}
+        for name, described in OPTIONS.items():
+            value = getattr(self if name in self.__dict__ else self.fit, name)
+            if value != described.default:
+                chosen[PREFIX + name.upper()] = value.over if name == "allocation" else str(value)
+        return chosen
 
 
-def _bits(text: str) -> Bits:
-    if text not in ("auto", "8", "4", "2"):
-        raise ValueError(f"expected 8, 4, 2 or auto, got {text!r}")
-    return "auto" if text == "auto" else int(text)  # type: ignore[return-value]
+def _own_fields() -> "list[Field[Any]]":
+    return [described for described in fields(ServingOptions) if described.name != "fit"]
 
 
-def _flag(text: str) -> bool:
-    if text not in ("True", "False", "1", "0"):
-        raise ValueError(f"expected 1 or 0, got {text!r}")
-    return text in ("True", "1")
-
-
-HELP: dict[str, tuple[Callable[[str], Any], str]] = {
-    "sparsity": (float, "share of Key channels removed from visual tokens, in [0, 1)"),
-    "rank": (int, "coefficients kept per visual Key"),
-    "energy": (float, "share of the calibrated Key variance that each layer keeps; needs a calibrated basis"),
-    "basis": (str, f"how Keys are rotated: {', '.join(BASES)} (default: rotatek), or a calibrated basis file"),
-    "query_window": (int, "how many of a prompt's last queries weigh the channels (default: 32)"),
-    "solver": (str, "subspace (default) or eigh"),
-    "key_bits": (_bits, "code coefficients of Keys with 8, 4 or 2 bits, or, with a calibrated basis, auto"),
-    "value_sparsity": (float, "share of Value channels removed from visual tokens (default: Values stay dense)"),
-    "value_bits": (_bits, "as key-bits, for Values"),
-    "basis_bits": (int, "8 keeps the bases that requests own as int8, half the bytes of half precision"),
-    "allocation": (
-        str,
-        "uniform (default), or layers or heads: a calibrated basis deals coefficients or bits out to them by worth",
-    ),
-    "always_compress": (_flag, "compress images too small to earn their basis back, too"),
-    "text_share": (
-        float,
-        "share of the tokens that are text, in (0, 1], for which memory is set aside (default: 0.25)",
-    ),
-    "cuda_graphs": (_flag, "decode in CUDA graphs; off by default, since they have not been run on a GPU yet"),
-    "bases": (int, "prompts whose images can be held, in use or cached (default: twice the requests that run at once)"),
+OPTIONS: "dict[str, Field[Any]]" = {
+    described.name: described for described in (*fields(FitOptions), *_own_fields()) if described.name not in NOT_SERVED
 }
 
 
+def parser_of(described: "Field[Any]") -> Callable[[str], Any]:
+    """Make the function that reads an option's value from text; it raises a ValueError where it cannot."""
+    limits = described.metadata
+    if limits["choices"]:
+        known = {str(c): c for c in limits["choices"] if c is not None and c not in NOT_SERVED_BITS}
+        return lambda text: _chosen(known, text)
+    if isinstance(described.default, bool):
+        return lambda text: _chosen({"True": True, "1": True, "False": False, "0": False}, text)
+    if limits["interval"] is not None:
+        return float
+    return int if limits["least"] is not None else str
+
+
+def _chosen(known: Mapping[str, Any], text: str) -> Any:
+    if text not in known:
+        raise ValueError(f"expected {listed(known)}, got {text!r}")
+    return known[text]
+
+
 def asked_for(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment asks for compression; options without a rank do so, too, and are an error."""
+    """Tell whether the environment asks for compression; options without a rank do so, too, and are an error."""
     return any(name.startswith(PREFIX) for name in environment)
 
 
 def read(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """The options that the environment states, by name; a ValueError that names the variable where one is wrong."""
+    """Read the options that the environment states, by name; a ValueError names the variable where one is wrong."""
     given = {}
     for name, value in environment.items():
         if not name.startswith(PREFIX):
             continue
-        option = name.removeprefix(PREFIX).lower()
-        if option not in HELP:
-            known = ", ".join(PREFIX + known.upper() for known in HELP)
+        asked = name.removeprefix(PREFIX).lower()
+        if asked not in OPTIONS:
+            known = ", ".join(PREFIX + known.upper() for known in OPTIONS)
             raise ValueError(f"unknown option {name} in the environment; known are {known}")
         try:
-            given[option] = HELP[option][0](value)
+            given[asked] = parser_of(OPTIONS[asked])(value)
         except ValueError as error:
             raise ValueError(f"{name}={value!r} in the environment: {error}") from None
     return given
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> ServingOptions:
-    """The options of `read`, checked together."""
-    return ServingOptions(**read(environment))
+    """Read the options of the environment and check them together."""
+    return ServingOptions.of(**read(environment))
 
 
 def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse` for argparse, which drops what an ordinary ValueError says."""
+    """`parse` for argparse, which drops the message of an ordinary ValueError."""
 
     def parsed(text: str) -> Any:
         try:
@@ -158,9 +155,9 @@ def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Offer every option as a flag; those not given stay out of the namespace."""
-    for name, (parse, text) in HELP.items():
-        flag = "--" + name.replace("_", "-")
-        if parse is _flag:
+    for name, described in OPTIONS.items():
+        flag, text = "--" + name.replace("_", "-"), described.metadata["help"]
+        if isinstance(described.default, bool):
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(flag, type=_argument(parse), default=argparse.SUPPRESS, help=text)
+            parser.add_argument(flag, type=_argument(parser_of(described)), default=argparse.SUPPRESS, help=text)

@@ -164,9 +164,9 @@ def _check_storage(name: str, tensor: Tensor, code: Code | None, query: Tensor) 
             )
     elif tensor.dim() != 3:
         raise ValueError(f"{name} must be [H, N, width], got shape {tuple(tensor.shape)}")
-    elif isinstance(code, CodeLayout) and (tensor.dtype != torch.uint8 or tensor.shape[-1] != code.row_bytes):
+    elif isinstance(code, CodeLayout) and (tensor.dtype != torch.uint8 or tensor.shape[-1] != code.token_bytes):
         raise ValueError(
-            f"{name} must hold {code.row_bytes} bytes (uint8) a token, packed as {code.blocks}, got "
+            f"{name} must hold {code.token_bytes} bytes (uint8) a token, packed as {code.blocks}, got "
             f"{tensor.shape[-1]} of {tensor.dtype}"
         )
 

@@ -225,8 +225,8 @@ def _forms(code: CodeLayout | HeadCodes | Numbers) -> tuple[list[array], array]:
             offset += size
             channel += channels
         kept.append(packed(blocks))
-        forms.append(Form(part.row_width, before, part.channels, len(blocks), _address(kept[-1])))
-        before += part.row_width
+        forms.append(Form(part.token_width, before, part.channels, len(blocks), _address(kept[-1])))
+        before += part.token_width
     return kept, packed(forms)
 
 

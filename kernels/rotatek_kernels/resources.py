@@ -242,7 +242,7 @@ def segment_of_shape(
             plain = isinstance(code.parts[0], Numbers)
             return empty(batch * tokens * sum(code.widths), dtype=dtype if plain else torch.uint8), basis
         if code is not None:
-            return empty(heads, batch * tokens, code.row_bytes, dtype=torch.uint8), basis
+            return empty(heads, batch * tokens, code.token_bytes, dtype=torch.uint8), basis
         return empty(heads, batch * tokens, channels or width), basis
 
     keys, basis = stored(key_code, rank)

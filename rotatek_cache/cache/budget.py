@@ -167,8 +167,6 @@ class Planner:
             raise ValueError("budget sets a rank here, which key_bits='auto' does not have: give key_bits a number")
         if options.allocation.over != "uniform":
             raise ValueError("budget and allocation cannot both deal channels out to layers: give one of them")
-        if options.basis_per == "image":
-            raise ValueError("budget needs basis_per='prompt': how many images there will be is not known to the plan")
         self.layers: Sequence[LayerKV] = ()
         self.made: BudgetPlan | None = None
         self.share: float | None = None  # of visual tokens, where it was settled before the language model

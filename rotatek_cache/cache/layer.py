@@ -176,16 +176,15 @@ class LayerKV:
         if merge is not None:
             pending.keys, pending.values = merge(pending.keys, pending.values)
         compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
-        for image in plan.images if self.options.basis_per == "image" else (plan,):
-            made: list[VisualSegment] = []
-            # A segment has one layout, and that of a row must not depend on its batch.
-            for part in image.rows if self.options.follows_content else (image,):
-                rows, segment = self._compress_worth(pending, part)
-                self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
-                if segment is not None:
-                    compressed.append((part, rows))
-                    made.append(segment)
-            self.segments += join_segments(made)
+        made: list[VisualSegment] = []
+        # A segment has one layout, and that of a row must not depend on its batch.
+        for part in plan.rows if self.options.follows_content else (plan,):
+            rows, segment = self._compress_worth(pending, part)
+            self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
+            if segment is not None:
+                compressed.append((part, rows))
+                made.append(segment)
+        self.segments += join_segments(made)
         self.pending = None
         if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
             # Nothing is compressed and nothing is padding: the tokens keep their logical order.

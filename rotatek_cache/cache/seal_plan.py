@@ -94,20 +94,6 @@ class SealPlan:
         return behind & (places == (behind * places).amax(1, keepdim=True)) if last_only else behind
 
     @functools.cached_property
-    def images(self) -> "tuple[SealPlan, ...]":
-        """A plan for each image of a row, the n-th images of all rows together.
-
-        An image is a run of visual tokens; a single token between two of them belongs to it, as breaks between the rows
-        of an image do.
-        """
-        seen = self.visual if self.dropped is None else self.visual | self.dropped
-        before, after = (torch.nn.functional.pad(seen, pad) for pad in ((1, -1), (-1, 1)))
-        runs = seen | (before & after)
-        number = (runs & ~torch.nn.functional.pad(runs, (1, -1))).cumsum(1) * seen
-        parts = [self.visual & (number == n) for n in range(1, int(number.max()) + 1)]
-        return tuple(SealPlan(part, self.visible, self.begin, self.end) for part in parts if bool(part.any()))
-
-    @functools.cached_property
     def rows(self) -> "tuple[SealPlan, ...]":
         """A plan for each batch row with visual tokens."""
         index = torch.arange(len(self.counts), device=self.visual.device)[:, None]

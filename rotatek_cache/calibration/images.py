@@ -10,7 +10,9 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
+from rotatek_cache.calibration.gather import calibrate
+from rotatek_cache.calibration.moments import Calibration
+from rotatek_cache.codecs.fingerprint import fingerprint
 from rotatek_cache.hf.chat import Chat, InputError, open_image
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -34,7 +36,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Image.Image:
-        """The image; an InputError where it cannot be read."""
+        """Read the image; an InputError where it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class DatasetImages:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files below `folder`, in the order of their names."""
+    """List the image files below `folder`, in the order of their names."""
     if not folder.is_dir():
         raise InputError(f"--images must be a folder, got '{folder}'")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -93,7 +95,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def open_images(source: str, split: str = "train", most: int | None = None) -> Images:
-    """Images of a folder, or of a dataset: a name on the hub, or a folder that `save_to_disk` wrote.
+    """Open the images of a folder, or of a dataset: a name on the hub, or a folder that `save_to_disk` wrote.
 
     Args:
         source: folder, or ``owner/name`` or ``owner/name/configuration``.
@@ -148,7 +150,7 @@ def calibrate_images(
         images: one that cannot be read is skipped and counted.
         questions: at least one.
         out: the basis file.
-        method, value_method: of `rotatek_cache.calibration.METHODS` and `VALUE_METHODS`.
+        method, value_method: of `rotatek_cache.calibration.moments.KEY_METHODS` and `VALUE_METHODS`.
         save_every: images between two saves.
         advance: called with the number of images done.
 
@@ -184,7 +186,7 @@ def calibrate_images(
 
 
 def _resumed(saved: Path, mark: Tensor, source: str) -> Calibration:
-    """The state saved at `saved`; a ValueError if it was begun with something else."""
+    """Load the state saved at `saved`; a ValueError if it was begun with something else."""
     state = Calibration.load(saved, mark)
     if state.source != source:
         raise ValueError(

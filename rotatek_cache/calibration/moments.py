@@ -1,27 +1,23 @@
-"""Calibration: moments of visual Keys and Values over many images in one pass, and the basis file made of them."""
+"""Moments of visual Keys and Values over many images, and the basis file made of them."""
 
 import datetime
 import importlib.metadata
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rotatek_cache.codecs.calibrated import FORMAT, read_tensors, same_fingerprint
-from rotatek_cache.codecs.sealing import Ranges, Sealer
-from rotatek_cache.core.fitting import KeyStatistics, key_moments, matrix_roots
+from rotatek_cache.codecs.basis_file import FORMAT, read_tensors
+from rotatek_cache.codecs.fingerprint import same_fingerprint
+from rotatek_cache.core.fitting import key_moments, matrix_roots
 from rotatek_cache.core.quantization import BITS, CodeLayout, quantise
-from rotatek_cache.core.segments import Stored
-from rotatek_cache.options import FitOptions
 
 STATE_FORMAT = "rotatek-calibration-2"
-METHODS = ("pca", "oblique", "leank")
+KEY_METHODS = ("pca", "oblique", "leank")
 VALUE_METHODS = ("pca", "output")
 SAMPLE_PER_IMAGE = 32  # tokens per image kept to find clip ranges
 SAMPLE_MOST = 8192  # tokens kept in all
@@ -47,7 +43,7 @@ class Moments:
 
     @classmethod
     def of(cls, states: Tensor, seed: int, cost: Tensor | None = None) -> "Moments":
-        """Moments of the visual states ``[H, S, D]`` of one image; `seed` picks the sample."""
+        """Take the moments of the visual states ``[H, S, D]`` of one image; `seed` picks the sample."""
         mean, scatter = key_moments(states.float())
         generator = torch.Generator().manual_seed(seed)
         picked = torch.randperm(states.shape[1], generator=generator)[:SAMPLE_PER_IMAGE].to(states.device)
@@ -61,7 +57,7 @@ class Moments:
         return Moments(self.scatter + other.scatter, self.tokens + other.tokens, sample, cost)
 
     def basis(self, method: str = "pca") -> dict[str, Tensor]:
-        """What a basis file holds of it.
+        """Make the tensors that a basis file holds of it.
 
         Args:
             method: "pca"; "oblique" (weighted by the cost, shrunk by half; "output" is its name for Values); or "leank"
@@ -156,8 +152,8 @@ class Calibration:
 
     def write_basis(self, path: str | Path, source: str = "", method: str = "pca", value_method: str = "pca") -> None:
         """Write the basis file of a method for Keys and one for Values, with where it comes from."""
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if method not in KEY_METHODS:
+            raise ValueError(f"method must be one of {', '.join(KEY_METHODS)}, got {method!r}")
         if value_method not in VALUE_METHODS:
             raise ValueError(f"value_method must be one of {', '.join(VALUE_METHODS)}, got {value_method!r}")
         if not self.moments:
@@ -195,102 +191,3 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Pat
     except SafetensorError as error:
         raise OSError(str(error)) from error
     partial.replace(target)
-
-
-def fingerprint(model: torch.nn.Module) -> Tensor:
-    """Some weights of each layer's Key and Value projections, float32 ``[n]``: models differ in them.
-
-    `same_fingerprint` compares them within the rounding of half precision, so that a model is itself in every dtype.
-    """
-    picked = []
-    for name, parameter in sorted(model.named_parameters()):
-        if name.endswith(("k_proj.weight", "v_proj.weight", "qkv_proj.weight")) and "vision" not in name:
-            picked.append(sample_weight(parameter))
-    return torch.cat(picked) if picked else torch.zeros(0)
-
-
-def sample_weight(part: Tensor, first: int = 0, total: int | None = None) -> Tensor:
-    """Up to 64 evenly spaced numbers of a weight, float32.
-
-    Args:
-        part: the weight, or some of its rows.
-        first: where the part begins among the weight's numbers.
-        total: how many numbers the weight has; None if the part is all of it. Numbers that are not in the part are NaN.
-    """
-    flat = part.detach().flatten()
-    total = total or flat.numel()
-    at = torch.arange(0, total, max(1, total // 64))[:64] - first
-    inside = (at >= 0) & (at < flat.numel())
-    sample = torch.full(at.shape, torch.nan)
-    sample[inside] = flat[at[inside].to(flat.device)].float().cpu()
-    return sample
-
-
-@torch.no_grad()
-def calibrate(model: torch.nn.Module, prompts: Iterable[dict[str, Any]], state: Calibration) -> Calibration:
-    """Run the prompts (what a processor returns, one image each) through an attached model and gather moments.
-
-    Args:
-        model: a model prepared by `attach`.
-        prompts: model inputs with a batch of one.
-        state: what was gathered before, added to.
-
-    Returns:
-        `state`.
-    """
-    from rotatek_cache.hf.cache import RotateKCache, RotateKLayer  # noqa: PLC0415 (the maths needs no transformers)
-
-    projections = output_projections(model)
-    for prompt in prompts:
-        cache = RotateKCache(sparsity=0)
-        cache.learn_config(model.config)  # type: ignore[arg-type]
-        for index, layer in enumerate(cache.layers):
-            if isinstance(layer, RotateKLayer):
-                layer.kv.sealer = MomentSealer(cache.options, index, state, projections.get(index))
-        model(**prompt, past_key_values=cache, use_cache=True)
-        state.images += 1
-    return state
-
-
-def output_projections(model: torch.nn.Module) -> dict[int, Tensor]:
-    """Weight ``[hidden, H_q * D_v]`` of the output projection of each layer's self-attention, where it is `o_proj`."""
-    found: dict[int, Tensor] = {}
-    for name, module in model.named_modules():
-        layer, projection = getattr(module, "layer_idx", None), getattr(module, "o_proj", None)
-        if isinstance(layer, int) and isinstance(projection, torch.nn.Linear) and "vis" not in name:
-            found[layer] = projection.weight.detach()
-    return found
-
-
-class MomentSealer(Sealer):
-    """Stores states as they are and gives them to a calibration."""
-
-    def __init__(self, options: FitOptions, layer: int, state: Calibration, projection: Tensor | None) -> None:
-        super().__init__(options, layer)
-        self.state = state
-        self.projection = projection
-
-    def store_keys(self, keys: Tensor, ranges: Ranges, queries: Tensor | None, valid: Tensor | None) -> Stored:
-        """Gather the Keys of each row, with the moment of its queries."""
-        for row, (start, length) in enumerate(ranges):
-            cost = None
-            if queries is not None:
-                # Mean and scatter are not asked for: only the queries' part of the statistics.
-                nothing = keys.new_zeros(keys.shape[0], 1, keys.shape[-1], dtype=torch.float32)
-                row_valid = None if valid is None else valid[row : row + 1]
-                stats = KeyStatistics(nothing, nothing, torch.ones(1), queries[row : row + 1].float(), row_valid)
-                found = stats.query_moment()
-                cost = None if found is None else found[:, 0]
-            self.state.add(self.layer, "key", keys[:, start : start + length], cost)
-        return super().store_keys(keys, ranges, queries, valid)
-
-    def store_values(self, values: Tensor, ranges: Ranges) -> Stored:
-        """Gather the Values of each row."""
-        heads, _, width = values.shape
-        cost = None
-        if self.projection is not None and self.projection.shape[1] % (heads * width) == 0:
-            columns = self.projection.float().unflatten(1, (heads, -1, width))  # [hidden, H, G, D_v]
-            cost = torch.einsum("ohgd,ohge->hde", columns, columns)
-        for start, length in ranges:
-            self.state.add(self.layer, "value", values[:, start : start + length], cost)
-        return super().store_values(values, ranges)

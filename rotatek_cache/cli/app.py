@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rotatek_cache import FitOptions, __version__
 from rotatek_cache.calibration.images import calibrate_images, open_images
-from rotatek_cache.calibration.moments import METHODS, VALUE_METHODS
+from rotatek_cache.calibration.moments import KEY_METHODS, VALUE_METHODS
 from rotatek_cache.cli.demo import (
     ANY_QUESTION,
     CODED,
@@ -153,7 +153,7 @@ def calibrate(
     question: Annotated[
         list[str] | None, typer.Option(help="Questions to ask in turn; may be given several times.")
     ] = None,
-    method: Annotated[str, typer.Option(help=f"Basis of Keys: {', '.join(METHODS)}.")] = METHODS[0],
+    method: Annotated[str, typer.Option(help=f"Basis of Keys: {', '.join(KEY_METHODS)}.")] = KEY_METHODS[0],
     value_method: Annotated[
         str, typer.Option(help=f"Basis of Values: {', '.join(VALUE_METHODS)} (weighted by the output projection).")
     ] = VALUE_METHODS[0],
@@ -197,8 +197,8 @@ def _check_calibration(out: Path, method: str, value_method: str, questions: lis
         raise InputError("--question must not be empty: a cache seals an image once text follows it")
     if out.suffix != ".safetensors":
         raise InputError(f"--out must end in .safetensors, got '{out}'")
-    if method not in METHODS:
-        raise InputError(f"--method must be one of {', '.join(METHODS)}, got '{method}'")
+    if method not in KEY_METHODS:
+        raise InputError(f"--method must be one of {', '.join(KEY_METHODS)}, got '{method}'")
     if value_method not in VALUE_METHODS:
         raise InputError(f"--value-method must be one of {', '.join(VALUE_METHODS)}, got '{value_method}'")
 

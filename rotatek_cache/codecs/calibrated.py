@@ -1,342 +1,71 @@
-"""Bases fitted once per model from many images (`rotatek calibrate`): no eigenproblem and no basis per request."""
-
-import functools
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+"""A basis of the model's own, from a basis file: what belongs to a request is the codes and its own mean."""
 
 import torch
 from torch import Tensor
 
-from rotatek_cache.core.basis import KeyBasis, padded_rank
-from rotatek_cache.core.quantization import (
-    BITS,
-    CHANNEL_BLOCK,
-    FP8_MOST,
-    PLAIN_BITS,
-    CodeLayout,
-    HeadCodes,
-    Numbers,
-    allocate_bits,
-)
-from rotatek_cache.options import Allocation, Bits
-
-FORMAT = "rotatek-basis-2"
-STATES = ("key", "value")
+from rotatek_cache.codecs.basis_file import load_basis
+from rotatek_cache.codecs.coefficients import delta_bytes, encode_row, kept_of_token, to_float8
+from rotatek_cache.codecs.interface import KeyCodec, Ranges, StateOptions
+from rotatek_cache.codecs.shared_basis import HeadBudget
+from rotatek_cache.core.basis import KeyBasis, coded_delta_dtype, compute_dtype
+from rotatek_cache.core.quantization import CodeLayout, HeadCodes, Numbers, join_tokens, middle_codes, pack_coefficients
+from rotatek_cache.core.segments import Stored
+from rotatek_cache.options import BIT_CHOICES
 
 
-class HeadBudget(NamedTuple):
-    """What the heads of a layer may keep on average; one of the three is given.
+class Calibrated(KeyCodec):
+    """Stores coefficients in the file's basis of the layer; no eigenproblem and no basis per request."""
 
-    Attributes:
-        bits: of a token and head, to be spent freely.
-        rank: coefficients of a token and head.
-        energy: share of its spectrum that each head keeps.
-    """
+    supports_bits = BIT_CHOICES
+    supports_energy = True
 
-    bits: int | None = None
-    rank: int | None = None
-    energy: float | None = None
+    def __init__(self, wanted: StateOptions) -> None:
+        super().__init__(wanted)
+        file = load_basis(wanted.options.basis)
+        self.file = file if wanted.heads is None else file.of_heads(wanted.heads)
 
+    def stored_bytes(self, tokens: int, width: int, dtype: torch.dtype, rank: int | None = None) -> int:
+        """Count the bytes of the coefficients and the delta."""
+        _, token_bytes = kept_of_token(self.wanted, width, dtype, rank)
+        return tokens * token_bytes + delta_bytes(width, self.wanted.bits, dtype)
 
-@dataclass(frozen=True, eq=False)
-class StateBasis:
-    """The basis of the Keys or Values of one layer, all directions, best first.
-
-    Attributes:
-        encoder, decoder: A and B, ``[H, D, D]``; the same tensor for an orthogonal basis.
-        spectrum: what each coefficient is worth (its mean variance within an image), ``[H, D]``, falling.
-        gain: what a unit of its distortion adds to the squared error of logits (Keys) or outputs (Values), ``[H, D]``.
-        low, step: of the codes of each width in `BITS`, ``[H, D]``, for coefficients of states less their image's mean.
-    """
-
-    encoder: Tensor
-    decoder: Tensor
-    spectrum: Tensor
-    gain: Tensor
-    low: dict[int, Tensor]
-    step: dict[int, Tensor]
-    _memo: dict[object, Any] = field(default_factory=dict, repr=False)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "StateBasis":
-        return self  # of the model, never changed: copies of a cache share it
-
-    def of_heads(self, heads: slice) -> "StateBasis":
-        """The part of some heads."""
-        encoder = self.encoder[heads]
-        return StateBasis(
-            encoder,
-            encoder if self.decoder is self.encoder else self.decoder[heads],
-            self.spectrum[heads],
-            self.gain[heads],
-            {bits: low[heads] for bits, low in self.low.items()},
-            {bits: step[heads] for bits, step in self.step.items()},
-        )
-
-    def tensors(self) -> list[Tensor]:
-        """What the file holds of it."""
-        matrices = [self.encoder] if self.decoder is self.encoder else [self.encoder, self.decoder]
-        return [*matrices, self.spectrum, self.gain, *self.low.values(), *self.step.values()]
-
-    def basis(self, mean: Tensor, rank: int, dtype: torch.dtype) -> KeyBasis:
-        """The first `rank` directions (padded), shared by all requests, around the image's own mean ``[H, R, D]``."""
-        key = ("basis", rank, dtype, mean.device)
-        if key not in self._memo:
-            encoder = self._columns(self.encoder, rank, dtype, mean.device)
-            same = self.decoder is self.encoder
-            self._memo[key] = encoder, encoder if same else self._columns(self.decoder, rank, dtype, mean.device)
-        encoder, decoder = (matrix[:, None].expand(-1, mean.shape[1], -1, -1) for matrix in self._memo[key])
-        mean = mean.to(dtype).contiguous()
-        return KeyBasis(encoder, encoder if self.decoder is self.encoder else decoder, mean, mean, rank, shared=True)
-
-    @staticmethod
-    def _columns(matrix: Tensor, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        columns = torch.nn.functional.pad(matrix[..., :rank], (0, padded_rank(rank) - rank))
-        return columns.to(device, dtype).contiguous()
-
-    def worth(self, kind: str) -> Tensor:
-        """What distortion of each coefficient costs, ``[H, D]``; see `Allocation`."""
-        if kind == "gain":
-            return self.spectrum * self.gain
-        total = self.spectrum.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        return self.spectrum / total if kind == "relative" else self.spectrum
-
-    def ranks_for_energy(self, energy: float) -> list[int]:
-        """Smallest rank at which each head keeps a share `energy` of its spectrum."""
-        kept = self.spectrum.cumsum(-1) / self.spectrum.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        return ((kept < energy - 1e-6).sum(-1) + 1).clamp(max=self.spectrum.shape[-1]).tolist()
-
-    def ranges(self, code: CodeLayout | HeadCodes | Numbers, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``low`` and ``step`` ``[H, channels]`` for what `code` stores; zero and one for plain numbers."""
-        key = ("ranges", code, device)
-        if key not in self._memo:
-            self._memo[key] = self._ranges(code, device)
-        return self._memo[key]
-
-    def _ranges(self, code: CodeLayout | HeadCodes | Numbers, device: torch.device) -> tuple[Tensor, Tensor]:
-        parts = code.parts if isinstance(code, HeadCodes) else (code,) * len(self.spectrum)
-        low = torch.zeros(len(parts), code.channels)
-        step = torch.zeros(len(parts), code.channels)
-        for head, part in enumerate(parts):
-            if isinstance(part, Numbers):
-                step[head, : part.channels] = 1
-                continue
-            start = 0
-            for bits, channels in part.blocks:
-                end = start + channels
-                low[head, start:end] = self.low[bits][head, start:end]
-                step[head, start:end] = self.step[bits][head, start:end]
-                start = end
-        return low.to(device), step.to(device)
-
-    def float8_scale(self, channels: int, device: torch.device) -> Tensor:
-        """Scale ``[H, channels]`` that brings coefficients into the range of float8."""
-        key = ("float8", channels, device)
-        if key not in self._memo:
-            low, step = self.low[8][:, :channels], self.step[8][:, :channels]
-            most = low.abs().maximum((low + 255 * step).abs())
-            self._memo[key] = (torch.where(most > 0, most, torch.ones_like(most)) / FP8_MOST).to(device)
-        return self._memo[key]
-
-    def scaled_decoder(
-        self, key: object, low: Tensor, step: Tensor, middle: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """The decoder ``[H, D, channels]`` with `step` folded in and what `low` adds to delta, ``[H, D]``.
-
-        They belong to all requests and are made once for each `key`, which must say what `low` and `step` are. See
-        `KeyBasis.for_codes`.
-        """
-        memo = ("decoder", key, dtype, low.device)
-        if memo not in self._memo:
-            columns = self.decoder[..., : low.shape[-1]].to(low.device)
-            exact = columns * step[:, None]
-            scaled = exact.to(dtype).contiguous()
-            shift = columns @ low[..., None] + (exact - scaled.float()) @ middle[..., None]
-            self._memo[memo] = scaled, shift[..., 0]
-        return self._memo[memo]
-
-
-@dataclass(frozen=True, eq=False)
-class CalibratedBasis:
-    """A basis file: per layer the bases of Keys and Values, and the model that they belong to."""
-
-    path: str
-    fingerprint: Tensor
-    model_type: str
-    images: int
-    layers: dict[int, dict[str, StateBasis]]
-    _memo: dict[object, dict[int, CodeLayout | HeadCodes | Numbers]] = field(default_factory=dict, repr=False)
-
-    def of_heads(self, heads: slice) -> "CalibratedBasis":
-        """The basis of some heads of each layer, where others keep the rest; all of them agree on what is kept."""
-        layers = {
-            layer: {which: state.of_heads(heads) for which, state in states.items()}
-            for layer, states in self.layers.items()
-        }
-        return _Part(self.path, self.fingerprint, self.model_type, self.images, layers, whole=self, heads=heads)
-
-    def state(self, layer: int, which: str) -> StateBasis:
-        """The basis of ``which`` ("key" or "value") of a layer; a ValueError if the file has none."""
-        if layer not in self.layers:
-            raise ValueError(f"basis file {self.path} has no layer {layer}; it holds {sorted(self.layers)}")
-        return self.layers[layer][which]
-
-    def code(
-        self, layer: int, which: str, bits: Bits, budget: HeadBudget, allocation: Allocation
-    ) -> CodeLayout | HeadCodes | Numbers:
-        """What is kept of the coefficients of a layer.
-
-        Args:
-            layer, which: as in `state`.
-            bits: as `FitOptions.key_bits`.
-            budget: bits per token with "auto", else rank or energy.
-            allocation: how the average is dealt out.
-        """
-        self.state(layer, which)
-        key = (which, bits, budget, allocation)
-        if key not in self._memo:
-            self._memo[key] = self._codes(which, bits, budget, allocation)
-        return self._memo[key][layer]
-
-    def _codes(
-        self, which: str, bits: Bits, budget: HeadBudget, allocation: Allocation
-    ) -> dict[int, CodeLayout | HeadCodes | Numbers]:
-        states = {layer: parts[which] for layer, parts in sorted(self.layers.items())}
-        width = bits if isinstance(bits, int) else PLAIN_BITS
-        codes: dict[int, CodeLayout | HeadCodes | Numbers] = {}
-        if budget.energy is not None:
-            for layer, state in states.items():
-                ranks = [padded_rank(rank) for rank in state.ranks_for_energy(budget.energy)]
-                parts = [_code([width] * rank) for rank in ranks]
-                codes[layer] = _heads(parts) if allocation.over == "heads" else parts[ranks.index(max(ranks))]
-            return codes
-        if budget.rank is not None and allocation.over == "uniform":
-            return dict.fromkeys(states, _code([width] * padded_rank(budget.rank)))
-        widths = BITS if budget.rank is None else (width,)
-        each = budget.bits if budget.rank is None else padded_rank(budget.rank) * width
-        assert each is not None
-        worth = [
-            state.worth("variance" if allocation.over == "uniform" else allocation.worth) for state in states.values()
-        ]
-        if allocation.over == "heads":
-            rows = iter(_share(torch.cat(worth), each, widths, allocation.floor))
-            return {layer: _heads([_code(next(rows)) for _ in state.spectrum]) for layer, state in states.items()}
-        means = torch.stack([heads.mean(0) for heads in worth])
-        if allocation.over == "layers":
-            shared = _share(means, each, widths, allocation.floor)
+    def _code(self, width: int) -> CodeLayout | HeadCodes | Numbers:
+        wanted, rank = self.wanted, self.wanted.rank_for(width)
+        if wanted.bits == "auto":
+            budget = HeadBudget(bits=wanted.bit_budget(width))
         else:
-            shared = [row for mean in means for row in allocate_bits(mean[None], each, widths)]
-        return {layer: _code(row) for layer, row in zip(states, shared, strict=True)}
+            budget = HeadBudget(energy=wanted.energy) if rank is None else HeadBudget(rank=rank)
+        return self.file.code(wanted.layer, wanted.kind, wanted.bits, budget, wanted.options.allocation)
 
-    def nbytes(self) -> int:
-        """Bytes of its tensors as they are read from the file."""
-        states = [state for parts in self.layers.values() for state in parts.values()]
-        return sum(tensor.nbytes for state in states for tensor in state.tensors())
-
-    def check_model(self, fingerprint: Tensor) -> None:
-        """Raise unless the file was calibrated on the model with this fingerprint."""
-        if not same_fingerprint(fingerprint, self.fingerprint):
-            raise ValueError(
-                f"basis file {self.path} was calibrated on another model ({self.model_type}): run `rotatek calibrate` "
-                "for this one"
-            )
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "CalibratedBasis":
-        return self
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Part(CalibratedBasis):
-    """Some heads of a `CalibratedBasis`: bits and ranks are dealt out over all of them."""
-
-    whole: CalibratedBasis
-    heads: slice
-
-    def code(
-        self, layer: int, which: str, bits: Bits, budget: HeadBudget, allocation: Allocation
-    ) -> CodeLayout | HeadCodes | Numbers:
-        """See `CalibratedBasis.code`."""
-        code = self.whole.code(layer, which, bits, budget, allocation)
-        return HeadCodes(code.parts[self.heads]) if isinstance(code, HeadCodes) else code
+    def store(
+        self, states: Tensor, ranges: Ranges, queries: Tensor | None = None, valid: Tensor | None = None
+    ) -> Stored:
+        """Store coefficients around each row's own mean."""
+        bits, code = self.wanted.bits, self._code(states.shape[-1])
+        state = self.file.state(self.wanted.layer, self.wanted.kind)
+        mean = torch.stack([_mean(states[:, start : start + length]) for start, length in ranges], 1)
+        self.expect_finite(mean)
+        basis = state.basis(mean, code.channels, states.dtype)
+        coefficients = [encode_row(states, basis, row, span, bits) for row, span in enumerate(ranges)]
+        assert basis.delta is not None
+        dtype, device = basis.delta.dtype, basis.delta.device
+        if isinstance(code, Numbers) and bits is None:
+            return Stored(torch.cat(coefficients, 1), basis.sealed())
+        low, step = state.ranges(code, device)
+        if bits == "fp8":
+            step = state.float8_scale(code.channels, device)
+            coefficients = [to_float8(part, step) for part in coefficients]
+        stored = join_tokens([pack_coefficients(part, low, step, code) for part in coefficients], code)
+        decoder, shift = state.scaled_decoder((code, bits), low, step, middle_codes(code, device), dtype)
+        shared = KeyBasis(
+            B=decoder[:, None].expand(-1, mean.shape[1], -1, -1),
+            delta=(basis.delta.float() + shift[:, None]).to(coded_delta_dtype(dtype)),
+            fitted_rank=code.channels,
+            shared=True,
+        )
+        return Stored(stored, shared, None if isinstance(code, Numbers) else code)
 
 
-def _share(worth: Tensor, budget: int, widths: Sequence[int], floor: float) -> list[list[int]]:
-    """Bits per channel of spectra ``[n, D]`` that share ``n * budget`` bits a token, each with its `floor` first."""
-    least = min(widths) * CHANNEL_BLOCK  # no head goes empty
-    start = [allocate_bits(row[None], max(least, int(floor * budget)), widths)[0] for row in worth]
-    return allocate_bits(worth, len(worth) * budget, widths, start)
-
-
-def _code(bits: Sequence[int]) -> CodeLayout | Numbers:
-    """What stores channels of these falling widths."""
-    return Numbers(sum(width > 0 for width in bits)) if PLAIN_BITS in bits else CodeLayout.from_bits(bits)
-
-
-def _heads(parts: list[CodeLayout | Numbers]) -> HeadCodes:
-    return HeadCodes(tuple(parts))  # type: ignore[arg-type]  # all parts are of one kind
-
-
-def read_tensors(path: str | Path, expected: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and provenance of a file of ours; a ValueError where it is unreadable or of another format."""
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (bases fitted online need torch alone)
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{what} {path} cannot be read (truncated, or no safetensors file): {error}") from None
-    if metadata.get("format") != expected:
-        raise ValueError(f"{path} is no {what} of this version: expected {expected!r}, got {metadata.get('format')!r}")
-    return tensors, json.loads(metadata.get("provenance", "{}"))
-
-
-def same_fingerprint(one: Tensor, other: Tensor) -> bool:
-    """Whether two fingerprints agree within the rounding of half precisions; NaN in `one` agrees with all."""
-    if one.shape != other.shape:
-        return False
-    known = ~one.isnan()
-    return torch.allclose(one[known], other[known], rtol=1e-2, atol=1e-6)
-
-
-def load_basis(path: str | Path) -> CalibratedBasis:
-    """Read a basis file; caches that name the same unchanged file share its tensors."""
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"basis file {path} does not exist")
-    return _load(str(file.resolve()), file.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4)
-def _load(path: str, modified: int) -> CalibratedBasis:
-    del modified  # part of the memo's key only
-    tensors, provenance = read_tensors(path, FORMAT, "basis file")
-    try:
-        return _layers(path, tensors, provenance)
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"basis file {path} is incomplete or holds something else: {error}") from None
-
-
-def _layers(path: str, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> CalibratedBasis:
-    fingerprint = tensors.pop("fingerprint")
-    layers: dict[int, dict[str, StateBasis]] = {}
-    for index in sorted({int(name.split(".")[1]) for name in tensors}):
-        layers[index] = {}
-        for which in STATES:
-            part = f"layers.{index}.{which}."
-            encoder = tensors[part + "encoder"]
-            heads, width, _ = encoder.shape
-            for name in ("spectrum", "gain", *(f"{range_}{bits}" for range_ in ("low", "step") for bits in BITS)):
-                if tensors[part + name].shape != (heads, width):
-                    raise ValueError(f"{part}{name} has shape {tuple(tensors[part + name].shape)}")
-            layers[index][which] = StateBasis(
-                encoder,
-                tensors.get(part + "decoder", encoder),
-                tensors[part + "spectrum"],
-                tensors[part + "gain"],
-                {bits: tensors[f"{part}low{bits}"] for bits in BITS},
-                {bits: tensors[f"{part}step{bits}"] for bits in BITS},
-            )
-    return CalibratedBasis(path, fingerprint, provenance["model_type"], provenance["images"], layers)
+def _mean(states: Tensor) -> Tensor:
+    """Average ``[H, S, D]`` over tokens, in float32 for half precisions: ``[H, D]``."""
+    return states.mean(1, dtype=compute_dtype(states.dtype))

@@ -1,34 +1,19 @@
-"""Ways to store visual Keys, by name: one paper, one file. Tests and evals walk through these tables."""
+"""Codecs by name: one paper, one file. Tests and evals walk through these tables."""
 
-from typing import Protocol
-
-import torch
-from torch import Tensor
+import functools
+from collections.abc import Callable
 
 from rotatek_cache.codecs.bases.oblique import Oblique
 from rotatek_cache.codecs.bases.pca import UncentredPCA
 from rotatek_cache.codecs.bases.rotatek import RotateK
 from rotatek_cache.codecs.bases.think import ThinK
-from rotatek_cache.codecs.spark import SparK
-from rotatek_cache.core.basis import KeyBasis
-from rotatek_cache.core.fitting import KeyStatistics, Solver
-
-
-class BasisMethod(Protocol):
-    """A way to choose a Key basis."""
-
-    def energy_matrix(self, stats: KeyStatistics) -> Tensor:
-        """Symmetric ``[H, R, D, D]`` whose eigenvalues say what each coefficient is worth."""
-
-    def fit(self, stats: KeyStatistics, rank: int, solver: Solver, dtype: torch.dtype) -> KeyBasis:
-        """The basis of `rank` columns (padded), stored in `dtype`."""
-
-
-class NoRotation:
-    """Keys as they are: with `key_bits` the per-channel codes of KIVI (arXiv 2402.02750), a range per segment."""
-
-
-KeyMethod = BasisMethod | SparK | NoRotation
+from rotatek_cache.codecs.calibrated import Calibrated
+from rotatek_cache.codecs.dense import Dense
+from rotatek_cache.codecs.fitted import BasisMethod, Fitted
+from rotatek_cache.codecs.interface import KeyCodec, StateOptions
+from rotatek_cache.codecs.quantized import ChannelCodes, TokenCodes
+from rotatek_cache.codecs.spark import SparKCodec
+from rotatek_cache.options import FitOptions, listed
 
 BASES: dict[str, BasisMethod] = {
     "rotatek": RotateK(),
@@ -38,18 +23,66 @@ BASES: dict[str, BasisMethod] = {
     "oblique": Oblique(),
     "think": ThinK(),
 }
-METHODS: dict[str, KeyMethod] = {
-    **BASES,
-    "spark": SparK(),
-    "spark_mean": SparK(signed_mean=True),
-    "none": NoRotation(),
+CODECS: dict[str, Callable[[StateOptions], KeyCodec]] = {
+    **{name: functools.partial(Fitted, method=method) for name, method in BASES.items()},
+    "spark": SparKCodec,
+    "spark_mean": functools.partial(SparKCodec, signed_mean=True),
+    "none": ChannelCodes,
 }
 
 
-def key_method(name: str) -> KeyMethod:
-    """The method called `name`; a ValueError that lists the known ones otherwise."""
-    if name not in METHODS:
+def codecs_for(options: FitOptions, layer: int = 0, heads: slice | None = None) -> tuple[KeyCodec, KeyCodec]:
+    """Choose the codecs of a layer's Keys and Values.
+
+    Args:
+        options: how both are stored; a ValueError says where the codecs cannot do what they ask.
+        layer: of the model, from 0.
+        heads: which of the layer's KV heads come; None if all do.
+    """
+    keys = _key_codec(StateOptions(options, "key", layer, heads))
+    values = _value_codec(StateOptions(options, "value", layer, heads))
+    _check_support(keys, f"basis={options.basis!r}")
+    _check_support(values, f"value_basis={options.value_basis!r}")
+    if options.basis_bits is not None and not (keys.owns_basis or values.owns_basis):
         raise ValueError(
-            f"basis must be one of {', '.join(sorted(METHODS))}, or the path of a .safetensors file, got {name!r}"
+            "basis_bits codes the basis that a request owns, and here it owns none: it needs a basis fitted to the "
+            f"prompt or value_sparsity, got {options}"
         )
-    return METHODS[name]
+    return keys, values
+
+
+def _key_codec(wanted: StateOptions) -> KeyCodec:
+    options = wanted.options
+    if not options.is_calibrated and options.basis not in CODECS:
+        raise ValueError(
+            f"basis must be one of {', '.join(sorted(CODECS))}, or the path of a .safetensors file, "
+            f"got {options.basis!r}"
+        )
+    if options.is_identity:
+        return Dense(wanted)
+    return Calibrated(wanted) if options.is_calibrated else CODECS[options.basis](wanted)
+
+
+def _value_codec(wanted: StateOptions) -> KeyCodec:
+    options = wanted.options
+    if options.value_basis == "none":
+        return TokenCodes(wanted)
+    if not options.codes_values:
+        return Dense(wanted)
+    return Calibrated(wanted) if options.is_calibrated else Fitted(wanted, BASES["pca"])
+
+
+def _check_support(codec: KeyCodec, asked_for: str) -> None:
+    """Raise a ValueError where a codec cannot store as many channels or bits as it is asked to."""
+    wanted = codec.wanted
+    fits = wanted.bits in codec.supports_bits and (codec.supports_energy or wanted.energy is None)
+    if fits and (codec.supports_sparsity or wanted.sparsity == 0):
+        return
+    is_key = wanted.kind == "key"
+    if not codec.supports_sparsity:
+        amount = "sparsity=0" if is_key else "no value_sparsity"
+    else:
+        amount = "sparsity, rank or energy" if codec.supports_energy else "sparsity or rank"
+    choices = [repr(bits) for bits in codec.supports_bits if bits is not None]
+    bits = f"{wanted.kind}_bits of {listed(choices)}" if choices else f"no {wanted.kind}_bits"
+    raise ValueError(f"{asked_for} takes {amount} and {bits}, got {wanted.options}")

@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rotatek_cache.codecs.interface import KeyCodec, Ranges, StateOptions
 from rotatek_cache.core.basis import KeyBasis, compute_dtype
+from rotatek_cache.core.fitting import KeyStatistics
 from rotatek_cache.core.quantization import as_numbers
+from rotatek_cache.core.row_layout import integers
+from rotatek_cache.core.segments import Stored
 
 
 def pack_bits(flags: Tensor) -> Tensor:
-    """Bools ``[..., n]`` as bytes ``[..., ceil(n / 8)]``, the first in the lowest bit."""
+    """Pack bools ``[..., n]`` into bytes ``[..., ceil(n / 8)]``, the first in the lowest bit."""
     flags = pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))
     return (flags << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """The first `count` bools of bytes ``[..., ceil(count / 8)]``."""
+    """Unpack the first `count` bools of bytes ``[..., ceil(count / 8)]``."""
     bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.flatten(-2)[..., :count].bool()
 
@@ -39,13 +43,13 @@ class SparseCode:
     signs: bool
 
     @property
-    def row_bytes(self) -> int:
+    def token_bytes(self) -> int:
         """Bytes of one token."""
         signs = -(-(self.channels - self.rank) // 8) if self.signs else 0
         return (self.rank + 1) * self.dtype.itemsize + -(-self.channels // 8) + signs
 
     def pack(self, states: Tensor, score: Tensor) -> Tensor:
-        """Bytes ``[..., row_bytes]`` of states ``[..., channels]``: the channels of highest `score` are kept."""
+        """Pack states ``[..., channels]`` into bytes ``[..., token_bytes]``, with the channels of highest `score`."""
         wide = compute_dtype(self.dtype)
         order = score.topk(self.rank, -1).indices.sort(-1).values
         kept = torch.zeros_like(states, dtype=torch.bool).scatter_(-1, order, value=True)
@@ -62,7 +66,7 @@ class SparseCode:
         return torch.cat([*parts, pack_bits(others < 0)] if self.signs else parts, -1)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """States ``[..., channels]`` in the dtype that half precisions are computed in."""
+        """Unpack states ``[..., channels]``, in the dtype that half precisions are computed in."""
         numbers_end = (self.rank + 1) * self.dtype.itemsize
         mask_end = numbers_end + -(-self.channels // 8)
         numbers = as_numbers(packed[..., :numbers_end], self.dtype)
@@ -89,11 +93,11 @@ class SparK:
     signed_mean: bool = False
 
     def code(self, channels: int, rank: int, dtype: torch.dtype) -> SparseCode:
-        """What a token is stored as."""
+        """Describe how a token is stored."""
         return SparseCode(channels, rank, dtype, signs=not self.signed_mean)
 
     def basis(self, moment: Tensor | None, dtype: torch.dtype) -> KeyBasis:
-        """The decoder that takes back what `scaled` did; none where dropped Keys are read as a mean.
+        """Make the decoder that takes back what `pack` scales; none where dropped Keys are read as a mean.
 
         Args:
             moment: second moment of the queries ``[H, R, D, D]``; None weighs all channels alike.
@@ -105,14 +109,14 @@ class SparK:
 
     @staticmethod
     def weight(moment: Tensor) -> Tensor:
-        """``||q_j||`` over its mean, ``[H, R, D]``, floored so that it can be divided by."""
+        """Divide ``||q_j||`` by its mean, ``[H, R, D]``, floored so that it can be divided by."""
         norm = moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
         mean = norm.mean(-1, keepdim=True)
         norm = torch.where(mean > 0, norm / mean, torch.ones_like(norm))
         return norm.clamp_min(1e-3)
 
     def pack(self, keys: Tensor, weight: Tensor | None, code: SparseCode) -> Tensor:
-        """Bytes of one row's Keys ``[H, S, D]`` for channel weights ``[H, D]``.
+        """Pack one row's Keys ``[H, S, D]`` for channel weights ``[H, D]``.
 
         With signs, Keys are stored times the root of the weight: what is recovered is one number a token then, and the
         division by ``sqrt(||q_j||)`` is the diagonal decoder's.
@@ -121,3 +125,35 @@ class SparK:
         root = None if weight is None else weight.sqrt()[:, None]
         scaled = wide if root is None else wide * root
         return code.pack(wide if self.signed_mean else scaled, scaled.square())
+
+
+class SparKCodec(KeyCodec):
+    """Stores Keys of which each token keeps its own channels; `signed_mean` as in `SparK`."""
+
+    def __init__(self, wanted: StateOptions, *, signed_mean: bool = False) -> None:
+        super().__init__(wanted)
+        self.method = SparK(signed_mean)
+
+    def stored_bytes(self, tokens: int, width: int, dtype: torch.dtype, rank: int | None = None) -> int:
+        """Count the bytes of the tokens and of the channels' weights."""
+        code = self.method.code(width, rank or self.wanted.rank_for(width) or 1, dtype)
+        return tokens * code.token_bytes + width * dtype.itemsize
+
+    def store(
+        self, states: Tensor, ranges: Ranges, queries: Tensor | None = None, valid: Tensor | None = None
+    ) -> Stored:
+        """Store the best channels of each token."""
+        heads, _, width = states.shape
+        rank = self.wanted.rank_for(width)
+        assert rank is not None
+        self.expect_finite(states)
+        nothing = states.new_zeros(heads, len(ranges), width, dtype=compute_dtype(states.dtype))
+        tokens = integers([length for _, length in ranges], states.device)
+        moment = KeyStatistics(nothing, nothing[..., None], tokens, queries, valid).query_moment()
+        weight = None if moment is None else self.method.weight(moment)
+        code = self.method.code(width, rank, states.dtype)
+        packed = [
+            self.method.pack(states[:, start : start + length], None if weight is None else weight[:, row], code)
+            for row, (start, length) in enumerate(ranges)
+        ]
+        return Stored(torch.cat(packed, 1), self.method.basis(moment, states.dtype), code)

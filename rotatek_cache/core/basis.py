@@ -1,4 +1,4 @@
-"""Key bases: how the visual Keys of a head are turned into a few coefficients, and how such a basis is fitted.
+"""Key bases: how the visual Keys of a head are turned into a few coefficients, and read.
 
 The maths of RotateK (arXiv 2605.19218) on torch alone. Shapes use ``H`` KV heads, ``R`` sequences that own a basis,
 ``S`` visual tokens, ``D`` head width and ``r`` rank; leading dimensions ``*`` are arbitrary.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-RANK_MULTIPLE = 8  # a coefficient row of 8 half-precision numbers is one 16-byte load
+RANK_MULTIPLE = 8  # 8 half-precision numbers are one 16-byte load
 INT8_MOST = 127
 
 
@@ -51,13 +51,13 @@ class KeyBasis:
         return self.B is not None and self.B.dim() == 3
 
     def tensors(self) -> list[Tensor]:
-        """Distinct tensors that this basis holds for its request."""
+        """List the distinct tensors that this basis holds for its request."""
         matrices = () if self.shared else (self.A, self.B)
         held = [t for t in (*matrices, self.scale, self.offset, self.delta) if t is not None]
         return list({id(t): t for t in held}.values())
 
     def encode(self, keys: Tensor) -> Tensor:
-        """Coefficients ``[H, R, S, r]`` of Keys ``[H, R, S, D]``, in float32 for half precisions."""
+        """Encode Keys ``[H, R, S, D]`` as coefficients ``[H, R, S, r]``, in float32 for half precisions."""
         if self.is_identity:
             return keys
         if self.A is None:
@@ -73,12 +73,12 @@ class KeyBasis:
         return centred @ self.A.to(wide)
 
     def sealed(self) -> "KeyBasis":
-        """What decoding needs: a separate encoder and its offset are dropped."""
+        """Keep only what decoding needs: a separate encoder and its offset are dropped."""
         encoder = self.A if self.A is self.B else None
         return dataclasses.replace(self, A=encoder, offset=None)
 
     def in_int8(self) -> "KeyBasis":
-        """The basis with `B` as int8 and a scale per column; half the bytes of half precision.
+        """Round `B` to int8 with a scale per column; half the bytes of half precision.
 
         The encoder becomes ``A (B^T A)^-1`` with the rounded B, so that ``B^T A = I`` holds again: Keys in the span of
         the rounded columns are reproduced, and all that rounding does is to tilt that span a little.
@@ -100,7 +100,7 @@ class KeyBasis:
         return dataclasses.replace(self, A=pad(encoder), B=pad(codes.to(torch.int8)), scale=pad(scale))
 
     def for_codes(self, low: Tensor, step: Tensor, middle: Tensor) -> "KeyBasis":
-        """The sealed basis that reads integer codes in place of coefficients ``low + step * code``.
+        """Make the sealed basis that reads integer codes in place of coefficients ``low + step * code``.
 
         Codes are large numbers beside their spread, so what rounding does to the scaled decoder would shift all tokens
         alike: delta takes back what it does to the middle of the codes.
@@ -130,13 +130,13 @@ class KeyBasis:
         return KeyBasis(B=rounded, delta=delta.to(coded_delta_dtype(dtype)), fitted_rank=self.fitted_rank)
 
     def _storage_dtype(self, default: torch.dtype) -> torch.dtype:
-        """The dtype of the states that this basis belongs to, as far as its tensors tell."""
+        """Find the dtype of the states that this basis belongs to, as far as its tensors tell."""
         if self.B is not None and self.scale is None:
             return self.B.dtype
         return default if self.delta is None else self.delta.dtype
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> "KeyBasis":
-        """The basis with `pick` applied to each of its distinct tensors, whose first dimensions are ``[H, R]``."""
+        """Apply `pick` to each of its distinct tensors, whose first dimensions are ``[H, R]``."""
         picked: dict[int, Tensor] = {}
 
         def one(tensor: Tensor | None) -> Tensor | None:
@@ -151,11 +151,11 @@ class KeyBasis:
         )
 
     def head(self, index: int) -> "KeyBasis":
-        """The basis of one KV head, with a head dimension of 1."""
+        """Take the basis of one KV head, with a head dimension of 1."""
         return self.select(lambda tensor: tensor[index : index + 1])
 
     def columns(self, index: Tensor) -> "KeyBasis":
-        """The basis with columns picked by int64 ``index [H, R, r']``."""
+        """Pick columns by int64 ``index [H, R, r']``."""
 
         def pick(matrix: Tensor | None) -> Tensor | None:
             if matrix is None:
@@ -168,14 +168,14 @@ class KeyBasis:
         )
 
     def reconstruct(self, coefficients: Tensor) -> Tensor:
-        """Keys ``[H, R, S, D]`` that coefficients ``[H, R, S, r]`` stand for (an oracle: decoding never does it)."""
+        """Rebuild Keys ``[H, R, S, D]`` from coefficients ``[H, R, S, r]`` (an oracle: decoding never does it)."""
         if self.B is not None:
             coefficients = coefficients.to(compute_dtype(self.B.dtype if self.scale is None else self.scale.dtype))
         keys = self.rotate_back(coefficients)
         return keys if self.delta is None else keys + self.delta.to(keys.dtype)[..., None, :]
 
     def rotate_back(self, coefficients: Tensor) -> Tensor:
-        """``C B^T`` of coefficients ``[H, R, M, r]``, or of weighted sums of them, without delta: ``[H, R, M, D]``."""
+        """Turn coefficients ``[H, R, M, r]``, or sums of them, back by ``B^T``: ``[H, R, M, D]``, without delta."""
         if self.B is None:
             return coefficients
         decoder = self.B.to(coefficients.dtype)
@@ -184,7 +184,7 @@ class KeyBasis:
         return coefficients * decoder[..., None, :] if self.is_diagonal else coefficients @ decoder.mT
 
     def project_query(self, query: Tensor) -> Tensor:
-        """Queries ``[H, R, M, D]`` as the coefficients ``[H, R, M, r]`` that meet the stored ones."""
+        """Project queries ``[H, R, M, D]`` to the coefficients ``[H, R, M, r]`` that meet the stored ones."""
         if self.B is None:
             return query
         decoder = self.B.to(query.dtype)
@@ -192,27 +192,27 @@ class KeyBasis:
         return projected if self.scale is None else projected * self.scale.to(query.dtype)[..., None, :]
 
     def logit_shift(self, query: Tensor) -> Tensor | None:
-        """``q . delta`` of queries ``[H, R, M, D]``, as ``[H, R, M, 1]``; None where delta is zero."""
+        """Give ``q . delta`` of queries ``[H, R, M, D]``, as ``[H, R, M, 1]``; None where delta is zero."""
         return None if self.delta is None else query @ self.delta.to(query.dtype)[..., None]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precisions, else the dtype itself."""
+    """Choose float32 for half precisions, else the dtype itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def coded_delta_dtype(dtype: torch.dtype) -> torch.dtype:
-    """How delta is stored beside codes: it holds the low ends of their ranges, for which bfloat16 is too coarse."""
+    """Choose how delta is stored beside codes: it holds the low ends of ranges, for which bfloat16 is too coarse."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def padded_rank(rank: int) -> int:
-    """`rank` rounded up to the multiple that storage and kernels use."""
+    """Round `rank` up to the multiple that storage and kernels use."""
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of ``[*, n, k]`` and ``[*, k, m]``; half precisions are summed and returned in float32."""
+    """Multiply ``[*, n, k]`` by ``[*, k, m]``; half precisions are summed and returned in float32."""
     wide = compute_dtype(left.dtype)
     if not left.is_cuda or left.dtype == wide:
         return left.to(wide) @ right.to(wide)

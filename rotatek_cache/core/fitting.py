@@ -1,18 +1,16 @@
 """Fit bases: moments of states, query weights, the paper's subspace iteration and its exact form."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rotatek_cache.core.basis import KeyBasis, compute_dtype, padded_rank, wide_product
-
-Solver = Literal["subspace", "eigh"]
+from rotatek_cache.options import Solver
 
 
 def key_moments(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``[*, D]`` and centred scatter ``(K - mean)^T (K - mean)`` ``[*, D, D]`` of Keys ``[*, S, D]``.
+    """Find mean ``[*, D]`` and centred scatter ``(K - mean)^T (K - mean)`` ``[*, D, D]`` of Keys ``[*, S, D]``.
 
     Centred before the product, since the difference of large moments loses digits, which is in float32 (float64 stays).
     Half precisions are centred by the rounded mean and rounded, for tensor cores to multiply; what the mean lost to
@@ -32,7 +30,7 @@ def key_moments(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def query_channel_norm(queries: Tensor, kv_heads: int, valid: Tensor | None = None) -> Tensor:
-    """The paper's channel weights: L2 norm over the window of the group's signed mean query, floored.
+    """Find the paper's channel weights: L2 norm over the window of the group's signed mean query, floored.
 
     Args:
         queries: ``[B, H_q, W, D]`` after RoPE.
@@ -59,7 +57,7 @@ def query_channel_norm(queries: Tensor, kv_heads: int, valid: Tensor | None = No
 
 
 def weighted_scatter(scatter: Tensor, weight: Tensor | None) -> Tensor:
-    """``scatter * (w w^T)`` for channel weights ``[*, D]``, ``[*, D, D]``."""
+    """Give ``scatter * (w w^T)`` for channel weights ``[*, D]``, ``[*, D, D]``."""
     if weight is None:
         return scatter
     # Only ratios of the weights matter to eigenvectors; scaling keeps the product within range.
@@ -68,13 +66,13 @@ def weighted_scatter(scatter: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def ridged(matrix: Tensor) -> Tensor:
-    """Symmetric `matrix` ``[*, D, D]`` with the paper's ridge of 1e-4 of its mean diagonal."""
+    """Add to symmetric `matrix` ``[*, D, D]`` the paper's ridge of 1e-4 of its mean diagonal."""
     ridge = 1e-4 * matrix.diagonal(dim1=-2, dim2=-1).abs().mean(-1)
     return matrix + ridge[..., None, None] * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
 def principal_directions(matrix: Tensor, rank: int, solver: Solver = "subspace", *, iterations: int = 5) -> Tensor:
-    """Orthonormal ``[*, D, rank]`` spanning the top eigenvectors of symmetric positive `matrix` ``[*, D, D]``.
+    """Find orthonormal ``[*, D, rank]`` that span the top eigenvectors of symmetric positive `matrix` ``[*, D, D]``.
 
     The subspace iteration is the paper's (five rounds, Cholesky with a ridge of 1e-4 of the mean diagonal); that
     ridge leaves the columns far from orthonormal at high rank, so a plain QR ends it.
@@ -99,20 +97,20 @@ def principal_directions(matrix: Tensor, rank: int, solver: Solver = "subspace",
 
 
 def one_hot_columns(channels: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """``[*, width, r]`` whose columns pick `channels` ``[*, r]`` (torch's `one_hot` would ask the device for them)."""
+    """Make ``[*, width, r]`` whose columns pick `channels` ``[*, r]`` (torch's `one_hot` would wait for the device)."""
     columns = torch.zeros(*channels.shape[:-1], width, channels.shape[-1], dtype=dtype, device=channels.device)
     return columns.scatter_(-2, channels[..., None, :], 1.0)
 
 
 def matrix_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root and inverse square root of symmetric positive `matrix` ``[*, D, D]``."""
+    """Take the square root and inverse square root of symmetric positive `matrix` ``[*, D, D]``."""
     values, vectors = torch.linalg.eigh(matrix)
     root = values.clamp_min(1e-6).sqrt()[..., None, :]
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
 def rank_for_energy(matrix: Tensor, energy: float) -> int:
-    """Smallest rank at which every head of `matrix` ``[*, D, D]`` keeps `energy` of its trace."""
+    """Find the smallest rank at which every head of `matrix` ``[*, D, D]`` keeps `energy` of its trace."""
     spectrum = torch.linalg.eigvalsh(matrix).flip(-1).clamp_min(0)
     kept = spectrum.cumsum(-1) / spectrum.sum(-1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
     # The tolerance lets energy=1 stop at the rank of the data in place of its last rounding error.
@@ -122,7 +120,7 @@ def rank_for_energy(matrix: Tensor, energy: float) -> int:
 
 @dataclass(frozen=True)
 class KeyStatistics:
-    """What bases are fitted from.
+    """The moments and queries that bases are fitted from.
 
     Attributes:
         mean: ``[H, R, D]`` of the visual Keys.
@@ -139,13 +137,13 @@ class KeyStatistics:
     valid: Tensor | None = None
 
     def channel_norm(self) -> Tensor | None:
-        """The paper's channel weights ``[H, R, D]``, None without queries."""
+        """Find the paper's channel weights ``[H, R, D]``; None without queries."""
         if self.queries is None:
             return None
         return query_channel_norm(self.queries, self.mean.shape[0], self.valid)
 
     def query_moment(self) -> Tensor | None:
-        """Second moment ``[H, R, D, D]`` of the window's queries over all heads of a group, None without queries."""
+        """Find the queries' second moment ``[H, R, D, D]`` over all heads of a group; None without queries."""
         if self.queries is None:
             return None
         heads = self.mean.shape[0]
@@ -159,7 +157,7 @@ class KeyStatistics:
 def stored_basis(
     encoder: Tensor, decoder: Tensor, mean: Tensor | None, delta: Tensor | None, dtype: torch.dtype
 ) -> KeyBasis:
-    """A basis with columns padded to `RANK_MULTIPLE` and everything rounded to the storage `dtype`.
+    """Make a basis with columns padded to `RANK_MULTIPLE` and everything rounded to the storage `dtype`.
 
     Rounded before anything is encoded with it, so that what is stored and what decodes it agree.
     """
@@ -175,7 +173,7 @@ def stored_basis(
 
 
 def orthogonal_basis(mean: Tensor, matrix: Tensor, rank: int, solver: Solver, dtype: torch.dtype) -> KeyBasis:
-    """Orthogonal basis from the mean ``[H, R, D]`` and the (weighted) scatter ``[H, R, D, D]`` of Keys.
+    """Fit an orthogonal basis to the mean ``[H, R, D]`` and the (weighted) scatter ``[H, R, D, D]`` of Keys.
 
     Coefficients are those of centred Keys: ``delta`` is then the mean itself, which says the same as the paper's
     uncentred coefficients with ``delta = mu (I - R R^T)`` and wastes neither range nor precision.

@@ -31,7 +31,7 @@ class Code(Protocol):
         """Coefficients of a token and head, padding included."""
 
     def unpack(self, packed: Any) -> Tensor:
-        """Numbers ``[H, ..., channels]`` of what is stored of tokens (with `HeadCodes`, of each head)."""
+        """Give the numbers ``[H, ..., channels]`` of what is stored of tokens (with `HeadCodes`, of each head)."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Numbers:
     channels: int
 
     @property
-    def row_width(self) -> int:
+    def token_width(self) -> int:
         """Elements of one token."""
         return self.channels
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """`packed` itself."""
+        """Return `packed` itself."""
         return packed
 
 
@@ -71,7 +71,7 @@ class CodeLayout:
 
     @classmethod
     def from_bits(cls, bits: Sequence[int]) -> "CodeLayout":
-        """The layout for bits per channel that fall from channel to channel; channels of 0 bits are left out."""
+        """Make the layout of bits that fall from channel to channel; channels of 0 bits are left out."""
         return cls(tuple((width, bits.count(width)) for width in BITS if width in bits))
 
     @property
@@ -80,18 +80,18 @@ class CodeLayout:
         return sum(channels for _, channels in self.blocks)
 
     @property
-    def row_bytes(self) -> int:
+    def token_bytes(self) -> int:
         """Bytes of one token."""
         return sum(channels * bits // 8 for bits, channels in self.blocks)
 
-    row_width = row_bytes  # in elements of storage
+    token_width = token_bytes  # in elements of storage
 
     def levels(self, device: torch.device) -> Tensor:
-        """Largest code of each channel, float32 ``[channels]``."""
+        """Give the largest code of each channel, float32 ``[channels]``."""
         return torch.cat([torch.full((n,), 2.0**bits - 1, device=device) for bits, n in self.blocks])
 
     def pack(self, codes: Tensor) -> Tensor:
-        """uint8 codes ``[..., channels]`` as bytes ``[..., row_bytes]``."""
+        """Pack uint8 codes ``[..., channels]`` into bytes ``[..., token_bytes]``."""
         packed, start = [], 0
         for bits, channels in self.blocks:
             parts = codes[..., start : start + channels].chunk(8 // bits, -1)
@@ -100,7 +100,7 @@ class CodeLayout:
         return torch.cat(packed, -1)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """Bytes ``[..., row_bytes]`` as uint8 codes ``[..., channels]``."""
+        """Unpack bytes ``[..., token_bytes]`` into uint8 codes ``[..., channels]``."""
         codes, start = [], 0
         for bits, channels in self.blocks:
             part = packed[..., start : start + channels * bits // 8]
@@ -113,7 +113,7 @@ class CodeLayout:
 class HeadCodes:
     """A width of its own for each head, none of them padded.
 
-    Storage of N tokens has one dimension: the rows ``[N, width]`` of a head follow those of the head before, so that
+    Storage of N tokens has one dimension: the slots ``[N, width]`` of a head follow those of the head before, so that
     what one head reads lies side by side.
     """
 
@@ -127,16 +127,16 @@ class HeadCodes:
     @functools.cached_property
     def widths(self) -> tuple[int, ...]:
         """Elements of a token in each head."""
-        return tuple(part.row_width for part in self.parts)
+        return tuple(part.token_width for part in self.parts)
 
     def split(self, packed: Tensor) -> list[Tensor]:
-        """The storage of each head, ``[1, N, width]``, as views."""
+        """Split the storage by head: views ``[1, N, width]``."""
         tokens = packed.numel() // sum(self.widths)
         heads = packed.split([tokens * width for width in self.widths])
         return [head.view(1, tokens, width) for head, width in zip(heads, self.widths, strict=True)]
 
     def unpack(self, heads: Sequence[Tensor]) -> Tensor:
-        """Rows ``[R, n, width]`` of each head as ``[H * R, n, channels]``, heads first."""
+        """Unpack ``[R, n, width]`` of each head to ``[H * R, n, channels]``, heads first."""
         numbers = [part.unpack(head) for part, head in zip(self.parts, heads, strict=True)]
         return torch.cat([torch.nn.functional.pad(head, (0, self.channels - head.shape[-1])) for head in numbers])
 
@@ -154,7 +154,7 @@ class TokenCode:
         return CodeLayout(((self.bits, self.channels),))
 
     def pack(self, states: Tensor) -> Tensor:
-        """Bytes ``[..., channels * bits / 8 + 2 numbers]`` of finite states ``[..., channels]``."""
+        """Pack finite states ``[..., channels]`` into bytes ``[..., channels * bits / 8 + 2 numbers]``."""
         wide = torch.promote_types(self.dtype, torch.float32)
         low, high = (extreme(states, -1, keepdim=True).to(wide) for extreme in (torch.amin, torch.amax))
         # Codes are those of the rounded range, which is what reads them.
@@ -165,14 +165,14 @@ class TokenCode:
         return torch.cat([self._layout.pack(codes), scale.view(torch.uint8)], -1)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """States ``[..., channels]``, float32 for half precisions."""
-        codes, scale = packed.split([self._layout.row_bytes, 2 * self.dtype.itemsize], -1)
+        """Unpack states ``[..., channels]``, float32 for half precisions."""
+        codes, scale = packed.split([self._layout.token_bytes, 2 * self.dtype.itemsize], -1)
         low, step = as_numbers(scale, self.dtype).split(1, -1)
         return low + step * self._layout.unpack(codes)
 
 
 def as_numbers(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes ``[..., n * itemsize]`` read as n numbers of `dtype`, in float32 for half precisions."""
+    """Read bytes ``[..., n * itemsize]`` as n numbers of `dtype`, in float32 for half precisions."""
     numbers = packed.reshape(-1).view(dtype).view(*packed.shape[:-1], -1)
     return numbers.to(torch.promote_types(dtype, torch.float32))
 
@@ -180,7 +180,7 @@ def as_numbers(packed: Tensor, dtype: torch.dtype) -> Tensor:
 def allocate_bits(
     worth: Tensor, budget: int, widths: Sequence[int] = BITS, start: Sequence[Sequence[int]] | None = None
 ) -> list[list[int]]:
-    """Greedy reverse water-filling in blocks over one spectrum or many: bits per channel that sum to at most `budget`.
+    """Deal bits out by greedy reverse water-filling in blocks over spectra; they sum to at most `budget`.
 
     A bit quarters a channel's distortion. The step to the next width with the largest drop of distortion per bit spent
     is taken first, a block of channels at a time; bits too few for a step of a block are not spent.
@@ -197,13 +197,17 @@ def allocate_bits(
     """
     # A running minimum keeps widths falling within a spectrum whatever rounding did to its order.
     energy = worth.double().clamp_min(0).unflatten(-1, (-1, CHANNEL_BLOCK)).sum(-1).cummin(-1).values.tolist()
-    bits = [[0] * len(row) for row in energy] if start is None else [list(row[::CHANNEL_BLOCK]) for row in start]
+    bits = (
+        [[0] * len(spectrum) for spectrum in energy]
+        if start is None
+        else [list(given[::CHANNEL_BLOCK]) for given in start]
+    )
     levels = [0, *sorted(widths)]
     left = budget // CHANNEL_BLOCK - sum(map(sum, bits))
     steps = [
         (-value * (4.0**-low - 4.0**-high) / (high - low), block, index, high - low)
-        for index, row in enumerate(energy)
-        for block, value in enumerate(row)
+        for index, spectrum in enumerate(energy)
+        for block, value in enumerate(spectrum)
         for low, high in itertools.pairwise(levels)
         if low >= bits[index][block]
     ]
@@ -212,11 +216,11 @@ def allocate_bits(
         if cost <= left:
             bits[index][block] += cost
             left -= cost
-    return [[width for width in row for _ in range(CHANNEL_BLOCK)] for row in bits]
+    return [[width for width in blocks for _ in range(CHANNEL_BLOCK)] for blocks in bits]
 
 
 def quantise(coefficients: Tensor, layout: CodeLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of one row's coefficients, with the clip range of least squared error per channel.
+    """Quantise one row's coefficients, with the clip range of least squared error per channel.
 
     Args:
         coefficients: ``[H, S, channels]``, finite.
@@ -242,13 +246,13 @@ def quantise(coefficients: Tensor, layout: CodeLayout) -> tuple[Tensor, Tensor, 
 
 
 def encode_codes(coefficients: Tensor, low: Tensor, step: Tensor, layout: CodeLayout) -> Tensor:
-    """uint8 codes ``[H, S, channels]`` with given ``low`` and ``step [H, channels]``; the rest is clipped."""
+    """Round to uint8 codes ``[H, S, channels]`` of given ``low`` and ``step [H, channels]``; the rest is clipped."""
     levels = layout.levels(coefficients.device).to(coefficients.dtype)
     return _codes(coefficients, low.to(coefficients), step.to(coefficients), levels).to(torch.uint8)
 
 
 def middle_codes(code: CodeLayout | HeadCodes | Numbers, device: torch.device) -> Tensor:
-    """The code in the middle of each channel's range, ``[channels]`` or, with `HeadCodes`, ``[H, channels]``."""
+    """Find the middle code of each channel's range, ``[channels]`` or, with `HeadCodes`, ``[H, channels]``."""
     if isinstance(code, CodeLayout):
         return code.levels(device) / 2
     if isinstance(code, Numbers):
@@ -260,28 +264,28 @@ def middle_codes(code: CodeLayout | HeadCodes | Numbers, device: torch.device) -
 def pack_coefficients(
     coefficients: Tensor, low: Tensor, step: Tensor, code: CodeLayout | HeadCodes | Numbers
 ) -> Tensor:
-    """What `code` stores of coefficients ``[H, S, >= channels]`` with given ranges ``low`` and ``step [H, channels]``.
+    """Pack coefficients ``[H, S, >= channels]`` as `code` says, with ranges ``low`` and ``step [H, channels]``.
 
     Returns:
-        ``[H, S, row_bytes]``, or what `HeadCodes` says.
+        ``[H, S, token_bytes]``, or what `HeadCodes` says.
     """
     if isinstance(code, Numbers):
         return coefficients[..., : code.channels]
     if isinstance(code, CodeLayout):
         return code.pack(encode_codes(coefficients[..., : code.channels], low, step, code))
-    rows = []
+    packed = []
     for head, part in enumerate(code.parts):
         own, n = coefficients[head : head + 1, :, : part.channels], part.channels
         if isinstance(part, Numbers):
-            rows.append(own.flatten())
+            packed.append(own.flatten())
         else:
             codes = encode_codes(own, low[head : head + 1, :n], step[head : head + 1, :n], part)
-            rows.append(part.pack(codes).flatten())
-    return torch.cat(rows)
+            packed.append(part.pack(codes).flatten())
+    return torch.cat(packed)
 
 
 def join_tokens(runs: Sequence[Tensor], code: Code | None) -> Tensor:
-    """The storage of several runs of tokens as that of one, in their order."""
+    """Join the storage of several runs of tokens, in their order."""
     if len(runs) == 1:
         return runs[0]
     if not isinstance(code, HeadCodes):

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rotatek_cache.cache.expected_prompt import ExpectedPrompt
-from rotatek_cache.codecs.calibrated import load_basis
+from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.hf import mrope
 from rotatek_cache.hf.attachment import Attachment, attachment_of, inner_model
 from rotatek_cache.hf.cache import RotateKCache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rotatek_cache.calibration.moments import fingerprint
+from rotatek_cache.codecs.fingerprint import fingerprint
 from rotatek_cache.hf import attention as hf_attention
 from rotatek_cache.hf.cache import RotateKCache
 from rotatek_cache.hf.decode_graphs import DecodeGraphs

@@ -2,9 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -16,12 +15,12 @@ from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.visual_positions import VisualPositions
-from rotatek_cache.codecs.calibrated import CalibratedBasis, load_basis
-from rotatek_cache.codecs.registry import key_method
-from rotatek_cache.core.fitting import Solver
+from rotatek_cache.codecs.basis_file import load_basis
+from rotatek_cache.codecs.registry import codecs_for
+from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.row_layout import row_index
 from rotatek_cache.core.segments import SegmentView, Stored
-from rotatek_cache.options import Allocation, Bits, FitOptions
+from rotatek_cache.options import Allocation, Bits, FitOptions, with_option_docs
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
@@ -170,6 +169,7 @@ class RotateKLayer(CacheLayerMixin):
     prefetch = offload
 
 
+@with_option_docs
 class RotateKCache(Cache):
     """A KV cache that stores visual Keys rotated into a fitted basis and truncated (RotateK, arXiv 2605.19218).
 
@@ -180,33 +180,14 @@ class RotateKCache(Cache):
         model.generate(**inputs, past_key_values=RotateKCache(sparsity=0.5))
 
     Args:
-        sparsity: share of Key channels removed, in [0, 1); 0 keeps Keys as they are.
-        rank: coefficients per visual Key, from 1 to the head width. Exactly one of these three.
-        energy: share in (0, 1] of the query-weighted Key variance that each layer keeps; its rank follows.
-        query_window: number of last prompt queries that weigh the channels.
-        query_weight: weigh channels by those queries (the paper's method) or not (centred PCA).
-        solver: "subspace" (five subspace iterations, the paper's) or "eigh" (exact).
-        always_compress: compress also where the basis costs more bytes than it saves (for studies).
-        basis: how Keys are stored, a name of `rotatek_cache.methods.METHODS` ("rotatek" is the paper's), or the path of
-            a basis file.
-        key_bits: quantise coefficients to 8, 4 or 2 bits per channel, or "fp8"; "auto" spends ``(1 - sparsity) * 16``
-            bits per Key channel by reverse water-filling over all of them. None keeps the model's dtype.
-        value_sparsity: rotate Values too and drop this share of their channels; None keeps them dense.
-        value_bits: as `key_bits`, for Values.
-        value_basis: "auto" is PCA (the file's basis where `basis` is one); "none" quantises Values per token.
-        basis_bits: 8 stores the bases that the request owns as int8 with a scale per column, which halves what they
-            take in half precision; None keeps the model's dtype.
-        allocation: "uniform", or "layers" or "heads" to deal `sparsity` out by a calibrated spectrum; an `Allocation`
-            says how in detail.
-        basis_per: "prompt" fits one basis to all visual tokens of a prompt, "image" one to each of its images.
-        streaming: seal visual tokens after every forward of a chunked prefill, not at the end of their image, so that
-            no image is ever held densely; calibrated bases only.
+        <options>
         tokens: which visual tokens are kept beside how many channels: a method such as ``VLCache(keep=0.4)``, or its
             name and share as in ``"vl_cache:0.4"``. None keeps all. Without a share it follows from `budget`.
         budget: what the cache may take right after the prompt: ``"0.25x"`` of a dense cache, ``"512MiB"``, or a number,
             as many bytes as so many dense tokens of each row. It sets whichever is left open: the share of `tokens`,
             or the rank (layer by layer); where both are, Keys give up 75 % of their channels before any token goes.
             What ranks leave over keeps the last visual tokens of each row as they are.
+        graphs: whether decode steps may be replayed from a captured CUDA graph (on CUDA, with `attach`).
         visual_mask: bool ``[rows, prompt length]``, True on visual tokens; needed without `attach` and for prompts
             given as merged `inputs_embeds`. It wins over what the model's inputs say.
         config: the model's config, so that sliding-window layers keep their own cache layer; `attach` supplies it.
@@ -219,9 +200,6 @@ class RotateKCache(Cache):
         rank: int | None = None,
         energy: float | None = None,
         query_window: int = 32,
-        query_weight: bool = True,
-        solver: Solver = "subspace",
-        always_compress: bool = False,
         basis: str | os.PathLike[str] = "rotatek",
         key_bits: Bits = None,
         value_sparsity: float | None = None,
@@ -229,7 +207,6 @@ class RotateKCache(Cache):
         value_basis: Literal["auto", "none"] = "auto",
         basis_bits: Literal[8] | None = None,
         allocation: Allocation | str = "uniform",
-        basis_per: Literal["prompt", "image"] = "prompt",
         streaming: bool = False,
         tokens: TokenMethod | str | None = None,
         budget: str | int | None = None,
@@ -237,32 +214,57 @@ class RotateKCache(Cache):
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
     ) -> None:
-        rank_open = budget is not None and sparsity is None and rank is None and energy is None
-        self.options = FitOptions(
-            sparsity=DEFAULT_SPARSITY if rank_open else sparsity,
-            rank=rank,
-            energy=energy,
-            query_window=query_window,
-            query_weight=query_weight,
-            solver=solver,
-            always_compress=always_compress,
-            basis=_absolute(basis),
-            key_bits=key_bits,
-            value_sparsity=value_sparsity,
-            value_bits=value_bits,
-            value_basis=value_basis,
-            basis_bits=basis_bits,
-            allocation=Allocation.of(allocation),
-            basis_per=basis_per,
-            streaming=streaming,
-        )
-        if tokens is not None and streaming:
+        chosen = {
+            "sparsity": sparsity,
+            "rank": rank,
+            "energy": energy,
+            "query_window": query_window,
+            "basis": basis,
+            "key_bits": key_bits,
+            "value_sparsity": value_sparsity,
+            "value_bits": value_bits,
+            "value_basis": value_basis,
+            "basis_bits": basis_bits,
+            "allocation": allocation,
+            "streaming": streaming,
+        }
+        self._begin(chosen, tokens, budget, visual_mask, config)
+        if not isinstance(graphs, bool):
+            raise TypeError(f"graphs must be True or False, got {graphs!r}")
+        self.graphs = graphs
+
+    @classmethod
+    def for_study(
+        cls,
+        *,
+        tokens: TokenMethod | str | None = None,
+        budget: str | int | None = None,
+        visual_mask: Tensor | None = None,
+        config: PreTrainedConfig | None = None,
+        **options: Any,
+    ) -> Self:
+        """Make a cache from any `options` of `FitOptions`, by name: studies use some that others have no use for."""
+        cache = cls.__new__(cls)
+        cache._begin(options, tokens, budget, visual_mask, config)
+        return cache
+
+    def _begin(
+        self,
+        chosen: Mapping[str, Any],
+        tokens: TokenMethod | str | None,
+        budget: str | int | None,
+        visual_mask: Tensor | None,
+        config: PreTrainedConfig | None,
+    ) -> None:
+        """Check the options and make an empty cache."""
+        rank_open = budget is not None and all(chosen.get(name) is None for name in ("sparsity", "rank", "energy"))
+        self.options = FitOptions(**{**chosen, "sparsity": DEFAULT_SPARSITY} if rank_open else chosen)
+        codecs_for(self.options)  # raises where options do not go together
+        if tokens is not None and self.options.streaming:
             raise ValueError("tokens cannot be chosen with streaming=True, which seals an image before its end is seen")
         self.calibrated: CalibratedBasis | None = None
         if self.options.is_calibrated:
             self.calibrated = load_basis(self.options.basis)
-        else:
-            key_method(self.options.basis)
         self.tokens = None if tokens is None else token_method(tokens)
         if self.tokens is not None and self.tokens.keep is None:
             name = type(self.tokens).__name__
@@ -274,7 +276,7 @@ class RotateKCache(Cache):
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
-        self.graphs = graphs
+        self.graphs = True
         self.stepping: list[LayerStep] | None = None  # while a decode step is captured
         self.decoding = ""  # how the last decode step was run
         super().__init__(layers=[])
@@ -470,14 +472,6 @@ class RotateKCache(Cache):
         given = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
         held = f"{len(self.layers)} layers, {self.get_seq_length()} tokens, {self.nbytes():,} bytes"
         return f"<RotateKCache({given}): {held}>"
-
-
-def _absolute(basis: Any) -> Any:
-    """Make the path of a basis file absolute, so that the working directory may change; keep anything else."""
-    if isinstance(basis, os.PathLike):
-        basis = os.fspath(basis)
-    is_file = isinstance(basis, str) and basis.endswith(".safetensors")
-    return str(Path(basis).expanduser().absolute()) if is_file else basis
 
 
 def _rank(stored: Stored, width: int) -> int:

@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from rotatek_cache import FitOptions, LayerKV, RotateKCache, attend, detach
+from rotatek_cache import FitOptions, LayerKV, RotateKCache, detach
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.visual_positions import VisualPositions
-from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
+from rotatek_cache.calibration.gather import calibrate
+from rotatek_cache.calibration.moments import Calibration
+from rotatek_cache.codecs.fingerprint import fingerprint
 
 
 def prefilled(host, *prompts, **options):
     """A cache that holds the prompts, and their inputs."""
     inputs = host.tiny.inputs(*prompts)
-    cache = RotateKCache(**options)
+    cache = RotateKCache.for_study(**options)
     host.attached(**inputs, past_key_values=cache, use_cache=True)
     return cache, inputs
 
@@ -46,7 +48,6 @@ def test_text_hidden_from_the_prompt_and_shown_later_is_refused(llava):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"sparsity": 0.5, "basis": "think", "query_weight": False}, ValueError, "query_weight=False is plain PCA"),
         ({"sparsity": 0.5, "key_bits": 8.0}, ValueError, "key_bits must be None, 8, 4, 2, 'fp8' or 'auto', got 8.0"),
         ({"sparsity": 0.5, "basis": 3}, TypeError, "basis must be a name or the path of a basis file, got int"),
         ({"sparsity": 0.5, "basis": Path("nowhere.safetensors")}, ValueError, "nowhere.safetensors does not exist"),
@@ -54,7 +55,7 @@ def test_text_hidden_from_the_prompt_and_shown_later_is_refused(llava):
 )
 def test_contradicting_options_are_named(options, error, words):
     with pytest.raises(error, match=words):
-        RotateKCache(**options)
+        RotateKCache.for_study(**options)
 
 
 @pytest.mark.parametrize("name", ["sparsity", "value_sparsity"])
@@ -144,11 +145,11 @@ def test_what_a_step_looks_through_does_not_grow_with_the_answer():
 
 
 def test_large_segments_are_fitted_head_by_head_with_the_same_result(llava, monkeypatch):
-    from rotatek_cache.codecs import sealing
+    from rotatek_cache.codecs import coefficients
 
     options = {"rank": 16, "basis": "pca", "always_compress": True}
     whole, _ = prefilled(llava, llava.tiny.prompt(1), **options)
-    monkeypatch.setattr(sealing, "LARGE", 1)
+    monkeypatch.setattr(coefficients, "LARGE", 1)
     parts, _ = prefilled(llava, llava.tiny.prompt(1), **options)
     for one, other in zip(whole.layers, parts.layers, strict=True):
         torch.testing.assert_close(one.kv.segments[0].keys.data, other.kv.segments[0].keys.data, atol=1e-4, rtol=1e-3)
@@ -238,34 +239,9 @@ def filled(options: FitOptions, visual: torch.Tensor, seed: int = 0) -> LayerKV:
     return kv
 
 
-def test_each_image_may_have_a_basis_of_its_own():
-    # Two images of 30 and 20 tokens in the first row, the first one broken by single tokens; one of 40 in the second.
-    visual = torch.zeros(2, 64, dtype=torch.bool)
-    visual[0, 1:32], visual[0, 35:55], visual[1, 5:45] = True, True, True
-    visual[0, 10] = False
-    options = FitOptions(rank=8, basis_per="image", always_compress=True)
-    kv = filled(options, visual)
-    assert [segment.lengths.tolist() for segment in kv.segments] == [[30, 40], [20, 0]]
-    alone = visual.clone()
-    alone[0, 35:55] = False
-    torch.testing.assert_close(kv.segments[0].keys.basis.B, filled(options, alone).segments[0].keys.basis.B)
-    # With all directions the bases are exact, whichever there are.
-    for basis_per in ("prompt", "image"):
-        full = filled(FitOptions(rank=16, basis_per=basis_per, always_compress=True), visual)
-        dense = filled(FitOptions(sparsity=0), visual)
-        query = torch.randn(2, 4, 1, 16, generator=torch.Generator().manual_seed(9))
-        expected, _ = attend(query, dense.views(None), 0.25)
-        torch.testing.assert_close(attend(query, full.views(None), 0.25)[0], expected, rtol=1e-4, atol=1e-5)
-
-
 def test_an_image_below_break_even_stays_dense_beside_one_that_is_compressed():
-    visual = torch.zeros(1, 64, dtype=torch.bool)
-    visual[0, 1:50], visual[0, 55:58] = True, True
-    kv = filled(FitOptions(rank=8, basis_per="image"), visual)
-    assert [segment.lengths.tolist() for segment in kv.segments] == [[49]]
-    assert kv.kept_dense == [(0, 3)] and kv.dense_tokens() == 64 - 49
-
-
-def test_basis_per_is_named_where_it_is_wrong():
-    with pytest.raises(ValueError, match="basis_per must be 'prompt' or 'image', got 'row'"):
-        RotateKCache(rank=8, basis_per="row")
+    visual = torch.zeros(2, 64, dtype=torch.bool)
+    visual[0, 1:50], visual[1, 55:58] = True, True
+    kv = filled(FitOptions(rank=8), visual)
+    assert [segment.lengths.tolist() for segment in kv.segments] == [[49, 0]]
+    assert kv.kept_dense == [(1, 3)] and kv.dense_tokens() == 2 * 64 - 49

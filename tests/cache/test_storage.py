@@ -21,7 +21,7 @@ WIDTH, HEADS, LAYERS, FLOAT = 32, 2, 3, 4
 @pytest.mark.parametrize("host", ["llava", "gemma3", "qwen2_5_vl"], indirect=True)
 @pytest.mark.parametrize("options", [{"sparsity": 0}, {"sparsity": 0.5}, {"rank": 5}, {"energy": 0.9}])
 def test_nbytes_is_what_is_held(host: Host, options):
-    cache = RotateKCache(**options, always_compress=True)
+    cache = RotateKCache.for_study(**options, always_compress=True)
     assert cache.nbytes() == 0
     ways.generate(host.attached, ways.padded(host.tiny), cache)
     assert cache.nbytes() == sum(reached_storages(cache, {}, set()).values())
@@ -110,7 +110,7 @@ def _pointers(cache):
 @pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"sparsity": 0}])
 def test_row_selection_copies_no_sealed_segment(llava: Host, options):
     inputs = llava.tiny.inputs(llava.tiny.prompt(1, images=(0, 1)), llava.tiny.prompt(2, images=(0, 1), text=3))
-    cache = RotateKCache(**options)
+    cache = RotateKCache.for_study(**options)
     llava.attached(**inputs, past_key_values=cache)
     before, bytes_before = _pointers(cache), cache.nbytes()
     assert len(before) == LAYERS
@@ -193,7 +193,7 @@ def test_report_and_repr(llava: Host):
 
 def test_placeholders_that_were_generated_are_text(llava: Host):
     """Ids of an answer may spell a placeholder; only what an image stands behind is visual."""
-    inputs, cache = ways.one(llava.tiny), RotateKCache(rank=32, always_compress=True)
+    inputs, cache = ways.one(llava.tiny), RotateKCache.for_study(rank=32, always_compress=True)
     llava.attached(**inputs, past_key_values=cache)
     llava.attached(torch.tensor([[20, IMAGE, IMAGE, 21]]), past_key_values=cache)
     llava.attached(torch.tensor([[IMAGE]]), past_key_values=cache)

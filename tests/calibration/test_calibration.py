@@ -14,17 +14,13 @@ from typer.testing import CliRunner
 import rotatek_cache
 from rotatek_cache import FitOptions, RotateKCache, attach
 from rotatek_cache.calibration import images as calibrate_images
-from rotatek_cache.calibration.moments import (
-    Calibration,
-    Moments,
-    calibrate,
-    fingerprint,
-    output_projections,
-    sample_weight,
-)
+from rotatek_cache.calibration.gather import calibrate, output_projections
+from rotatek_cache.calibration.moments import Calibration, Moments
 from rotatek_cache.cli.app import app
-from rotatek_cache.codecs.calibrated import StateBasis, load_basis, same_fingerprint
+from rotatek_cache.codecs.basis_file import load_basis
+from rotatek_cache.codecs.fingerprint import fingerprint, same_fingerprint, sample_weight
 from rotatek_cache.codecs.sealing import Sealer
+from rotatek_cache.codecs.shared_basis import StateBasis
 from rotatek_cache.core.quantization import HeadCodes
 from rotatek_cache.hf.chat import open_image
 from rotatek_cache.options import Allocation
@@ -98,7 +94,7 @@ def test_every_method_is_exact_at_full_rank(llava, prompts, method, tmp_path):
     state.write_basis(tmp_path / "basis.safetensors", method=method)
     inputs = llava.tiny.inputs(llava.tiny.prompt(20))
     expected = llava.plain.generate(**inputs, max_new_tokens=5, do_sample=False)
-    cache = RotateKCache(rank=32, basis=str(tmp_path / "basis.safetensors"), always_compress=True)
+    cache = RotateKCache.for_study(rank=32, basis=str(tmp_path / "basis.safetensors"), always_compress=True)
     assert torch.equal(
         llava.attached.generate(**inputs, max_new_tokens=5, do_sample=False, past_key_values=cache), expected
     )
@@ -108,7 +104,7 @@ def test_streaming_never_holds_an_image_densely(llava, basis_file):
     inputs = llava.tiny.inputs(llava.tiny.prompt(20), llava.tiny.prompt(21, text=3))
     expected = llava.plain.generate(**inputs, max_new_tokens=5, do_sample=False)
     options = {"basis": str(basis_file), "rank": 32, "always_compress": True}
-    streaming = RotateKCache(streaming=True, **options)
+    streaming = RotateKCache.for_study(streaming=True, **options)
     tokens = llava.attached.generate(
         **inputs, max_new_tokens=5, do_sample=False, past_key_values=streaming, prefill_chunk_size=9
     )
@@ -134,7 +130,7 @@ def test_stopping_and_resuming_gives_the_same_file(llava, prompts, basis_file, t
 def test_full_rank_gives_the_dense_tokens(llava, prompts, basis_file):
     inputs = llava.tiny.inputs(llava.tiny.prompt(20), llava.tiny.prompt(21, text=3))
     expected = llava.plain.generate(**inputs, max_new_tokens=5, do_sample=False)
-    cache = RotateKCache(rank=32, basis=str(basis_file), always_compress=True)
+    cache = RotateKCache.for_study(rank=32, basis=str(basis_file), always_compress=True)
     assert torch.equal(
         llava.attached.generate(**inputs, max_new_tokens=5, do_sample=False, past_key_values=cache), expected
     )
@@ -153,10 +149,10 @@ def test_full_rank_gives_the_dense_tokens(llava, prompts, basis_file):
 )
 def test_beams_padding_and_second_turns_run_on_it(llava, basis_file, options):
     inputs = llava.tiny.inputs(llava.tiny.prompt(20), llava.tiny.prompt(21, text=3))
-    cache = RotateKCache(basis=str(basis_file), **options)
+    cache = RotateKCache.for_study(basis=str(basis_file), **options)
     tokens = llava.attached.generate(**inputs, max_new_tokens=4, num_beams=2, do_sample=False, past_key_values=cache)
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + 4
-    cache = RotateKCache(basis=str(basis_file), **options)
+    cache = RotateKCache.for_study(basis=str(basis_file), **options)
     first = llava.attached.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
     second = llava.attached.generate(
@@ -168,14 +164,14 @@ def test_beams_padding_and_second_turns_run_on_it(llava, basis_file, options):
 
 def test_the_request_owns_codes_and_means_only(llava, prompts, basis_file):
     options = {"sparsity": 0.75, "key_bits": "auto", "value_sparsity": 0.75, "value_bits": "auto"}
-    cache = RotateKCache(basis=str(basis_file), **options)
+    cache = RotateKCache.for_study(basis=str(basis_file), **options)
     llava.attached(**prompts[0], past_key_values=cache, use_cache=True)
     for layer in cache.layers:
         segment = layer.kv.segments[0]
-        heads, tokens, row_bytes = segment.keys.data.shape
-        assert segment.keys.data.nbytes == heads * tokens * row_bytes and row_bytes <= 32 * 2 / 4
+        heads, tokens, token_bytes = segment.keys.data.shape
+        assert segment.keys.data.nbytes == heads * tokens * token_bytes and token_bytes <= 32 * 2 / 4
         assert [t.shape for t in segment.keys.basis.tensors()] == [(heads, 1, 32)]  # delta alone
-    online = RotateKCache(basis="pca", **options)
+    online = RotateKCache.for_study(basis="pca", **options)
     llava.attached(**prompts[0], past_key_values=online, use_cache=True)
     assert cache.nbytes() < online.nbytes()
 
@@ -186,7 +182,7 @@ def test_caches_of_one_model_share_the_file(basis_file):
 
 def test_codes_of_the_file_are_nearly_as_good_as_codes_of_the_image(llava, prompts, basis_file):
     def logits(**options):
-        cache = RotateKCache(**options)
+        cache = RotateKCache.for_study(**options)
         out = llava.attached(**prompts[0], past_key_values=cache, use_cache=True).logits[:, -1:]
         return llava.attached(input_ids=out.argmax(-1), past_key_values=cache, use_cache=True).logits
 
@@ -414,7 +410,7 @@ def test_heads_that_are_worth_more_get_more_and_the_whole_budget_is_kept(llava, 
     inputs = llava.tiny.inputs(llava.tiny.prompt(20), llava.tiny.prompt(21, text=3))
     stored = {}
     for allocation in ("uniform", "layers", ("heads", "gain", 0.0), ("heads", "gain", 0.5)):
-        cache = RotateKCache(
+        cache = RotateKCache.for_study(
             basis=str(basis_file), key_bits=bits, allocation=allocation, always_compress=True, **amount
         )
         llava.attached(**inputs, past_key_values=cache, use_cache=True)
@@ -483,7 +479,7 @@ def test_values_weighted_by_the_output_need_its_projection(state, tmp_path):
 
 def test_the_report_names_what_all_requests_share(llava, basis_file):
     inputs = llava.tiny.inputs(llava.tiny.prompt(20))
-    cache = RotateKCache(basis=str(basis_file), rank=8, always_compress=True)
+    cache = RotateKCache.for_study(basis=str(basis_file), rank=8, always_compress=True)
     llava.attached(**inputs, past_key_values=cache, use_cache=True)
     tensors = {name: tensor for name, tensor in contents(basis_file).items() if name != "fingerprint"}
     assert cache.shared_nbytes() == sum(tensor.nbytes for tensor in tensors.values())

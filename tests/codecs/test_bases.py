@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from rotatek_cache.codecs.bases.oblique import Oblique
 from rotatek_cache.codecs.bases.rotatek import RotateK
-from rotatek_cache.codecs.registry import BASES, key_method
+from rotatek_cache.codecs.registry import BASES, codecs_for
 from rotatek_cache.codecs.spark import SparK, SparseCode
 from rotatek_cache.core.fitting import KeyStatistics, key_moments
+from rotatek_cache.options import FitOptions
 
 
 def statistics(seed=0, heads=2, group=2, tokens=60, width=16, window=40) -> tuple[KeyStatistics, torch.Tensor]:
@@ -100,7 +101,7 @@ def test_the_query_moment_of_a_group_does_not_cancel_signs():
 
 def test_unknown_basis_lists_the_known():
     with pytest.raises(ValueError, match=r"basis must be one of none, oblique, pca, .*got 'svd'"):
-        key_method("svd")
+        codecs_for(FitOptions(rank=8, basis="svd"))
 
 
 def test_spark_by_hand():
@@ -135,7 +136,7 @@ def test_sparse_codes_keep_the_best_channels_of_each_token_exactly(width, share,
     states = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
     code = SparseCode(width, rank, dtype, signs)
     packed = code.pack(states, states.float().square())
-    assert packed.shape == (2, 5, code.row_bytes) and packed.dtype == torch.uint8
+    assert packed.shape == (2, 5, code.token_bytes) and packed.dtype == torch.uint8
     read = code.unpack(packed)
     best = states.float().abs().topk(rank, -1).indices
     assert torch.equal(read.gather(-1, best), states.float().gather(-1, best))

@@ -223,7 +223,7 @@ def test_conversations_in_a_padded_batch_are_those_of_each_alone(chat):
     turns = [[ask(page, np.random.default_rng(turn), kind) for page, kind in zip(pages, kinds, strict=True)]
              for turn, kinds in enumerate([("glyph", "row", "column"), ("row", "colour", "row_colours"),
                                            ("colour", "column", "glyph")])]  # fmt: skip
-    for make in (DynamicCache, lambda: RotateKCache(rank=24, always_compress=True)):
+    for make in (DynamicCache, lambda: RotateKCache.for_study(rank=24, always_compress=True)):
         batch = chat.begin([[p.image] for p in pages], [q.text for q in turns[0]], make(), max_new_tokens=8)
         together = [batch.answers]
         for later in turns[1:]:

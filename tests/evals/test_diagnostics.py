@@ -93,7 +93,7 @@ def test_bases_that_span_the_keys_make_no_error(name):
 def test_without_delta_keys_are_projected_as_they_stand():
     torch.manual_seed(1)
     keys, values = torch.randn(1, 2, 64, 16) + 2.0, torch.randn(1, 2, 64, 16)
-    cache = RotateKCache(rank=8, always_compress=True, visual_mask=torch.arange(64)[None] < 60)
+    cache = RotateKCache.for_study(rank=8, always_compress=True, visual_mask=torch.arange(64)[None] < 60)
     handle, _ = cache.update(keys, values, 0)
     handle.observe(torch.randn(1, 2, 64, 16), None)
     (segment,) = cache.layers[0].kv.segments

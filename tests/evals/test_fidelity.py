@@ -12,7 +12,7 @@ from PIL import Image
 
 from evals import fidelity
 from rotatek_cache import RotateKCache
-from rotatek_cache.codecs.registry import METHODS
+from rotatek_cache.codecs.registry import CODECS
 from rotatek_cache.options import Allocation, FitOptions
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def test_the_table_compares_every_method():
         for options in fidelity.read_methods(fidelity.DEFAULT_METHODS).values()
         if "cache" not in options
     }
-    assert used >= set(METHODS)
+    assert used >= set(CODECS)
 
 
 def run(*arguments: str) -> None:
@@ -220,7 +220,7 @@ def test_what_a_cache_is_filled_with_is_what_its_prefill_gives():
         batch = fidelity.make_batch(reader.processor, fidelity.CHOOSE_SEEDS[:2], "easy", fidelity.ADDRESS_KINDS)
         recorder = fidelity.RecordingCache()
         reader.model(**batch.prompt, position_ids=batch.positions()[0], past_key_values=recorder, use_cache=True)
-        filled, prefilled = (RotateKCache(rank=16, always_compress=True) for _ in range(2))
+        filled, prefilled = (RotateKCache.for_study(rank=16, always_compress=True) for _ in range(2))
         fidelity.fill(filled, reader.model.config, batch, recorder)
         reader.model(**batch.prompt, position_ids=batch.positions()[0], past_key_values=prefilled, use_cache=True)
     for one, other in zip(filled.layers, prefilled.layers, strict=True):

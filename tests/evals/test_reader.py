@@ -49,7 +49,7 @@ def test_it_reads_its_pages_in_one_padded_batch(reader, pages, options):
     model, processor = reader
     asked = [(image, question) for image, listed in pages for question in listed if question["kind"] in ADDRESS]
     inputs = prompts(processor, asked)
-    cache = {} if options is None else {"past_key_values": RotateKCache(**options)}
+    cache = {} if options is None else {"past_key_values": RotateKCache.for_study(**options)}
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, **cache)
     answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     right = [answer.strip() == question["answer"] for answer, (_, question) in zip(answers, asked, strict=True)]

@@ -61,7 +61,7 @@ def test_attach_and_detach_leave_nothing(llava: Host):
     assert attach(model) is model
     assert attach(model) is model
     assert len(_our_hooks(model)) == 2
-    _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+    _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache.for_study(**FULL)), _reference(llava))
     assert detach(model) is model
     assert _trace(model) == before
     assert detach(model) is model
@@ -80,7 +80,7 @@ def test_other_caches_behave_as_before(host: Host, implementation):
     plain.set_attn_implementation(implementation)
     attached = attach(copy.deepcopy(plain))
     # A forward with a RotateKCache between must not change that either.
-    ours = ways.generate(attached, ways.padded(host.tiny), RotateKCache(**FULL))
+    ours = ways.generate(attached, ways.padded(host.tiny), RotateKCache.for_study(**FULL))
     for make in (_dynamic, lambda m: StaticCache(config=m.config.get_text_config(decoder=True), max_cache_len=400)):
         expected = ways.generate(plain, ways.padded(host.tiny), make(plain))
         _same(ways.generate(attached, ways.padded(host.tiny), make(attached)), expected, exactly=True)
@@ -196,7 +196,7 @@ def test_an_error_in_a_forward_leaves_the_model_usable(llava: Host):
     with pytest.raises(Exception, match="do not match"):
         model(**inputs | {"pixel_values": inputs["pixel_values"][:1]}, past_key_values=RotateKCache(sparsity=0.5))
     assert model.config.text_config._attn_implementation == "sdpa"
-    _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+    _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache.for_study(**FULL)), _reference(llava))
 
 
 def test_save_and_load_show_no_trace(llava: Host, tmp_path):
@@ -210,7 +210,7 @@ def test_save_and_load_show_no_trace(llava: Host, tmp_path):
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "attached")
     assert not _our_hooks(loaded)
     _same(ways.generate(loaded, ways.padded(llava.tiny), _dynamic(loaded)), _reference(llava), exactly=True)
-    _same(ways.generate(attach(loaded), ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+    _same(ways.generate(attach(loaded), ways.padded(llava.tiny), RotateKCache.for_study(**FULL)), _reference(llava))
 
 
 def test_loaded_with_the_attention_and_a_mask_in_a_fresh_process(llava: Host, tmp_path):
@@ -225,7 +225,7 @@ from transformers import AutoModelForImageTextToText
 from rotatek_cache import RotateKCache
 model = AutoModelForImageTextToText.from_pretrained({str(tmp_path)!r}, attn_implementation={{"text_config": "rotatek"}})
 given = torch.load({str(tmp_path / "inputs.pt")!r})
-cache = RotateKCache(rank=32, always_compress=True, visual_mask=given["visual"])
+cache = RotateKCache.for_study(rank=32, always_compress=True, visual_mask=given["visual"])
 out = model.generate(**given["inputs"], past_key_values=cache, max_new_tokens={ways.NEW}, do_sample=False)
 assert cache.report().layers[0].segments
 print(out.tolist())
@@ -239,7 +239,7 @@ def test_a_copy_of_an_attached_model_is_attached_for_itself(llava: Host):
     first = copy.deepcopy(llava.attached)
     second = copy.deepcopy(first)
     detach(first)
-    _same(ways.generate(second, ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+    _same(ways.generate(second, ways.padded(llava.tiny), RotateKCache.for_study(**FULL)), _reference(llava))
     detach(second)
     assert not _our_hooks(first)
     assert not _our_hooks(second)
@@ -249,7 +249,7 @@ def test_a_copy_of_an_attached_model_is_attached_for_itself(llava: Host):
 def test_an_attached_model_is_pickled(llava: Host):
     # A fresh one: after a forward transformers' own hooks cannot be pickled.
     model = pickle.loads(pickle.dumps(attach(llava.tiny.build())))
-    _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+    _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache.for_study(**FULL)), _reference(llava))
     detach(model)
     assert not _our_hooks(model)
 
@@ -266,7 +266,11 @@ def test_threads_share_a_model(llava: Host):
         except Exception as error:  # noqa: BLE001 - handed to the main thread
             failures.append(error)
 
-    makers = [lambda: RotateKCache(**FULL), lambda: RotateKCache(sparsity=0), lambda: _dynamic(model)]
+    makers = [
+        lambda: RotateKCache.for_study(**FULL),
+        lambda: RotateKCache.for_study(sparsity=0),
+        lambda: _dynamic(model),
+    ]
     threads = [threading.Thread(target=run, args=(make,)) for make in makers]
     for thread in threads:
         thread.start()
@@ -308,7 +312,7 @@ def test_threads_have_positions_of_their_own(host: Host, monkeypatch):
 def test_tokens_are_chosen_by_features_while_another_thread_is_in_a_forward(llava: Host):
     model, inputs = copy.deepcopy(llava.attached), ways.padded(llava.tiny)
     options = {"rank": 16, "tokens": "divprune:0.5"}
-    expected = ways.generate(model, inputs, RotateKCache(**options)).sequences
+    expected = ways.generate(model, inputs, RotateKCache.for_study(**options)).sequences
     inside, done = threading.Event(), threading.Event()
 
     def wait(*_):
@@ -321,7 +325,7 @@ def test_tokens_are_chosen_by_features_while_another_thread_is_in_a_forward(llav
     other.start()
     assert inside.wait(30)
     try:
-        got = ways.generate(model, inputs, RotateKCache(**options)).sequences
+        got = ways.generate(model, inputs, RotateKCache.for_study(**options)).sequences
     finally:
         done.set()
         other.join()
@@ -349,12 +353,12 @@ def test_peft(host: Host, attach_first):
     inputs = ways.padded(host.tiny)
     expected = ways.generate(reference, inputs, _dynamic(host.plain))
     assert not torch.equal(expected.sequences, _reference(host).sequences)  # the adapter does something
-    _same(ways.generate(model, inputs, RotateKCache(**FULL)), expected)
-    ours = model(**inputs, past_key_values=RotateKCache(**FULL)).logits[:, -1]
+    _same(ways.generate(model, inputs, RotateKCache.for_study(**FULL)), expected)
+    ours = model(**inputs, past_key_values=RotateKCache.for_study(**FULL)).logits[:, -1]
     theirs = reference(**inputs, past_key_values=_dynamic(host.plain)).logits[:, -1]
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-5)
     merged = model.merge_and_unload()
-    _same(ways.generate(merged, inputs, RotateKCache(**FULL)), expected)
+    _same(ways.generate(merged, inputs, RotateKCache.for_study(**FULL)), expected)
     detach(merged)
     assert "prepare_inputs_for_generation" not in merged.__dict__
 
@@ -375,7 +379,7 @@ def test_offloaded_weights(host: Host, attach_first, where, tmp_path):
     else:
         accelerate.disk_offload(model, tmp_path, torch.device("cpu"))
     attach(model)
-    _same(ways.generate(model, ways.padded(host.tiny), RotateKCache(**FULL)), _reference(host))
+    _same(ways.generate(model, ways.padded(host.tiny), RotateKCache.for_study(**FULL)), _reference(host))
     _same(ways.generate(model, ways.padded(host.tiny), _dynamic(host.plain)), _reference(host))
 
 
@@ -389,7 +393,7 @@ def test_loaded_with_a_device_map(llava: Host, tmp_path):
         tmp_path / "model", device_map=text | dict.fromkeys(rest, "cpu"), offload_folder=tmp_path / "disk"
     )
     assert any(parameter.is_meta for parameter in model.parameters())
-    _same(ways.generate(attach(model), ways.padded(llava.tiny), RotateKCache(**FULL)), _reference(llava))
+    _same(ways.generate(attach(model), ways.padded(llava.tiny), RotateKCache.for_study(**FULL)), _reference(llava))
 
 
 # --- generate's odds and ends -----------------------------------------------------------------------------------------
@@ -398,14 +402,14 @@ def test_loaded_with_a_device_map(llava: Host, tmp_path):
 def test_classifier_free_guidance(llava: Host):
     options = {"guidance_scale": 1.7}
     expected = ways.generate(llava.plain, ways.one(llava.tiny), _dynamic(llava.plain), **options)
-    _same(ways.generate(llava.attached, ways.one(llava.tiny), RotateKCache(**FULL), **options), expected)
+    _same(ways.generate(llava.attached, ways.one(llava.tiny), RotateKCache.for_study(**FULL), **options), expected)
     assert not torch.equal(expected.sequences, ways.generate(llava.plain, ways.one(llava.tiny), None).sequences)
 
 
 def test_hidden_states_and_scores_are_returned(llava: Host):
     options = {"output_hidden_states": True, "output_scores": True}
     expected = ways.generate(llava.plain, ways.one(llava.tiny), _dynamic(llava.plain), **options)
-    got = ways.generate(llava.attached, ways.one(llava.tiny), RotateKCache(**FULL), **options)
+    got = ways.generate(llava.attached, ways.one(llava.tiny), RotateKCache.for_study(**FULL), **options)
     for ours, theirs in zip(got.hidden_states, expected.hidden_states, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-5)
@@ -413,7 +417,7 @@ def test_hidden_states_and_scores_are_returned(llava: Host):
 
 def test_a_prompt_read_in_inference_mode_is_continued_outside(llava: Host):
     inputs = ways.one(llava.tiny)
-    cache, dense = RotateKCache(**FULL), _dynamic(llava.plain)
+    cache, dense = RotateKCache.for_study(**FULL), _dynamic(llava.plain)
     with torch.inference_mode():
         llava.attached(**inputs, past_key_values=cache)
         llava.plain(**inputs, past_key_values=dense)
@@ -425,7 +429,7 @@ def test_a_prompt_read_in_inference_mode_is_continued_outside(llava: Host):
 
 def test_forwards_outside_no_grad(llava: Host):
     with torch.enable_grad():
-        got = ways.forward_loop(llava.tiny, llava.attached, lambda: RotateKCache(**FULL))
+        got = ways.forward_loop(llava.tiny, llava.attached, lambda: RotateKCache.for_study(**FULL))
         expected = ways.forward_loop(llava.tiny, llava.plain, lambda: _dynamic(llava.plain))
         torch.testing.assert_close(got[0], expected[0], atol=5e-5, rtol=1e-5)
         with pytest.raises(RuntimeError, match="for inference"):

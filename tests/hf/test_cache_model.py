@@ -61,7 +61,7 @@ _OPERATIONS = st.lists(
 )
 def test_any_sequence_of_operations(operations, rows, padding, additive, options, seed):
     generator = torch.Generator().manual_seed(seed)
-    cache = RotateKCache(**options)
+    cache = RotateKCache.for_study(**options)
     dense = _Dense(
         *(torch.zeros(rows, HEADS, 0, WIDTH, dtype=torch.float64) for _ in range(2)), torch.zeros(rows, 0) > 0
     )

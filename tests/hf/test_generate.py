@@ -64,7 +64,7 @@ def _same(got, expected):
 
 
 def _maker(options):
-    return lambda visual_mask=None: RotateKCache(**options, visual_mask=visual_mask)
+    return lambda visual_mask=None: RotateKCache.for_study(**options, visual_mask=visual_mask)
 
 
 @pytest.mark.parametrize(("family", "way"), CASES)
@@ -84,7 +84,7 @@ def test_switched_with_a_mask_is_dynamic_cache(host: Host):
     expected = _possible(host.tiny.name, "padded_batch")
     for options in EXACT:
         for config in (None, model.config):
-            cache = RotateKCache(**options, visual_mask=visual_positions(inputs["input_ids"]), config=config)
+            cache = RotateKCache.for_study(**options, visual_mask=visual_positions(inputs["input_ids"]), config=config)
             output = ways.generate(model, inputs, cache)
             _same([output.sequences, torch.stack(output.logits)], expected)
     beams = ways.WAYS["beams"](

@@ -9,18 +9,19 @@ from checks import decode
 from hosts import build_host
 
 from rotatek_cache import RotateKCache
-from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
-from rotatek_cache.codecs.registry import METHODS
+from rotatek_cache.calibration.gather import calibrate
+from rotatek_cache.calibration.moments import Calibration
+from rotatek_cache.codecs.fingerprint import fingerprint
+from rotatek_cache.codecs.registry import CODECS
 
 OPTIONS = [
-    *({"rank": 8, "basis": name, "always_compress": True} for name in METHODS if name != "none"),
+    *({"rank": 8, "basis": name, "always_compress": True} for name in CODECS if name != "none"),
     {"sparsity": 0, "basis": "none", "key_bits": 4, "value_basis": "none", "value_bits": 4, "always_compress": True},
     {"sparsity": 0.5, "key_bits": "fp8", "value_sparsity": 0.5, "value_bits": "fp8", "always_compress": True},
     {"rank": 8, "solver": "eigh", "always_compress": True},
-    {"rank": 8, "basis_per": "image", "always_compress": True},
     {"energy": 0.7, "always_compress": True},
     {"sparsity": 0.8, "key_bits": "auto", "value_sparsity": 0.7, "value_bits": "auto", "always_compress": True},
-    {"energy": 0.8, "basis": "pca", "value_sparsity": 0.5, "value_bits": 4, "basis_per": "image"},
+    {"energy": 0.8, "basis": "pca", "value_sparsity": 0.5, "value_bits": 4},
     {"sparsity": 0.0, "key_bits": 4, "always_compress": True},
     {"sparsity": 0.5, "key_bits": 4, "value_sparsity": 0.5, "value_bits": 4, "always_compress": True},
     {"sparsity": 0.0, "value_sparsity": 0.75, "always_compress": True},
@@ -33,9 +34,9 @@ OPTIONS = [
 def test_a_row_does_not_depend_on_its_batch(llava, options):
     prompts = [llava.tiny.prompt(1, images=(0,)), llava.tiny.prompt(2, images=(0, 0), text=2, tail=3)]
     tokens = torch.tensor([[20, 30, 40, 50], [21, 31, 41, 51]])
-    together = decode(llava, llava.tiny.inputs(*prompts), RotateKCache(**options), tokens)
+    together = decode(llava, llava.tiny.inputs(*prompts), RotateKCache.for_study(**options), tokens)
     for row, prompt in enumerate(prompts):
-        alone = decode(llava, llava.tiny.inputs(prompt), RotateKCache(**options), tokens[row : row + 1])
+        alone = decode(llava, llava.tiny.inputs(prompt), RotateKCache.for_study(**options), tokens[row : row + 1])
         torch.testing.assert_close(together[row], alone[0], atol=2e-3, rtol=1e-3)
 
 
@@ -43,7 +44,7 @@ def test_a_row_does_not_depend_on_its_batch(llava, options):
 def test_beams_and_selection_keep_each_row_its_own(llava, options):
     inputs = llava.tiny.inputs(llava.tiny.prompt(1), llava.tiny.prompt(2, text=2, tail=3))
     tokens = torch.tensor([[20, 30, 40], [21, 31, 41]])
-    cache = RotateKCache(**options)
+    cache = RotateKCache.for_study(**options)
     llava.attached(**inputs, past_key_values=cache, use_cache=True)
     chosen = copy.deepcopy(cache)
     index = torch.tensor([1, 0, 1])
@@ -74,7 +75,7 @@ def test_the_error_of_the_logits_falls_with_the_rank(family, method):
     expected = following(dense)
     errors = []
     for rank in (4, 12, 24, 32):
-        cache = RotateKCache(rank=rank, basis=method, solver="eigh", always_compress=True)
+        cache = RotateKCache.for_study(rank=rank, basis=method, solver="eigh", always_compress=True)
         host.attached(**inputs, past_key_values=cache, use_cache=True)
         errors.append(float((following(cache) - expected).norm() / expected.norm()))
     assert all(later < earlier for earlier, later in itertools.pairwise(errors))
@@ -102,7 +103,7 @@ def test_a_calibrated_basis_gives_each_row_its_own_in_any_batch(llava, tmp_path,
     options = {**options, "basis": str(tmp_path / "basis.safetensors"), "always_compress": True}
     prompts = [tiny.prompt(11), tiny.prompt(12, images=(0, 0), text=2)]
     tokens = torch.tensor([[20, 30, 40, 50], [21, 31, 41, 51]])
-    together = decode(llava, tiny.inputs(*prompts), RotateKCache(**options), tokens)
+    together = decode(llava, tiny.inputs(*prompts), RotateKCache.for_study(**options), tokens)
     for row, prompt in enumerate(prompts):
-        alone = decode(llava, tiny.inputs(prompt), RotateKCache(**options), tokens[row : row + 1])
+        alone = decode(llava, tiny.inputs(prompt), RotateKCache.for_study(**options), tokens[row : row + 1])
         torch.testing.assert_close(together[row], alone[0], atol=2e-3, rtol=1e-3)

@@ -38,7 +38,7 @@ def test_pipeline(reader, image, options):
         arguments = {"max_new_tokens": 6, "past_key_values": cache}
         return pipe(text=messages, generate_kwargs=arguments, return_full_text=False)[0]["generated_text"]
 
-    cache = RotateKCache(**options)
+    cache = RotateKCache.for_study(**options)
     assert ask(cache) == ask(None)
     assert cache.report().layers[0].segments[0].tokens == 324
 

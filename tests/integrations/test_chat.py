@@ -63,7 +63,9 @@ def test_turns_in_a_padded_batch_are_those_of_each_alone(family, kind):
 
         def converse(rows):
             text = model.config.get_text_config(decoder=True)
-            cache = DynamicCache(config=text) if kind == "dense" else RotateKCache(rank=16, always_compress=True)
+            cache = (
+                DynamicCache(config=text) if kind == "dense" else RotateKCache.for_study(rank=16, always_compress=True)
+            )
             batch = chat.begin([[prompts[row]] for row in rows], ["?"] * len(rows), cache, max_new_tokens=6)
             answers = [batch.answers]
             for turn in range(2):

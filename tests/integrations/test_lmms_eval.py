@@ -25,7 +25,7 @@ from rotatek_lmms_eval import model as plugin
 
 ROOT = Path(__file__).parents[2]
 COUNT = 12
-OPTIONS = {"rank": 8, "always_compress": True}
+OPTIONS = {"rank": 8}
 TASK = """task: reader_rows
 dataset_path: parquet
 dataset_kwargs:
@@ -161,7 +161,7 @@ def test_answers_come_in_the_order_of_their_requests():
 
     source = load_task("reader-easy-row")
     samples = [source.sample(index) for index in range(5)]
-    model = plugin.RotateK(str(READER), device="cpu", batch_size=2, dtype="float32", sparsity=0.5, always_compress=True)
+    model = plugin.RotateK(str(READER), device="cpu", batch_size=2, dtype="float32", sparsity=0.5)
     model.task_dict = {name: {"test": samples} for name in ("one", "two")}
 
     def messages(sample):

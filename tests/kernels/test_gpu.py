@@ -32,7 +32,7 @@ def generate(model, inputs, **options):
     """Tokens and logits of a few greedy steps, with left padding."""
     return model.generate(
         **inputs,
-        past_key_values=RotateKCache(**options),
+        past_key_values=RotateKCache.for_study(**options),
         max_new_tokens=6,
         do_sample=False,
         return_dict_in_generate=True,

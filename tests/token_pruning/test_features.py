@@ -369,7 +369,7 @@ def test_rows_without_images_may_stand_anywhere(family, options):
     prompts = [host.tiny.prompt(n, images=images, text=12) for n, images in enumerate([(), (0, 0), (), (0,), ()])]
 
     def generated(rows, **options):
-        cache = RotateKCache(**options)
+        cache = RotateKCache.for_study(**options)
         output = ways.generate(host.attached, host.tiny.inputs(*rows), cache)
         return output.sequences[:, -ways.NEW :], cache.report().layers[0].dropped
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.core.basis import KeyBasis
-from rotatek_cache.core.fitting import KeyStatistics, Solver, matrix_roots, principal_directions, stored_basis
+from rotatek_cache.core.fitting import KeyStatistics, matrix_roots, principal_directions, stored_basis
+from rotatek_cache.options import Solver
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Oblique:
     shrinkage: float = 0.5
 
     def _roots(self, stats: KeyStatistics) -> tuple[Tensor, Tensor]:
-        """``Cq^1/2`` and ``Cq^-1/2``, ``[H, R, D, D]``."""
+        """Give ``Cq^1/2`` and ``Cq^-1/2``, ``[H, R, D, D]``."""
         eye = torch.eye(stats.mean.shape[-1], dtype=stats.mean.dtype, device=stats.mean.device)
         moment = stats.query_moment()
         if moment is None:
@@ -36,13 +37,13 @@ class Oblique:
         return matrix_roots(shrunk)
 
     def energy_matrix(self, stats: KeyStatistics) -> Tensor:
-        """``Cq^1/2 Ck Cq^1/2``: its eigenvalues are logit energy."""
+        """Give ``Cq^1/2 Ck Cq^1/2``: its eigenvalues are logit energy."""
         root, _ = self._roots(stats)
         matrix = root @ stats.scatter @ root
         return (matrix + matrix.mT) / 2
 
     def fit(self, stats: KeyStatistics, rank: int, solver: Solver, dtype: torch.dtype) -> KeyBasis:
-        """Oblique basis with ``B^T A = I``."""
+        """Fit the oblique basis with ``B^T A = I``."""
         root, inverse = self._roots(stats)
         matrix = root @ stats.scatter @ root
         directions = principal_directions((matrix + matrix.mT) / 2, rank, solver)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.core.basis import KeyBasis
-from rotatek_cache.core.fitting import KeyStatistics, Solver, orthogonal_basis, ridged, weighted_scatter
+from rotatek_cache.core.fitting import KeyStatistics, orthogonal_basis, ridged, weighted_scatter
+from rotatek_cache.options import Solver
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,10 @@ class RotateK:
     exponent: float = 1.0
 
     def energy_matrix(self, stats: KeyStatistics) -> Tensor:
-        """The weighted scatter."""
+        """Give the weighted scatter."""
         weight = stats.channel_norm() if self.exponent else None
         return weighted_scatter(stats.scatter, None if weight is None else weight**self.exponent)
 
     def fit(self, stats: KeyStatistics, rank: int, solver: Solver, dtype: torch.dtype) -> KeyBasis:
-        """Orthogonal basis of the top directions."""
+        """Fit the orthogonal basis of the top directions."""
         return orthogonal_basis(stats.mean, ridged(self.energy_matrix(stats)), rank, solver, dtype)

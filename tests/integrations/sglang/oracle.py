@@ -50,15 +50,15 @@ def _generate(model, inputs, cache, tokens):
 
 
 def greedy_logprobs(folder, messages, tokens=10, **options):
-    """Log-probabilities of the greedy tokens with `RotateKCache(**options)`."""
+    """Log-probabilities of the greedy tokens with `RotateKCache.for_study(**options)`."""
     model, processor = _model(folder)
-    return _generate(model, _inputs(processor, messages), RotateKCache(**options), tokens)
+    return _generate(model, _inputs(processor, messages), RotateKCache.for_study(**options), tokens)
 
 
 def second_question_logprobs(folder, first, second, kept, tokens=10, **options):
     """The same for `second`, which goes on from the first `kept` tokens of what `first` left in the cache."""
     model, processor = _model(folder)
-    cache = RotateKCache(**options)
+    cache = RotateKCache.for_study(**options)
     _generate(model, _inputs(processor, first), cache, tokens)
     cache.crop(kept - cache.get_seq_length())
     inputs = _inputs(processor, second)  # the image is in what is kept
@@ -67,7 +67,9 @@ def second_question_logprobs(folder, first, second, kept, tokens=10, **options):
 
 def calibrate_basis(folder, requests, path):
     """Write a basis file for the model, from the images of the requests."""
-    from rotatek_cache.calibration.moments import Calibration, calibrate, fingerprint
+    from rotatek_cache.calibration.gather import calibrate
+    from rotatek_cache.calibration.moments import Calibration
+    from rotatek_cache.codecs.fingerprint import fingerprint
 
     model, processor = _model(folder)
     state = Calibration(fingerprint(model), "tiny")

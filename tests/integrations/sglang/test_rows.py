@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rotatek_cache import FitOptions, attend
 from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.sealing import Sealer
+from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.quantization import HeadCodes
 from rotatek_cache.options import Allocation
 from rotatek_sglang.layout import HeadShape, Worth, find_layout
@@ -214,7 +215,8 @@ def decoded(stored):
         coefficients = stored.code.unpack(stored.code.split(stored.data))
     else:
         coefficients = stored.data if stored.code is None else stored.code.unpack(stored.data)
-    return stored.basis.reconstruct(coefficients[:, None].float())[:, 0]
+    basis = KeyBasis() if stored.basis is None else stored.basis
+    return basis.reconstruct(coefficients[:, None].float())[:, 0]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -1,0 +1,28 @@
+"""Whether states are finite, found out without waiting for the device."""
+
+import torch
+from torch import Tensor
+
+
+class FiniteCheck:
+    """The answer to whether states are finite, on its way from the device: a GPU is not waited for."""
+
+    def __init__(self, states: Tensor, message: str) -> None:
+        self.message = message
+        self.finite = torch.isfinite(states).all()
+        self.arrived: torch.cuda.Event | None = None
+        if self.finite.is_cuda:
+            self.finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self.finite, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def __deepcopy__(self, memo: dict) -> "FiniteCheck":
+        return self
+
+    def passed(self) -> bool:
+        """Look whether the answer has arrived; a ValueError if the states are not finite."""
+        if self.arrived is not None and (torch.cuda.is_current_stream_capturing() or not self.arrived.query()):
+            return False
+        if not bool(self.finite):
+            raise ValueError(self.message)
+        return True
