@@ -259,9 +259,9 @@ class RotateKCache(Cache):
         """Check the options and make an empty cache."""
         rank_open = budget is not None and all(chosen.get(name) is None for name in ("sparsity", "rank", "energy"))
         self.options = FitOptions(**{**chosen, "sparsity": DEFAULT_SPARSITY} if rank_open else chosen)
-        codecs_for(self.options)  # raises where options do not go together
         if tokens is not None and self.options.streaming:
             raise ValueError("tokens cannot be chosen with streaming=True, which seals an image before its end is seen")
+        codecs_for(self.options)  # raises where options do not go together
         self.calibrated: CalibratedBasis | None = None
         if self.options.is_calibrated:
             self.calibrated = load_basis(self.options.basis)
