@@ -10,10 +10,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pycocoevalcap.cider.cider_scorer import CiderScorer
-from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-from rapidfuzz.distance import Levenshtein
-
 Reference = Mapping[str, Any]
 Metric = Callable[[Sequence[str], Sequence[Reference]], list[float]]
 
