@@ -59,15 +59,15 @@ def forced_splits(count: int, longer_than: int) -> Iterator[None]:
 
 def split_numbers(processors: int, pairs: int, tokens: int) -> list[int]:
     """Choose the numbers of splits of a sweep, from half a program for each multiprocessor to many."""
-    exact = {max(1, int(processors * load / pairs)) for load in LOADS}
-    return sorted(count for count in exact if count <= max(1, tokens // FEWEST_TOKENS))
+    most = max(1, tokens // FEWEST_TOKENS)
+    return sorted({min(most, max(1, int(processors * load / pairs))) for load in LOADS})
 
 
 def split_items(
     sizes: Sequence[tuple[int, int, str]], common: dict[str, Any], clock: GraphClock, most: int | None = None
 ) -> Iterator[Item]:
     """List the settings (batch, visual tokens, kind) whose number of splits is swept, `most` numbers of each."""
-    processors = 132
+    processors = 4
     if torch.cuda.is_available():
         processors = torch.cuda.get_device_properties(0).multi_processor_count
 

@@ -5,10 +5,10 @@ import signal
 import subprocess
 import sys
 import threading
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = "integrations"  # tests of these bring environments of their own
@@ -53,14 +53,15 @@ def run_tests(
 
     timer = threading.Timer(budget, stop)
     timer.start()
-    begun, ended = {}, set()
+    begun: set[str] = set()
+    ended: set[str] = set()
     assert process.stdout is not None
     try:
         for text in process.stdout:
             print(text, end="", flush=True)
             words = text.split()
             if words and "::" in words[0]:
-                begun[words[0]] = True
+                begun.add(words[0])
             if "::" in text and any(word in words for word in ("PASSED", "FAILED", "SKIPPED", "ERROR", "XFAIL")):
                 ended.update(word for word in words if "::" in word)
         code = process.wait()
@@ -68,7 +69,7 @@ def run_tests(
         timer.cancel()
     found: dict[str, Any] = {"exit status": code, "begun": len(begun), "ended": len(ended)}
     if stopped.is_set():
-        return found | {"stopped while running": sorted(set(begun) - ended)}
+        return found | {"stopped while running": sorted(begun - ended)}
     return found | read_junit(junit)
 
 
