@@ -112,7 +112,7 @@ class Extent:
     compiled: Sequence[tuple[int, int]] = ((1, 16384), (1, 65536), (1, 4096))
     text: int = 64
     tokens: int = 24
-    host: tuple[int, int, int, int] = (32, 512, 24, 2)
+    host: tuple[int, int, int, int] = (32, 512, 16, 2)
     processes: int = min(12, os.cpu_count() or 1)
     test_limit: float = 60.0
 
