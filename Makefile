@@ -14,9 +14,9 @@ SGLANG_ARGS ?=
 LMMS_VENV ?= .venv-lmms
 # Where `evals-quick` writes; results are never overwritten.
 QUICK := $(or $(QUICK),runs/quick-$(shell date +%Y%m%d-%H%M%S))
-# Where `evals-gpu` writes, and which shapes of evals/bench/shapes.yaml it measures.
+# Where `gpu` writes, and its Python: machines with a GPU often have one with all that is needed, and no network.
 GPU := $(or $(GPU),runs/gpu-$(shell date +%Y%m%d-%H%M%S))
-SHAPES ?= llava-next-8b qwen2.5-vl-7b qwen3-vl-8b
+GPU_PYTHON ?= $(or $(wildcard $(VENV)/bin/python),$(PYTHON))
 # The demo's own: IMAGE=page.png QUESTION="row 3?" MODEL=name-or-path SPARSITY=0.75 OUT=folder
 export IMAGE QUESTION MODEL SPARSITY OUT
 
@@ -29,7 +29,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test test-sglang test-lmms evals-quick evals-gpu report lint format clean
+.PHONY: help demo demo-sglang test test-sglang test-lmms evals-quick gpu gpu-compiled report lint format clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -63,15 +63,13 @@ evals-quick: $(VENV)/.evals  ## Accuracy, diagnostics and latency of the reader 
 		--out $(QUICK)/latency_four_layers.json
 	$(BIN)/python -m evals.report --results $(QUICK) --out $(QUICK)/report
 
-evals-gpu: $(VENV)/.evals  ## Latency and memory of three 8B shapes, VL-Cache's setting and the kernel on a CUDA device
-	for shape in $(SHAPES); do \
-		$(BIN)/python -m evals.bench.latency --shape $$shape --contexts 1024 4096 16384 65536 131072 --batches 4 16 \
-			--largest 65536 --tokens 128 --rounds 1 --device cuda --out $(GPU)/latency_$$shape.json || exit 1; \
-	done
-	$(BIN)/python -m evals.bench.latency --shape llava-next-8b --methods evals/bench/latency_vl_cache.yaml \
-		--contexts 2048 16384 131072 --batches 4 --tokens 100 --device cuda --out $(GPU)/latency_vl_cache.json
-	$(BIN)/python -m evals.bench.kernel --device cuda --out $(GPU)/bench_kernel_cuda.json
-	$(BIN)/python -m evals.report --results $(GPU) --out $(GPU)/report
+gpu gpu-compiled: export PYTHONPATH := .:kernels:integrations$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+gpu:  ## On an NVIDIA GPU, in four minutes: tests, decode table, splits, seals, tokens of an 8B model
+	$(GPU_PYTHON) -m evals.bench.gpu --out $(GPU)
+
+gpu-compiled:  ## The same beside StaticCache as transformers compiles it, a minute a length
+	$(GPU_PYTHON) -m evals.bench.gpu --only compile compiled --out $(GPU)
 
 report: $(VENV)/.evals  ## One page, report/report.html, out of the stored results
 	$(BIN)/python -m evals.report --results evals/results --out report

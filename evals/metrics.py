@@ -10,10 +10,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pycocoevalcap.cider.cider_scorer import CiderScorer
-from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-from rapidfuzz.distance import Levenshtein
-
 Reference = Mapping[str, Any]
 Metric = Callable[[Sequence[str], Sequence[Reference]], list[float]]
 
@@ -91,6 +87,7 @@ def anls(prediction: str, reference: Reference) -> float:
     As in the challenge's own script the distance is that of lower-case words with single spaces, its norm the longer
     of the two strings as they stand.
     """
+    from rapidfuzz.distance import Levenshtein  # noqa: PLC0415 - for those who score
 
     def similarity(answer: str) -> float:
         distance = Levenshtein.distance(_words(answer), _words(prediction))
@@ -158,6 +155,8 @@ def mathvista_value(prediction: str, reference: Reference) -> str | None:
         found = re.match(rf"\(?([{letters}])(?:[).:,\s]|$)", stated) or re.search(rf"\(([{letters}])\)", stated)
         if found:
             return str(choices[letters.index(found[1])])
+        from rapidfuzz.distance import Levenshtein  # noqa: PLC0415
+
         # As the benchmark does, the option that is nearest in writing.
         return str(min(choices, key=lambda choice: Levenshtein.distance(str(choice), stated)))
     if reference["answer_type"] == "list":
@@ -184,6 +183,9 @@ def cider(predictions: Sequence[str], references: Sequence[Reference]) -> list[f
     Captions are cut into words by the Penn Treebank tokenizer that the benchmark uses, a Java program.
     """
     require("cider")
+    from pycocoevalcap.cider.cider_scorer import CiderScorer  # noqa: PLC0415
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # noqa: PLC0415
+
     captions = {index: [{"caption": text}] for index, text in enumerate(predictions)}
     truths = {index: [{"caption": text} for text in ref["answers"]] for index, ref in enumerate(references)}
     # One call, since each starts a Java machine; keys of the two halves stay apart.

@@ -47,6 +47,7 @@ from evals.bench.workload import (
     make_cache,
     prefill,
     read_prompt,
+    spread,
     switch_attention,
     visual_span,
 )
@@ -62,11 +63,6 @@ REFUSALS = (NotHereError, ValueError, ImportError, NotImplementedError)  # a met
 
 class MethodsError(Exception):
     """The methods cannot be used; the message names what, what was expected and what came."""
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, least and most."""
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def measure(

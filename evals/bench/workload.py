@@ -1,6 +1,7 @@
 """What `evals/bench/latency.py` times: models by shape, prompts, caches, and the steps that a request is made of."""
 
 import importlib.util
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -172,6 +173,11 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, least and most."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def prefill(model: Any, cache: Cache, prompt: Prompt) -> float:
