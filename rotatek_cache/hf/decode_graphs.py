@@ -221,7 +221,9 @@ class DecodeGraphs:
             raise Eager("gradients are enabled: use torch.no_grad()")
         if any(torch.is_autocast_enabled(device) for device in model.device_types):
             raise Eager("autocast is on")  # weights that it has cast are gone when it ends
-        if given.get("output_hidden_states") or given.get("output_attentions") or config.output_hidden_states:
+        configs = (config, config.get_text_config(decoder=True))
+        asked = given.get("output_hidden_states") or given.get("output_attentions")
+        if asked or any(held.output_hidden_states for held in configs):
             raise Eager("hidden states are asked for")
         if given.get("return_dict") is False or given.get("use_cache") is False:
             raise Eager("the call asks for a tuple, or for no cache")
@@ -231,6 +233,8 @@ class DecodeGraphs:
         layers = [layer.kv for layer in cache.layers]
         if any(layer.pending is not None or layer.text.keys is None for layer in layers):
             raise Eager("an image waits for its end")
+        if cache.positions.has_visual(layers[0].length, layers[0].length + 1):
+            raise Eager("the token is visual")
         if not any(layer.segments for layer in layers):
             raise Eager("nothing is compressed")
         if given.get("position_ids") is None:
@@ -344,8 +348,8 @@ class _ModelParts:
     A user may replace any of it between two steps, so all is read from the dictionaries of its modules.
 
     Attributes:
-        hooks: the dictionaries that hold forward hooks, of modules and of all modules; our own are not among them, since
-            they stand outside of what is captured.
+        hooks: the dictionaries that hold forward hooks, of single modules and of all; our own stand outside of what is
+            captured.
         children: the dictionaries that hold its modules.
         modules: the modules that were found in them.
         methods: the forward of each, where it is not that of its class.
@@ -409,7 +413,7 @@ class _ModelParts:
                 tuple(part.active_adapters),
                 part.disable_adapters,
                 part.merged,
-                dict(getattr(part, "scaling", None) or {}),
+                dict(getattr(part, "scaling", ())),
             )
             for part in self.adapters
         )
