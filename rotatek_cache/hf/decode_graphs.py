@@ -233,7 +233,9 @@ class DecodeGraphs:
         layers = [layer.kv for layer in cache.layers]
         if any(layer.pending is not None or layer.text.keys is None for layer in layers):
             raise Eager("an image waits for its end")
-        if cache.positions.has_visual(layers[0].length, layers[0].length + 1):
+        begin = layers[0].length
+        cache.positions.complete(begin + 1, cache.batch_size)
+        if cache.positions.has_visual(begin, begin + 1):
             raise Eager("the token is visual")
         if not any(layer.segments for layer in layers):
             raise Eager("nothing is compressed")

@@ -1,6 +1,7 @@
 import copy
 import gc
 
+import peft
 import pytest
 import torch
 import ways
@@ -9,9 +10,22 @@ from recorded_graph import RecordedGraph, attend_on_device
 from tiny_models import FAMILIES
 
 from rotatek_cache import RotateKCache, attach, detach
+from rotatek_cache.cache.decode_step import DecodeStep
+from rotatek_cache.cache.layer import LayerKV
+from rotatek_cache.core.segments import TextSegment
 
 # Decoded step by step in every family, with the reason.
 STEPPED = {"sliding window": ("gemma3", "aya_vision", "cohere2_vision")}
+# Ways without steps of one token of the attached model, and those whose calls give no position_ids, as a graph needs.
+NO_STEPS = {"assistant_model", "text_only"}
+NO_POSITIONS = {
+    "forward_in_pieces",
+    "forward_loop",
+    "forward_loop_of_one",
+    "forward_with_a_new_image",
+    "forward_with_embeddings",
+    "interleaved_forwards",
+}
 # For every family; the other ways for one with plain and one with M-RoPE positions.
 WAYS = ("beams", "padded_batch", "second_turn_padded", "second_turn_with_an_image", "forward_loop", "chunked_prefill")
 PAIRS = [
@@ -59,6 +73,8 @@ def test_tokens_with_graphs_equal_tokens_without(host: Host, name, recorded):
     finally:
         graphs.new_graph = None
         graphs.forget()
+    stepped = any(tiny.name in families for families in STEPPED.values()) or name in NO_STEPS | NO_POSITIONS
+    assert bool(replayed()) != stepped
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -230,6 +246,15 @@ def test_what_needs_python_is_decoded_step_by_step_with_the_reason(llava, model,
     assert "forward hooks" in reason()
     assert len(heard) == ways.NEW
     hook.remove()
+    heard.clear()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *args: heard.append(module))
+    try:
+        assert "forward hooks" in reason()
+        assert heard.count(model.model.language_model.layers[0]) == ways.NEW
+    finally:
+        hook.remove()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "autocast is on" in reason()
     broken = model.model.language_model.layers[1]
     forward = broken.forward
 
@@ -246,6 +271,130 @@ def test_what_needs_python_is_decoded_step_by_step_with_the_reason(llava, model,
     assert torch.equal(found, expected)
     assert "capturing a step failed" in cache.decoding
     assert len([record for record in caplog.records if "without a CUDA graph" in record.message]) == 1
+
+
+def test_hidden_states_that_a_config_asks_for_later_are_returned(llava, model):
+    inputs = ways.padded(llava.tiny)
+    cache = RotateKCache(rank=8)
+    output = ways.generate(model, inputs, cache)
+    positions = torch.full((2, 1), cache.get_seq_length())
+    model.config.text_config.output_hidden_states = True
+    with torch.no_grad():
+        step = model.model(input_ids=output.sequences[:, -1:], position_ids=positions, past_key_values=cache)
+    assert "hidden states are asked for" in cache.decoding
+    assert len(step.hidden_states) == len(cache.layers) + 1
+
+
+def test_a_single_visual_token_waits_for_its_end(llava, model):
+    cache = RotateKCache(rank=8)
+    output = ways.generate(model, ways.one(llava.tiny), cache)
+    decodings = []
+    for visual in (False, True, False, False):
+        length = cache.get_seq_length()
+        cache.positions.given = torch.arange(length + 1)[None] == (length if visual else -1)
+        embedded = model.get_input_embeddings()(output.sequences[:, -1:])
+        with torch.no_grad():
+            model.model(inputs_embeds=embedded, position_ids=torch.tensor([[length]]), past_key_values=cache)
+        decodings.append(cache.decoding)
+        assert (cache.layers[0].kv.pending is not None) == visual
+    steps = ["the token is visual", "an image waits for its end"]
+    graph = "from a captured graph"
+    assert decodings == [graph, *(f"step by step: {reason}" for reason in steps), graph]
+
+
+def _add_adapter(model):
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=4), model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+
+
+def _replace_module(model):
+    layer = model.model.language_model.layers[0]
+    layer.mlp = copy.deepcopy(layer.mlp)
+    layer.mlp.up_proj.weight.data *= 3
+
+
+def _replace_weight(model):
+    layer = model.model.language_model.layers[0]
+    layer.mlp.up_proj.weight = torch.nn.Parameter(layer.mlp.up_proj.weight.data * 3)
+
+
+def _replace_method(model):
+    layer = model.model.language_model.layers[0]
+    original = layer.mlp.forward
+    layer.mlp.forward = lambda hidden: 3 * original(hidden)
+
+
+def _scale_adapter(model):
+    for module in model.modules():
+        if hasattr(module, "lora_B"):
+            module.scaling["default"] *= 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [[_add_adapter, _scale_adapter], [_replace_module], [_replace_weight], [_replace_method]],
+    ids=["adapter", "module", "weight", "method"],
+)
+def test_a_model_that_changes_between_prompts_is_captured_anew(changes, llava, model):
+    inputs = ways.padded(llava.tiny)
+
+    def logits(graphs):
+        cache = RotateKCache(rank=8, graphs=graphs)
+        return torch.stack(ways.generate(model, inputs, cache).logits)
+
+    before = logits(graphs=True)
+    for change in changes:
+        change(model)
+        gc.collect()
+        found = logits(graphs=True)
+        torch.testing.assert_close(found, logits(graphs=False), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, before)
+    assert len(RecordedGraph.made) == 1 + len(changes)
+
+
+def test_a_step_that_was_interrupted_is_repeated(llava, model, monkeypatch):
+    inputs = ways.padded(llava.tiny)
+
+    def interrupted(layer):
+        raise KeyboardInterrupt
+
+    def answer(graphs):
+        cache = RotateKCache(rank=8, graphs=graphs)
+        sequences = ways.generate(model, inputs, cache).sequences
+        again = ways.follow_up(llava.tiny, inputs, sequences, [])
+        if graphs:
+            with monkeypatch.context() as patched:
+                patched.setattr(LayerKV, "count_step", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    ways.generate(model, again, cache)
+        return torch.stack(ways.generate(model, again, cache).logits)
+
+    torch.testing.assert_close(answer(graphs=True), answer(graphs=False), rtol=1e-4, atol=1e-5)
+
+
+def test_without_memory_for_free_columns_the_conversation_goes_on(llava, model, monkeypatch):
+    def full(text):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    inputs = ways.padded(llava.tiny)
+    expected = ways.generate(model, inputs, RotateKCache(rank=8, graphs=False)).sequences
+    monkeypatch.setattr(TextSegment, "reserve", full)
+    cache = RotateKCache(rank=8)
+    assert torch.equal(ways.generate(model, inputs, cache).sequences, expected)
+    assert "out of memory" in cache.decoding
+
+
+def test_a_graph_whose_layers_share_a_row_table_is_not_taken_for_layers_that_do_not(llava, model):
+    cache = RotateKCache(rank=8, graphs=False)
+    ways.generate(model, ways.padded(llava.tiny), cache)
+    other = copy.deepcopy(cache)
+    segment = other.layers[1].kv.segments[0]
+    segment.starts = segment.starts.flip(0)
+    forms = [DecodeStep([layer.kv for layer in held.layers]).form() for held in (cache, copy.deepcopy(cache), other)]
+    assert forms[0] == forms[1]
+    assert forms[0] != forms[2]
 
 
 def test_a_mask_that_hides_text_is_obeyed(llava, model):
