@@ -137,7 +137,7 @@ def describe(plan: Plan, pool: RotateKPool) -> str:
 
 
 def make_room(allocator: Any, tree_cache: Any, need: Need) -> bool:
-    """Whether so many rows and bases are free, once cached prefixes that nobody uses had to go if they are not."""
+    """Whether so many rows and bases are free, once cached prefixes that are not in use had to go if they are not."""
     table: SlotTable = allocator.table
     while not table.fits(need):
         short = max(need.text - table.text.available, need.visual - table.visual.available, allocator.page_size)

@@ -193,7 +193,7 @@ class DecodeStep:
         return self.tables[-1]
 
     def fits(self) -> bool:
-        """Whether the cache still lies where this step reads and writes it, with room for another token."""
+        """Whether the cache still lies where this step reads and writes it, with a column for another token."""
         return all(layer.fits() for layer in self.layers)
 
     def belongs_to(self, layers: Sequence[LayerKV]) -> bool:

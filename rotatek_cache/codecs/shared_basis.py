@@ -23,7 +23,7 @@ from rotatek_cache.options import Allocation, Bits
 
 
 class HeadBudget(NamedTuple):
-    """What the heads of a layer may keep on average; one of the three is given.
+    """The amount that the heads of a layer may keep on average; one of the three is given.
 
     Attributes:
         bits: of a token and head, to be spent freely.

@@ -1,1 +1,1 @@
-"""What is stored and how attention reads it: torch alone, no policy."""
+"""Storage and the attention that reads it: torch alone, no policy."""

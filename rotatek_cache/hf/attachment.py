@@ -1,4 +1,4 @@
-"""What an attached model carries: the facts that its hooks and replaced methods need."""
+"""The state of an attached model: the facts that its hooks and replaced methods need."""
 
 import threading
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _SELECTING = threading.Lock()
 
 @dataclass
 class Attachment:
-    """What an attached model needs during a forward, and what `detach` undoes.
+    """The state that an attached model needs during a forward, and that `detach` undoes.
 
     The attention function is selected for the duration of each forward that has a `RotateKCache`, so that any other
     cache meets the implementation that the model had (and may still change).

@@ -114,7 +114,7 @@ class _NoBackward(torch.autograd.Function):
 def hide(mask: Tensor, hidden: Tensor) -> Tensor:
     """`mask` with the tokens of bool `hidden` ``[B, T]`` taken from every query's sight but their own.
 
-    A dropped token keeps itself, so that no query is left without any; nobody reads what comes of it.
+    A dropped token keeps itself, so that no query is left without any; the result is not read.
     """
     tokens, queries = mask.shape[-1], mask.shape[-2]
     own = (
@@ -144,7 +144,7 @@ def attend_kept(
         kwargs: for sdpa.
 
     Returns:
-        Output ``[B, Q, H_q, D_v]``; 0 for hidden tokens, of which nobody reads what comes.
+        Output ``[B, Q, H_q, D_v]``; 0 for hidden tokens, which is not read.
     """
     batch, tokens, queries = keys.shape[0], keys.shape[2], query.shape[2]
     columns, own_columns = _in_front(~hidden, keys.device)

@@ -68,7 +68,7 @@ class LayerHandle:
 
 
 class StepHandle:
-    """What `RotateKCache.update` returns while a decode step of fixed addresses is captured: what attention reads."""
+    """The segments that attention reads while a decode step of fixed addresses is captured, as `update` gives them."""
 
     __slots__ = ("views",)
 

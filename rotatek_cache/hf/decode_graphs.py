@@ -99,7 +99,7 @@ class Captured:
 
 @dataclass(eq=False)
 class Conversation:
-    """What is known of a cache that decodes.
+    """The facts known of a cache that decodes.
 
     Attributes:
         steps: decode steps so far.
@@ -318,7 +318,7 @@ class DecodeGraphs:
         return captured
 
     def _idle(self, step: DecodeStep, signature: dict[str, Any]) -> Captured | None:
-        """A graph of the same form whose cache is gone."""
+        """Find a graph of the same form whose cache is gone."""
         form = step.form()
         for held in self.captured:
             alike = held.cache() is None and held.signature == signature and held.step.is_private
@@ -345,7 +345,7 @@ def _gone() -> None:
 
 @dataclass(eq=False)
 class _ModelParts:
-    """What of a model decides whether its steps can be captured, and whether a captured one is still its own.
+    """The parts of a model that decide whether its steps can be captured, and whether a captured one is still its own.
 
     A user may replace any of it between two steps, so all is read from the dictionaries of its modules.
 
@@ -396,7 +396,7 @@ class _ModelParts:
         )
 
     def is_current(self) -> bool:
-        """Whether the model still has these modules, with these methods."""
+        """Tell whether the model still has these modules, with these methods."""
         modules = [module for held in self.children for module in held.values()]
         return modules == self.modules and list(map(_own_forward, modules)) == self.methods
 
@@ -440,7 +440,7 @@ def _stepping(cache: RotateKCache, layers: list[LayerStep]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Spec:
-    """What has to stay of a tensor argument."""
+    """Shape, dtype and device of a tensor argument, which have to stay."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -448,7 +448,7 @@ class _Spec:
 
 
 def _signature(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What must stay the same between the call that was captured and one that is replayed, and its tensors."""
+    """Split a call into what must be the same in each replay, and tensors, whose numbers may differ."""
     signature: dict[str, Any] = {}
     inputs: dict[str, Tensor] = {}
     for name, value in given.items():
@@ -465,7 +465,7 @@ def _signature(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value can be compared, and holds no tensor."""
+    """Tell whether a value can be compared, and holds no tensor."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or value == {} or isinstance(value, bool | int | float | str)

@@ -1,4 +1,4 @@
-"""What token methods hear of a vision encoder while it encodes images."""
+"""The tap by which token methods read a vision encoder while it encodes images."""
 
 import contextlib
 import threading

@@ -10,7 +10,7 @@ from rotatek_cache.hf.encoder_layouts import Encoder, by_image_size, in_order, i
 
 @dataclass(frozen=True)
 class Family:
-    """What has to be known of a model family.
+    """The facts of a model family that `attach` needs.
 
     Args:
         encoder: the vision encoder, for token methods that read it; None if its layout is not known.

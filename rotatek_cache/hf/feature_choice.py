@@ -15,7 +15,7 @@ from rotatek_cache.token_pruning.interface import FeatureMethod
 
 @dataclass(frozen=True)
 class Choice:
-    """What a method chose of one image of n tokens.
+    """The tokens that a method chose of one image of n tokens.
 
     Args:
         kept: bool ``[n]``.

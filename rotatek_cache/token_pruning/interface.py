@@ -147,7 +147,7 @@ class AttentionMethod(TokenMethod, abc.ABC):
 
     @abc.abstractmethod
     def summarise(self, rows: AttentionRows) -> Summary:
-        """What is kept of a layer's attention: tensors that add up over parts of the queries."""
+        """Return what to keep of a layer's attention: tensors that add up over parts of the queries."""
 
     @abc.abstractmethod
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
