@@ -64,5 +64,6 @@ class Sealer:
 
     def check(self) -> None:
         """Raise a ValueError if states that were stored are known not to have been finite."""
-        self.keys.check_finite()
-        self.values.check_finite()
+        for codec in (self.keys, self.values):
+            if codec.unanswered:
+                codec.check_finite()
