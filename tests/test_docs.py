@@ -73,7 +73,7 @@ def test_files_that_are_named_exist():
     named = re.compile(
         r"(?<![\w/.])((?:docs|evals|examples|integrations|kernels|rotatek_cache|tests)/[\w/.{},*-]*[\w}*])"
     )
-    for path in [page for page in PAGES if page.name != "CONTRIBUTING.md"]:
+    for path in PAGES:
         for name in named.findall(path.read_text(encoding="utf-8")):
             choice = re.search(r"\{(.*)\}", name)
             names = [name.replace(choice[0], part) for part in choice[1].split(",")] if choice else [name]
