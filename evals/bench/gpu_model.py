@@ -375,7 +375,7 @@ def seal_row(host: Model, options: Mapping[str, Any], context: int, text: int) -
         held = [cache.update(keys, values, layer)[0] for layer in range(layers)]
         begin = clock(model.device)
         for layer in held:
-            layer.kv.observe(window, None)
+            layer.observe(window, None)
         host_seconds = time.perf_counter() - begin
         return host_seconds / layers * 1e3, (clock(model.device) - begin) / layers * 1e3
 

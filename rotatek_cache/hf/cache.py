@@ -239,6 +239,7 @@ class RotateKCache(Cache):
         *,
         tokens: TokenMethod | str | None = None,
         budget: str | int | None = None,
+        graphs: bool = True,
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
         **options: Any,
@@ -246,6 +247,7 @@ class RotateKCache(Cache):
         """Make a cache from any `options` of `FitOptions`, by name: studies use some that others have no use for."""
         cache = cls.__new__(cls)
         cache._begin(options, tokens, budget, visual_mask, config)
+        cache.graphs = graphs
         return cache
 
     def _begin(
