@@ -5,7 +5,7 @@ tables of visual segments live in tensors of the step; what changes between step
 """
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,7 @@ class LayerStep:
         layer: the layer.
         text: its text segment; a layer that was reset has another one.
         segments: its visual segments.
+        tables: of each of them, the copy of its row table.
         uniform: of each of them, whether its rows lie in order.
         keys, values: the text buffers ``[H, B, capacity, D]``.
         cursor: where the next token goes.
@@ -109,6 +110,7 @@ class LayerStep:
     layer: LayerKV
     text: TextSegment
     segments: list[VisualSegment]
+    tables: list[TableCopy]
     uniform: list[bool]
     keys: Tensor
     values: Tensor
@@ -154,9 +156,10 @@ class DecodeStep:
         assert text.keys is not None
         assert text.values is not None
         cursor = self._cursor(text)
+        tables = [self._table(segment) for segment in layer.segments]
         views = []
-        for segment in layer.segments:
-            table = self._table(segment).tensors
+        for segment, copied in zip(layer.segments, tables, strict=True):
+            table = copied.tensors
             view = segment.view(layer.positions.forward, None)
             rows = None if view.basis_rows is None else table["basis_rows"]
             views.append(dataclasses.replace(view, starts=table["starts"], lengths=table["lengths"], basis_rows=rows))
@@ -171,7 +174,7 @@ class DecodeStep:
             )
         )
         uniform = [segment.uniform for segment in layer.segments]
-        return LayerStep(layer, text, list(layer.segments), uniform, text.keys, text.values, cursor, views)
+        return LayerStep(layer, text, list(layer.segments), tables, uniform, text.keys, text.values, cursor, views)
 
     def _cursor(self, text: TextSegment) -> TextCursor:
         assert text.keys is not None
@@ -211,12 +214,15 @@ class DecodeStep:
         for cursor in self.cursors:
             cursor.advance_on_device()
 
-    def advance(self) -> None:
-        """Note on the host that the device has taken a token."""
+    def run(self, replay: Callable[[], None]) -> None:
+        """Let `replay` take a token on the device, and note it on the host."""
+        for cursor in self.cursors:
+            cursor.at = -1  # should this be interrupted, the next step writes the column anew
+        replay()
         for held in self.layers:
             held.layer.count_step()
         for cursor in self.cursors:
-            cursor.at += 1
+            cursor.at = cursor.text.length
 
     def shows_all(self, mask: Tensor) -> bool:
         """Whether a mask ``[B, T]`` hides nothing that is stored (padding is not). Waits for the device.
@@ -246,6 +252,7 @@ class DecodeStep:
             (
                 (tuple(layer.keys.shape), tuple(layer.values.shape), layer.keys.dtype, layer.keys.device),
                 self.cursors.index(layer.cursor),
+                tuple(self.tables.index(table) for table in layer.tables),
                 tuple(
                     (_form(part.keys), _form(part.values), part.max_length, uniform)
                     for part, uniform in zip(layer.segments, layer.uniform, strict=True)

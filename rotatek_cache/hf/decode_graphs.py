@@ -8,6 +8,8 @@ cannot do is decoded step by step, with the reason in `report()`.
 
 import contextlib
 import copy
+import functools
+import itertools
 import logging
 import threading
 import weakref
@@ -47,19 +49,29 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
 
     def capture(self, warm_up: Callable[[], Any], step: Callable[[], Any]) -> Any:
-        """Run `warm_up` on a stream of its own, which libraries ask for, and capture `step`."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            warm_up()
-        current.wait_stream(side)
-        # Other threads go on while this one captures.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            return step()
+        """Run `warm_up` on a stream of its own, which libraries ask for, and capture `step` on it."""
+        current, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
+        with _CAPTURING:  # the beginning of a capture waits for the device, which must not be capturing then
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                warm_up()
+            current.wait_stream(side)
+            # Other threads go on while this one captures.
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+                return step()
 
     def replay(self) -> None:
         """Launch the graph."""
         self.graph.replay()
+
+
+_CAPTURING = threading.Lock()
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream of a device that all captures use: cuBLAS keeps a workspace for each stream it has met."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass(eq=False)
@@ -170,8 +182,9 @@ class DecodeGraphs:
 
     def _replayed(self, inner: Any, original: Callable[..., Any], cache: RotateKCache, given: dict[str, Any]) -> Any:
         known = self.conversations.setdefault(cache, Conversation())
-        if self.model is None:
+        if self.model is None or not self.model.is_current():
             self.model = _ModelParts.of(inner)
+            self.forget()
         self._check(self.model, inner.config, known, cache, given)
         known.steps += 1
         if known.steps == 1:
@@ -192,8 +205,7 @@ class DecodeGraphs:
             self.captured.append(captured)
         for name, tensor in captured.inputs.items():
             tensor.copy_(inputs[name])
-        captured.graph.replay()
-        captured.step.advance()
+        captured.step.run(captured.graph.replay)
         captured.replays += 1
         cache.decoding = "from a captured graph"
         return _handed_out(captured.output, cache)
@@ -207,7 +219,11 @@ class DecodeGraphs:
             raise Eager("graphs are switched off")
         if torch.is_grad_enabled():
             raise Eager("gradients are enabled: use torch.no_grad()")
-        if given.get("output_hidden_states") or given.get("output_attentions") or config.output_hidden_states:
+        if any(torch.is_autocast_enabled(device) for device in model.device_types):
+            raise Eager("autocast is on")  # weights that it has cast are gone when it ends
+        configs = (config, config.get_text_config(decoder=True))
+        asked = given.get("output_hidden_states") or given.get("output_attentions")
+        if asked or any(held.output_hidden_states for held in configs):
             raise Eager("hidden states are asked for")
         if given.get("return_dict") is False or given.get("use_cache") is False:
             raise Eager("the call asks for a tuple, or for no cache")
@@ -217,6 +233,8 @@ class DecodeGraphs:
         layers = [layer.kv for layer in cache.layers]
         if any(layer.pending is not None or layer.text.keys is None for layer in layers):
             raise Eager("an image waits for its end")
+        if cache.positions.has_visual(layers[0].length, layers[0].length + 1):
+            raise Eager("the token is visual")
         if not any(layer.segments for layer in layers):
             raise Eager("nothing is compressed")
         if given.get("position_ids") is None:
@@ -259,7 +277,10 @@ class DecodeGraphs:
             self.captured.remove(previous)
             known.short = known.short + 1 if previous.replays < SHORT else 0
         layers = [layer.kv for layer in cache.layers]
-        step = DecodeStep(layers)
+        try:
+            step = DecodeStep(layers)
+        except torch.OutOfMemoryError as error:
+            raise _failed(known, error) from error
         self._check_mask(known, step, mask)
         idle = self._idle(step, signature)
         if idle is not None:
@@ -268,17 +289,9 @@ class DecodeGraphs:
             self.captured.remove(idle)
             self.captured.append(idle)
             return idle
-        captured = Captured(
-            weakref.ref(cache),
-            signature,
-            {name: tensor.clone() for name, tensor in inputs.items()},
-            step,
-            CudaGraph() if self.new_graph is None else self.new_graph(),
-        )
         arguments = {
             name: value for name, value in signature.items() if not isinstance(value, _Spec) and name != "model"
         }
-        arguments |= captured.inputs | {"past_key_values": cache, "attention_mask": None}
 
         def run() -> Any:
             return original(**arguments)
@@ -289,13 +302,14 @@ class DecodeGraphs:
             return output
 
         try:
-            with _stepping(cache, step.layers):
-                captured.output = _without_cache(captured.graph.capture(run, run_and_advance))
+            static = {name: tensor.clone() for name, tensor in inputs.items()}
+            arguments |= static | {"past_key_values": cache, "attention_mask": None}
+            graph = CudaGraph() if self.new_graph is None else self.new_graph()
+            with _stepping(cache, step.layers), torch.cuda.device_of(step.layers[0].keys):
+                output = _without_cache(graph.capture(run, run_and_advance))
         except Exception as error:  # whatever a model does that a graph cannot: it runs without one
-            message = str(error).partition("\n")[0]
-            known.failure = f"capturing a step failed ({type(error).__name__}: {message})"
-            logger.warning("RotateKCache: decoding without a CUDA graph: %s", known.failure)
-            raise Eager(known.failure) from error
+            raise _failed(known, error) from error
+        captured = Captured(weakref.ref(cache), signature, static, step, graph, output)
         step.refresh()
         self.captured.append(captured)
         del self.captured[: -self.limit]
@@ -315,6 +329,14 @@ class DecodeGraphs:
         self.captured.clear()
 
 
+def _failed(known: Conversation, error: Exception) -> Eager:
+    """Note that a step could not be captured, and why."""
+    message = str(error).partition("\n")[0]
+    known.failure = f"capturing a step failed ({type(error).__name__}: {message})"
+    logger.warning("RotateKCache: decoding without a CUDA graph: %s", known.failure)
+    return Eager(known.failure)
+
+
 def _gone() -> None:
     """Stand in for a weak reference to a cache that is no more."""
 
@@ -323,44 +345,85 @@ def _gone() -> None:
 class _ModelParts:
     """What of a model decides whether its steps can be captured, and whether a captured one is still its own.
 
+    A user may replace any of it between two steps, so all is read from the dictionaries of its modules.
+
     Attributes:
-        hooks: the dictionaries that hold the forward hooks of its modules; our own stand outside of what is captured.
-        parameters: its parameters.
+        hooks: the dictionaries that hold forward hooks, of single modules and of all; our own stand outside of what is
+            captured.
+        children: the dictionaries that hold its modules.
+        modules: the modules that were found in them.
+        methods: the forward of each, where it is not that of its class.
+        tensors: the dictionaries that hold its parameters and buffers.
         adapters: modules that an adapter library switches.
+        device_types: of its parameters.
         refusal: why no step can be captured; "" if it can.
     """
 
     hooks: list[Any]
-    parameters: list[Tensor]
+    children: list[dict[str, Any]]
+    modules: list[Any]
+    methods: list[Any]
+    tensors: list[dict[str, Tensor | None]]
     adapters: list[Any]
+    device_types: set[str]
     refusal: str
 
     @classmethod
     def of(cls, inner: Any) -> "_ModelParts":
-        """Look through the model below the head, once."""
-        modules = [module for module in inner.modules() if module is not inner]
-        parameters = list(inner.parameters())
+        """Look through the model below the head."""
+        every = list(inner.modules())
+        parts = [part for part in every if part is not inner]
+        children = [part._modules for part in every if part._modules]
+        modules = [module for held in children for module in held.values()]
+        devices = {parameter.device for parameter in inner.parameters()}
         refusal = ""
-        if len({parameter.device for parameter in parameters}) > 1:
+        if len(devices) > 1:
             refusal = "the model lies on several devices"
-        elif any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in modules):
+        elif any(getattr(getattr(part, "_hf_hook", None), "offload", False) for part in parts):
             refusal = "weights are offloaded"
+        of_all = [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
         return cls(
-            [held for part in modules for held in (part._forward_hooks, part._forward_pre_hooks)],
-            parameters,
-            [part for part in modules if hasattr(part, "active_adapters") and hasattr(part, "merged")],
-            refusal,
+            hooks=[*of_all, *(held for part in parts for held in (part._forward_hooks, part._forward_pre_hooks))],
+            children=children,
+            modules=modules,
+            methods=[_own_forward(module) for module in modules],
+            tensors=[held for part in every for held in (part._parameters, part._buffers)],
+            adapters=[part for part in parts if hasattr(part, "active_adapters") and hasattr(part, "merged")],
+            device_types={device.type for device in devices},
+            refusal=refusal,
         )
 
+    def is_current(self) -> bool:
+        """Whether the model still has these modules, with these methods."""
+        modules = [module for held in self.children for module in held.values()]
+        return modules == self.modules and list(map(_own_forward, modules)) == self.methods
+
     def has_hooks(self) -> bool:
-        """Whether somebody listens to the modules; transformers' own hooks do nothing unless outputs are asked for."""
-        return any(getattr(hook, "__module__", "") != OUTPUT_HOOKS for held in self.hooks for hook in held.values())
+        """Tell whether somebody listens to the modules.
+
+        Hooks of transformers do nothing unless outputs are asked for.
+        """
+        hooks = (hook for held in filter(None, self.hooks) for hook in held.values())
+        return any(getattr(hook, "__module__", "") != OUTPUT_HOOKS for hook in hooks)
 
     def state(self, inner: Any) -> tuple[Any, ...]:
         """Say what must not have changed since a capture: where weights lie, adapters, the modes of torch."""
-        adapters = tuple((tuple(part.active_adapters), part.disable_adapters, part.merged) for part in self.adapters)
-        addresses = tuple(parameter.data_ptr() for parameter in self.parameters)
-        return addresses, adapters, inner.training, torch.is_inference_mode_enabled(), torch.is_autocast_enabled()
+        adapters = tuple(
+            (
+                tuple(part.active_adapters),
+                part.disable_adapters,
+                part.merged,
+                dict(getattr(part, "scaling", ())),
+            )
+            for part in self.adapters
+        )
+        tensors = itertools.chain.from_iterable(held.values() for held in self.tensors)
+        addresses = tuple([tensor.data_ptr() for tensor in tensors if tensor is not None])
+        return addresses, adapters, inner.training, torch.is_inference_mode_enabled()
+
+
+def _own_forward(module: Any) -> Any:
+    return module.__dict__.get("forward")
 
 
 @contextlib.contextmanager
