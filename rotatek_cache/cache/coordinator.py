@@ -12,6 +12,7 @@ from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.cache.selection import TokenSelection
 from rotatek_cache.cache.visual_positions import VisualPositions
+from rotatek_cache.core.precision import without_autocast
 from rotatek_cache.token_pruning.interface import AttentionMethod, TokenMethod
 
 
@@ -63,6 +64,7 @@ class Coordinator:
             dropped = plan.keeping(self.selection.kept(layer.index, plan)).dropped
         return None if dropped is None else torch.nn.functional.pad(dropped, (begin, 0))
 
+    @without_autocast
     def observe(self, layer: LayerKV, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         """See a layer whose attention is done; seal it, and those that waited for it, if the images are complete.
 

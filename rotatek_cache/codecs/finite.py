@@ -12,7 +12,9 @@ class FiniteCheck:
         self.finite = torch.isfinite(states).all()
         self.arrived: torch.cuda.Event | None = None
         if self.finite.is_cuda:
-            self.finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self.finite, non_blocking=True)
+            self.finite = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(
+                self.finite, non_blocking=True
+            )
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 

@@ -205,6 +205,8 @@ class DecodeGraphs:
         """Raise `Eager` where a step cannot be captured; asks the host alone."""
         if not cache.graphs or not known.graphs:
             raise Eager("graphs are switched off")
+        if torch.is_autocast_enabled("cuda"):
+            raise Eager("autocast is on")
         if torch.is_grad_enabled():
             raise Eager("gradients are enabled: use torch.no_grad()")
         if given.get("output_hidden_states") or given.get("output_attentions") or config.output_hidden_states:
