@@ -3,6 +3,7 @@
 import functools
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class Coordinator:
         self.planner = planner
         self.layers: dict[int, LayerKV] = {}
         self._planned: weakref.ref[SealPlan] | None = None  # the seal that the budget was divided for
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_planned": None}  # nothing of it lasts beyond a forward
 
     @property
     def needs_layers(self) -> bool:

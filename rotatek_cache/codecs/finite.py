@@ -1,5 +1,7 @@
 """Whether states are finite, found out without waiting for the device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,11 @@ class FiniteCheck:
 
     def __deepcopy__(self, memo: dict) -> "FiniteCheck":
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.__dict__ | {"arrived": None}
 
     def passed(self) -> bool:
         """Look whether the answer has arrived; a ValueError if the states are not finite."""

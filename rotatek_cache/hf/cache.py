@@ -298,6 +298,29 @@ class RotateKCache(Cache):
         if self._record_past:
             super().activate_past_recording()
 
+    def check_local_heads(self, processes: int) -> None:
+        """Raise a ValueError for options that are settled by all heads of a layer, which `processes` processes share.
+
+        Each would decide by its own heads.
+        """
+        settled = []
+        if self.coordinator.selection is not None:
+            settled.append(f"tokens={self.tokens}")
+        if self.coordinator.planner is not None:
+            settled.append(f"budget={self.coordinator.planner.budget.given!r}")
+        if self.options.is_calibrated:
+            settled.append(f"basis={str(self.options.basis)!r}")
+        if self.options.energy is not None:
+            settled.append(f"energy={self.options.energy}")
+        bits = {"key_bits": self.options.key_bits, "value_bits": self.options.value_bits}
+        settled += [f"{name}='auto'" for name, value in bits.items() if value == "auto"]
+        if settled:
+            raise ValueError(
+                f"{', '.join(settled)} cannot be used with tensor parallelism: it is settled by all heads of a layer, "
+                f"and each of {processes} processes sees its own only. Expected a fixed sparsity or rank with a basis "
+                "of each prompt, bits that are a number, and tokens chosen from image features (divprune, visionzip)"
+            )
+
     def _new_layer(self, index: int) -> RotateKLayer:
         return RotateKLayer(LayerKV(self.options, self.positions, index), self.coordinator)
 

@@ -25,7 +25,7 @@ from rotatek_cache.hf.calls import arguments_of
 logger = logging.getLogger(__name__)
 
 GRAPHS = 4  # captured graphs that a model keeps, by default
-OUTPUT_HOOKS = "transformers.utils.output_capturing"
+QUIET_HOOKS = ("transformers.utils.output_capturing", "rotatek_cache.hf.attach")
 SHORT = 4  # a graph that was replayed less often was not worth its capture
 MOST_SHORT = 4  # so many such graphs in a row, and a cache is decoded step by step
 
@@ -326,7 +326,7 @@ class _ModelParts:
     """What of a model decides whether its steps can be captured, and whether a captured one is still its own.
 
     Attributes:
-        hooks: the dictionaries that hold the forward hooks of its modules; our own stand outside of what is captured.
+        hooks: the dictionaries that hold the forward hooks of its modules.
         parameters: its parameters.
         adapters: modules that an adapter library switches.
         refusal: why no step can be captured; "" if it can.
@@ -355,8 +355,11 @@ class _ModelParts:
         )
 
     def has_hooks(self) -> bool:
-        """Whether somebody listens to the modules; transformers' own hooks do nothing unless outputs are asked for."""
-        return any(getattr(hook, "__module__", "") != OUTPUT_HOOKS for held in self.hooks for hook in held.values())
+        """Whether somebody listens to the modules.
+
+        Those of `QUIET_HOOKS` do nothing in a step: transformers' own unless outputs are asked for, and attach's.
+        """
+        return any(getattr(hook, "__module__", "") not in QUIET_HOOKS for held in self.hooks for hook in held.values())
 
     def state(self, inner: Any) -> tuple[Any, ...]:
         """Say what must not have changed since a capture: where weights lie, adapters, the modes of torch."""

@@ -23,7 +23,7 @@ from rotatek_cache.hf.calls import arguments_of
 from rotatek_cache.hf.encoder_layouts import note_packing, packed
 from rotatek_cache.hf.families import Family
 from rotatek_cache.hf.feature_choice import choose_features
-from rotatek_cache.hf.prompt import brings_content, placeholder_positions
+from rotatek_cache.hf.prompt import brings_content, check_content_is_new, placeholder_positions
 from rotatek_cache.token_pruning.interface import FeatureMethod
 
 
@@ -83,7 +83,8 @@ def _prepare_position_ids(original: Original, inputs_tensor: Tensor, model_kwarg
     attachment = attachment_of(inner)
     if attachment is None or not attachment.family.mrope or not isinstance(cache, RotateKCache):
         return original(inputs_tensor, model_kwargs)
-    return mrope.prepare_positions(inner, cache, functools.partial(original, inputs_tensor, model_kwargs))
+    prepare = functools.partial(original, inputs_tensor, model_kwargs)
+    return mrope.prepare_positions(inner, cache, inputs_tensor.shape[0], prepare)
 
 
 def _generate_batch(original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -110,6 +111,8 @@ def _maybe_prepare_encoder_kwargs(original: Original, *args: Any, **kwargs: Any)
         visual = placeholder_positions(ids, attachment.placeholders)
         if begin and not brings_content(model_kwargs):
             visual = torch.zeros_like(visual)
+        elif begin:
+            check_content_is_new(visual, None, begin)
         repeats = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         known = seen.shape == visual.shape
         cache.positions.expect(ExpectedPrompt(begin, visual, seen.bool().to(visual.device), repeats) if known else None)
