@@ -347,7 +347,7 @@ PEFT_WITH_A_CACHE = {"num_virtual_tokens": 5, "token_dim": 128, "num_layers": 3,
 def test_a_prefix_that_is_a_cache_of_its_own(llava: Host):
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_transformer_submodules=1, **PEFT_WITH_A_CACHE)
     model = peft.get_peft_model(copy.deepcopy(llava.plain), config)
-    with pytest.raises(ValueError, match="PREFIX_TUNING, which puts a cache with its learnt prefix.*LoRA"):
+    with pytest.raises(ValueError, match=r"PREFIX_TUNING, which puts a cache with its learnt prefix.*LoRA"):
         attach(model)
     assert not hasattr(model.get_base_model().model, "_rotatek")
 
@@ -449,7 +449,7 @@ if os.environ.get("RANK", "0") == "0":
 def test_two_processes_answer_as_one(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    several = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     found = []
     for how in ([], several):
         command = [sys.executable, *how, str(script)]
