@@ -60,7 +60,7 @@ def test_attach_and_detach_leave_nothing(llava: Host):
     before = _trace(model)
     assert attach(model) is model
     assert attach(model) is model
-    assert len(_our_hooks(model)) == 2
+    assert len(_our_hooks(model)) == 3
     _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache.for_study(**FULL)), _reference(llava))
     assert detach(model) is model
     assert _trace(model) == before
@@ -243,7 +243,7 @@ def test_a_copy_of_an_attached_model_is_attached_for_itself(llava: Host):
     detach(second)
     assert not _our_hooks(first)
     assert not _our_hooks(second)
-    assert len(_our_hooks(llava.attached)) == 2
+    assert len(_our_hooks(llava.attached)) == 3
 
 
 def test_an_attached_model_is_pickled(llava: Host):
