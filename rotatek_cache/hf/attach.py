@@ -94,9 +94,9 @@ def _check_adapter(model: Any) -> None:
     kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
     if kind in ("PREFIX_TUNING", "CARTRIDGE"):
         raise ValueError(
-            f"model has the PEFT adapter {kind.value}, which puts a cache with its learnt prefix in place of the one that "
-            "is given, so a RotateKCache would stay empty: use an adapter that changes weights or the prompt (LoRA, "
-            "IA3, prompt tuning)"
+            f"model has the PEFT adapter {kind.value}, which puts a cache with its learnt prefix in place of the one "
+            "that is given, so a RotateKCache would stay empty: use an adapter that changes weights or the prompt "
+            "(LoRA, IA3, prompt tuning)"
         )
 
 
