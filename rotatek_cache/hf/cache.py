@@ -415,11 +415,29 @@ class RotateKCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
-        count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
-        super().crop(count if count <= 0 else min(0, count - self.get_seq_length()))
+        count, held = int(tokens_to_remove), self.get_seq_length()  # transformers 5.17 passes a tensor
+        count = count if count <= 0 else min(0, count - held)
+        self._crop_offsets(max(0, held + count), held)
+        super().crop(count)
         self.positions.truncate(self.get_seq_length())
         if not self.get_seq_length():
             self.rope_deltas = None
+
+    def _crop_offsets(self, length: int, held: int) -> None:
+        """Take images from position `length` on out of the M-RoPE offsets: without any image they are zero."""
+        if self.rope_deltas is None:
+            return
+        gone, kept = self.positions.rows_with_visual(length, held), self.positions.rows_with_visual(0, length)
+        if gone is None or not bool(gone.any()):
+            return
+        if kept is not None and bool((gone & kept).any()):
+            raise ValueError(
+                f"crop to {length} of {held} tokens removes some of a row's images and keeps others, and at which "
+                "position (M-RoPE) the text behind those goes on is not known: crop to before the first image of each "
+                "row, or keep a copy.deepcopy of the cache from before the later images"
+            )
+        deltas = self.rope_deltas.repeat_interleave(len(gone) // self.rope_deltas.shape[0], 0)
+        self.rope_deltas = deltas.masked_fill(gone.to(deltas.device)[:, None], 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b be what row ``beam_idx[b]`` was."""
