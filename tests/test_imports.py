@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {"rotatek_cache": ROOT, "rotatek_kernels": ROOT / "kernels"}
@@ -123,8 +124,8 @@ else:
 
 # What each folder may import of the library; tests of single modules say more.
 BELOW = {
-    "core": set(),
-    "options": {"core", "codecs"},
+    "core": {"options"},
+    "options": set(),
     "report": set(),
     "codecs": {"core", "options"},
     "token_pruning": {"core"},
@@ -184,3 +185,40 @@ def test_of_the_evals_only_benches_import_an_integration():
             assert not tops & {"rotatek_sglang", "rotatek_lmms_eval"}, path
     for path in (ROOT / "integrations").rglob("*.py"):
         assert "evals" not in {module.split(".")[0] for module in imports(path)}, path
+
+
+def test_a_decode_step_passes_few_files(llava):
+    """A newcomer who follows one Key from `cache.update` to the kernel opens those files of CONTRIBUTING's table."""
+    import ways
+
+    from rotatek_cache import RotateKCache
+    from rotatek_cache.hf.attention import rotatek_attention_forward
+
+    cache = RotateKCache(rank=8)
+    ways.generate(llava.attached, ways.one(llava.tiny), cache)
+    heads, width = cache.layers[0].kv.shape[1:3]
+    states, query = torch.randn(1, heads, 1, width), torch.randn(1, 2 * heads, 1, width)
+    passed = []
+
+    def note(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if (
+            event == "call"
+            and path.is_relative_to(ROOT)
+            and path.relative_to(ROOT).parts[0] in ("rotatek_cache", "kernels")
+        ):
+            name = path.relative_to(ROOT).as_posix()
+            if name not in passed:
+                passed.append(name)
+
+    sys.setprofile(note)
+    try:
+        handle, _ = cache.update(states, states, 0)
+        rotatek_attention_forward(torch.nn.Identity(), query, handle, handle, None)
+    finally:
+        sys.setprofile(None)
+    kernels = [name for name in passed if name.startswith("kernels/")]
+    way = passed[: passed.index(kernels[0]) + 1] if kernels else passed
+    assert len(way) <= 10, way
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in table for name in way), way

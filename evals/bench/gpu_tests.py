@@ -37,7 +37,7 @@ def run_tests(
         processes: of pytest-xdist.
         marked: an expression of marks, such as "gpu".
     """
-    junit = folder / "tests.xml"
+    junit = folder.resolve() / "tests.xml"
     command = [sys.executable, "-m", "pytest", *map(str, targets), "-v", "-n", str(processes), f"--junitxml={junit}"]
     command += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={limit}"]
     command += ["-o", "faulthandler_exit_on_timeout=true", *(["-m", marked] if marked else [])]

@@ -357,7 +357,9 @@ def provenance(results: Results) -> Section:
 
 def _command(stored: Mapping[str, Any]) -> str:
     setting = stored.get("setting") or stored.get("settings") or {}
-    return str(stored.get("command") or ", ".join(f"{name} {value}" for name, value in setting.items()))
+    if isinstance(setting, Mapping):
+        setting = ", ".join(f"{name} {value}" for name, value in setting.items())
+    return str(stored.get("command") or setting)
 
 
 def compose(results: Results, papers: Mapping[str, Any]) -> list[Section]:

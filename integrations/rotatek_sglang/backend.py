@@ -83,7 +83,7 @@ class RotateKBackend(AttentionBackend):
         self.parts: list[PromptPart] = []
         self.unanswered: list[FiniteCheck] = []
         self.table: SegmentTable | None = None
-        self.new_rows = torch.zeros(0, dtype=torch.int64)
+        self.new_rows = torch.zeros(0, dtype=torch.int64, device="cpu")
         self.graph_tables: GraphTables | None = None
         if options.from_environment().cuda_graphs and not self.rows_of.is_cuda:
             most = runner.req_to_token_pool.size

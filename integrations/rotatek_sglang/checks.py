@@ -64,4 +64,6 @@ def check_basis(fit: FitOptions, model: torch.nn.Module, heads: HeadShape) -> No
             )
             samples[f"layers.{attention.layer_id}.{name}.weight"] = sample
     ordered = [samples[name] for name in sorted(samples)]
-    load_basis(fit.basis).check_model(torch.cat(ordered) if ordered else torch.zeros(0))
+    load_basis(fit.basis).check_model(
+        torch.cat(ordered) if ordered else torch.zeros(0, dtype=torch.float32, device="cpu")
+    )

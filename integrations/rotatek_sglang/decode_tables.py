@@ -49,8 +49,8 @@ def segment_numbers(
     places.append(visual)
     counts.append([length - own for length, own in zip(lengths, visual, strict=True)])
     return (
-        torch.tensor(places, dtype=torch.int64, pin_memory=pin),
-        torch.tensor(counts, dtype=torch.int32, pin_memory=pin),
+        torch.tensor(places, dtype=torch.int64, device="cpu", pin_memory=pin),
+        torch.tensor(counts, dtype=torch.int32, device="cpu", pin_memory=pin),
     )
 
 

@@ -183,7 +183,7 @@ def find_layout(
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
 
     tokens = 2 * max(heads.key_width, heads.value_width)
     keys = random(heads.kv_heads, tokens, heads.key_width)

@@ -12,7 +12,7 @@ from rotatek_sglang.rows import Need, SlotTable
 
 def visual_tokens(req: Any, begin: int, end: int) -> Tensor:
     """bool ``[end - begin]`` on the host: which tokens of the request are images or frames of a video."""
-    mask = torch.zeros(end - begin, dtype=torch.bool)
+    mask = torch.zeros(end - begin, dtype=torch.bool, device="cpu")
     inputs = req.multimodal_inputs
     for item in inputs.mm_items if inputs is not None else ():
         if item.is_image() or item.is_video():

@@ -166,7 +166,7 @@ class SlotTable:
         for basis, count in enumerate(used):
             self.basis_tokens[basis] -= count
             if count and not self.basis_tokens[basis]:
-                self.bases.give(torch.tensor([basis], dtype=torch.int32))
+                self.bases.give(torch.tensor([basis], dtype=torch.int32, device="cpu"))
 
     def layout(self, slots: Tensor) -> tuple[Tensor, list[Segment]]:
         """What the slots ``[n]`` of one request hold, in their order.
@@ -282,7 +282,7 @@ class RequestLedger:
         rows = self.table.rows[waiting]
         self.table.assign(
             torch.cat([waiting, slots[chunk]]),
-            torch.cat([torch.ones(len(waiting), dtype=torch.bool), prompt.visual[read:]]),
+            torch.cat([torch.ones(len(waiting), dtype=torch.bool, device="cpu"), prompt.visual[read:]]),
         )
         return rows
 

@@ -1,6 +1,7 @@
 """Fused attention over segment views on a CPU: checks, and what `cpu/attend.cpp` is told of its arguments."""
 
 import functools
+import os
 import struct
 from array import array
 from collections.abc import Hashable, Sequence
@@ -32,12 +33,14 @@ NO_VECTOR = Vector(0, 0, 0)
 NO_MATRIX = Matrix(0, 0, -1, 0, 0, 0)
 REMEMBERED = 1024  # arguments that were checked
 
+_LOADED_IN = os.getpid()
+
 
 def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: float) -> tuple[Tensor, Tensor]:
     """Attend as `rotatek_cache.attend` does, fused: one pass over what the segments store, in compiled C++.
 
     Numbers and codes are read as they lie, pools by their slots; sums are in float32. It runs on as many threads as
-    torch does. There is no backward.
+    torch does, in a forked process on one. There is no backward.
 
     Args:
         query: ``[B, H_q, Q, D]`` after RoPE on the CPU; float16, bfloat16 or float32.
@@ -84,7 +87,7 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
         query_position,
         out.data_ptr(),
         lse.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
         _bits(float(scale)),
         len(segments),
         _address(described),
@@ -95,6 +98,11 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
         index, row = divmod(outside // 4, batch)
         raise _outside(segments, index, row, outside % 4)
     return out, lse
+
+
+def _threads() -> int:
+    """Count the threads to run on; one in a forked process, which has none of the threads that OpenMP waits for."""
+    return torch.get_num_threads() if os.getpid() == _LOADED_IN else 1
 
 
 def _outside(segments: Sequence[SegmentView], index: int, row: int, what: int) -> ValueError:
@@ -246,4 +254,4 @@ def _bits(number: float) -> Double:
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu")

@@ -3,6 +3,7 @@
 import functools
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.cache.selection import TokenSelection
 from rotatek_cache.cache.visual_positions import VisualPositions
+from rotatek_cache.core.precision import without_autocast
 from rotatek_cache.token_pruning.interface import AttentionMethod, TokenMethod
 
 
@@ -32,6 +34,9 @@ class Coordinator:
         self.planner = planner
         self.layers: dict[int, LayerKV] = {}
         self._planned: weakref.ref[SealPlan] | None = None  # the seal that the budget was divided for
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_planned": None}  # nothing of it lasts beyond a forward
 
     @property
     def needs_layers(self) -> bool:
@@ -63,6 +68,7 @@ class Coordinator:
             dropped = plan.keeping(self.selection.kept(layer.index, plan)).dropped
         return None if dropped is None else torch.nn.functional.pad(dropped, (begin, 0))
 
+    @without_autocast
     def observe(self, layer: LayerKV, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         """See a layer whose attention is done; seal it, and those that waited for it, if the images are complete.
 

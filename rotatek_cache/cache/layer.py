@@ -246,7 +246,7 @@ class LayerKV:
             return
         held = self.tensors()
         index = row_index(index, held[0].device if held else torch.device("cpu"))
-        if index.device.type == "cpu" and torch.equal(index, torch.arange(self.shape[0])):
+        if index.device.type == "cpu" and torch.equal(index, torch.arange(self.shape[0], device="cpu")):
             return
         for segment in self.segments:
             segment.select_rows(index)

@@ -112,7 +112,7 @@ class SealPlan:
 
     def _layout(self, rows: tuple[int, ...], device: torch.device) -> RowLayout:
         batch = len(self.counts)
-        chosen = torch.zeros(batch, 1, dtype=torch.bool)
+        chosen = torch.zeros(batch, 1, dtype=torch.bool, device="cpu")
         chosen[list(rows)] = True
         token_rows, token_columns = (self.visual & chosen.to(self.visual.device)).nonzero(as_tuple=True)
         starts, lengths, basis_rows = [0] * batch, [0] * batch, [0] * batch
@@ -152,7 +152,7 @@ class SealPlan:
     ) -> tuple[Tensor, Alignment]:
         keep = self.visible.clone()
         for part, rows in compressed:
-            chosen = torch.zeros(len(self.counts), 1, dtype=torch.bool)
+            chosen = torch.zeros(len(self.counts), 1, dtype=torch.bool, device="cpu")
             chosen[list(rows)] = True
             keep &= ~(part.visual & chosen.to(part.visual.device))
         keep = keep.to(device)

@@ -150,6 +150,12 @@ class VisualPositions:
         """Return whether any of the positions is visual in any row."""
         return any(visual is not None for first, last, visual in self.flags if first < end and last > begin)
 
+    def rows_with_visual(self, begin: int, end: int) -> Tensor | None:
+        """Return bool ``[B]``: rows with visual tokens among the positions; None if there are none."""
+        if not self.has_visual(begin, end):
+            return None
+        return self._flags_of(begin, end).any(1)
+
     def plan(self, begin: int, end: int, mask: Tensor | None, *, wait: bool = True) -> SealPlan | None:
         """Return the seal of the positions ``begin : end``; None while an image may go on (never if not to `wait`).
 

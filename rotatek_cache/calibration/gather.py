@@ -68,7 +68,9 @@ class KeyMoments(Dense):
                 # Mean and scatter are not asked for: only the queries' part of the statistics.
                 nothing = states.new_zeros(states.shape[0], 1, states.shape[-1], dtype=torch.float32)
                 row_valid = None if valid is None else valid[row : row + 1]
-                stats = KeyStatistics(nothing, nothing, torch.ones(1), queries[row : row + 1].float(), row_valid)
+                stats = KeyStatistics(
+                    nothing, nothing, states.new_ones(1, dtype=torch.float32), queries[row : row + 1].float(), row_valid
+                )
                 found = stats.query_moment()
                 cost = None if found is None else found[:, 0]
             self.state.add(self.wanted.layer, "key", states[:, start : start + length], cost)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rotatek_cache.codecs.basis_file import FORMAT, read_tensors
 from rotatek_cache.codecs.fingerprint import same_fingerprint
 from rotatek_cache.core.fitting import key_moments, matrix_roots
+from rotatek_cache.core.precision import without_autocast
 from rotatek_cache.core.quantization import BITS, CodeLayout, quantise
 
 STATE_FORMAT = "rotatek-calibration-2"
@@ -46,7 +47,7 @@ class Moments:
         """Take the moments of the visual states ``[H, S, D]`` of one image; `seed` picks the sample."""
         mean, scatter = key_moments(states.float())
         generator = torch.Generator().manual_seed(seed)
-        picked = torch.randperm(states.shape[1], generator=generator)[:SAMPLE_PER_IMAGE].to(states.device)
+        picked = torch.randperm(states.shape[1], generator=generator, device="cpu")[:SAMPLE_PER_IMAGE].to(states.device)
         sample = states[:, picked].float() - mean[:, None]
         cost = None if cost is None else cost.double().cpu()
         return cls(scatter.double().cpu(), states.shape[1], sample.cpu(), cost)
@@ -56,6 +57,7 @@ class Moments:
         cost = None if self.cost is None or other.cost is None else self.cost + other.cost
         return Moments(self.scatter + other.scatter, self.tokens + other.tokens, sample, cost)
 
+    @without_autocast
     def basis(self, method: str = "pca") -> dict[str, Tensor]:
         """Make the tensors that a basis file holds of it.
 
@@ -74,7 +76,7 @@ class Moments:
                 gain = (decoder * (self.cost @ decoder)).sum(-2)
         elif method in ("oblique", "output"):
             power = self.cost.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-            eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
+            eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
             root, inverse = matrix_roots(0.5 * self.cost / power + 0.5 * eye)
             spectrum, vectors = torch.linalg.eigh(root @ covariance @ root)
             spectrum, vectors = spectrum.flip(-1), vectors.flip(-1)
@@ -118,7 +120,7 @@ class Calibration:
         for (layer, which), moments in self.moments.items():
             tensors[f"layers.{layer}.{which}.scatter"] = moments.scatter
             tensors[f"layers.{layer}.{which}.sample"] = moments.sample.contiguous()
-            tensors[f"layers.{layer}.{which}.tokens"] = torch.tensor(moments.tokens)
+            tensors[f"layers.{layer}.{which}.tokens"] = torch.tensor(moments.tokens, device="cpu")
             if moments.cost is not None:
                 tensors[f"layers.{layer}.{which}.cost"] = moments.cost
         tensors["fingerprint"] = self.fingerprint

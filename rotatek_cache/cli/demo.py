@@ -338,7 +338,8 @@ def steps(questions: int, settings: int, *, long_prompt: bool = False) -> int:
 
 def visual_tokens(chat: Chat, inputs: Any) -> int:
     """Count the placeholder tokens of a prompt."""
-    return int(torch.isin(inputs["input_ids"].cpu(), torch.tensor(placeholder_ids(chat.model.config))).sum())
+    placeholders = torch.tensor(placeholder_ids(chat.model.config), device="cpu")
+    return int(torch.isin(inputs["input_ids"].cpu(), placeholders).sum())
 
 
 def _ask_all(

@@ -13,7 +13,7 @@ def fingerprint(model: torch.nn.Module) -> Tensor:
     for name, parameter in sorted(model.named_parameters()):
         if name.endswith(("k_proj.weight", "v_proj.weight", "qkv_proj.weight")) and "vision" not in name:
             picked.append(sample_weight(parameter))
-    return torch.cat(picked) if picked else torch.zeros(0)
+    return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
 def sample_weight(part: Tensor, first: int = 0, total: int | None = None) -> Tensor:
@@ -26,9 +26,9 @@ def sample_weight(part: Tensor, first: int = 0, total: int | None = None) -> Ten
     """
     flat = part.detach().flatten()
     total = total or flat.numel()
-    at = torch.arange(0, total, max(1, total // 64))[:64] - first
+    at = torch.arange(0, total, max(1, total // 64), device="cpu")[:64] - first
     inside = (at >= 0) & (at < flat.numel())
-    sample = torch.full(at.shape, torch.nan)
+    sample = torch.full(at.shape, torch.nan, dtype=torch.float32, device="cpu")
     sample[inside] = flat[at[inside].to(flat.device)].float().cpu()
     return sample
 

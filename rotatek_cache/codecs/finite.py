@@ -1,5 +1,7 @@
 """Whether states are finite, found out without waiting for the device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,12 +14,19 @@ class FiniteCheck:
         self.finite = torch.isfinite(states).all()
         self.arrived: torch.cuda.Event | None = None
         if self.finite.is_cuda:
-            self.finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self.finite, non_blocking=True)
+            self.finite = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(
+                self.finite, non_blocking=True
+            )
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 
     def __deepcopy__(self, memo: dict) -> "FiniteCheck":
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.__dict__ | {"arrived": None}
 
     def passed(self) -> bool:
         """Look whether the answer has arrived; a ValueError if the states are not finite."""

@@ -89,7 +89,7 @@ class KeyCodec(abc.ABC):
 
     def __init__(self, wanted: StateOptions) -> None:
         self.wanted = wanted
-        self._unanswered: list[FiniteCheck] = []
+        self.unanswered: list[FiniteCheck] = []
 
     @abc.abstractmethod
     def stored_bytes(self, tokens: int, width: int, dtype: torch.dtype, rank: int | None = None) -> int:
@@ -122,7 +122,7 @@ class KeyCodec(abc.ABC):
             f"the visual {what} of layer {self.wanted.layer} hold NaN or infinity, so no basis can be fitted to them: "
             "the model's weights, inputs or dtype overflow before they reach the cache"
         )
-        self._unanswered.append(FiniteCheck(states, message))
+        self.unanswered.append(FiniteCheck(states, message))
         self.check_finite()
 
     def check_finite(self) -> None:
@@ -131,4 +131,4 @@ class KeyCodec(abc.ABC):
         On a CPU that is known at once. A GPU is not waited for: there the error comes with the layer's next tokens,
         before which the host has read the token that the prefill gave.
         """
-        self._unanswered = [check for check in self._unanswered if not check.passed()]
+        self.unanswered = [check for check in self.unanswered if not check.passed()]

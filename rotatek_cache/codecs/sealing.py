@@ -8,6 +8,7 @@ from rotatek_cache.codecs.dense import Dense
 from rotatek_cache.codecs.interface import Ranges
 from rotatek_cache.codecs.registry import codecs_for
 from rotatek_cache.codecs.shared_basis import CalibratedBasis
+from rotatek_cache.core.precision import without_autocast
 from rotatek_cache.core.segments import Stored
 from rotatek_cache.options import FitOptions
 
@@ -52,11 +53,13 @@ class Sealer:
         keys = self.keys.stored_bytes(tokens, key_width, dtype, rank)
         return keys + self.values.stored_bytes(tokens, value_width, dtype)
 
+    @without_autocast
     def store_keys(self, keys: Tensor, ranges: Ranges, queries: Tensor | None, valid: Tensor | None) -> Stored:
         """Store packed Keys ``[H, N, D]``; see `KeyCodec.store`."""
         self.keys.wanted.check_width(keys.shape[-1])
         return self.keys.store(keys, ranges, queries, valid)
 
+    @without_autocast
     def store_values(self, values: Tensor, ranges: Ranges) -> Stored:
         """Store packed Values ``[H, N, D_v]``."""
         self.values.wanted.check_width(values.shape[-1])
@@ -64,5 +67,6 @@ class Sealer:
 
     def check(self) -> None:
         """Raise a ValueError if states that were stored are known not to have been finite."""
-        self.keys.check_finite()
-        self.values.check_finite()
+        for codec in (self.keys, self.values):
+            if codec.unanswered:
+                codec.check_finite()

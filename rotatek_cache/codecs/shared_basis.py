@@ -112,8 +112,8 @@ class StateBasis:
 
     def _ranges(self, code: CodeLayout | HeadCodes | Numbers, device: torch.device) -> tuple[Tensor, Tensor]:
         parts = code.parts if isinstance(code, HeadCodes) else (code,) * len(self.spectrum)
-        low = torch.zeros(len(parts), code.channels)
-        step = torch.zeros(len(parts), code.channels)
+        low = self.spectrum.new_zeros(len(parts), code.channels)
+        step = torch.zeros_like(low)
         for head, part in enumerate(parts):
             if isinstance(part, Numbers):
                 step[head, : part.channels] = 1

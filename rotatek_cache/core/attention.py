@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.core.basis import compute_dtype
+from rotatek_cache.core.precision import without_autocast
 from rotatek_cache.core.segments import SegmentView
 
 Implementation = Literal["auto", "torch", "triton", "cpp"]
@@ -88,6 +89,7 @@ def _cpp_is_compiled() -> bool:
     return importlib.import_module("rotatek_kernels.cpu_library").load() is not None
 
 
+@without_autocast
 def reference_attention(
     query: Tensor, segments: Sequence[SegmentView], scale: float, *, return_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:

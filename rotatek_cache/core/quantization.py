@@ -88,7 +88,9 @@ class CodeLayout:
 
     def levels(self, device: torch.device) -> Tensor:
         """Give the largest code of each channel, float32 ``[channels]``."""
-        return torch.cat([torch.full((n,), 2.0**bits - 1, device=device) for bits, n in self.blocks])
+        return torch.cat(
+            [torch.full((n,), 2.0**bits - 1, dtype=torch.float32, device=device) for bits, n in self.blocks]
+        )
 
     def pack(self, codes: Tensor) -> Tensor:
         """Pack uint8 codes ``[..., channels]`` into bytes ``[..., token_bytes]``."""
@@ -256,7 +258,7 @@ def middle_codes(code: CodeLayout | HeadCodes | Numbers, device: torch.device) -
     if isinstance(code, CodeLayout):
         return code.levels(device) / 2
     if isinstance(code, Numbers):
-        return torch.zeros(code.channels, device=device)
+        return torch.zeros(code.channels, dtype=torch.float32, device=device)
     parts = [middle_codes(part, device) for part in code.parts]
     return torch.stack([torch.nn.functional.pad(part, (0, code.channels - len(part))) for part in parts])
 

@@ -1,6 +1,7 @@
 """`attach(model)`: one call that wires a vision-language model."""
 
 import threading
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from rotatek_cache.hf.decode_graphs import GRAPHS, DecodeGraphs
 from rotatek_cache.hf.families import FAMILIES, REFUSED, Family, family_of, placeholder_ids
 from rotatek_cache.hf.feature_choice import kept_features
 from rotatek_cache.hf.generate_methods import replace_methods, restore_methods
-from rotatek_cache.hf.prompt import visual_positions
+from rotatek_cache.hf.prompt import brings_content, check_content_is_new, visual_positions
 from rotatek_cache.token_pruning.interface import FeatureMethod
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -43,16 +44,21 @@ def attach(model: M, *, graphs: int = GRAPHS) -> M:
         RuntimeError: this version of transformers lacks a method that attach replaces.
     """
     top = _host_model(model)
+    _check_adapter(model)
     family = _check(top)
     inner = inner_model(top)
     if attachment_of(inner) is not None:
         return model
     replace_methods(top, inner, family)
     attachment = Attachment(family, _text_configs(top), placeholder_ids(top.config), graphs=DecodeGraphs(graphs))
+    attachment.processes = getattr(top, "tp_size", None) or 1
     attachment.handles = [
         inner.register_forward_pre_hook(_before_forward, with_kwargs=True),
         inner.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
     ]
+    text_model = top.get_decoder()
+    if text_model not in (top, inner):
+        attachment.handles.append(text_model.register_forward_pre_hook(TextModelGuard(attachment), with_kwargs=True))
     inner._rotatek = attachment
     return model
 
@@ -81,6 +87,17 @@ def _host_model(model: Any) -> PreTrainedModel:
             f"model must be a transformers PreTrainedModel (or a PEFT wrapper of one), got {type(model).__name__}"
         )
     return host
+
+
+def _check_adapter(model: Any) -> None:
+    """Raise a ValueError for an adapter of PEFT that brings a cache of its own."""
+    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise ValueError(
+            f"model has the PEFT adapter {kind.value}, which puts a cache with its learnt prefix in place of the one "
+            "that is given, so a RotateKCache would stay empty: use an adapter that changes weights or the prompt "
+            "(LoRA, IA3, prompt tuning)"
+        )
 
 
 def _text_configs(top: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -131,6 +148,24 @@ def _before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         module._rotatek.meet_another_cache()
 
 
+@dataclass(frozen=True)
+class TextModelGuard:
+    """A forward pre-hook of the text model, which refuses a `RotateKCache` where the model above is not called."""
+
+    attachment: Attachment
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise a ValueError in a call that did not come through the model above."""
+        if torch.compiler.is_compiling() or _cache_of(module, args, kwargs) is None:
+            return
+        if threading.get_ident() not in self.attachment.threads:
+            raise ValueError(
+                f"{type(module).__name__}, the text model of an attached model, was called with a RotateKCache: call "
+                "the attached model itself, with inputs_embeds=... and RotateKCache(..., visual_mask=mask) where text "
+                "and images are merged already; the mask is a bool tensor [rows, prompt length], True on visual tokens"
+            )
+
+
 @torch.compiler.disable  # which positions are visual is decided on the host, forward by forward
 def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     attachment: Attachment = module._rotatek
@@ -142,6 +177,8 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
     if module.training and torch.is_grad_enabled():
         raise ValueError("RotateKCache is for inference: call model.eval() or use torch.no_grad()")
     cache.learn_config(config)
+    if attachment.processes > 1:
+        cache.check_local_heads(attachment.processes)
     if cache.options.is_calibrated:
         load_basis(cache.options.basis).check_model(attachment.fingerprint_of(module))
     ids = given.get("input_ids")
@@ -160,6 +197,9 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
     if attachment.family.mrope:
         mrope.begin_forward(module, cache, begin, given.get("position_ids"))
     visual = visual_positions(module, cache, given, begin)
+    if begin and ids is not None and brings_content(given):
+        expected = cache.positions.expected
+        check_content_is_new(visual if expected is None else expected.visual, given.get("mm_encoder_outputs"), begin)
     cache.announce_visual(visual, tokens)
     expected = cache.positions.expected
     if expected is not None and not expected.agrees(begin, visual, tokens):

@@ -30,11 +30,13 @@ class Attachment:
         family: the model's.
         configs: the text configs that the attention layers read their implementation from.
         placeholders: ids that stand for visual tokens in `input_ids`.
+        processes: over how many the heads of a layer are divided.
     """
 
     family: Family
     configs: list[PreTrainedConfig]
     placeholders: list[int]
+    processes: int = 1
     handles: list[Any] = field(default_factory=list)
     previous: list[str | None] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)  # that are in a forward with a RotateKCache

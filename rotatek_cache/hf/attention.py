@@ -73,7 +73,9 @@ def rotatek_attention_forward(
             f"attention_mask must be [rows, 1, queries, tokens] here, got {list(attention_mask.shape)}: the mask of "
             f'"{NAME}" is that of sdpa'
         )
+    given = query
     with torch.no_grad():
+        query = given.to(kv.dtype)  # they differ where the states were stored under autocast
         dense = kv.dense()
         mask = attention_mask
         hidden = key.hidden()
@@ -94,8 +96,9 @@ def rotatek_attention_forward(
                 scale = query.shape[-1] ** -0.5 if scaling is None else scaling
                 output, _ = attend(query, kv.views(mask), scale, return_lse=False)
         key.observe(query, attention_mask, scaling)
-    if torch.is_grad_enabled() and query.requires_grad:
-        output = _NoBackward.apply(output, query)
+        output = output.to(given.dtype)
+    if torch.is_grad_enabled() and given.requires_grad:
+        output = _NoBackward.apply(output, given)
     return output, None
 
 

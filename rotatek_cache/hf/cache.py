@@ -18,6 +18,7 @@ from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.codecs.registry import codecs_for
 from rotatek_cache.codecs.shared_basis import CalibratedBasis
+from rotatek_cache.core.precision import attention_dtype
 from rotatek_cache.core.row_layout import row_index
 from rotatek_cache.core.segments import SegmentView, Stored
 from rotatek_cache.options import Allocation, Bits, FitOptions, with_option_docs
@@ -121,8 +122,10 @@ class RotateKLayer(CacheLayerMixin):
         """Take Keys and Values ``[B, H, n, D]``; returns the layer's handle in place of both."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        # Autocast leaves Keys and Values in two dtypes, and its attention would convert both to its own at each step.
+        dtype = self.kv.dtype or attention_dtype(key_states)
         # No gradient flows through the cache (the attention function says so to a backward).
-        self.kv.append(key_states.detach(), value_states.detach())
+        self.kv.append(key_states.detach().to(dtype), value_states.detach().to(dtype))
         handle = LayerHandle(self.kv, self.coordinator)
         return handle, handle
 
@@ -154,7 +157,7 @@ class RotateKLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row; sealed segments are not copied."""
         if self.kv.shape is not None:
-            self.kv.select_rows(torch.arange(self.kv.shape[0]).repeat_interleave(repeats))
+            self.kv.select_rows(torch.arange(self.kv.shape[0], device="cpu").repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens."""
@@ -239,6 +242,7 @@ class RotateKCache(Cache):
         *,
         tokens: TokenMethod | str | None = None,
         budget: str | int | None = None,
+        graphs: bool = True,
         visual_mask: Tensor | None = None,
         config: PreTrainedConfig | None = None,
         **options: Any,
@@ -246,6 +250,7 @@ class RotateKCache(Cache):
         """Make a cache from any `options` of `FitOptions`, by name: studies use some that others have no use for."""
         cache = cls.__new__(cls)
         cache._begin(options, tokens, budget, visual_mask, config)
+        cache.graphs = graphs
         return cache
 
     def _begin(
@@ -294,6 +299,29 @@ class RotateKCache(Cache):
         self.layers: list[Any] = layers
         if self._record_past:
             super().activate_past_recording()
+
+    def check_local_heads(self, processes: int) -> None:
+        """Raise a ValueError for options that are settled by all heads of a layer, which `processes` processes share.
+
+        Each would decide by its own heads.
+        """
+        settled = []
+        if self.coordinator.selection is not None:
+            settled.append(f"tokens={self.tokens}")
+        if self.coordinator.planner is not None:
+            settled.append(f"budget={self.coordinator.planner.budget.given!r}")
+        if self.options.is_calibrated:
+            settled.append(f"basis={str(self.options.basis)!r}")
+        if self.options.energy is not None:
+            settled.append(f"energy={self.options.energy}")
+        bits = {"key_bits": self.options.key_bits, "value_bits": self.options.value_bits}
+        settled += [f"{name}='auto'" for name, value in bits.items() if value == "auto"]
+        if settled:
+            raise ValueError(
+                f"{', '.join(settled)} cannot be used with tensor parallelism: it is settled by all heads of a layer, "
+                f"and each of {processes} processes sees its own only. Expected a fixed sparsity or rank with a basis "
+                "of each prompt, bits that are a number, and tokens chosen from image features (divprune, visionzip)"
+            )
 
     def _new_layer(self, index: int) -> RotateKLayer:
         return RotateKLayer(LayerKV(self.options, self.positions, index), self.coordinator)
@@ -387,11 +415,29 @@ class RotateKCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
-        count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
-        super().crop(count if count <= 0 else min(0, count - self.get_seq_length()))
+        count, held = int(tokens_to_remove), self.get_seq_length()  # transformers 5.17 passes a tensor
+        count = count if count <= 0 else min(0, count - held)
+        self._crop_offsets(max(0, held + count), held)
+        super().crop(count)
         self.positions.truncate(self.get_seq_length())
         if not self.get_seq_length():
             self.rope_deltas = None
+
+    def _crop_offsets(self, length: int, held: int) -> None:
+        """Take images from position `length` on out of the M-RoPE offsets: without any image they are zero."""
+        if self.rope_deltas is None:
+            return
+        gone, kept = self.positions.rows_with_visual(length, held), self.positions.rows_with_visual(0, length)
+        if gone is None or not bool(gone.any()):
+            return
+        if kept is not None and bool((gone & kept).any()):
+            raise ValueError(
+                f"crop to {length} of {held} tokens removes some of a row's images and keeps others, and at which "
+                "position (M-RoPE) the text behind those goes on is not known: crop to before the first image of each "
+                "row, or keep a copy.deepcopy of the cache from before the later images"
+            )
+        deltas = self.rope_deltas.repeat_interleave(len(gone) // self.rope_deltas.shape[0], 0)
+        self.rope_deltas = deltas.masked_fill(gone.to(deltas.device)[:, None], 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b be what row ``beam_idx[b]`` was."""
@@ -407,7 +453,7 @@ class RotateKCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
         if self.batch_size > 0:
-            self._select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+            self._select_rows(torch.arange(self.batch_size, device="cpu").repeat_interleave(repeats))
         super().batch_repeat_interleave(repeats)
 
     def _select_rows(self, index: Tensor) -> None:

@@ -259,7 +259,7 @@ class Chat:
 def check_device(device: str | torch.device) -> None:
     """Raise an InputError if torch cannot put a tensor on `device`."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.bool, device=device)
     except (RuntimeError, AssertionError) as error:  # an unknown name; a kind that this build or machine lacks
         raise InputError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
 

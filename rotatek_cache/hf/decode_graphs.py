@@ -27,7 +27,7 @@ from rotatek_cache.hf.calls import arguments_of
 logger = logging.getLogger(__name__)
 
 GRAPHS = 4  # captured graphs that a model keeps, by default
-OUTPUT_HOOKS = "transformers.utils.output_capturing"
+QUIET_HOOKS = ("transformers.utils.output_capturing", "rotatek_cache.hf.attach")
 SHORT = 4  # a graph that was replayed less often was not worth its capture
 MOST_SHORT = 4  # so many such graphs in a row, and a cache is decoded step by step
 
@@ -217,6 +217,8 @@ class DecodeGraphs:
         """Raise `Eager` where a step cannot be captured; asks the host alone."""
         if not cache.graphs or not known.graphs:
             raise Eager("graphs are switched off")
+        if torch.is_autocast_enabled("cuda"):
+            raise Eager("autocast is on")
         if torch.is_grad_enabled():
             raise Eager("gradients are enabled: use torch.no_grad()")
         if any(torch.is_autocast_enabled(device) for device in model.device_types):
@@ -350,8 +352,7 @@ class _ModelParts:
     A user may replace any of it between two steps, so all is read from the dictionaries of its modules.
 
     Attributes:
-        hooks: the dictionaries that hold forward hooks, of single modules and of all; our own stand outside of what is
-            captured.
+        hooks: the dictionaries that hold forward hooks, of single modules and of all.
         children: the dictionaries that hold its modules.
         modules: the modules that were found in them.
         methods: the forward of each, where it is not that of its class.
@@ -403,10 +404,11 @@ class _ModelParts:
     def has_hooks(self) -> bool:
         """Tell whether somebody listens to the modules.
 
-        Hooks of transformers do nothing unless outputs are asked for.
+        Those of `QUIET_HOOKS` do nothing in a step: transformers' own unless outputs are asked for, and attach's.
         """
+        # A step asks this: the emptiness of many dictionaries is found faster than their values are walked.
         hooks = (hook for held in filter(None, self.hooks) for hook in held.values())
-        return any(getattr(hook, "__module__", "") != OUTPUT_HOOKS for hook in hooks)
+        return any(getattr(hook, "__module__", "") not in QUIET_HOOKS for hook in hooks)
 
     def state(self, inner: Any) -> tuple[Any, ...]:
         """Say what must not have changed since a capture: where weights lie, adapters, the modes of torch."""

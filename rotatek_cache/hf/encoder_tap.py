@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rotatek_cache.core.attention import MAX_SCORES
+from rotatek_cache.core.precision import without_autocast
 
 NAME = "rotatek_encoder"
 _TAPPING = threading.Lock()
@@ -42,6 +43,7 @@ class EncoderTap:
         """The first patch of a sequence."""
         return 1 if self.has_class_token else 0
 
+    @without_autocast
     def hear(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
         """Take queries and Keys ``[N, H, S, d]``, and a mask that broadcasts to ``[N, H, S, S]`` or is ``[N, S]``."""
         if mask is not None and mask.ndim == 2:
@@ -49,7 +51,7 @@ class EncoderTap:
         queries = query[:, :, :1] if self.has_class_token else query
         keys = key.float().mT
         size = max(1, MAX_SCORES // max(1, key.shape[0] * key.shape[1] * key.shape[2]))
-        score = torch.zeros(key.shape[0], key.shape[2], device=key.device)
+        score = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
         for start in range(0, queries.shape[2], size):
             logits = (queries[:, :, start : start + size].float() * scale) @ keys
             if mask is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotatek_cache.core.precision import attention_dtype, without_autocast
 from rotatek_cache.hf.cache import RotateKCache
 from rotatek_cache.hf.encoders import encoder_tap, token_signal
 from rotatek_cache.token_pruning.interface import FeatureMethod
@@ -32,6 +33,7 @@ class Choice:
         return merged.to(features.dtype) * self.kept[:, None]
 
 
+@without_autocast
 def choose(
     method: FeatureMethod, features: Sequence[Tensor], counts: Sequence[int], signal: Tensor | None
 ) -> list[Choice]:
@@ -81,8 +83,8 @@ def choose_features(inner: Any, cache: RotateKCache, given: dict[str, Any], enco
         )
     images = [image for image in features if len(image)]  # Idefics has an empty one for a row without images
     lengths = [len(image) for image in images]
-    method, counts = cache.counts_before(inner.config, inner.get_input_embeddings().weight.dtype, lengths)
-    choices = choose(method, images, counts, token_signal(tap, inner, given, lengths))
+    method, counts = cache.counts_before(inner.config, attention_dtype(inner.get_input_embeddings().weight), lengths)
+    choices = choose(method, images, counts, without_autocast(token_signal)(tap, inner, given, lengths))
     output.pooler_output = _applied(choices, features, lengths)
     if getattr(output, "deepstack_features", None) is not None:  # Qwen3-VL adds these in later layers
         output.deepstack_features = [_applied(choices, layer, lengths) for layer in output.deepstack_features]

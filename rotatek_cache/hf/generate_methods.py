@@ -23,7 +23,7 @@ from rotatek_cache.hf.calls import arguments_of
 from rotatek_cache.hf.encoder_layouts import note_packing, packed
 from rotatek_cache.hf.families import Family
 from rotatek_cache.hf.feature_choice import choose_features
-from rotatek_cache.hf.prompt import brings_content, placeholder_positions
+from rotatek_cache.hf.prompt import brings_content, check_content_is_new, placeholder_positions
 from rotatek_cache.token_pruning.interface import FeatureMethod
 
 
@@ -60,10 +60,7 @@ def _prepare_inputs(original: Original, *args: Any, **kwargs: Any) -> dict[str, 
     given = original.arguments(*args, **kwargs)
     cache, uncached, ids = given.get("past_key_values"), given.get("next_sequence_length"), given["input_ids"]
     if isinstance(cache, RotateKCache) and uncached is not None:
-        prompt = cache.positions.prompt if given.get("is_first_iteration") else None
-        other = prompt is not None and (
-            prompt.shape[0] == ids.shape[0] and not torch.equal(prompt, ids[:, : prompt.shape[1]])
-        )
+        other = bool(given.get("is_first_iteration")) and _holds_another_prompt(cache, ids)
         if uncached <= 0 or other:
             held = f"{cache.get_seq_length()} tokens{' of another prompt' if other else ''}"
             raise ValueError(
@@ -77,13 +74,21 @@ def _prepare_inputs(original: Original, *args: Any, **kwargs: Any) -> dict[str, 
     return prepared
 
 
+def _holds_another_prompt(cache: RotateKCache, ids: Tensor) -> bool:
+    prompt = cache.positions.prompt
+    return prompt is not None and (
+        prompt.shape[0] == ids.shape[0] and not torch.equal(prompt, ids[:, : prompt.shape[1]])
+    )
+
+
 def _prepare_position_ids(original: Original, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
     """Let M-RoPE positions go on from this conversation's offset."""
     cache, inner = model_kwargs.get("past_key_values"), inner_model(original.module)
     attachment = attachment_of(inner)
     if attachment is None or not attachment.family.mrope or not isinstance(cache, RotateKCache):
         return original(inputs_tensor, model_kwargs)
-    return mrope.prepare_positions(inner, cache, functools.partial(original, inputs_tensor, model_kwargs))
+    prepare = functools.partial(original, inputs_tensor, model_kwargs)
+    return mrope.prepare_positions(inner, cache, inputs_tensor.shape[0], prepare)
 
 
 def _generate_batch(original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -104,12 +109,15 @@ def _maybe_prepare_encoder_kwargs(original: Original, *args: Any, **kwargs: Any)
         attachment.graphs.begin_generate(cache, graphs=not settings.disable_compile)
     if attachment is not None and isinstance(cache, RotateKCache) and ids.ndim == 2:
         begin = cache.get_seq_length()
+        same_prompt = begin < ids.shape[1] and not _holds_another_prompt(cache, ids)
         ids = ids[:, begin:]
         mask = model_kwargs.get("attention_mask")
         seen = torch.ones_like(ids) if mask is None or mask.ndim != 2 else mask[:, begin : begin + ids.shape[1]]
         visual = placeholder_positions(ids, attachment.placeholders)
         if begin and not brings_content(model_kwargs):
             visual = torch.zeros_like(visual)
+        elif begin and same_prompt:
+            check_content_is_new(visual, None, begin)
         repeats = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         known = seen.shape == visual.shape
         cache.positions.expect(ExpectedPrompt(begin, visual, seen.bool().to(visual.device), repeats) if known else None)

@@ -27,11 +27,19 @@ def end_forward(inner: Any, cache: RotateKCache) -> None:
         cache.rope_deltas = inner.rope_deltas
 
 
-def prepare_positions(inner: Any, cache: RotateKCache, prepare: Callable[[], Any]) -> Any:
-    """Call `prepare` with the offset of the cache's conversation, which it changes where the turn brings images."""
+def prepare_positions(inner: Any, cache: RotateKCache, rows: int, prepare: Callable[[], Any]) -> Any:
+    """Call `prepare` with the offset of the cache's conversation, which it changes where the turn brings images.
+
+    Args:
+        inner: the attached model below the head.
+        cache: its rows may have been repeated already, as generate is going to repeat those of the ids.
+        rows: of the ids.
+        prepare: computes positions.
+    """
     with _POSITIONS:
         if cache.rope_deltas is not None and cache.get_seq_length():
-            inner.rope_deltas = cache.rope_deltas
+            repeats = max(1, cache.rope_deltas.shape[0] // rows)
+            inner.rope_deltas = cache.rope_deltas[::repeats]
         positions = prepare()
         cache.rope_deltas = inner.rope_deltas
     return positions

@@ -1,5 +1,6 @@
 """Which positions of a forward are visual."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +30,26 @@ def _is_content(value: Any) -> bool:
     if isinstance(value, dict):
         return any(part is not None for part in value.values())
     return value is not None
+
+
+def check_content_is_new(visual: Tensor | None, encoded: Mapping[str, Any] | None, begin: int) -> None:
+    """Raise a ValueError for a turn with more images than the ids behind the cached tokens stand for.
+
+    Args:
+        visual: bool ``[B, n]``, which of these ids stand for images or videos.
+        encoded: what generate has encoded already, by modality.
+        begin: number of cached tokens.
+    """
+    wanted = 0 if visual is None else int(visual.sum())
+    images = getattr((encoded or {}).get("image"), "pooler_output", None)
+    given = None if images is None else sum(image.flatten(0, -2).shape[0] for image in images)
+    if wanted and (given is None or given <= wanted):
+        return
+    raise ValueError(
+        f"this turn brings {'images or videos' if given is None else f'images of {given} tokens'}, but the ids behind "
+        f"the {begin} tokens in the cache have {wanted} placeholders: what earlier turns showed is in the cache. Leave "
+        "it out: pass the ids of the whole conversation, but pixel_values (and image sizes or grids) of new images only"
+    )
 
 
 def placeholder_positions(ids: Tensor, placeholders: list[int]) -> Tensor:

@@ -14,7 +14,9 @@ def share_of(counts: Tensor, keep: float) -> Tensor:
 def best_tokens(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
     """bool ``[B, P]``: the `counts` ``[B]`` best of the candidates of each row; earlier tokens win ties."""
     ranked = scores.double().masked_fill(~candidates, -math.inf).argsort(dim=-1, descending=True, stable=True)
-    places = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(ranked.shape[1]).to(ranked).expand_as(ranked))
+    places = torch.empty_like(ranked).scatter_(
+        1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
+    )
     return (places < counts[:, None]) & candidates
 
 
@@ -46,5 +48,7 @@ def spread(shares: Tensor, total: Tensor, least: Tensor, capacity: Tensor) -> Te
     left = (total - whole.sum(0)).round().long()
     remainder = (found - whole).masked_fill(whole >= limit, -1.0)
     order = remainder.argsort(dim=0, descending=True, stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(layers).to(order)[:, None].expand_as(order))
+    place = torch.empty_like(order).scatter_(
+        0, order, torch.arange(layers, device=order.device)[:, None].expand_as(order)
+    )
     return (whole.long() + (place < left)).minimum(capacity)

@@ -151,7 +151,7 @@ def test_what_is_expected_is_told_and_forgotten_by_calls(llava: Host):
 @pytest.mark.parametrize(("tokens", "dropped"), [(None, False), ("divprune:0.5", True)])
 def test_bytes_of_positions_and_tables_are_those_of_their_storage(llava: Host, tokens, dropped):
     inputs = llava.tiny.inputs(llava.tiny.prompt(1, images=(0, 0)), llava.tiny.prompt(2, images=(0,) * 3))
-    cache = RotateKCache(sparsity=0.5, always_compress=True, tokens=tokens)
+    cache = RotateKCache.for_study(sparsity=0.5, always_compress=True, tokens=tokens)
     llava.attached(**inputs, past_key_values=cache)
     held = sum(tensor.nbytes for tensor in cache.positions.tensors())
     assert held == inputs["input_ids"].numel() * VisualPositions.bytes_per_position(tokens_dropped=dropped)

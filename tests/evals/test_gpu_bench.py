@@ -164,7 +164,7 @@ def test_a_graph_of_nothing_lets_the_host_go_through_its_step():
     from evals.bench.gpu_model import HOST_METHODS, HOST_SHAPE, Model, generated
 
     host = Model(HOST_SHAPE | {"num_hidden_layers": 2}, "cpu", torch.float32, 256, no_graph=True)
-    figures, tokens = generated(host, HOST_METHODS["r = 8, replayed"], 2, 96, 8, 3)
+    figures, tokens = generated(host, HOST_METHODS["r = 16, replayed"], 2, 96, 8, 3)
     assert figures["decoding"] == "from a captured graph"
     assert tokens.shape == (2, 3 + 4 + 5)
     assert figures["cache bytes"] > 0 and figures["token ms"]["least"] > 0

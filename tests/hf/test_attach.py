@@ -60,7 +60,7 @@ def test_attach_and_detach_leave_nothing(llava: Host):
     before = _trace(model)
     assert attach(model) is model
     assert attach(model) is model
-    assert len(_our_hooks(model)) == 2
+    assert len(_our_hooks(model)) == 3
     _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache.for_study(**FULL)), _reference(llava))
     assert detach(model) is model
     assert _trace(model) == before
@@ -123,7 +123,7 @@ def test_a_users_own_methods_on_the_instance_go_on(host: Host):
     expected = ways.generate(model, inputs, _dynamic(model))
     assert not torch.equal(expected.logits[0], _reference(host).logits[0])
     attach(model)
-    for cache in (_dynamic(model), RotateKCache(**FULL), RotateKCache(**FULL, tokens="divprune:1")):
+    for cache in (_dynamic(model), RotateKCache.for_study(**FULL), RotateKCache.for_study(**FULL, tokens="divprune:1")):
         calls.clear()
         asked.clear()
         _same(ways.generate(model, inputs, cache), expected)
@@ -139,7 +139,7 @@ def test_a_method_patched_after_attach_stays(llava: Host):
     model, calls = attach(copy.deepcopy(llava.plain)), []
     dimmed = _dimmed(model, calls)
     inputs = ways.padded(llava.tiny)
-    expected = ways.generate(model, inputs, RotateKCache(**FULL))
+    expected = ways.generate(model, inputs, RotateKCache.for_study(**FULL))
     detach(model)
     assert model.model.get_image_features is dimmed
     calls.clear()
@@ -243,7 +243,7 @@ def test_a_copy_of_an_attached_model_is_attached_for_itself(llava: Host):
     detach(second)
     assert not _our_hooks(first)
     assert not _our_hooks(second)
-    assert len(_our_hooks(llava.attached)) == 2
+    assert len(_our_hooks(llava.attached)) == 3
 
 
 def test_an_attached_model_is_pickled(llava: Host):

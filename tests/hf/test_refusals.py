@@ -1,12 +1,16 @@
 """What cannot be right is refused, with an error that says what to do; nothing is wrong in silence."""
 
 import copy
+import json
 import re
+import subprocess
+import sys
 
+import peft
 import pytest
 import torch
 import ways
-from hosts import Host
+from hosts import Host, build_host
 from tiny_models import IMAGE, TEXT, VISION, visual_positions, words
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
@@ -335,3 +339,125 @@ def test_a_static_use_of_the_handle(llava: Host):
     for use in (lambda: handle.shape, lambda: torch.matmul(torch.randn(3, 3), handle), lambda: handle.transpose(1, 2)):
         with pytest.raises(RuntimeError, match="attach"):
             use()
+
+
+PEFT_WITH_A_CACHE = {"num_virtual_tokens": 5, "token_dim": 128, "num_layers": 3, "num_attention_heads": 4}
+
+
+def test_a_prefix_that_is_a_cache_of_its_own(llava: Host):
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_transformer_submodules=1, **PEFT_WITH_A_CACHE)
+    model = peft.get_peft_model(copy.deepcopy(llava.plain), config)
+    with pytest.raises(ValueError, match=r"PREFIX_TUNING, which puts a cache with its learnt prefix.*LoRA"):
+        attach(model)
+    assert not hasattr(model.get_base_model().model, "_rotatek")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_the_text_model_called_directly(family, with_mask):
+    host = build_host(family)
+    inputs = ways.padded(host.tiny)
+    model, visual = host.attached, visual_positions(inputs["input_ids"])
+    cache = _cache(visual_mask=visual if with_mask else None)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"], "past_key_values": cache}
+    with pytest.raises(ValueError, match="was called with a RotateKCache: call the attached model itself"):
+        model.get_decoder()(**given)
+    assert not cache.get_seq_length()
+    if with_mask:  # as the error says
+        assert model(**given).logits.isfinite().all()
+        assert cache.report().layers[0].segments
+    dense = DynamicCache(config=model.config.get_text_config())
+    assert model.get_decoder()(**given | {"past_key_values": dense}).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "idefics3", "qwen2_5_vl", "qwen3_vl"])
+def test_images_sent_again_in_a_second_turn(family):
+    host = build_host(family)
+    tiny, cache = host.tiny, _cache()
+    inputs = tiny.inputs(tiny.prompt(1, images=(0,)), tiny.prompt(2, images=(0,), text=3))
+    first = ways.generate(host.attached, inputs, cache)
+    second = ways.follow_up(tiny, inputs, first.sequences, words(5, 3))
+    again = {name: value for name, value in inputs.items() if name not in second}
+    kept = cache.get_seq_length()
+    with pytest.raises(
+        ValueError, match=rf"images or videos.*{kept} tokens in the cache have 0 placeholders.*Leave it"
+    ):
+        ways.generate(host.attached, second | again, cache)
+    new = {name: value[:, kept:] if name != "attention_mask" else value for name, value in second.items()}
+    with pytest.raises(
+        ValueError, match=rf"images or videos.*{kept} tokens in the cache have 0 placeholders.*Leave it"
+    ):
+        host.attached(**new | again, past_key_values=cache)
+    assert cache.get_seq_length() == kept
+    assert torch.stack(ways.generate(host.attached, second, cache).logits).isfinite().all()
+
+
+def test_old_images_sent_beside_a_new_one(llava: Host):
+    tiny, cache = llava.tiny, _cache()
+    prompt, more = tiny.prompt(1, images=(0,)), tiny.prompt(5, images=(0,), text=3)
+    first = ways.generate(llava.attached, tiny.inputs(prompt), cache)
+    second = ways.follow_up(tiny, tiny.inputs(prompt), first.sequences, more.ids)
+    new, both = ({"pixel_values": torch.cat(images)} for images in (more.images, prompt.images + more.images))
+    wanted = int(visual_positions(torch.tensor(more.ids)).sum())
+    with pytest.raises(ValueError, match=rf"images of {2 * wanted} tokens.*have {wanted} placeholders"):
+        ways.generate(llava.attached, second | both, cache)
+    assert torch.stack(ways.generate(llava.attached, second | new, cache).logits).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tokens": "fastv:0.5"}, "tokens=FastV"),
+        ({"sparsity": None, "energy": 0.9}, "energy=0.9"),
+        ({"sparsity": None, "budget": "0.9x"}, "budget='0.9x'"),
+        ({"key_bits": "auto"}, "key_bits='auto'"),
+    ],
+)
+def test_heads_divided_over_processes(llava: Host, options, named):
+    model = copy.deepcopy(llava.plain)
+    model._tp_size = 2  # as `from_pretrained(tp_plan="auto")` does; the test below starts real processes
+    with pytest.raises(ValueError, match=f"{named}.* cannot be used with tensor parallelism"):
+        ways.generate(attach(model), ways.padded(llava.tiny), _cache(**options))
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+RANKS = """
+import json, os, sys, torch
+from rotatek_cache import RotateKCache, attach
+from rotatek_cache.hf.chat import READER
+from transformers import AutoModelForImageTextToText
+
+plan = {"tp_plan": "auto"} if "RANK" in os.environ else {}
+model = attach(AutoModelForImageTextToText.from_pretrained(READER, dtype=torch.float32, **plan).eval())
+torch.manual_seed(0)
+inputs = {"input_ids": torch.tensor([[2] + [4] * 324 + [20, 21, 22]]), "pixel_values": torch.rand(1, 3, 144, 144)}
+found = []
+for tokens in (None, "divprune:0.5", "vl_cache:0.5"):
+    try:
+        cache = RotateKCache(sparsity=0.75, basis="pca", tokens=tokens)
+        with torch.no_grad():
+            found.append(model(**inputs, past_key_values=cache).logits[0, -1].tolist())
+            found.append(model(input_ids=torch.tensor([[20]]), past_key_values=cache).logits[0, -1].tolist())
+    except ValueError as error:
+        found.append(str(error))
+if os.environ.get("RANK", "0") == "0":
+    print("FOUND" + json.dumps(found))
+"""
+
+
+def test_two_processes_answer_as_one(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for how in ([], several):
+        command = [sys.executable, *how, str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+        found.append(json.loads(line.removeprefix("FOUND")))
+    one, two = found
+    assert "tokens=VLCache" in two[4] and "2 processes" in two[4]
+    for got, wanted in zip(two[:4], one[:4], strict=True):
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), atol=1e-3, rtol=1e-3)

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import pickle
 import platform
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -348,3 +350,42 @@ def test_generate_through_it_gives_what_torch_gives(host, options, monkeypatch):
     assert torch.equal(ours.sequences, expected.sequences)
     for logits, exact in zip(ours.logits, expected.logits, strict=True):
         torch.testing.assert_close(logits, exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max()))
+
+
+FORKED = """
+import os, torch
+from rotatek_cache.core.attention import attend
+from rotatek_cache.core.segments import SegmentView
+
+torch.set_num_threads(2)
+tokens = 60_000  # enough for two threads
+keys, values, query = torch.randn(2, tokens, 64), torch.randn(2, tokens, 64), torch.randn(1, 4, 1, 64)
+starts, lengths = torch.zeros(1, dtype=torch.int64), torch.full((1,), tokens, dtype=torch.int32)
+view = SegmentView(keys, values, starts=starts, lengths=lengths, max_length=tokens, row_stride=tokens, batched=True)
+expected, _ = attend(query, [view], 0.1, impl="cpp")
+child = os.fork()
+if not child:
+    got, _ = attend(query, [view], 0.1, impl="cpp")
+    os._exit(0 if (got - expected).abs().max() < 1e-5 else 3)
+sys_exit = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert torch.equal(attend(query, [view], 0.1, impl="cpp")[0], expected)
+print("child ended with", sys_exit)
+"""
+
+
+def test_a_forked_process_attends_too():
+    """Threads of the parent are not there in the child; OpenMP would wait for them for ever."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.strip() == "child ended with 0", done.stderr
+
+
+def test_threads_attend_at_the_same_time():
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(2, 4096, 64, generator=generator) for _ in range(2))
+    starts, lengths = torch.zeros(1, dtype=torch.int64), torch.full((1,), 4096, dtype=torch.int32)
+    view = SegmentView(keys, values, starts=starts, lengths=lengths, max_length=4096, row_stride=4096, batched=True)
+    queries = [torch.randn(1, 4, 1, 64, generator=generator) for _ in range(64)]
+    expected = [decode_attention(query, [view], 0.1)[0] for query in queries]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda query: decode_attention(query, [view], 0.1)[0], queries))
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)

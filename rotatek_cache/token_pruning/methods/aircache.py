@@ -45,7 +45,7 @@ class AirCache(AttentionMethod):
         text = torch.nn.functional.pad(rows.valid, (columns - queries, 0))
         places = torch.arange(1, queries + 1, device=rows.valid.device)
         last = (rows.valid * places).argmax(1)  # 0 in rows without an image, which is not read
-        among_text = rows.weights[torch.arange(len(last)), :, last] * text[:, None]  # [B, H_q, P]
+        among_text = rows.weights[torch.arange(len(last), device=last.device), :, last] * text[:, None]  # [B, H_q, P]
         among_text = (among_text / among_text.sum(-1, keepdim=True).clamp_min(1e-30)).mean(1)
         chosen = text & (among_text >= self.elite * among_text.amax(-1, keepdim=True))
         elite = chosen[:, columns - queries :]
@@ -67,7 +67,7 @@ class AirCache(AttentionMethod):
 
     @staticmethod
     def layer_shares(scores: Tensor, visual: Tensor) -> Tensor:
-        """Compute the proportions ``[L, B]`` in which layers share, from the scores ``[L, B, P]`` of visual tokens."""
+        """What layers get, in proportion, ``[L, B]``, from the scores ``[L, B, P]`` of visual tokens."""
         scores = scores.double() * visual
         strength = scores.sum(-1)
         count = visual.sum(1).double()

@@ -58,7 +58,7 @@ class LookM(AttentionMethod):
                 continue
             directions = torch.nn.functional.normalize(keys[row].float(), dim=-1)
             cosine, nearest = (directions[:, gone] @ directions[:, pivots].mT).max(-1)  # [H, gone]
-            members = torch.ones(keys.shape[1], len(pivots), device=keys.device)
+            members = torch.ones(keys.shape[1], len(pivots), dtype=torch.float32, device=keys.device)
             members.scatter_add_(1, nearest, torch.ones_like(cosine))
             for states in (keys, values):
                 own, given = states[row][:, pivots].float(), states[row][:, gone].float()

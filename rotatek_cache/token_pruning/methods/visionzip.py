@@ -74,7 +74,5 @@ class VisionZip(FeatureMethod):
         rest = (taken_by >= 0).nonzero()[:, 0]
         target = taken_by[rest]
         given = torch.zeros_like(features, dtype=torch.float32).index_add(0, target, features[rest].float())
-        members = torch.zeros(len(features), device=features.device).index_add(
-            0, target, torch.ones(len(rest), device=features.device)
-        )
+        members = given.new_zeros(len(features)).index_add(0, target, given.new_ones(len(rest)))
         return (features.float() + given / members.clamp(min=1)[:, None]).to(features.dtype)

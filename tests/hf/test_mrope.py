@@ -1,0 +1,73 @@
+"""The offsets of M-RoPE positions stay those of the conversation that a cache holds, whatever is done to its rows."""
+
+import pytest
+import torch
+import ways
+from hosts import build_host
+from tiny_models import visual_positions, words
+from transformers import DynamicCache
+
+from rotatek_cache import RotateKCache
+
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
+
+
+def _dense(model):
+    return DynamicCache(config=model.config.get_text_config())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
+@pytest.mark.parametrize("how", ["repeat", "select"])
+def test_rows_repeated_before_a_second_turn(family, options, how):
+    host = build_host(family)
+    tiny, inputs = host.tiny, ways.padded(host.tiny)
+
+    def answers(model, cache):
+        first = ways.generate(model, inputs, cache)
+        if how == "repeat":
+            cache.batch_repeat_interleave(3)
+        else:
+            cache.batch_select_indices(torch.tensor([0, 0, 0, 1, 1, 1]))
+        second = ways.follow_up(tiny, inputs, first.sequences, words(5, 3))
+        torch.manual_seed(0)
+        return ways.generate(model, second, cache, output_logits=False, **options).sequences
+
+    expected = answers(host.plain, _dense(host.plain))
+    assert torch.equal(answers(host.attached, RotateKCache(sparsity=0)), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_crop_back_over_all_images_forgets_their_offset(family):
+    """Text that goes on from there is where it is in a conversation that never had an image."""
+    host = build_host(family)
+    inputs = ways.padded(host.tiny)
+    visual = visual_positions(inputs["input_ids"]).int()
+    length = int(visual.argmax(1).min()) - 1  # before the first image of every row
+    cache = RotateKCache(sparsity=0)
+    ways.generate(host.attached, inputs, cache)
+    cache.crop(length - cache.get_seq_length())
+    more = torch.tensor([words(6, 1), words(6, 2)])
+    mask = torch.nn.functional.pad(inputs["attention_mask"][:, :length], (0, 6), value=1)
+    ids = torch.cat([inputs["input_ids"][:, :length], more], 1)
+    text = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(ids)}
+    copied = RotateKCache(sparsity=0)
+    expected = ways.generate(host.attached, text, copied)
+    got = ways.generate(host.attached, text, cache)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_crop_between_images_is_refused(family):
+    host = build_host(family)
+    inputs, cache = ways.one(host.tiny), RotateKCache(sparsity=0)
+    host.attached(**inputs, past_key_values=cache)
+    places = visual_positions(inputs["input_ids"])[0].nonzero()[:, 0]
+    gap = int(places[(places.diff() > 1).nonzero()[0, 0]]) + 1  # behind the first image
+    held = cache.get_seq_length()
+    with pytest.raises(ValueError, match=rf"crop to {gap} of {held} tokens .*crop to before the first image"):
+        cache.crop(gap - held)
+    assert cache.get_seq_length() == held
+    deltas = cache.rope_deltas.clone()
+    cache.crop(-3)  # text alone
+    assert torch.equal(cache.rope_deltas, deltas)
