@@ -51,7 +51,7 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines the scores of a run.
+    """All that determines the scores of a run.
 
     Attributes:
         model: name or path for `from_pretrained`; "reader" is the one that comes with the package.

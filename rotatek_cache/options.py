@@ -21,7 +21,7 @@ STUDY_OPTIONS = ("solver", "always_compress")  # those that `RotateKCache` takes
 
 
 class Allocation(NamedTuple):
-    """How a budget is dealt out to layers and heads, from a calibrated spectrum.
+    """A way to deal a budget out to layers and heads, from a calibrated spectrum.
 
     Attributes:
         over: "uniform" gives every head the same, "layers" shares the budget between layers, "heads" between the heads
@@ -108,7 +108,7 @@ def check_option(described: "Field[Any]", value: Any) -> None:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How visual Keys and Values are stored; exactly one of `sparsity`, `rank` and `energy` sets the rank of Keys.
+    """The way visual Keys and Values are stored; exactly one of `sparsity`, `rank` and `energy` sets the rank of Keys.
 
     What options go together depends on what a basis can do, and is checked where its codec is chosen
     (`rotatek_cache.codecs.registry.codecs_for`).

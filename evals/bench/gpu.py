@@ -65,7 +65,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured.
+    """The amount of work that is measured.
 
     Attributes:
         device: "cuda" or "cpu".
@@ -169,7 +169,7 @@ def plain(value: Any) -> Any:
 
 
 class Run:
-    """What is found, kept up in one JSON after each item.
+    """The findings, kept up in one JSON after each item.
 
     Args:
         folder: where the JSON and the log go.

@@ -50,7 +50,7 @@ def build(shape: Mapping[str, Any], device: str, dtype: torch.dtype, longest: in
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a prefill is given, the same for every row.
+    """The inputs of a prefill, the same for every row.
 
     Attributes:
         inputs: arguments of the model's forward.

@@ -25,7 +25,7 @@ SIZE = LEVEL_OFFSET  # samples that a task can draw
 
 @dataclass(frozen=True)
 class What:
-    """What a task asks about a page, and whether its first question counts."""
+    """The questions of a task about a page, and whether its first question counts."""
 
     ask: Callable[[Page, np.random.Generator], list[Question]]
     first_counts: bool = True

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PromptPart:
-    """What a forward brings of one request.
+    """The part of a forward that belongs to one request.
 
     Attributes:
         tokens: where it lies among the tokens of the forward.
@@ -140,7 +140,7 @@ class RotateKBackend(AttentionBackend):
         return count_segments(self._decoding(batch)[1]) <= GRAPH_SEGMENTS
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """What a step needs of the host, into the buffers."""
+        """Write what a step needs of the host into the buffers."""
         assert self.graph_tables is not None
         known = ([], []) if in_capture else self._decoding(forward_batch)
         lengths, held = padded(*known, forward_batch.batch_size)
@@ -149,7 +149,7 @@ class RotateKBackend(AttentionBackend):
         self.new_rows = self.graph_tables.new_rows[: forward_batch.batch_size]
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """What a step needs of the device, into the buffers: recorded in the graph."""
+        """Write what a step needs of the device into the buffers: recorded in the graph."""
         if self.graph_tables is not None and forward_batch.forward_mode.is_decode():
             batch = forward_batch
             self.graph_tables.gather(self.pool.table.rows, batch.out_cache_loc, batch.req_pool_indices, batch.seq_lens)
@@ -264,7 +264,7 @@ class RotateKBackend(AttentionBackend):
         message = f"Layer {sealer.layer} holds NaN or infinity for a prompt with an image"
         self.unanswered.append(FiniteCheck(marked, message))
         storage.write_text(part.text_rows, k[part.text] + marked, v[part.text] + marked)
-        for states in (keys, values):  # picked out of the forward's: nobody else's
+        for states in (keys, values):  # picked out of the forward's: no other's
             states.masked_fill_(~finite, 0.0)
         queries = torch.where(finite, queries, 0.0)
         stored_keys = sealer.store_keys(keys, span, queries, None)

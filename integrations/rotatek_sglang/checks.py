@@ -54,7 +54,7 @@ def check_basis(fit: FitOptions, model: torch.nn.Module, heads: HeadShape) -> No
             attention.tp_v_head_num * attention.v_head_dim,
         ]
         if not weight.is_floating_point() or weight.shape[0] != sum(widths):
-            log.warning("The model's weights are quantised: nobody checks that %s belongs to it", fit.basis)
+            log.warning("The model's weights are quantised: it is not checked that %s belongs to it", fit.basis)
             return
         _, keys, values = weight.split(widths)
         for name, part in (("k_proj", keys), ("v_proj", values)):

@@ -1,4 +1,4 @@
-"""Where the tokens of a batch that decodes lie: said anew for each step, or in buffers that a CUDA graph reads."""
+"""Where the tokens of a batch that decodes lie: made anew for each step, or in buffers that a CUDA graph reads."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def padded(
 def segment_numbers(
     held: Sequence[Sequence[Segment]], lengths: Sequence[int], segments: int, pin: bool
 ) -> tuple[Tensor, Tensor]:
-    """What a `SegmentTable` says of requests, on the host.
+    """The part of a `SegmentTable` that speaks of requests, on the host.
 
     Args:
         held: the visual segments of each request, at most `segments`.

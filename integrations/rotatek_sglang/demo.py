@@ -26,8 +26,8 @@ def main() -> None:
         command += ["--dtype", "float32", "--max-total-tokens", "8192", "--mem-fraction-static", "0.3"]
         print("Starting", " ".join(["python -m", *command]))
         with running(command, folder / "log") as port:
-            said = re.findall(r"RotateK.*", (folder / "log").read_text(encoding="utf-8"))
-            print(*said, sep="\n")
+            lines = re.findall(r"RotateK.*", (folder / "log").read_text(encoding="utf-8"))
+            print(*lines, sep="\n")
             image = Image.new("RGB", (448, 448), "navy")
             ImageDraw.Draw(image).ellipse([100, 100, 300, 300], fill="red")
             file = io.BytesIO()

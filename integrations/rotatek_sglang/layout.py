@@ -46,7 +46,7 @@ class HeadShape:
 
     @property
     def kv_slice(self) -> slice | None:
-        """Which KV heads are here; None if all are."""
+        """The KV heads that are here; None if all are."""
         if self.all_kv_heads in (None, self.kv_heads):
             return None
         return slice(self.first_kv_head, self.first_kv_head + self.kv_heads)
@@ -200,13 +200,13 @@ def find_layout(
 
 @dataclass(frozen=True)
 class Plan:
-    """How memory is spent, decided before the pool is made.
+    """A division of memory, decided before the pool is made.
 
     Attributes:
         sealers: of the layers.
         layout: what a token takes.
         text_share: share of the slots that have a text row.
-        bases: how many bases there is room for.
+        bases: how many bases fit.
         fixed_bytes: what does not grow with the slots.
     """
 

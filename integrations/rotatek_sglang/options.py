@@ -21,7 +21,7 @@ NOT_SERVED_BITS = ("fp8",)  # the pools have not been tried with float8
 
 @dataclass(frozen=True)
 class ServingOptions:
-    """How a server compresses: the options of the method, and how much memory is set aside for what."""
+    """The settings of a server that compresses: the options of the method, and the memory set aside for what."""
 
     fit: FitOptions
     text_share: float = field(

@@ -16,7 +16,7 @@ from rotatek_sglang.plugin import BACKEND
 log = logging.getLogger(__name__)
 
 PAGE_SIZE = 2  # the smallest for which SGLang lets a platform choose the allocator; rows are given out singly anyway
-MAX_RUNNING_REQUESTS = 32  # each has a row of the request table and, with an online basis, room for the basis
+MAX_RUNNING_REQUESTS = 32  # each has a row of the request table and, with an online basis, a basis
 
 CPU_DEFAULT = "intel_amx"  # filled in by SGLang before a platform is asked
 
@@ -80,7 +80,7 @@ def switch_off(args: Any) -> None:
 
 
 def apply_defaults(args: Any) -> None:
-    """What a compressed server needs of SGLang's arguments."""
+    """Set what a compressed server needs of SGLang's arguments."""
     refuse_unsupported(args)
     switch_off(args)
     args.attention_backend = BACKEND

@@ -121,7 +121,7 @@ class RotateKPool(MHATokenToKVPool):
 
 
 def describe(plan: Plan, pool: RotateKPool) -> str:
-    """What the start-up log says of the pool."""
+    """Describe the pool for the start-up log."""
     layout = plan.layout
     keys, values = pool.get_kv_size_bytes()
     held = keys + values + plan.fixed_bytes - plan.bases * layout.basis_bytes

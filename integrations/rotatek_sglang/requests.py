@@ -46,7 +46,7 @@ def assign_prompt(allocated: Any, batch: Any) -> None:
 
 
 def need_of_prompt(pool: RotateKPool, req: Any, *, in_chunks: bool = False, prefix: int | None = None) -> Need:
-    """What a request takes for its tokens after `prefix` (default: what is cached) and for its answer, at most."""
+    """Count what a request takes for tokens after `prefix` (default: what is cached) and its answer, at most."""
     first, end = req.prefix_len if prefix is None else prefix, len(req.full_untruncated_fill_ids)
     tokens = end - first
     visual = int(compressed_tokens(pool, req, first, end).sum())
@@ -84,7 +84,7 @@ def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> 
 
 
 def fits_beside_others(adder: Any, req: Any) -> tuple[bool, bool]:
-    """Whether there is room for a request, once cached prefixes made way; and whether its prompt is read at once."""
+    """Tell whether a request fits, once cached prefixes made way; and whether its prompt is read at once."""
     pool = adder.token_to_kv_pool_allocator.get_kvcache()
     chunk = adder.rem_chunk_tokens
     tokens = len(req.full_untruncated_fill_ids) - req.prefix_len
@@ -133,8 +133,8 @@ def refuse_too_large(scheduler: Any, req: Any) -> None:
     table: SlotTable = pool.table
     tokens = len(req.origin_input_ids)
     # Text rows that are left for the answer, less one that the step takes which begins before its end is seen.
-    room = table.text_rows - (tokens - int(compressed_tokens(pool, req, 0, tokens).sum())) - 1
-    if room < 1:
+    free = table.text_rows - (tokens - int(compressed_tokens(pool, req, 0, tokens).sum())) - 1
+    if free < 1:
         visual = int(visual_tokens(req, 0, tokens).sum())
         req.set_finish_with_abort(
             f"The prompt has {visual} visual tokens and {tokens - visual} others; the KV pool has {table.visual_rows} "
@@ -144,5 +144,5 @@ def refuse_too_large(scheduler: Any, req: Any) -> None:
         req.sampling_params.max_new_tokens = 0
         return
     sampling = req.sampling_params
-    sampling.max_new_tokens = min(sampling.max_new_tokens, room)
+    sampling.max_new_tokens = min(sampling.max_new_tokens, free)
     sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)

@@ -46,12 +46,12 @@ class FreeRows:
 
     @property
     def used(self) -> int:
-        """How many are not free."""
+        """The number that is not free."""
         return self.total - self.free
 
     @property
     def available(self) -> int:
-        """How many may be taken by anybody."""
+        """The number that any request may take."""
         return self.free - self.reserved
 
     def take(self, count: int) -> Tensor:
@@ -169,7 +169,7 @@ class SlotTable:
                 self.bases.give(torch.tensor([basis], dtype=torch.int32, device="cpu"))
 
     def layout(self, slots: Tensor) -> tuple[Tensor, list[Segment]]:
-        """What the slots ``[n]`` of one request hold, in their order.
+        """List what the slots ``[n]`` of one request hold, in their order.
 
         Returns:
             int32 ``[n]`` rows, those of visual tokens first, then those of text, each in the order of the slots; and
@@ -207,7 +207,7 @@ class ChunkedPrompt:
 
 
 class RequestLedger:
-    """What is stored for each request, known on the host; SGLang tells it of every request's steps and end.
+    """A record of what is stored for each request, known on the host; SGLang tells it of every request's steps and end.
 
     Attributes:
         segments: the visual segments of each request, by its number in SGLang's request pool.
@@ -235,7 +235,7 @@ class RequestLedger:
 
     @property
     def with_basis(self) -> int:
-        """How many requests hold compressed visual tokens."""
+        """The number of requests that hold compressed visual tokens."""
         return sum(bool(segments) for segments in self.segments.values())
 
     def alloc_to_lengths(self, *, req_pool_indices_cpu: Tensor, target_seq_lens_cpu: Tensor) -> None:

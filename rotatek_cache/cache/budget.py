@@ -68,7 +68,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """How a budget was divided; its text is what `report` prints.
+    """A divided budget; its text is what `report` prints.
 
     Attributes:
         budget: as it was given.

@@ -21,7 +21,7 @@ Compressed = tuple[tuple["SealPlan", tuple[int, ...]], ...]
 
 
 class SealPlan:
-    """How the pending positions ``begin : end`` divide into visual, text and padding.
+    """The pending positions ``begin : end`` as visual tokens, text and padding.
 
     Layers share it, and what one of them derives from it is kept for the others.
 

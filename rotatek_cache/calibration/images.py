@@ -20,7 +20,7 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 @dataclass(frozen=True)
 class Calibrated:
-    """How many images went into a basis file, and how many could not be read."""
+    """The number of images that went into a basis file, and of those that could not be read."""
 
     images: int
     skipped: int
@@ -31,7 +31,7 @@ class Images(Protocol):
 
     @property
     def description(self) -> str:
-        """Which images they are: the same for the same ones only."""
+        """A mark of these images: the same for the same ones only."""
 
     def __len__(self) -> int: ...
 

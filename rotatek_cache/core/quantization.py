@@ -24,7 +24,7 @@ CLIP_GRID = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 class Code(Protocol):
-    """How stored numbers of a token become coefficients."""
+    """The way stored numbers of a token become coefficients."""
 
     @property
     def channels(self) -> int:

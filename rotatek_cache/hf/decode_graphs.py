@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 GRAPHS = 4  # captured graphs that a model keeps, by default
 QUIET_HOOKS = ("transformers.utils.output_capturing", "rotatek_cache.hf.attach")
+IDLE = 1  # graphs, with all that they store, that wait for another prompt once their cache is gone
+MOST_FAILURES = 3  # so many failed captures, and a model is decoded step by step
 SHORT = 4  # a graph that was replayed less often was not worth its capture
 MOST_SHORT = 4  # so many such graphs in a row, and a cache is decoded step by step
 
@@ -134,6 +136,7 @@ class DecodeGraphs:
         self.limit = limit
         self.new_graph: Callable[[], Graph] | None = None  # of another device than CUDA
         self.captured: list[Captured] = []  # the most recently used last
+        self.failures: list[str] = []  # why captures failed; a server would pay for one with each prompt
         self.conversations: weakref.WeakKeyDictionary[RotateKCache, Conversation] = weakref.WeakKeyDictionary()
         self.model: _ModelParts | None = None
         self._lock = threading.Lock()
@@ -181,6 +184,8 @@ class DecodeGraphs:
         return original(*args, **kwargs)
 
     def _replayed(self, inner: Any, original: Callable[..., Any], cache: RotateKCache, given: dict[str, Any]) -> Any:
+        if len(self.failures) >= MOST_FAILURES:
+            raise Eager(self.failures[-1])
         known = self.conversations.setdefault(cache, Conversation())
         if self.model is None or not self.model.is_current():
             self.model = _ModelParts.of(inner)
@@ -217,8 +222,6 @@ class DecodeGraphs:
         """Raise `Eager` where a step cannot be captured; asks the host alone."""
         if not cache.graphs or not known.graphs:
             raise Eager("graphs are switched off")
-        if torch.is_autocast_enabled("cuda"):
-            raise Eager("autocast is on")
         if torch.is_grad_enabled():
             raise Eager("gradients are enabled: use torch.no_grad()")
         if any(torch.is_autocast_enabled(device) for device in model.device_types):
@@ -284,7 +287,7 @@ class DecodeGraphs:
         try:
             step = DecodeStep(layers)
         except torch.OutOfMemoryError as error:
-            raise _failed(known, error) from error
+            raise self._failed(known, error) from error
         self._check_mask(known, step, mask)
         idle = self._idle(step, signature)
         if idle is not None:
@@ -312,12 +315,22 @@ class DecodeGraphs:
             with _stepping(cache, step.layers), torch.cuda.device_of(step.layers[0].keys):
                 output = _without_cache(graph.capture(run, run_and_advance))
         except Exception as error:  # whatever a model does that a graph cannot: it runs without one
-            raise _failed(known, error) from error
+            raise self._failed(known, error) from error
         captured = Captured(weakref.ref(cache), signature, static, step, graph, output)
         step.refresh()
         self.captured.append(captured)
         del self.captured[: -self.limit]
+        for held in [held for held in self.captured if held.cache() is None][:-IDLE]:
+            self.captured.remove(held)
         return captured
+
+    def _failed(self, known: Conversation, error: Exception) -> Eager:
+        """Note that a step could not be captured, and why."""
+        message = str(error).partition("\n")[0]
+        known.failure = f"capturing a step failed ({type(error).__name__}: {message})"
+        self.failures.append(known.failure)
+        logger.warning("RotateKCache: decoding without a CUDA graph: %s", known.failure)
+        return Eager(known.failure)
 
     def _idle(self, step: DecodeStep, signature: dict[str, Any]) -> Captured | None:
         """Find a graph of the same form whose cache is gone."""
@@ -331,14 +344,6 @@ class DecodeGraphs:
     def forget(self) -> None:
         """Drop all graphs."""
         self.captured.clear()
-
-
-def _failed(known: Conversation, error: Exception) -> Eager:
-    """Note that a step could not be captured, and why."""
-    message = str(error).partition("\n")[0]
-    known.failure = f"capturing a step failed ({type(error).__name__}: {message})"
-    logger.warning("RotateKCache: decoding without a CUDA graph: %s", known.failure)
-    return Eager(known.failure)
 
 
 def _gone() -> None:

@@ -91,7 +91,7 @@ class FeatureMethod(TokenMethod, abc.ABC):
     reads_encoder: ClassVar[bool] = False
 
     def count_of(self, tokens: int) -> int:
-        """How many of an image's `tokens` the share keeps."""
+        """Count how many of an image's `tokens` the share keeps."""
         return max(1, round(self.share * tokens))
 
     @abc.abstractmethod

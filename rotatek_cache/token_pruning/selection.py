@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def share_of(counts: Tensor, keep: float) -> Tensor:
-    """How many tokens a share `keep` of `counts` is: int64, rounded, at least one where there are any."""
+    """Count how many tokens a share `keep` of `counts` is: int64, rounded, at least one where there are any."""
     return (counts.double() * keep).round().long().clamp(min=1).minimum(counts)
 
 

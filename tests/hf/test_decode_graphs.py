@@ -444,3 +444,29 @@ def test_every_family_is_replayed_or_says_why_not(host, recorded):
         assert reasons[0] in cache.decoding
     else:
         assert cache.decoding == "from a captured graph"
+
+
+def test_one_graph_at_most_outlives_its_cache_and_failures_are_not_paid_for_with_each_prompt(llava, model, caplog):
+    graphs = model.model._rotatek.graphs
+    for seed in (1, 2, 3):
+        prompt = llava.tiny.inputs(llava.tiny.prompt(seed, images=(0,), text=seed + 2))
+        cache = RotateKCache(rank=8)
+        ways.generate(model, prompt, cache, max_new_tokens=6, min_new_tokens=6)
+        del cache
+        gc.collect()
+    kept = RotateKCache(rank=16)
+    ways.generate(model, prompt, kept)
+    assert sum(held.cache() is None for held in graphs.captured) <= 1
+    graphs.forget()
+
+    class Broken(RecordedGraph):
+        def capture(self, warm_up, step):
+            raise RuntimeError("no capture")
+
+    graphs.new_graph = Broken
+    with caplog.at_level("WARNING"):
+        for _ in range(5):
+            cache = RotateKCache(rank=8)
+            ways.generate(model, prompt, cache)
+            assert "no capture" in cache.decoding
+    assert sum("without a CUDA graph" in record.message for record in caplog.records) == 3

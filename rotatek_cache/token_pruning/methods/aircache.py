@@ -67,7 +67,7 @@ class AirCache(AttentionMethod):
 
     @staticmethod
     def layer_shares(scores: Tensor, visual: Tensor) -> Tensor:
-        """What layers get, in proportion, ``[L, B]``, from the scores ``[L, B, P]`` of visual tokens."""
+        """Weigh the layers against one another, ``[L, B]``, from the scores ``[L, B, P]`` of visual tokens."""
         scores = scores.double() * visual
         strength = scores.sum(-1)
         count = visual.sum(1).double()
