@@ -19,7 +19,7 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class ImageCounts:
     """The number of images that went into a basis file, and of those that could not be read."""
 
     images: int
@@ -140,7 +140,7 @@ def calibrate_images(
     value_method: str,
     save_every: int,
     advance: Callable[[int], None] = lambda _: None,
-) -> Calibrated:
+) -> ImageCounts:
     """Calibrate on `images`, the questions asked in turn, and write the basis file `out`.
 
     The state is saved beside it every `save_every` images, and taken up again; it goes when the basis is written.
@@ -182,7 +182,7 @@ def calibrate_images(
     except OSError as error:
         raise InputError(f"'{out}' cannot be written: {error}") from error
     saved.unlink(missing_ok=True)
-    return Calibrated(state.images, state.skipped)
+    return ImageCounts(state.images, state.skipped)
 
 
 def _resumed(saved: Path, mark: Tensor, source: str) -> Calibration:
