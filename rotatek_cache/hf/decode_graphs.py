@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 GRAPHS = 4  # captured graphs that a model keeps, by default
 QUIET_HOOKS = ("transformers.utils.output_capturing", "rotatek_cache.hf.attach")
+HIDING_MASK = "the attention mask hides more than padding"
 IDLE = 1  # graphs, with all that they store, that wait for another prompt once their cache is gone
 MOST_FAILURES = 3  # so many failed captures, and a model is decoded step by step
 SHORT = 4  # a graph that was replayed less often was not worth its capture
@@ -110,6 +111,7 @@ class Conversation:
         graphs: whether the running generate allows graphs.
         mask: of the coming forward, as generate gives it.
         mask_is_known: whether that of the running generate was seen to hide padding alone.
+        mask_hides: whether it was seen to hide more.
     """
 
     steps: int = 0
@@ -118,6 +120,7 @@ class Conversation:
     graphs: bool = True
     mask: "weakref.ref[Tensor] | None" = None
     mask_is_known: bool = False
+    mask_hides: bool = False
 
 
 class Eager(Exception):  # noqa: N818 - no error: it says why a step is decoded without a graph
@@ -158,6 +161,7 @@ class DecodeGraphs:
         known = self.conversations.setdefault(cache, Conversation())
         known.mask = weakref.ref(mask)
         known.mask_is_known = known.mask_is_known and not first
+        known.mask_hides = known.mask_hides and not first
 
     def forward(self, inner: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for the forward of the model below the head.
@@ -250,6 +254,8 @@ class DecodeGraphs:
             raise Eager(model.refusal)
         if model.has_hooks():
             raise Eager("modules have forward hooks")
+        if known.mask_hides and given.get("attention_mask") is not None:
+            raise Eager(HIDING_MASK)  # known since the first step of this generate
         if known.failure:
             raise Eager(known.failure)
         if known.short >= MOST_SHORT:
@@ -268,7 +274,8 @@ class DecodeGraphs:
         if step.shows_all(mask):
             known.mask_is_known = of_generate
             return
-        raise Eager("the attention mask hides more than padding")
+        known.mask_hides = of_generate
+        raise Eager(HIDING_MASK)
 
     def _capture(
         self,

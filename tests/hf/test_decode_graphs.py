@@ -470,3 +470,28 @@ def test_one_graph_at_most_outlives_its_cache_and_failures_are_not_paid_for_with
             ways.generate(model, prompt, cache)
             assert "no capture" in cache.decoding
     assert sum("without a CUDA graph" in record.message for record in caplog.records) == 3
+
+
+def test_a_hiding_mask_is_read_once_a_generate(llava, model, monkeypatch):
+    read = []
+    shows_all = DecodeStep.shows_all
+    monkeypatch.setattr(DecodeStep, "shows_all", lambda step, mask: read.append(1) or shows_all(step, mask))
+    inputs = ways.padded(llava.tiny)
+
+    def second_turn(graphs):
+        cache = RotateKCache(rank=8, graphs=graphs)
+        first = ways.generate(model, inputs, cache)
+        second = ways.follow_up(llava.tiny, inputs, first.sequences, [7, 8, 9])
+        second["attention_mask"][:, -5] = 0
+        read.clear()
+        output = ways.generate(model, second, cache)
+        later = ways.follow_up(llava.tiny, second, output.sequences, [5, 6])
+        later["attention_mask"][:] = 1
+        later["attention_mask"][:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+        return output.sequences, cache.decoding, len(read), ways.generate(model, later, cache).sequences, cache.decoding
+
+    tokens, decoding, reads, later, at_last = second_turn(graphs=True)
+    expected, _, _, later_expected, _ = second_turn(graphs=False)
+    assert "hides more than padding" in decoding and reads == 1
+    assert at_last == "from a captured graph"
+    assert torch.equal(tokens, expected) and torch.equal(later, later_expected)
