@@ -211,7 +211,8 @@ def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | 
     visual = visual_positions(module, cache, given, begin)
     if begin and ids is not None and brings_content(given):
         expected = cache.positions.expected
-        check_content_is_new(visual if expected is None else expected.visual, given.get("mm_encoder_outputs"), begin)
+        whole = visual if expected is None else expected.visual.repeat_interleave(expected.repeats, 0)
+        check_content_is_new(whole, given.get("mm_encoder_outputs"), begin)
     cache.announce_visual(visual, tokens)
     expected = cache.positions.expected
     if expected is not None and not expected.agrees(begin, visual, tokens):
