@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rotatek_cache.cache.expected_prompt import ExpectedPrompt
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.hf import mrope
-from rotatek_cache.hf.attachment import Attachment, attachment_of, inner_model
+from rotatek_cache.hf.attachment import Attachment, attachment_of, check_adapter, inner_model
 from rotatek_cache.hf.cache import RotateKCache
 from rotatek_cache.hf.calls import arguments_of
 from rotatek_cache.hf.decode_graphs import GRAPHS, DecodeGraphs
@@ -44,7 +44,7 @@ def attach(model: M, *, graphs: int = GRAPHS) -> M:
         RuntimeError: this version of transformers lacks a method that attach replaces.
     """
     top = _host_model(model)
-    _check_adapter(model)
+    check_adapter(model)
     family = _check(top)
     inner = inner_model(top)
     if attachment_of(inner) is not None:
@@ -87,17 +87,6 @@ def _host_model(model: Any) -> PreTrainedModel:
             f"model must be a transformers PreTrainedModel (or a PEFT wrapper of one), got {type(model).__name__}"
         )
     return host
-
-
-def _check_adapter(model: Any) -> None:
-    """Raise a ValueError for an adapter of PEFT that brings a cache of its own."""
-    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
-    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
-        raise ValueError(
-            f"model has the PEFT adapter {kind.value}, which puts a cache with its learnt prefix in place of the one "
-            "that is given, so a RotateKCache would stay empty: use an adapter that changes weights or the prompt "
-            "(LoRA, IA3, prompt tuning)"
-        )
 
 
 def _text_configs(top: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 
 from rotatek_cache.cache.expected_prompt import ExpectedPrompt
 from rotatek_cache.hf import mrope
-from rotatek_cache.hf.attachment import attachment_of, inner_model
+from rotatek_cache.hf.attachment import attachment_of, check_adapter, inner_model
 from rotatek_cache.hf.cache import RotateKCache
 from rotatek_cache.hf.calls import arguments_of
 from rotatek_cache.hf.encoder_layouts import note_packing, packed
@@ -59,6 +59,9 @@ def _prepare_inputs(original: Original, *args: Any, **kwargs: Any) -> dict[str, 
     """
     given = original.arguments(*args, **kwargs)
     cache, uncached, ids = given.get("past_key_values"), given.get("next_sequence_length"), given["input_ids"]
+    if isinstance(cache, RotateKCache):
+        # A wrapper of PEFT puts a method of its own here for as long as it generates.
+        check_adapter(getattr(original.module.__dict__.get(original.name), "__self__", None))
     if isinstance(cache, RotateKCache) and uncached is not None:
         other = bool(given.get("is_first_iteration")) and _holds_another_prompt(cache, ids)
         if uncached <= 0 or other:
