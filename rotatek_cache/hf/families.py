@@ -15,12 +15,14 @@ class Family:
     Args:
         encoder: the vision encoder, for token methods that read it; None if its layout is not known.
         placeholders: config fields with the ids that stand for visual tokens in `input_ids`.
+        two_ways: whether images attend both ways, so that the text model is always given a mask.
         mrope: whether the model keeps an offset of positions (`rope_deltas`) of the conversation that it last read.
     """
 
     encoder: Encoder | None
     placeholders: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False
+    two_ways: bool = False
 
 
 IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
@@ -34,7 +36,7 @@ _QWEN = Family(Encoder("visual", in_order), IMAGE_AND_VIDEO, mrope=True)
 FAMILIES: dict[str, Family] = {
     "aya_vision": _TOWER,
     "cohere2_vision": _TOWER,
-    "gemma3": _TOWER,
+    "gemma3": Family(Encoder("vision_tower"), two_ways=True),
     "glm46v": _QWEN,
     "glm4v": _QWEN,
     "glm4v_moe": _QWEN,
@@ -48,7 +50,7 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": Family(_ANYRES, IMAGE_AND_VIDEO),
     "mistral3": _BY_SIZE,
     "ovis2": _TOWER,
-    "paligemma": _TOWER,
+    "paligemma": Family(Encoder("vision_tower"), two_ways=True),
     "perception_lm": Family(None, IMAGE_AND_VIDEO),  # a timm encoder, whose attention weights cannot be read
     "qwen2_5_vl": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
     "qwen2_vl": _QWEN,
