@@ -18,8 +18,11 @@ from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.cache.selection import TokenSelection
 from rotatek_cache.codecs.fitted import Fitted
+from rotatek_cache.codecs.interface import Ranges
+from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.core.basis import RANK_MULTIPLE
 from rotatek_cache.core.quantization import CHANNEL_BLOCK
+from rotatek_cache.core.segments import Stored
 from rotatek_cache.hf.config_shapes import kv_shape, state_shapes
 from rotatek_cache.hf.families import FAMILIES
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
@@ -231,8 +234,10 @@ class Extreme:
 
     def apply(self, cache: Any) -> None:
         """Let a cache without numbers decide so."""
-        if self.equal is not None:
-            for layer in cache.coordinator.layers.values():
+        seals: dict[object, Stored] = {}
+        for layer in cache.coordinator.layers.values():
+            layer.sealer = AlikeSealer(layer.sealer, seals)
+            if self.equal is not None:
                 for codec in (layer.sealer.keys, layer.sealer.values):
                     if isinstance(codec, Fitted):
                         _decide(codec, self.equal)
@@ -263,7 +268,9 @@ def extremes(cache: Any, config: PreTrainedConfig) -> Iterator[Extreme]:
     equal: Sequence[int | None] = (None,)
     if options.follows_content:
         follows.append("energy" if options.energy is not None else "automatic bits")
-        equal = (1, *range(RANK_MULTIPLE, width + 1, RANK_MULTIPLE))
+        # A rank may pay for its basis or not, so that all are tried; bits are the fewer the more channels have some.
+        ranks = range(RANK_MULTIPLE, width + 1, RANK_MULTIPLE)
+        equal = (1, *ranks) if options.energy is not None else (1, width)
     if isinstance(method, AttentionMethod) and method.pools_layers:
         follows.append("how many tokens a layer gets, taken to be alike")
     named = f"follows from the prompt: {' and '.join(follows)}" if follows else ""
@@ -309,6 +316,37 @@ class Alike(AttentionMethod):
         dealt = spread(shares, share_of(layers * counts, self.share), counts.clamp(max=1), counts)
         nothing = torch.zeros(visual.shape, device="cpu")
         return {layer: best_tokens(nothing, visual, budget) for layer, budget in zip(pruned, dealt, strict=True)}
+
+
+class AlikeSealer(Sealer):
+    """Stores the states of a layer as those of another one of the same shapes were stored, in storage of its own.
+
+    Args:
+        sealer: the layer's.
+        seals: what was stored so far, by what it follows from.
+    """
+
+    def __init__(self, sealer: Sealer, seals: dict[object, Stored]) -> None:
+        self.__dict__.update(sealer.__dict__)
+        self.seals = seals
+
+    def store_keys(self, keys: Tensor, ranges: Ranges, queries: Tensor | None, valid: Tensor | None) -> Stored:
+        """Store packed Keys."""
+        return self._as_before("key", keys, ranges, lambda: Sealer.store_keys(self, keys, ranges, queries, valid))
+
+    def store_values(self, values: Tensor, ranges: Ranges) -> Stored:
+        """Store packed Values."""
+        return self._as_before("value", values, ranges, lambda: Sealer.store_values(self, values, ranges))
+
+    def _as_before(self, kind: str, states: Tensor, ranges: Ranges, store: Callable[[], Stored]) -> Stored:
+        if self.options.is_calibrated:
+            return store()  # its layers differ
+        key = (kind, self.options, states.shape, states.dtype, tuple(ranges))
+        if key not in self.seals:
+            self.seals[key] = store()
+        stored = self.seals[key]
+        basis = None if stored.basis is None else stored.basis.select(torch.empty_like)
+        return Stored(torch.empty_like(stored.data), basis, stored.code)
 
 
 class ShapeSelection(TokenSelection):
