@@ -22,7 +22,7 @@ from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
 from rotatek_cache.core.row_layout import row_index
 from rotatek_cache.core.segments import SegmentView, Stored
-from rotatek_cache.hf.config_shapes import dtype_of, kv_shape
+from rotatek_cache.hf.config_shapes import kv_shape
 from rotatek_cache.hf.estimate import CacheEstimate, estimate_bytes, tokens_of
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
 from rotatek_cache.options import Allocation, Bits, FitOptions, with_option_docs
@@ -331,7 +331,7 @@ class RotateKCache(Cache):
             NotImplementedError: the model has cache layers whose state its config does not tell.
         """
         counts = tokens_of(visual_tokens, text_tokens, batch, images, answer_tokens)
-        return estimate_bytes(lambda: cls.for_study(**options), config, counts, dtype_of(config, dtype))
+        return estimate_bytes(lambda: cls.for_study(**options), config, counts, dtype)
 
     def learn_config(self, config: PreTrainedConfig) -> None:
         """Build the layers that `config` asks for, once: RotateK for full attention, the stock ones for the rest."""
