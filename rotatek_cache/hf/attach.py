@@ -174,6 +174,7 @@ def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | 
     """Return position ids where the model needs them."""
     attachment: Attachment = module._rotatek
     attachment.select()  # first of all: `_after_forward` is called whatever happens
+    attachment.begin_filling(cache)
     config = module.config
     if given.get("output_attentions") or config.get_text_config(decoder=True).output_attentions:
         raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")

@@ -42,6 +42,7 @@ class Attachment:
     threads: set[int] = field(default_factory=set)  # that are in a forward with a RotateKCache
     fingerprint: Tensor | None = None  # of the model, once a calibrated basis asks
     choosing: dict[int, RotateKCache] = field(default_factory=dict)  # by thread: chooses from what is encoded now
+    filling: dict[int, RotateKCache] = field(default_factory=dict)  # by thread: is in a forward
     graphs: DecodeGraphs = field(default_factory=DecodeGraphs)
     taps: dict[int, EncoderTap] = field(default_factory=dict)  # by thread: listens to what is encoded now
 
@@ -59,9 +60,21 @@ class Attachment:
                 self._set([hf_attention.NAME] * len(self.configs))
             self.threads.add(threading.get_ident())
 
+    def begin_filling(self, cache: RotateKCache) -> None:
+        """Note the cache of a forward; a RuntimeError where another thread is in a forward with it."""
+        with _SELECTING:
+            own = threading.get_ident()
+            if any(other is cache for thread, other in self.filling.items() if thread != own):
+                raise RuntimeError(
+                    "another thread is in a forward with this RotateKCache, and both would write to it: give each "
+                    "thread a cache of its own (copy.deepcopy(cache) shares a prompt that was read once)"
+                )
+            self.filling[own] = cache
+
     def restore(self) -> None:
         """End the forward that `select` began in this thread, if one is open."""
         with _SELECTING:
+            self.filling.pop(threading.get_ident(), None)
             if threading.get_ident() in self.threads:
                 self.threads.remove(threading.get_ident())
                 if not self.threads:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -107,8 +107,9 @@ class RotateKLayer(CacheLayerMixin):
     def keys(self) -> Tensor:
         """Not available: the layer stores coefficients."""
         raise AttributeError(
-            "a RotateKCache has no dense Keys or Values of a layer to read (models with cross-attention layers do "
-            "that, and cannot use it)"
+            "a RotateKCache has no dense Keys or Values of a layer to read, they are compressed: cache.report() and "
+            "cache.tensors() say what it holds, and what needs dense ones needs a DynamicCache (models with "
+            "cross-attention layers do, and cannot use this one)"
         )
 
     @keys.setter
@@ -551,6 +552,12 @@ class RotateKCache(Cache):
         planner = self.coordinator.planner
         plan = "" if planner is None or planner.made is None else str(planner.made)
         return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes(), plan, self.decoding)
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "a RotateKCache cannot be iterated over as a DynamicCache can: its Keys are compressed. cache.report() and "
+            "cache.tensors() say what it holds"
+        )
 
     def __repr__(self) -> str:
         every = {field: getattr(self.options, field.name) for field in dataclasses.fields(FitOptions)}
