@@ -90,9 +90,7 @@ class LayerKV:
         elif shape != self.shape:
             held = self.shape[0]
             repeated = shape[1:] == self.shape[1:] and batch % held == 0
-            advice = (
-                f"call cache.batch_repeat_interleave({batch // held}) first where each row is repeated, " * repeated
-            )
+            repeat = f"call cache.batch_repeat_interleave({batch // held}) first where each row is repeated, "
             raise ValueError(
                 f"this cache holds (rows, KV heads, key width, value width) = {self.shape}, the new states have "
                 f"{shape}: {repeat if repeated else 'call '}cache.reset() or a new cache for another batch"
