@@ -84,8 +84,9 @@ def test_the_versions_of_transformers_are_said_once():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     (asked,) = Requirement(extras["hf"][0]).specifier
     assert (asked.operator, asked.version) == (">=", "{}.{}".format(*OLDEST))
-    (pinned,) = re.findall(r"^transformers==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    pins, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "Makefile"))
+    (pinned,) = re.findall(r"^transformers==(.*)$", pins, re.MULTILINE)
     assert pinned.startswith("{}.{}.".format(*NEWEST))
-    (hosts,) = re.findall(r"^HOSTS \?= (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    (hosts,) = re.findall(r"^HOSTS \?= (.*)$", makefile, re.MULTILINE)
     assert hosts.split()[0].startswith("{}.{}.".format(*OLDEST))
     assert hosts.split()[-1] == "$(TRANSFORMERS_VERSION)"
