@@ -13,6 +13,8 @@ from tiny_models import IMAGE, PAD, VOCAB, Prompt, Tiny, visual_positions, words
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
+from rotatek_cache.hf.calls import cache_argument
+
 Make = Callable[..., Cache]
 WAYS: dict[str, Callable[[Tiny, PreTrainedModel, Make], list[Tensor]]] = {}
 NEW = 5
@@ -27,7 +29,7 @@ def way(function: Callable[[Tiny, PreTrainedModel, Make], list[Tensor]]) -> Any:
 def generate(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, **options: Any) -> Any:
     """Greedy generation with logits, unless `options` say otherwise."""
     arguments = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    return model.generate(**inputs, past_key_values=cache, **arguments | options)
+    return model.generate(**inputs, **cache_argument(model, cache), **arguments | options)
 
 
 def _result(output: Any) -> list[Tensor]:
@@ -141,7 +143,7 @@ def second_turn_with_an_image(tiny: Tiny, model: PreTrainedModel, make: Make) ->
     if tiny.token_types == "mm_token_type_ids":
         # Positions need the grids of all images; of the features, those of the new one are wanted.
         second[tiny.token_types] = (second["input_ids"] == IMAGE).int()
-        second["image_grid_thw"] = tiny.collate([[*prompt.images, content]])["image_grid_thw"]
+        second[tiny.grids] = tiny.collate([[*prompt.images, content]])[tiny.grids]
         new = {"mm_encoder_outputs": {"image": model.model.get_image_features(**new, return_dict=True)}}
     answer = generate(model, second | new, cache)
     third = follow_up(tiny, second, answer.sequences, words(6, 4))  # where its positions begin follows from both images
@@ -159,7 +161,7 @@ def forward_with_a_new_image(tiny: Tiny, model: PreTrainedModel, make: Make) -> 
     if tiny.token_types == "mm_token_type_ids" and not hasattr(cache, "positions"):
         # Without attach, the model would number the new image as text.
         whole = tiny.inputs(Prompt([*prompt.ids, *new["input_ids"][0].tolist()], [*prompt.images, content]))
-        wanted = {name: whole[name] for name in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
+        wanted = {name: whole[name] for name in ("input_ids", "mm_token_type_ids", tiny.grids)}
         positions, model.model.rope_deltas = model.model.get_rope_index(**wanted)
         new["position_ids"] = positions[..., len(prompt.ids) :]
     del new["attention_mask"]

@@ -1,7 +1,7 @@
 """The table of model families, the only place that knows them: what stands for an image, and what is special."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
@@ -30,6 +30,7 @@ _TOWER = Family(Encoder("vision_tower"))
 _ANYRES = Encoder("vision_tower", packed)
 _BY_SIZE = Family(Encoder("vision_tower", by_image_size))
 _IDEFICS = Family(Encoder("vision_model"))
+_MINICPM = Family(None, IMAGE_AND_VIDEO)  # halfway through, its encoder merges windows of patches into fewer
 _QWEN = Family(Encoder("visual", in_order), IMAGE_AND_VIDEO, mrope=True)
 
 # model_type -> facts; the tests run each family here through generate.
@@ -48,12 +49,16 @@ FAMILIES: dict[str, Family] = {
     "llava_next": Family(_ANYRES),
     "llava_next_video": Family(_ANYRES, IMAGE_AND_VIDEO),
     "llava_onevision": Family(_ANYRES, IMAGE_AND_VIDEO),
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": replace(_MINICPM, mrope=True),
     "mistral3": _BY_SIZE,
     "ovis2": _TOWER,
     "paligemma": Family(Encoder("vision_tower"), two_ways=True),
     "perception_lm": Family(None, IMAGE_AND_VIDEO),  # a timm encoder, whose attention weights cannot be read
     "qwen2_5_vl": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
     "qwen2_vl": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
     "smolvlm": _IDEFICS,

@@ -19,11 +19,12 @@ from rotatek_cache.cache.expected_prompt import ExpectedPrompt
 from rotatek_cache.hf import mrope
 from rotatek_cache.hf.attachment import attachment_of, check_adapter, inner_model
 from rotatek_cache.hf.cache import RotateKCache
-from rotatek_cache.hf.calls import arguments_of
+from rotatek_cache.hf.calls import arguments_of, cache_in
 from rotatek_cache.hf.encoder_layouts import note_packing, packed
 from rotatek_cache.hf.families import Family
 from rotatek_cache.hf.feature_choice import choose_features
 from rotatek_cache.hf.prompt import brings_content, check_content_is_new, placeholder_positions
+from rotatek_cache.hf.versions import NEWEST, OLDEST, Version, installed, tested, warn_if_untested
 from rotatek_cache.token_pruning.interface import FeatureMethod
 
 
@@ -58,7 +59,7 @@ def _prepare_inputs(original: Original, *args: Any, **kwargs: Any) -> dict[str, 
     Of a cached prompt only the ids behind it are used, so nothing else would notice that it is another one.
     """
     given = original.arguments(*args, **kwargs)
-    cache, uncached, ids = given.get("past_key_values"), given.get("next_sequence_length"), given["input_ids"]
+    cache, uncached, ids = cache_in(given), given.get("next_sequence_length"), given["input_ids"]
     if isinstance(cache, RotateKCache):
         # A wrapper of PEFT puts a method of its own here for as long as it generates.
         check_adapter(getattr(original.module.__dict__.get(original.name), "__self__", None))
@@ -88,7 +89,7 @@ def _holds_another_prompt(cache: RotateKCache, ids: Tensor) -> bool:
 
 def _prepare_position_ids(original: Original, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
     """Let M-RoPE positions go on from this conversation's offset."""
-    cache, inner = model_kwargs.get("past_key_values"), inner_model(original.module)
+    cache, inner = cache_in(model_kwargs), inner_model(original.module)
     attachment = attachment_of(inner)
     if attachment is None or not attachment.family.mrope or not isinstance(cache, RotateKCache):
         return original(inputs_tensor, model_kwargs)
@@ -97,7 +98,7 @@ def _prepare_position_ids(original: Original, inputs_tensor: Tensor, model_kwarg
 
 def _generate_batch(original: Original, *args: Any, **kwargs: Any) -> Any:
     """Refuse a cache that continuous batching would ignore."""
-    if isinstance(kwargs.get("past_key_values"), RotateKCache):
+    if isinstance(cache_in(kwargs), RotateKCache):
         raise ValueError(  # noqa: TRY004 - the type is right, the call is not
             "continuous batching keeps its own paged cache and would ignore this RotateKCache: use generate"
         )
@@ -108,7 +109,7 @@ def _maybe_prepare_encoder_kwargs(original: Original, *args: Any, **kwargs: Any)
     """Tell the cache the whole prompt before images are encoded: budgets are dealt out by it."""
     given = original.arguments(*args, **kwargs)
     model_kwargs, ids, settings = given["model_kwargs"], given["inputs_tensor"], given["generation_config"]
-    cache, attachment = model_kwargs.get("past_key_values"), attachment_of(inner_model(original.module))
+    cache, attachment = cache_in(model_kwargs), attachment_of(inner_model(original.module))
     if attachment is not None and isinstance(cache, RotateKCache):
         attachment.graphs.begin_generate(cache, graphs=not settings.disable_compile)
     if attachment is not None and isinstance(cache, RotateKCache) and ids.ndim == 2:
@@ -130,7 +131,7 @@ def _maybe_prepare_encoder_kwargs(original: Original, *args: Any, **kwargs: Any)
 
 def _prepare_multimodal_encoder_kwargs(original: Original, *args: Any, **kwargs: Any) -> Any:
     """Let a cache's token method choose from images that are encoded before any forward."""
-    cache = original.arguments(*args, **kwargs)["model_kwargs"].get("past_key_values")
+    cache = cache_in(original.arguments(*args, **kwargs)["model_kwargs"])
     attachment = attachment_of(inner_model(original.module))
     if attachment is None or not isinstance(cache, RotateKCache) or not isinstance(cache.tokens, FeatureMethod):
         return original(*args, **kwargs)
@@ -145,7 +146,7 @@ def _prepare_multimodal_encoder_kwargs(original: Original, *args: Any, **kwargs:
 def _expand_inputs(original: Original, *args: Any, **kwargs: Any) -> Any:
     """Repeat the images of a later turn as its rows are: transformers counts by the placeholders of all turns."""
     given = original.arguments(*args, **kwargs)
-    cache, encoded, ids = given.get("past_key_values"), given.get("mm_encoder_outputs"), given.get("input_ids")
+    cache, encoded, ids = cache_in(given), given.get("mm_encoder_outputs"), given.get("input_ids")
     begin = cache.get_seq_length() if isinstance(cache, RotateKCache) else 0
     if not begin or not encoded or ids is None or given.get("expand_size", 1) == 1:
         return original(*args, **kwargs)
@@ -162,7 +163,7 @@ def _get_candidate_generator(original: Original, *args: Any, **kwargs: Any) -> A
     The first forward brings the first guesses with the prompt, and tokens must not be chosen by the guesses' queries.
     """
     given = original.arguments(*args, **kwargs)
-    cache = given["model_kwargs"].get("past_key_values")
+    cache = cache_in(given["model_kwargs"])
     if isinstance(cache, RotateKCache):
         cache.positions.set_prompt_end(given["input_ids"].shape[1])
     return original(*args, **kwargs)
@@ -197,9 +198,6 @@ def _forward(original: Original, *args: Any, **kwargs: Any) -> Any:
     return attachment.graphs.forward(original.module, original, *args, **kwargs)
 
 
-Version = tuple[int, int]
-
-
 @dataclass(frozen=True)
 class Replacement:
     """A method that attach replaces.
@@ -215,13 +213,13 @@ class Replacement:
     name: str
     function: Callable[..., Any]
     purpose: str
-    since: Version = (5, 17)
+    since: Version = OLDEST
     until: Version | None = None
 
     @property
     def is_expected(self) -> bool:
         """Whether this version of transformers should have it."""
-        return self.since <= _version() and (self.until is None or _version() < self.until)
+        return self.since <= installed() and (self.until is None or installed() < self.until)
 
     def install(self, module: Any) -> None:
         """Set it on `module`, or raise a RuntimeError if its class lacks the method."""
@@ -232,7 +230,7 @@ class Replacement:
             raise RuntimeError(
                 f"transformers {transformers.__version__}: {type(module).__name__} has no method {self.name}, which "
                 f"attach replaces to {self.purpose}; expected from version {self.since[0]}.{self.since[1]} on. "
-                "Install a version that rotatek_cache supports: pip install 'rotatek-cache[hf]'"
+                f"Tested are {tested()}: pip install 'transformers=={NEWEST[0]}.{NEWEST[1]}.*'"
             )
         # A partial, and no method, since that can be copied and pickled with the model.
         own = module.__dict__.get(self.name)
@@ -270,17 +268,13 @@ FORWARD = Replacement("forward", _forward, "replay decode steps from a captured 
 PACKING = Replacement("pack_image_features", _pack_image_features, "follow patches into packed tiles")
 
 
-def _version() -> Version:
-    major, minor = transformers.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 def replace_methods(top: Any, inner: Any, family: Family) -> None:
     """Replace the methods of an attached model, with and below its head.
 
     Raises:
         RuntimeError: this version of transformers lacks one that it should have.
     """
+    warn_if_untested()
     try:
         if isinstance(top, GenerationMixin):
             for replacement in GENERATE_METHODS:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.hf.cache import RotateKCache
+from rotatek_cache.hf.calls import CACHE_NAMES
 from rotatek_cache.hf.prompt import brings_content
 
 _POSITIONS = threading.Lock()  # while a model's offset is that of one conversation
@@ -133,6 +134,11 @@ def _names_new_images(inner: Any, begin: int, ids: Tensor, given: Mapping[str, A
             "a turn that brings images or videos to a cached conversation needs mm_token_type_ids, by which its "
             "positions (M-RoPE) are found: pass those that the processor returns beside input_ids"
         )
+    if not bool(types[:, -new:].any()):
+        return False
+    if all(given.get(grid) is None for grid, _ in GRIDS.values()):
+        # Other families have grids under other names, which belong to the pixels where there are any.
+        return any(given.get(pixels) is not None for _, pixels in GRIDS.values())
     whole = True
     for kind, (grid_name, pixels_name) in GRIDS.items():
         grid, pixels = given.get(grid_name), given.get(pixels_name)
@@ -167,7 +173,7 @@ def _positions_of_turn(
     # How many tokens a row has behind it is not how many it has in the cache, which holds its padding too.
     behind = torch.full((len(ids), 1), begin) if mask is None else mask[:, :begin].sum(1, keepdim=True)
     behind = behind.to(ids.device)
-    turn = {name: value for name, value in given.items() if name not in ("past_key_values", "cache", "input_ids")}
+    turn = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, "input_ids")}
     if mask is not None:
         turn["attention_mask"] = mask[:, -new:]
     if turn.get("mm_token_type_ids") is not None:
