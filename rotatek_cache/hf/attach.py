@@ -241,9 +241,9 @@ def _after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 def _end(module: Any, cache: RotateKCache, output: Any) -> None:
     try:
         if output is not None:
-            module._rotatek.end_filling()
+            begin = module._rotatek.end_filling()
             if module._rotatek.family.mrope:
-                mrope.end_forward(module, cache)
+                mrope.end_forward(module, cache, begin)
     finally:
         _close(module, cache)
 

@@ -284,6 +284,7 @@ class RotateKCache(Cache):
         self.positions = VisualPositions(visual_mask)
         self.coordinator = Coordinator(self.positions, self.tokens, planner)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
+        self.coming_deltas: tuple[int, Tensor] | None = None  # the same of a turn that is yet to be read, and its begin
         self.offsets = RopeOffsets()  # the same behind each image
         self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
@@ -480,7 +481,7 @@ class RotateKCache(Cache):
         """Forget all tokens, for a new prompt; the layers and the options stay."""
         super().reset()
         self.positions.reset()
-        self.rope_deltas = None
+        self.rope_deltas = self.coming_deltas = None
         self.offsets = RopeOffsets()
         self.coordinator.reset()
 

@@ -39,7 +39,7 @@ def begin_forward(inner: Any, cache: RotateKCache, begin: int, given: Mapping[st
         shown = begin and position_ids is None and ids is not None and brings_content(dict(given))
         if shown and _names_new_images(inner, begin, ids, given):
             position_ids = _positions_of_turn(inner, cache, begin, ids, given, _model_positions(inner))
-            cache.rope_deltas = inner.rope_deltas
+            cache.coming_deltas = begin, inner.rope_deltas
             return position_ids
         if not begin and position_ids is None:
             inner.rope_deltas = cache.rope_deltas = None  # of another conversation, or an attempt that failed
@@ -48,10 +48,13 @@ def begin_forward(inner: Any, cache: RotateKCache, begin: int, given: Mapping[st
     return None
 
 
-def end_forward(inner: Any, cache: RotateKCache) -> None:
-    """Let the cache keep the offset that its first forward left on the model."""
-    if cache.rope_deltas is None:
+def end_forward(inner: Any, cache: RotateKCache, begin: int) -> None:
+    """Let the cache keep the offset that the forward of its positions from `begin` on has brought."""
+    if cache.coming_deltas is not None and cache.coming_deltas[0] == begin:
+        cache.rope_deltas = cache.coming_deltas[1]
+    elif cache.rope_deltas is None:
         cache.rope_deltas = inner.rope_deltas
+    cache.coming_deltas = None
 
 
 def record_offsets(cache: RotateKCache, begin: int, position_ids: Tensor, mask: Tensor | None) -> None:
@@ -102,13 +105,16 @@ def prepare_positions(
         if begin and cache.rope_deltas is not None:
             repeats = max(1, cache.rope_deltas.shape[0] // ids.shape[0])
             inner.rope_deltas = cache.rope_deltas[::repeats]
-        if begin and ids.ndim == 2 and brings_content(dict(given)) and _names_new_images(inner, begin, ids, given):
             cache.rope_deltas = inner.rope_deltas
+        if begin and ids.ndim == 2 and brings_content(dict(given)) and _names_new_images(inner, begin, ids, given):
             turn = _positions_of_turn(inner, cache, begin, ids, given, prepare)
             positions = torch.nn.functional.pad(turn, (begin, 0))  # of cached tokens nothing is read
         else:
             positions = prepare(inputs, dict(given))
-        cache.rope_deltas = inner.rope_deltas
+        if begin:
+            cache.coming_deltas = begin, inner.rope_deltas  # kept once the turn is in the cache, which may yet fail
+        else:
+            cache.rope_deltas = inner.rope_deltas
     return positions
 
 
