@@ -330,7 +330,6 @@ class RotateKCache(Cache):
 
         Raises:
             TypeError, ValueError: numbers or options that cannot be.
-            NotImplementedError: the model has cache layers whose state its config does not tell.
         """
         counts = tokens_of(visual_tokens, text_tokens, batch, images, answer_tokens)
         return estimate_bytes(lambda: cls.for_study(**options), config, counts, dtype)
