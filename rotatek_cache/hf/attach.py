@@ -140,11 +140,9 @@ def _before_forward(
     """
     cache = _cache_of(module, args, kwargs)
     if cache is not None:
-        given = arguments_of(type(module).forward, module, *args, **kwargs)
-        position_ids = _begin(module, cache, given)
-        if position_ids is not None:
-            return (), {name: value for name, value in given.items() if name != "self"} | {"position_ids": position_ids}
-    elif module._rotatek.threads:
+        changed = _begin(module, cache, args, kwargs)
+        return None if changed is None else ((), changed)
+    if module._rotatek.threads:
         module._rotatek.meet_another_cache()
     return None
 
@@ -173,11 +171,12 @@ class TextModelGuard:
 
 
 @torch.compiler.disable  # which positions are visual is decided on the host, forward by forward
-def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | None:
-    """Return position ids where the model needs them."""
+def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return all arguments by name where the model needs other position ids."""
     attachment: Attachment = module._rotatek
     attachment.select()  # first of all: `_after_forward` is called whatever happens
     attachment.begin_filling(cache)
+    given = arguments_of(type(module).forward, module, *args, **kwargs)
     name = cache_name(type(module).forward)
     if given.get(CACHE_NAMES[0]) is cache and name != CACHE_NAMES[0]:
         raise ValueError(
@@ -227,7 +226,10 @@ def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | 
             cache.positions.drop(kept_features(encoded.pooler_output))
     if begin == 0:
         cache.positions.begin_prompt(ids)
-    return mrope.begin_forward(module, cache, begin, given) if attachment.family.mrope else None
+    position_ids = mrope.begin_forward(module, cache, begin, given) if attachment.family.mrope else None
+    if position_ids is None:
+        return None
+    return {name: value for name, value in given.items() if name != "self"} | {"position_ids": position_ids}
 
 
 def _after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -67,7 +67,7 @@ def record_offsets(cache: RotateKCache, begin: int, position_ids: Tensor, mask: 
         mask: 2D ``[B, begin + n]``; None: all is visible.
     """
     rows, tokens = position_ids.shape[1:]
-    if tokens == 1 and not cache.offsets.open:
+    if cache.stepping is not None or (tokens == 1 and not cache.offsets.open):
         return  # a decode step changes no offset, and reading it would make the host wait
     flags = next((v for first, _, v in reversed(cache.positions.flags) if first == begin), None)
     visual = torch.zeros_like(position_ids[0], dtype=torch.bool) if flags is None else flags.to(position_ids.device)
