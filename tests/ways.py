@@ -13,6 +13,8 @@ from tiny_models import IMAGE, PAD, VOCAB, Prompt, Tiny, visual_positions, words
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
+from rotatek_cache.hf.calls import cache_argument
+
 Make = Callable[..., Cache]
 WAYS: dict[str, Callable[[Tiny, PreTrainedModel, Make], list[Tensor]]] = {}
 NEW = 5
@@ -27,7 +29,7 @@ def way(function: Callable[[Tiny, PreTrainedModel, Make], list[Tensor]]) -> Any:
 def generate(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, **options: Any) -> Any:
     """Greedy generation with logits, unless `options` say otherwise."""
     arguments = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    return model.generate(**inputs, past_key_values=cache, **arguments | options)
+    return model.generate(**inputs, **cache_argument(model, cache), **arguments | options)
 
 
 def _result(output: Any) -> list[Tensor]:

@@ -25,7 +25,9 @@ def calibrate(model: torch.nn.Module, prompts: Iterable[dict[str, Any]], state: 
     Returns:
         `state`.
     """
-    from rotatek_cache.hf.cache import RotateKCache, RotateKLayer  # noqa: PLC0415 (the maths needs no transformers)
+    # The maths needs no transformers.
+    from rotatek_cache.hf.cache import RotateKCache, RotateKLayer  # noqa: PLC0415
+    from rotatek_cache.hf.calls import cache_argument  # noqa: PLC0415
 
     projections = output_projections(model)
     for prompt in prompts:
@@ -36,7 +38,7 @@ def calibrate(model: torch.nn.Module, prompts: Iterable[dict[str, Any]], state: 
                 sealer = layer.kv.sealer
                 sealer.keys = KeyMoments(sealer.keys.wanted, state)
                 sealer.values = ValueMoments(sealer.values.wanted, state, projections.get(index))
-        model(**prompt, past_key_values=cache, use_cache=True)
+        model(**prompt, **cache_argument(model, cache), use_cache=True)
         state.images += 1
     return state
 

@@ -13,7 +13,7 @@ from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.hf import mrope
 from rotatek_cache.hf.attachment import Attachment, attachment_of, inner_model
 from rotatek_cache.hf.cache import RotateKCache
-from rotatek_cache.hf.calls import arguments_of
+from rotatek_cache.hf.calls import arguments_of, cache_in
 from rotatek_cache.hf.decode_graphs import GRAPHS, DecodeGraphs
 from rotatek_cache.hf.families import FAMILIES, REFUSED, Family, family_of, placeholder_ids
 from rotatek_cache.hf.feature_choice import kept_features
@@ -26,6 +26,8 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 def attach(model: M, *, graphs: int = GRAPHS) -> M:
     """Make ``model.generate(..., past_key_values=RotateKCache(...))`` work for the rest of the model's life.
+
+    From transformers 5.24 on the argument is also called `cache`.
 
     Forwards with a `RotateKCache` use the attention function "rotatek" in the text model (the vision tower keeps its
     own) and tell the cache which positions are visual. Any other cache behaves as before. Calling it twice changes
@@ -133,9 +135,9 @@ def _check(top: PreTrainedModel) -> Family:
 
 def _cache_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotateKCache | None:
     """Find the `RotateKCache` that a forward of `module` is called with."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     if cache is None and args:
-        cache = arguments_of(type(module).forward, module, *args).get("past_key_values")
+        cache = cache_in(arguments_of(type(module).forward, module, *args))
     return cache if isinstance(cache, RotateKCache) else None
 
 

@@ -2,7 +2,12 @@
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
+
+from transformers import GenerationMixin
+
+CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
 
 @functools.cache
@@ -15,3 +20,24 @@ def arguments_of(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     given = _signature(function).bind_partial(*args, **kwargs).arguments
     more = given.pop("kwargs", {})
     return given | more
+
+
+@functools.cache
+def cache_name(function: Any = GenerationMixin.prepare_inputs_for_generation) -> str:
+    """Look up the name under which a function takes the cache: that of `generate` where the signature leaves it open.
+
+    Args:
+        function: a forward, or a method of `generate`.
+    """
+    named = [name for name in CACHE_NAMES if name in _signature(function).parameters]
+    return named[0] if named else cache_name()
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Name a cache as the forward of `model` takes it, for ``model(**inputs, **cache_argument(model, cache))``."""
+    return {cache_name(type(model).forward): cache}
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """Find the cache among named arguments, whose caller may use either name; None where there is none."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)

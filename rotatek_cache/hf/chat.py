@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from rotatek_cache.hf.attach import attach
+from rotatek_cache.hf.calls import cache_argument
 
 READER = Path(__file__).parents[1] / "reader"
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
@@ -213,7 +214,7 @@ class Chat:
         prompt = batch.ids.shape[1]
         ids = self.model.generate(
             **inputs,
-            past_key_values=batch.cache,
+            **cache_argument(self.model, batch.cache),
             max_new_tokens=batch.max_new_tokens,
             pad_token_id=self.processor.tokenizer.pad_token_id,
             **batch.options,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rotatek_cache.cache.decode_step import DecodeStep, LayerStep
 from rotatek_cache.hf.cache import RotateKCache, RotateKLayer
-from rotatek_cache.hf.calls import arguments_of
+from rotatek_cache.hf.calls import CACHE_NAMES, arguments_of, cache_argument, cache_in
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class DecodeGraphs:
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
         given = arguments_of(type(inner).forward, inner, *args, **kwargs)
-        cache = given.get("past_key_values")
+        cache = cache_in(given)
         if not isinstance(cache, RotateKCache) or not self.limit or not cache.get_seq_length():
             return original(*args, **kwargs)
         content = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
@@ -206,7 +206,7 @@ class DecodeGraphs:
             captured.cache = _gone  # the cache was reset; its old storage may serve the new prompt
             captured = None
         if captured is None or not captured.step.fits() or captured.signature != signature:
-            captured = self._capture(original, cache, signature, inputs, captured, given.get("attention_mask"))
+            captured = self._capture(inner, original, cache, signature, inputs, captured, given.get("attention_mask"))
         else:
             captured.step.refresh()
             self._check_mask(known, captured.step, given.get("attention_mask"))
@@ -279,6 +279,7 @@ class DecodeGraphs:
 
     def _capture(
         self,
+        inner: Any,
         original: Callable[..., Any],
         cache: RotateKCache,
         signature: dict[str, Any],
@@ -317,7 +318,7 @@ class DecodeGraphs:
 
         try:
             static = {name: tensor.clone() for name, tensor in inputs.items()}
-            arguments |= static | {"past_key_values": cache, "attention_mask": None}
+            arguments |= static | cache_argument(inner, cache) | {"attention_mask": None}
             graph = CudaGraph() if self.new_graph is None else self.new_graph()
             with _stepping(cache, step.layers), torch.cuda.device_of(step.layers[0].keys):
                 output = _without_cache(graph.capture(run, run_and_advance))
@@ -466,7 +467,7 @@ def _signature(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
     signature: dict[str, Any] = {}
     inputs: dict[str, Tensor] = {}
     for name, value in given.items():
-        if name in ("past_key_values", "attention_mask", "self"):
+        if name in (*CACHE_NAMES, "attention_mask", "self"):
             continue
         if isinstance(value, Tensor):
             inputs[name] = value

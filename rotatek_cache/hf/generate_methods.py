@@ -19,7 +19,7 @@ from rotatek_cache.cache.expected_prompt import ExpectedPrompt
 from rotatek_cache.hf import mrope
 from rotatek_cache.hf.attachment import attachment_of, inner_model
 from rotatek_cache.hf.cache import RotateKCache
-from rotatek_cache.hf.calls import arguments_of
+from rotatek_cache.hf.calls import arguments_of, cache_in
 from rotatek_cache.hf.encoder_layouts import note_packing, packed
 from rotatek_cache.hf.families import Family
 from rotatek_cache.hf.feature_choice import choose_features
@@ -58,7 +58,7 @@ def _prepare_inputs(original: Original, *args: Any, **kwargs: Any) -> dict[str, 
     Of a cached prompt only the ids behind it are used, so nothing else would notice that it is another one.
     """
     given = original.arguments(*args, **kwargs)
-    cache, uncached, ids = given.get("past_key_values"), given.get("next_sequence_length"), given["input_ids"]
+    cache, uncached, ids = cache_in(given), given.get("next_sequence_length"), given["input_ids"]
     if isinstance(cache, RotateKCache) and uncached is not None:
         other = bool(given.get("is_first_iteration")) and _holds_another_prompt(cache, ids)
         if uncached <= 0 or other:
@@ -83,7 +83,7 @@ def _holds_another_prompt(cache: RotateKCache, ids: Tensor) -> bool:
 
 def _prepare_position_ids(original: Original, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
     """Let M-RoPE positions go on from this conversation's offset."""
-    cache, inner = model_kwargs.get("past_key_values"), inner_model(original.module)
+    cache, inner = cache_in(model_kwargs), inner_model(original.module)
     attachment = attachment_of(inner)
     if attachment is None or not attachment.family.mrope or not isinstance(cache, RotateKCache):
         return original(inputs_tensor, model_kwargs)
@@ -93,7 +93,7 @@ def _prepare_position_ids(original: Original, inputs_tensor: Tensor, model_kwarg
 
 def _generate_batch(original: Original, *args: Any, **kwargs: Any) -> Any:
     """Refuse a cache that continuous batching would ignore."""
-    if isinstance(kwargs.get("past_key_values"), RotateKCache):
+    if isinstance(cache_in(kwargs), RotateKCache):
         raise ValueError(  # noqa: TRY004 - the type is right, the call is not
             "continuous batching keeps its own paged cache and would ignore this RotateKCache: use generate"
         )
@@ -104,7 +104,7 @@ def _maybe_prepare_encoder_kwargs(original: Original, *args: Any, **kwargs: Any)
     """Tell the cache the whole prompt before images are encoded: budgets are dealt out by it."""
     given = original.arguments(*args, **kwargs)
     model_kwargs, ids, settings = given["model_kwargs"], given["inputs_tensor"], given["generation_config"]
-    cache, attachment = model_kwargs.get("past_key_values"), attachment_of(inner_model(original.module))
+    cache, attachment = cache_in(model_kwargs), attachment_of(inner_model(original.module))
     if attachment is not None and isinstance(cache, RotateKCache):
         attachment.graphs.begin_generate(cache, graphs=not settings.disable_compile)
     if attachment is not None and isinstance(cache, RotateKCache) and ids.ndim == 2:
@@ -126,7 +126,7 @@ def _maybe_prepare_encoder_kwargs(original: Original, *args: Any, **kwargs: Any)
 
 def _prepare_multimodal_encoder_kwargs(original: Original, *args: Any, **kwargs: Any) -> Any:
     """Let a cache's token method choose from images that are encoded before any forward."""
-    cache = original.arguments(*args, **kwargs)["model_kwargs"].get("past_key_values")
+    cache = cache_in(original.arguments(*args, **kwargs)["model_kwargs"])
     attachment = attachment_of(inner_model(original.module))
     if attachment is None or not isinstance(cache, RotateKCache) or not isinstance(cache.tokens, FeatureMethod):
         return original(*args, **kwargs)
@@ -144,7 +144,7 @@ def _get_candidate_generator(original: Original, *args: Any, **kwargs: Any) -> A
     The first forward brings the first guesses with the prompt, and tokens must not be chosen by the guesses' queries.
     """
     given = original.arguments(*args, **kwargs)
-    cache = given["model_kwargs"].get("past_key_values")
+    cache = cache_in(given["model_kwargs"])
     if isinstance(cache, RotateKCache):
         cache.positions.set_prompt_end(given["input_ids"].shape[1])
     return original(*args, **kwargs)
