@@ -16,12 +16,11 @@ from tiny_models import (
     BREAK,
     CLOSE,
     END,
+    FAMILIES,
     IMAGE,
     OPEN,
-    TEXT,
+    TRANSFORMERS,
     VIDEO,
-    VISION,
-    VOCAB,
     Tiny,
     _anyres,
     _anyres_collate,
@@ -38,6 +37,7 @@ from tiny_models import (
     _wrapped,
 )
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 _SIGLIP = {"image_size": 32, "patch_size": 4, "vision_use_head": False}
 _VIDEO_GRID = _grids("pixel_values_videos", "video_grid_thw")
@@ -118,7 +118,10 @@ def _global_view(tokens: int, side: int, more: int = 0) -> Callable[[int, torch.
 def _tiles_by_row(rows: list[list[Tensor]]) -> dict[str, Tensor]:
     """Granite Docling: ``[B, tiles, 3, H, W]`` and which tiles there are."""
     given = _by_row(rows)
-    return {"pixel_values": given["pixel_values"], "pixel_attention_mask": (given["pixel_values"] != 0).flatten(2).any(-1)}
+    return {
+        "pixel_values": given["pixel_values"],
+        "pixel_attention_mask": (given["pixel_values"] != 0).flatten(2).any(-1),
+    }
 
 
 def _merge_sizes(rows: list[list[Any]]) -> dict[str, Tensor]:
@@ -201,6 +204,23 @@ MORE: dict[str, Tiny] = {
             _stack_both,
         ),
         Tiny("glm_ocr", _glm("glm_ocr"), _patch_grid(_PATCH), **_QWEN),
+        Tiny(
+            "shieldgemma2",
+            lambda: _config(
+                "shieldgemma2",
+                "gemma3_text",
+                "siglip_vision_model",
+                text={"layer_types": _MIXED, "sliding_window": 32, "query_pre_attn_scalar": 32},
+                vision={"image_size": 32, "patch_size": 2},
+                mm_tokens_per_image=64,
+                image_token_index=IMAGE,
+                boi_token_index=OPEN,
+                eoi_token_index=CLOSE,
+            ),
+            _wrapped(_square(64, 32)),
+            _stack,
+            token_types="token_type_ids",
+        ),
         Tiny("glmga", _glm("glmga"), _patch_grid(_PATCH), **_QWEN),
         Tiny(
             "paddleocr_vl",
@@ -248,7 +268,14 @@ MORE: dict[str, Tiny] = {
                 vision_type="clip_vision_model",
                 text={"attention_multiplier": 32**-0.5},
                 vision=_CLIP | {"hidden_size": 64, "patch_size": 2},
-                qformer_config={"num_hidden_layers": 1, "intermediate_size": 32},
+                qformer_config={
+                    "model_type": "blip_2_qformer",
+                    "hidden_size": 64,
+                    "encoder_hidden_size": 64,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 1,
+                    "intermediate_size": 32,
+                },
                 image_token_index=IMAGE,
                 image_grid_pinpoints=_PINPOINTS,
                 downsample_rate="2/4",
@@ -340,7 +367,7 @@ MORE: dict[str, Tiny] = {
             "cohere_compass",
             lambda: _config(
                 "cohere_compass",
-                text={"rope_parameters": _ROPE, "logit_scale": 1.0},
+                text={"rope_parameters": {"full_attention": {**_ROPE, "mrope_interleaved": True}}, "logit_scale": 1.0},
                 vision=_GRID_VISION
                 | {"out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
                 **_QWEN_IDS,
@@ -410,6 +437,7 @@ MORE: dict[str, Tiny] = {
             "aria",
             lambda: _config(
                 "aria",
+                vision_type="idefics3_vision",
                 text={"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
                 vision={"image_size": 40, "patch_size": 4},
                 projector_patch_to_query_dict={100: 64},
@@ -587,3 +615,12 @@ MORE: dict[str, Tiny] = {
         ),
     )
 }
+
+for _name in MORE.keys() - CONFIG_MAPPING_NAMES.keys():  # families that an older transformers does not have
+    del MORE[_name]
+if TRANSFORMERS < (5, 23):
+    del MORE["video_llava"]  # its images have another name there
+if TRANSFORMERS < (5, 20):
+    del MORE["aria"]  # its text config stays a dict there
+
+EVERY = FAMILIES | MORE
