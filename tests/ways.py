@@ -267,6 +267,8 @@ def forward_loop_of_one(tiny: Tiny, model: PreTrainedModel, make: Make) -> list[
     """Without an attention mask, and with ids by position."""
     inputs, cache = one(tiny), make()
     del inputs["attention_mask"]
+    if hasattr(model.model, "rope_deltas"):  # Qwen Omni leaves it as another conversation left it, without a mask
+        model.model.rope_deltas = None
     first = model(inputs.pop("input_ids"), **inputs, past_key_values=cache).logits[:, -1]
     return [torch.stack([first, *_decode(model, cache, first[:, :IMAGE].argmax(-1, keepdim=True), 4)])]
 

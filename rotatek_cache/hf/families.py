@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from rotatek_cache.hf.encoder_layouts import Encoder, by_image_size, in_order, in_windows, packed
+from rotatek_cache.hf.structure import obstacle
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,13 @@ class Family:
         encoder: the vision encoder, for token methods that read it; None if its layout is not known.
         placeholders: config fields with the ids that stand for visual tokens in `input_ids`.
         mrope: whether the model keeps an offset of positions (`rope_deltas`) of the conversation that it last read.
+        listed: whether it stands in the table, so that its model must have all methods that attach replaces.
     """
 
     encoder: Encoder | None
     placeholders: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False
+    listed: bool = True
 
 
 IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
@@ -32,35 +35,83 @@ _QWEN = Family(Encoder("visual", in_order), IMAGE_AND_VIDEO, mrope=True)
 
 # model_type -> facts; the tests run each family here through generate.
 FAMILIES: dict[str, Family] = {
+    "aria": Family(None),
     "aya_vision": _TOWER,
     "cohere2_vision": _TOWER,
+    "cohere_compass": _QWEN,
+    "cosmos3_edge": Family(Encoder("visual", in_order), IMAGE_AND_VIDEO, mrope=True),
+    "cosmos3_omni": _QWEN,
+    "deepseek_ocr2": Family(None),
+    "deepseek_vl": Family(Encoder("vision_model")),
+    "deepseek_vl_hybrid": Family(Encoder("vision_model")),
+    "ernie4_5_vl_moe": Family(Encoder("vision_tower", in_order), IMAGE_AND_VIDEO, mrope=True),
+    "exaone4_5": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO),
+    "fast_vlm": Family(None),
     "gemma3": _TOWER,
     "glm46v": _QWEN,
     "glm4v": _QWEN,
     "glm4v_moe": _QWEN,
+    "glm_ocr": _QWEN,
+    "glmga": _QWEN,
     "got_ocr2": _TOWER,
+    "granite4_vision": Family(None),
+    "granite_docling": Family(None),
+    "hunyuan_vl": Family(None, mrope=True),
+    "hyperclovax_vision_v2": Family(Encoder("vision_model", in_windows), IMAGE_AND_VIDEO),
+    "idefics2": Family(None),  # a perceiver: each token sees all patches
     "idefics3": _IDEFICS,
     "internvl": _TOWER,
+    "janus": Family(Encoder("vision_model")),
+    "lfm2_vl": Family(None),
     "lighton_ocr": Family(Encoder("vision_encoder", by_image_size)),
     "llava": Family(Encoder("vision_tower", in_order)),
     "llava_next": Family(_ANYRES),
     "llava_next_video": Family(_ANYRES, IMAGE_AND_VIDEO),
     "llava_onevision": Family(_ANYRES, IMAGE_AND_VIDEO),
     "mistral3": _BY_SIZE,
+    "molmo2": Family(None),
+    "muse_glimmer": Family(None, IMAGE_AND_VIDEO),
+    "muse_spark": Family(None, IMAGE_AND_VIDEO),
     "ovis2": _TOWER,
+    "paddleocr_vl": Family(None, mrope=True),
     "paligemma": _TOWER,
     "perception_lm": Family(None, IMAGE_AND_VIDEO),  # a timm encoder, whose attention weights cannot be read
+    "pp_chart2table": _TOWER,
+    "qianfan_ocr": _TOWER,
+    "qwen2_5_omni_thinker": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
     "qwen2_5_vl": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
     "qwen2_vl": _QWEN,
+    "qwen3_omni_moe_thinker": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
+    "shieldgemma2": _TOWER,
     "smolvlm": _IDEFICS,
+    "step3p7": Family(None),
+    "video_llama_3": Family(None, IMAGE_AND_VIDEO),
+    "video_llava": Family(Encoder("image_tower", in_order), IMAGE_AND_VIDEO),
     "vipllava": Family(Encoder("vision_tower", in_order, class_token=True)),
 }
 
-# model_type -> why its images cannot be compressed.
+# model_type -> the part that reads images and generates text; `attach` attaches that part.
+PARTS: Mapping[str, str] = {
+    "qwen2_5_omni": "thinker",
+    "qwen3_omni_moe": "thinker",
+}
+
+_CROSS = "its images reach the text through cross-attention layers, whose Keys never stand in the prompt"
+_MERGED = "its generate hands merged embeddings to a language model that generates by itself"
+
+# model_type -> why its images cannot be compressed, beyond what `structure.obstacle` sees in a config.
 REFUSED: Mapping[str, str] = {
-    "mllama": "its images reach the text through cross-attention layers, whose Keys never stand in the prompt",
+    "blip": _CROSS,
+    "diffusion_gemma": "it denoises a block of tokens at a time, each seen by all others, and does not decode from a "
+    "cache token by token",
+    "evolla": "it reads proteins, which reach the text through cross-attention layers",
+    "git": "it puts image features in front of the ids, which have no placeholders for them",
+    "idefics": _CROSS,
+    "minimax_m3_vl": "sparse-indexed attention: an indexer with Keys of its own picks the blocks that each query sees",
+    "mllama": _CROSS,
+    "pi0": "it predicts actions of a robot in one forward, and generates no text",
 }
 
 
@@ -69,19 +120,23 @@ def families() -> list[str]:
     return sorted(FAMILIES)
 
 
+def refusal(config: PreTrainedConfig) -> str:
+    """Say why the visual Keys of a model with this config cannot be compressed; "" if they can."""
+    return REFUSED.get(config.model_type) or obstacle(config)
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """Look up the family of a config.
 
     Raises:
-        ValueError: its images cannot be compressed, or the family is not in the table.
+        ValueError: the family is not in the table.
     """
     name = config.model_type
-    if name in REFUSED:
-        raise ValueError(f"model family '{name}' cannot use RotateKCache: {REFUSED[name]}")
     if name not in FAMILIES:
         raise ValueError(
             f"model family '{name}' is not in the table of rotatek_cache/hf/families.py: missing is which token ids "
-            f"stand for visual tokens in its input_ids. Known: {', '.join(families())}. Without attach, load it with "
+            f"stand for visual tokens in its input_ids. Known: {', '.join(families())}. Name the ids, as in "
+            "attach(model, visual_token_ids=[...]), and try that with `rotatek check`; or load it with "
             'attn_implementation={"text_config": "rotatek"} and pass RotateKCache(..., visual_mask=mask)'
         )
     return FAMILIES[name]
@@ -90,4 +145,4 @@ def family_of(config: PreTrainedConfig) -> Family:
 def placeholder_ids(config: PreTrainedConfig) -> list[int]:
     """List the ids that stand for visual tokens in `input_ids`."""
     named = (getattr(config, name, None) for name in family_of(config).placeholders)
-    return [token for token in named if token is not None]
+    return sorted({token for token in named if token is not None})
