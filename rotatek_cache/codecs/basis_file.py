@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ FORMAT = "rotatek-basis-2"
 STATES = ("key", "value")
 
 
-def read_tensors(path: str | Path, expected: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and provenance of a file; a ValueError where it is unreadable or of another format."""
+def read_file(
+    path: str | os.PathLike[str], expected: str, what: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata of a file; a ValueError where it is unreadable or of another format."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (bases fitted online need torch alone)
 
     try:
@@ -26,6 +29,12 @@ def read_tensors(path: str | Path, expected: str, what: str) -> tuple[dict[str, 
         raise ValueError(f"{what} {path} cannot be read (truncated, or no safetensors file): {error}") from None
     if metadata.get("format") != expected:
         raise ValueError(f"{path} is no {what} of this version: expected {expected!r}, got {metadata.get('format')!r}")
+    return tensors, metadata
+
+
+def read_tensors(path: str | Path, expected: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and provenance of a file; a ValueError where it is unreadable or of another format."""
+    tensors, metadata = read_file(path, expected, what)
     return tensors, json.loads(metadata.get("provenance", "{}"))
 
 

@@ -8,7 +8,7 @@ from rotatek_cache.codecs.coefficients import delta_bytes, encode_row, kept_of_t
 from rotatek_cache.codecs.interface import KeyCodec, Ranges, StateOptions
 from rotatek_cache.codecs.shared_basis import HeadBudget
 from rotatek_cache.core.basis import KeyBasis, coded_delta_dtype, compute_dtype
-from rotatek_cache.core.quantization import CodeLayout, HeadCodes, Numbers, join_tokens, middle_codes, pack_coefficients
+from rotatek_cache.core.quantization import CodeLayout, HeadCodes, Numbers, join_tokens, pack_coefficients
 from rotatek_cache.core.segments import Stored
 from rotatek_cache.options import BIT_CHOICES
 
@@ -51,12 +51,11 @@ class Calibrated(KeyCodec):
         dtype, device = basis.delta.dtype, basis.delta.device
         if isinstance(code, Numbers) and bits is None:
             return Stored(torch.cat(coefficients, 1), basis.sealed())
-        low, step = state.ranges(code, device)
+        low, step = state.coded_ranges(code, bits, device)
         if bits == "fp8":
-            step = state.float8_scale(code.channels, device)
             coefficients = [to_float8(part, step) for part in coefficients]
         stored = join_tokens([pack_coefficients(part, low, step, code) for part in coefficients], code)
-        decoder, shift = state.scaled_decoder((code, bits), low, step, middle_codes(code, device), dtype)
+        decoder, shift = state.scaled_decoder(code, bits, dtype, device)
         shared = KeyBasis(
             B=decoder[:, None].expand(-1, mean.shape[1], -1, -1),
             delta=(basis.delta.float() + shift[:, None]).to(coded_delta_dtype(dtype)),

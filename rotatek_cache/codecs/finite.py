@@ -24,9 +24,13 @@ class FiniteCheck:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        self.wait()
+        return self.__dict__ | {"arrived": None}
+
+    def wait(self) -> None:
+        """Wait until the answer has arrived."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.__dict__ | {"arrived": None}
 
     def passed(self) -> bool:
         """Look whether the answer has arrived; a ValueError if the states are not finite."""

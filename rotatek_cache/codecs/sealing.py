@@ -65,8 +65,10 @@ class Sealer:
         self.values.wanted.check_width(values.shape[-1])
         return self.values.store(values, ranges)
 
-    def check(self) -> None:
-        """Raise a ValueError if states that were stored are known not to have been finite."""
+    def check(self, *, wait: bool = False) -> None:
+        """Raise a ValueError if states that were stored are known not to have been finite; `wait` until it is."""
         for codec in (self.keys, self.values):
+            for answer in codec.unanswered if wait else ():
+                answer.wait()
             if codec.unanswered:
                 codec.check_finite()

@@ -1,6 +1,8 @@
 """Bases that all requests of a model share, and how a budget is dealt out to its layers and heads."""
 
-from collections.abc import Sequence
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,8 +20,12 @@ from rotatek_cache.core.quantization import (
     HeadCodes,
     Numbers,
     allocate_bits,
+    middle_codes,
 )
 from rotatek_cache.options import Allocation, Bits
+
+
+Code = CodeLayout | HeadCodes | Numbers
 
 
 class HeadBudget(NamedTuple):
@@ -77,14 +83,18 @@ class StateBasis:
 
     def basis(self, mean: Tensor, rank: int, dtype: torch.dtype) -> KeyBasis:
         """Take the first `rank` directions (padded), shared by all requests, around the image's mean ``[H, R, D]``."""
-        key = ("basis", rank, dtype, mean.device)
-        if key not in self._memo:
-            encoder = self._columns(self.encoder, rank, dtype, mean.device)
-            same = self.decoder is self.encoder
-            self._memo[key] = encoder, encoder if same else self._columns(self.decoder, rank, dtype, mean.device)
-        encoder, decoder = (matrix[:, None].expand(-1, mean.shape[1], -1, -1) for matrix in self._memo[key])
+        matrices = self._matrices(rank, dtype, mean.device)
+        encoder, decoder = (matrix[:, None].expand(-1, mean.shape[1], -1, -1) for matrix in matrices)
         mean = mean.to(dtype).contiguous()
         return KeyBasis(encoder, encoder if self.decoder is self.encoder else decoder, mean, mean, rank, shared=True)
+
+    def _matrices(self, rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = ("basis", rank, dtype, device)
+        if key not in self._memo:
+            encoder = self._columns(self.encoder, rank, dtype, device)
+            same = self.decoder is self.encoder
+            self._memo[key] = encoder, encoder if same else self._columns(self.decoder, rank, dtype, device)
+        return self._memo[key]
 
     @staticmethod
     def _columns(matrix: Tensor, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -135,22 +145,43 @@ class StateBasis:
             self._memo[key] = (torch.where(most > 0, most, torch.ones_like(most)) / FP8_MOST).to(device)
         return self._memo[key]
 
-    def scaled_decoder(
-        self, key: object, low: Tensor, step: Tensor, middle: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Fold `step` into the decoder ``[H, D, channels]``; also give what `low` adds to delta, ``[H, D]``.
+    def coded_ranges(self, code: Code, bits: Bits, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give ``low`` and ``step`` ``[H, channels]`` of what is stored: codes, or float8."""
+        low, step = self.ranges(code, device)
+        return low, self.float8_scale(code.channels, device) if bits == "fp8" else step
 
-        They belong to all requests and are made once for each `key`, which must say what `low` and `step` are. See
-        `KeyBasis.for_codes`.
+    def scaled_decoder(
+        self, code: Code, bits: Bits, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Fold the steps into the decoder ``[H, D, channels]``; also give what the low ends add to delta, ``[H, D]``.
+
+        They belong to all requests and are made once. See `KeyBasis.for_codes`.
         """
-        memo = ("decoder", key, dtype, low.device)
+        memo = ("decoder", code, bits, dtype, device)
         if memo not in self._memo:
-            columns = self.decoder[..., : low.shape[-1]].to(low.device)
+            low, step = self.coded_ranges(code, bits, device)
+            columns = self.decoder[..., : low.shape[-1]].to(device)
             exact = columns * step[:, None]
             scaled = exact.to(dtype).contiguous()
-            shift = columns @ low[..., None] + (exact - scaled.float()) @ middle[..., None]
+            shift = columns @ low[..., None] + (exact - scaled.float()) @ middle_codes(code, device)[..., None]
             self._memo[memo] = scaled, shift[..., 0]
         return self._memo[memo]
+
+    def derived(self) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+        """Yield the tensors that requests share, each with what `derive` makes it of."""
+        for (kind, *how, _), made in list(self._memo.items()):
+            if kind == "basis":
+                yield ("encoder", *how), made[0]
+                yield ("decoder", *how), made[1]
+            elif kind == "decoder":
+                yield ("scaled", *how), made[0]
+
+    def derive(self, how: tuple[Any, ...], device: torch.device) -> Tensor:
+        """Make a tensor that requests share, as `derived` names it, or find it made."""
+        kind, *rest = how
+        if kind == "scaled":
+            return self.scaled_decoder(*rest, device)[0]
+        return self._matrices(*rest, device)[kind == "decoder"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +255,31 @@ class CalibratedBasis:
         else:
             shared = [allocate_bits(mean[None], each, widths)[0] for mean in means]
         return {layer: _code(channel_bits) for layer, channel_bits in zip(states, shared, strict=True)}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that it holds, by which a saved cache knows the basis that it was made with."""
+        found = hashlib.sha256()
+        for layer, parts in sorted(self.layers.items()):
+            for which, state in sorted(parts.items()):
+                found.update(f"{layer} {which}".encode())
+                for tensor in state.tensors():
+                    found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def derived(self) -> dict[int, tuple[Any, ...]]:
+        """Name the tensors that requests share, by the address of their storage, as `derive` takes them."""
+        return {
+            tensor.untyped_storage().data_ptr(): (layer, which, *how)
+            for layer, parts in self.layers.items()
+            for which, state in parts.items()
+            for how, tensor in state.derived()
+        }
+
+    def derive(self, how: tuple[Any, ...], device: torch.device) -> Tensor:
+        """Make a tensor that requests share, as `derived` names it."""
+        layer, which, *rest = how
+        return self.state(layer, which).derive(tuple(rest), device)
 
     def nbytes(self) -> int:
         """Count the bytes of its tensors as they are read from the file."""

@@ -178,7 +178,8 @@ class VisualSegment:
     basis_rows: Tensor
     max_length: int
     uniform: bool
-    shared: bool = False  # whether a copy of the cache reads the same storage
+    # Whether a copy of the cache reads the same storage.
+    shared: bool = field(default=False, metadata={"saved": False})
     _unmasked: SegmentView | None = field(default=None, init=False, repr=False)
 
     def view(self, forward: ForwardTables, mask: Tensor | None) -> SegmentView:

@@ -207,8 +207,10 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
     cache.learn_config(config)
     if attachment.processes > 1:
         cache.check_local_heads(attachment.processes)
+    else:
+        cache.meet_model(attachment.mark_of(module))
     if cache.options.is_calibrated:
-        load_basis(cache.options.basis).check_model(attachment.fingerprint_of(module))
+        load_basis(cache.options.basis).check_model(attachment.mark_of(module).fingerprint())
     ids = given.get("input_ids")
     content = given.get("inputs_embeds") if ids is None else ids
     if content is None:

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rotatek_cache.codecs.fingerprint import fingerprint
+from rotatek_cache.codecs.fingerprint import ModelMark
 from rotatek_cache.hf import attention as hf_attention
 from rotatek_cache.hf.cache import RotateKCache
 from rotatek_cache.hf.decode_graphs import DecodeGraphs
@@ -43,16 +42,16 @@ class Attachment:
     handles: list[Any] = field(default_factory=list)
     previous: list[str | None] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)  # that are in a forward with a RotateKCache
-    fingerprint: Tensor | None = None  # of the model, once a calibrated basis asks
+    mark: ModelMark | None = None  # of the model, once it has met a cache
     choosing: dict[int, RotateKCache] = field(default_factory=dict)  # by thread: chooses from what is encoded now
     graphs: DecodeGraphs = field(default_factory=DecodeGraphs)
     taps: dict[int, EncoderTap] = field(default_factory=dict)  # by thread: listens to what is encoded now
 
-    def fingerprint_of(self, module: torch.nn.Module) -> Tensor:
-        """Take the fingerprint of the attached model, once."""
-        if self.fingerprint is None:
-            self.fingerprint = fingerprint(module)
-        return self.fingerprint
+    def mark_of(self, module: Any) -> ModelMark:
+        """Mark the attached model, once."""
+        if self.mark is None:
+            self.mark = ModelMark.of(module, module.config.model_type)
+        return self.mark
 
     def select(self) -> None:
         """Begin a forward with a `RotateKCache`."""

@@ -6,25 +6,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers import cache_utils
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV
+from rotatek_cache.cache.saving import SavedFile, register, write
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.basis_file import load_basis
+from rotatek_cache.codecs.fingerprint import ModelMark
 from rotatek_cache.codecs.registry import codecs_for
 from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
 from rotatek_cache.core.row_layout import row_index
 from rotatek_cache.core.segments import SegmentView, Stored
 from rotatek_cache.options import Allocation, Bits, FitOptions, with_option_docs
-from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
+from rotatek_cache.report import CacheReport, LayerReport, SavedBytes, SegmentReport
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
+
+# Layers that are not ours are saved as they are.
+for _found in vars(cache_utils).values():
+    if isinstance(_found, type) and issubclass(_found, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
+        register(_found)
 
 HOW_TO_SWITCH = (
     "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
@@ -279,6 +288,7 @@ class RotateKCache(Cache):
         self.positions = VisualPositions(visual_mask)
         self.coordinator = Coordinator(self.positions, self.tokens, planner)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
+        self.filled_by: ModelMark | None = None  # the model that it holds states of, where that is known
         self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
         self.graphs = True
@@ -299,6 +309,16 @@ class RotateKCache(Cache):
         self.layers: list[Any] = layers
         if self._record_past:
             super().activate_past_recording()
+
+    def meet_model(self, mark: ModelMark) -> None:
+        """Learn which model fills the cache; a ValueError if that is another than before."""
+        if self.filled_by is not None and self.filled_by is not mark and not self.filled_by.agrees(mark):
+            raise ValueError(
+                f"this RotateKCache holds states of another model ('{self.filled_by.model_type}') than the one that it "
+                f"is given to ('{mark.model_type}', or other weights): use the model that it was filled by, or call "
+                "cache.reset() for a new prompt"
+            )
+        self.filled_by = mark
 
     def check_local_heads(self, processes: int) -> None:
         """Raise a ValueError for options that are settled by all heads of a layer, which `processes` processes share.
@@ -410,8 +430,135 @@ class RotateKCache(Cache):
         """Forget all tokens, for a new prompt; the layers and the options stay."""
         super().reset()
         self.positions.reset()
-        self.rope_deltas = None
+        self.rope_deltas = self.filled_by = None
         self.coordinator.reset()
+
+    def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> SavedBytes:
+        """Write all that the cache holds to one file, which `load` reads in any process.
+
+        The file is safetensors with a checksum; a calibrated basis is not in it but named. Save a prompt once it is
+        read, by `model(**inputs, past_key_values=cache)` or a `generate`.
+
+        Args:
+            path: of the file; an existing one is replaced once the new one is whole.
+            compress: whether to compress without loss, by zlib: smaller, and slower to save and load.
+
+        Returns:
+            The bytes on disk and in memory; `print` shows both.
+
+        Raises:
+            TypeError: it holds an object of a class from elsewhere that was not given to
+                `rotatek_cache.cache.saving.register`.
+            ValueError: it holds states that are not finite.
+        """
+        planner, selection = self.coordinator.planner, self.coordinator.selection
+        stock = any(_stock_tensors(layer) for layer in self.layers if not isinstance(layer, RotateKLayer))
+        state = {
+            "options": self.options,
+            "tokens": self.tokens,
+            "budget": None if planner is None else (planner.budget.given, planner.rank_open),
+            "basis": None if self.calibrated is None else self.calibrated.digest,
+            "model": None if self.filled_by is None else (self.filled_by.model_type, self.filled_by.fingerprint()),
+            "transformers": transformers.__version__ if stock else None,
+            "method": None if selection is None else selection.method,
+            "planned": None if planner is None else (planner.made, planner.share),
+            "knows_layers": bool(self.coordinator.layers),
+            "graphs": self.graphs,
+            "chosen": self.chosen,
+            "record_past": self._record_past,
+            "rope_deltas": self.rope_deltas,
+            "positions": self.positions.state(),
+            "layers": [layer.kv.state() if isinstance(layer, RotateKLayer) else layer for layer in self.layers],
+        }
+        references = {} if self.calibrated is None else self.calibrated.derived()
+        return write(path, state, references, compress=compress)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        basis: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Read a cache that `save` wrote; it goes on, bit for bit, as the one that was saved.
+
+        A model that is attached has to be the one that filled it, in any dtype. To ask about its prompt, see
+        `ask_many`.
+
+        Args:
+            path: of the file.
+            device: where it goes; by default where it was.
+            basis: where the basis file is now that it was made with, if it has been moved.
+
+        Raises:
+            ValueError: the file is truncated, edited, foreign or of another version, its device is not there, or its
+                basis file is missing or another one.
+        """
+        file = SavedFile(path, device)
+        parts = {key: part for key, part in file.description[1:]}
+        options, digest = file.part(parts["options"]), parts["basis"]
+        if basis is not None and digest is None:
+            raise ValueError(f"saved cache {path} was made without a basis file: leave out basis={str(basis)!r}")
+        if basis is not None:
+            options = dataclasses.replace(options, basis=os.fspath(basis))
+        cache = cls.__new__(cls)
+        budget, rank_open = file.part(parts["budget"]) or (None, False)
+        chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        try:
+            cache._begin(
+                {**chosen, "sparsity": None} if rank_open else chosen, file.part(parts["tokens"]), budget, None, None
+            )
+        except ValueError as error:
+            if digest is None:
+                raise
+            raise ValueError(
+                f"saved cache {path} needs the basis file that it was made with: {error}; say where it is now, as in "
+                'RotateKCache.load(..., basis="basis.safetensors")'
+            ) from error
+        if cache.calibrated is not None:
+            if cache.calibrated.digest != digest:
+                raise ValueError(
+                    f"saved cache {path} was made with another basis than {cache.calibrated.path} holds now: give the "
+                    "file that it was made with, as basis=..."
+                )
+            file.resolve = cache.calibrated.derive
+        cache._restore(file, parts)
+        return cache
+
+    def _restore(self, file: SavedFile, parts: dict[str, Any]) -> None:
+        """Take on the state in a file; `parts` describe what of it `save` names."""
+        made_by = parts["transformers"]
+        if made_by is not None and made_by.split(".")[:2] != transformers.__version__.split(".")[:2]:
+            raise ValueError(
+                f"saved cache {file.path} holds cache layers of transformers {made_by}, this is "
+                f"{transformers.__version__}, whose layers may differ: use that version, or save the prompt anew"
+            )
+        model = file.part(parts["model"])
+        self.filled_by = None if model is None else ModelMark(model[0], tuple(model[1].tolist()))
+        self.graphs, self.chosen, self._record_past = parts["graphs"], parts["chosen"], parts["record_past"]
+        self.rope_deltas = file.part(parts["rope_deltas"])
+        self.positions.restore(file.part(parts["positions"]))
+        for index, part in enumerate(file.part(parts["layers"])):
+            if not isinstance(part, dict):
+                self.layers.append(part)
+                continue
+            layer = self._new_layer(index)
+            # A calibrated basis may lie elsewhere now; ranks that a budget has settled stay.
+            part["options"] = dataclasses.replace(part["options"], basis=self.options.basis)
+            layer.kv.restore(part)
+            held = layer.kv.tensors()
+            if layer.kv.dtype is not None and held:
+                layer.dtype, layer.device, layer.is_initialized = layer.kv.dtype, held[0].device, True
+            self.layers.append(layer)
+        if parts["knows_layers"]:
+            self.coordinator.learn_layers(
+                [layer.kv if isinstance(layer, RotateKLayer) else None for layer in self.layers]
+            )
+        if self.coordinator.selection is not None:
+            self.coordinator.selection.method = file.part(parts["method"])
+        if self.coordinator.planner is not None:
+            self.coordinator.planner.made, self.coordinator.planner.share = file.part(parts["planned"])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""

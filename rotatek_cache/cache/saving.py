@@ -1,0 +1,334 @@
+"""Files of saved caches: a state of tensors, plain values and known classes, as one safetensors file without pickle.
+
+The bytes of each storage are in the file once. A description in JSON says which tensors are views of them, and what
+holds these tensors; so what shared memory, or was one object, does so again. Objects are made of their fields:
+dataclasses and named tuples by their constructor, other classes from one made without arguments. Classes are those of
+the rooms below and those that were given to `register`; nothing of a file is ever executed.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rotatek_cache.codecs.basis_file import read_file
+from rotatek_cache.report import SavedBytes
+
+FORMAT = "rotatek-cache-1"  # to be counted up when what is saved is read in another way
+WHAT = "saved cache"
+ROOMS = ("cache", "codecs", "core", "options", "token_pruning")
+PLAIN = (bool, int, float, str)
+ZLIB_LEVEL = 6
+
+Resolve = Callable[[Any, torch.device], Tensor]
+C = TypeVar("C", bound=type)
+
+_REGISTERED: dict[str, type] = {}
+
+
+def register(kind: C) -> C:
+    """Let objects of a class from elsewhere be saved and loaded, such as a token method of one's own; a decorator."""
+    _REGISTERED[_name(kind)] = kind
+    return kind
+
+
+@dataclasses.dataclass
+class _Storage:
+    """A storage to be written: a tensor that reads it, and the descriptions of all that do."""
+
+    tensor: Tensor
+    views: list[list[Any]] = dataclasses.field(default_factory=list)
+
+    def packed(self) -> Tensor:
+        """Return its bytes on the CPU, uint8 ``[n]``; where one tensor reads a part of them, only that part."""
+        storage = self.tensor.untyped_storage()
+        if len(self.views) == 1 and self.tensor.nbytes < storage.nbytes():
+            alone = self.tensor.contiguous()
+            self.views[0][-2:] = list(alone.stride()), 0
+            storage = alone.clone().untyped_storage() if alone is self.tensor else alone.untyped_storage()
+        return torch.empty(0, dtype=torch.uint8, device=self.tensor.device).set_(storage).cpu()
+
+
+class _Writer:
+    """Describes values, and gathers the storages behind their tensors."""
+
+    def __init__(self, references: Mapping[int, Any]) -> None:
+        self.references = references
+        self.storages: dict[tuple[torch.device, int], _Storage] = {}
+        self.numbers: dict[int, int] = {}
+        self.held: list[Any] = []  # so that no identity is given to another object meanwhile
+
+    def describe(self, value: Any) -> Any:
+        if value is None or type(value) in PLAIN:
+            return value
+        if isinstance(value, torch.dtype):
+            return ["dtype", str(value).removeprefix("torch.")]
+        if isinstance(value, torch.device):
+            return ["device", str(value)]
+        if type(value) in (list, tuple, torch.Size):
+            return ["list" if type(value) is list else "tuple", *map(self.describe, value)]
+        if type(value) is dict:
+            return ["dict", *([self.describe(key), self.describe(item)] for key, item in value.items())]
+        if id(value) in self.numbers:
+            return ["same", self.numbers[id(value)]]
+        number = self.numbers[id(value)] = len(self.numbers)
+        self.held.append(value)
+        if isinstance(value, Tensor):
+            return self._tensor(value, number)
+        name = _name(type(value))
+        _known(name)  # raises where it could not be loaded
+        return ["object", number, name, {key: self.describe(item) for key, item in _fields(value).items()}]
+
+    def _tensor(self, value: Tensor, number: int) -> list[Any]:
+        if value.layout is not torch.strided or value.is_meta or type(value) not in (Tensor, torch.nn.Parameter):
+            raise ValueError(f"a cache with a {type(value).__name__} {value.layout} on {value.device} cannot be saved")
+        value = value.detach()
+        pointer = value.untyped_storage().data_ptr()
+        dtype = str(value.dtype).removeprefix("torch.")
+        view = ["tensor", number, None, dtype, list(value.shape), list(value.stride()), value.storage_offset()]
+        if pointer in self.references:
+            view[2] = ["reference", str(value.device), self.describe(self.references[pointer])]
+            return view
+        storage = self.storages.setdefault((value.device, pointer), _Storage(value))
+        view[2] = list(self.storages).index((value.device, pointer))
+        storage.views.append(view)
+        return view
+
+
+def write(path: str | os.PathLike[str], state: Any, references: Mapping[int, Any], *, compress: bool) -> SavedBytes:
+    """Write a state to a file, whole or not at all.
+
+    Args:
+        path: of the file, which is replaced if it exists.
+        state: made of None, bool, int, float, str, lists, tuples, dicts, dtypes, devices, tensors and objects.
+        references: what stands in the file for storages that are not in it, by their address; made as `state` is.
+        compress: whether bytes are compressed without loss, by zlib.
+
+    Returns:
+        The bytes of the file, and of the storages in it.
+
+    Raises:
+        TypeError: an object's class is neither of this package's rooms nor registered.
+    """
+    from safetensors.torch import save_file  # noqa: PLC0415 (a cache that is not saved needs torch alone)
+
+    writer = _Writer(references)
+    description = writer.describe(state)
+    tensors, kept = {}, []
+    in_memory = 0
+    for number, storage in enumerate(writer.storages.values()):
+        data = storage.packed()
+        in_memory += data.nbytes
+        packed, plane = _compressed(data, storage.tensor.itemsize) if compress else (data, 0)
+        kept.append({"bytes": data.nbytes, "device": str(storage.tensor.device), "plane": plane})
+        tensors[str(number)] = packed
+    text = json.dumps({"storages": kept, "state": description}, separators=(",", ":"))
+    metadata = {"format": FORMAT, "state": text, "checksum": _checksum(text, list(tensors.values()))}
+    target = Path(path)
+    handle, part = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, part, metadata)
+        Path(part).chmod(0o666 & ~_umask())
+        Path(part).replace(target)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+    return SavedBytes(str(target), target.stat().st_size, in_memory, compressed=compress)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _compressed(data: Tensor, itemsize: int) -> tuple[Tensor, int]:
+    """Compress bytes, the n-th of all numbers together, if that makes them fewer; returns the itemsize, else 0."""
+    if data.nbytes == 0 or data.nbytes % itemsize:
+        return data, 0
+    planes = data.view(-1, itemsize).T.contiguous()
+    packed = zlib.compress(planes.numpy().data, ZLIB_LEVEL)
+    if len(packed) >= data.nbytes:
+        return data, 0
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8), itemsize
+
+
+def _inflated(packed: Tensor, size: int, itemsize: int) -> Tensor:
+    stream = zlib.decompressobj()
+    data = stream.decompress(packed.numpy().data, size)  # and not more, whatever a file says
+    planes = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return planes.view(itemsize, -1).T.contiguous().flatten()
+
+
+def _checksum(text: str, tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+class SavedFile:
+    """A saved cache as it is read from a file whose checksum is right.
+
+    Args:
+        path: of the file.
+        device: where tensors go; None: where they were.
+
+    Raises:
+        ValueError: the file is truncated, edited, foreign or of another version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], device: torch.device | str | None) -> None:
+        self.path = path
+        self.device = None if device is None else torch.device(device)
+        tensors, metadata = read_file(path, FORMAT, WHAT)
+        found = [tensors.get(str(number)) for number in range(len(tensors))]
+        text = metadata.get("state", "")
+        stored = [part for part in found if part is not None and part.dtype == torch.uint8 and part.ndim == 1]
+        if len(stored) < len(found) or metadata.get("checksum") != _checksum(text, stored):
+            raise ValueError(f"{WHAT} {path} was changed after it was written: its checksum is another; save it anew")
+        described = json.loads(text)
+        self.description = described["state"]
+        self.objects: dict[int, Any] = {}
+        self.resolve: Resolve | None = None
+        self.storages = [
+            self._storage(part, **facts) for part, facts in zip(stored, described["storages"], strict=True)
+        ]
+
+    def _storage(self, packed: Tensor, *, bytes: int, device: str, plane: int) -> Tensor:  # noqa: A002
+        data = _inflated(packed, bytes, plane) if plane else packed
+        if data.nbytes != bytes:
+            raise ValueError(f"{WHAT} {self.path} has a storage of {data.nbytes} bytes that should be {bytes}")
+        place = self._place(device)
+        # Copied also on the CPU: what was read is one piece of memory, the file's.
+        return data.clone() if place.type == "cpu" else data.to(place)
+
+    def _place(self, device: str) -> torch.device:
+        place = torch.device(device) if self.device is None else self.device
+        try:
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"{WHAT} {self.path} belongs on {place}, which cannot be used here ({str(error).splitlines()[0]}): say "
+                'where it is to go, as in device="cpu"'
+            ) from None
+        return place
+
+    def part(self, description: Any) -> Any:
+        """Make what a description stands for; a ValueError where this version has nothing like it."""
+        try:
+            return self._made(description)
+        except (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{WHAT} {self.path} holds what this version of rotatek_cache cannot read: {error}; make it anew"
+            ) from error
+
+    def _made(self, description: Any) -> Any:
+        if not isinstance(description, list):
+            return description
+        kind, *rest = description
+        match kind:
+            case "list":
+                return [self._made(part) for part in rest]
+            case "tuple":
+                return tuple(self._made(part) for part in rest)
+            case "dict":
+                return {self._made(key): self._made(part) for key, part in rest}
+            case "dtype":
+                return _dtype(*rest)
+            case "device":
+                return self._place(*rest)
+            case "same":
+                return self.objects[rest[0]]
+            case "tensor":
+                number, *view = rest
+                made = self._tensor(*view)
+            case "object":
+                number, name, fields = rest
+                made = _made_of(_known(name), {key: self._made(part) for key, part in fields.items()})
+            case _:
+                raise ValueError(f"{kind!r} is nothing that a state is made of")
+        self.objects[number] = made
+        return made
+
+    def _tensor(
+        self, storage: int | list[Any], dtype: str, shape: list[int], stride: list[int], offset: int
+    ) -> Tensor:
+        if isinstance(storage, list):
+            if self.resolve is None:
+                raise ValueError("it refers to tensors that are not in the file")
+            _, device, how = storage
+            flat = self.resolve(self._made(how), self._place(device))
+        else:
+            data, number_type = self.storages[storage], _dtype(dtype)
+            flat = data[: data.nbytes // number_type.itemsize * number_type.itemsize].view(number_type)
+        return flat.as_strided(shape, stride, offset)  # raises where that is more than the storage has
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"{name} is no dtype")
+    return found
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _known(name: str) -> type:
+    """Find the class of a name; a TypeError where it is not one that may be saved."""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    module, _, cls = name.partition(":")
+    package, _, rest = module.partition(".")
+    if package == __name__.partition(".")[0] and rest.partition(".")[0] in ROOMS:
+        found = getattr(importlib.import_module(module), cls, None)
+        if isinstance(found, type) and found.__module__ == module:
+            return found
+    raise TypeError(
+        f"{name} is no class that a saved cache may hold: a class of one's own has to be given to "
+        "rotatek_cache.cache.saving.register, before saving and before loading"
+    )
+
+
+def _constructor_fields(kind: type) -> tuple[str, ...] | None:
+    """Name the fields that a dataclass or a named tuple is made of; None for other classes."""
+    if dataclasses.is_dataclass(kind):
+        return tuple(spec.name for spec in dataclasses.fields(kind) if spec.init and spec.metadata.get("saved", True))
+    return getattr(kind, "_fields", None)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    names = _constructor_fields(type(value))
+    return dict(vars(value)) if names is None else {name: getattr(value, name) for name in names}
+
+
+def _made_of(kind: type, fields: dict[str, Any]) -> Any:
+    names = _constructor_fields(kind)
+    if names is not None:
+        expect_fields(kind, fields, names)
+        return kind(**fields)
+    if _name(kind) in _REGISTERED:  # of another package, which need not be possible to make without arguments
+        made = kind.__new__(kind)
+    else:
+        made = kind()
+        expect_fields(kind, fields, vars(made))
+    vars(made).update(fields)
+    return made
+
+
+def expect_fields(kind: type, found: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) -> None:
+    """Raise a ValueError unless what was saved of an object are the fields that this version's class has."""
+    if found.keys() != set(names):
+        raise ValueError(f"{kind.__name__} has the fields {sorted(names)}, was saved with {sorted(found)}")
