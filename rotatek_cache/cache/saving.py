@@ -261,9 +261,7 @@ class SavedFile:
         self.objects[number] = made
         return made
 
-    def _tensor(
-        self, storage: int | list[Any], dtype: str, shape: list[int], stride: list[int], offset: int
-    ) -> Tensor:
+    def _tensor(self, storage: int | list[Any], dtype: str, shape: list[int], stride: list[int], offset: int) -> Tensor:
         if isinstance(storage, list):
             if self.resolve is None:
                 raise ValueError("it refers to tensors that are not in the file")

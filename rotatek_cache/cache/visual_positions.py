@@ -169,6 +169,10 @@ class VisualPositions:
             return None
         return self._flags_of(begin, end).any(1)
 
+    def rows_cut_at(self, position: int) -> Tensor:
+        """Return bool ``[B]``: rows with visual tokens on both sides of a position."""
+        return self._flags_of(max(0, position - 1), position + 1).all(1) & (position > 0)
+
     def plan(self, begin: int, end: int, mask: Tensor | None, *, wait: bool = True) -> SealPlan | None:
         """Return the seal of the positions ``begin : end``; None while an image may go on (never if not to `wait`).
 

@@ -150,9 +150,7 @@ class StateBasis:
         low, step = self.ranges(code, device)
         return low, self.float8_scale(code.channels, device) if bits == "fp8" else step
 
-    def scaled_decoder(
-        self, code: Code, bits: Bits, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
+    def scaled_decoder(self, code: Code, bits: Bits, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Fold the steps into the decoder ``[H, D, channels]``; also give what the low ends add to delta, ``[H, D]``.
 
         They belong to all requests and are made once. See `KeyBasis.for_codes`.

@@ -161,13 +161,22 @@ def _cache_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return cache if isinstance(cache, RotateKCache) else None
 
 
-def _before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Select the attention function and tell the cache which of the coming positions are visual: a forward pre-hook."""
+def _before_forward(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Select the attention function and tell the cache which of the coming positions are visual: a forward pre-hook.
+
+    Returns the arguments where they change: position ids are given to a turn whose images the model would not number.
+    """
     cache = _cache_of(module, args, kwargs)
     if cache is not None:
-        _begin(module, cache, args, kwargs)
+        given = arguments_of(type(module).forward, module, *args, **kwargs)
+        position_ids = _begin(module, cache, given)
+        if position_ids is not None:
+            return (), {name: value for name, value in given.items() if name != "self"} | {"position_ids": position_ids}
     elif module._rotatek.threads:
         module._rotatek.meet_another_cache()
+    return None
 
 
 @dataclass(frozen=True)
@@ -177,8 +186,9 @@ class TextModelGuard:
     attachment: Attachment
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise a ValueError in a call that did not come through the model above."""
-        if torch.compiler.is_compiling() or _cache_of(module, args, kwargs) is None:
+        """Raise a ValueError in a call that did not come through the model above; note the offsets of positions."""
+        cache = None if torch.compiler.is_compiling() else _cache_of(module, args, kwargs)
+        if cache is None:
             return
         if threading.get_ident() not in self.attachment.threads:
             raise ValueError(
@@ -186,13 +196,17 @@ class TextModelGuard:
                 "the attached model itself, with inputs_embeds=... and RotateKCache(..., visual_mask=mask) where text "
                 "and images are merged already; the mask is a bool tensor [rows, prompt length], True on visual tokens"
             )
+        position_ids, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if self.attachment.family.mrope and isinstance(position_ids, Tensor) and position_ids.ndim == 3:
+            mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            mrope.record_offsets(cache, cache.get_seq_length(), position_ids, mask)
 
 
 @torch.compiler.disable  # which positions are visual is decided on the host, forward by forward
-def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | None:
+    """Return position ids where the model needs them."""
     attachment: Attachment = module._rotatek
     attachment.select()  # first of all: `_after_forward` is called whatever happens
-    given = arguments_of(type(module).forward, module, *args, **kwargs)
     name = cache_name(type(module).forward)
     if given.get(CACHE_NAMES[0]) is cache and name != CACHE_NAMES[0]:
         raise ValueError(
@@ -214,7 +228,7 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
     ids = given.get("input_ids")
     content = given.get("inputs_embeds") if ids is None else ids
     if content is None:
-        return  # the forward itself says what is missing
+        return None  # the forward itself says what is missing
     tokens = content.shape[1]
     begin = cache.get_seq_length()
     mask = given.get("attention_mask")
@@ -224,8 +238,6 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
             f"{tokens} are new: to go on, pass the mask of the whole conversation; for another prompt call "
             "cache.reset()"
         )
-    if attachment.family.mrope:
-        mrope.begin_forward(module, cache, begin, given.get("position_ids"))
     visual = visual_positions(module, cache, given, begin)
     if begin and ids is not None and brings_content(given):
         expected = cache.positions.expected
@@ -245,6 +257,7 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
             cache.positions.drop(kept_features(encoded.pooler_output))
     if begin == 0:
         cache.positions.begin_prompt(ids)
+    return mrope.begin_forward(module, cache, begin, given) if attachment.family.mrope else None
 
 
 def _after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -17,6 +17,7 @@ from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.saving import SavedFile, register, write
+from rotatek_cache.cache.rope_offsets import RopeOffsets
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.codecs.fingerprint import ModelMark
@@ -289,6 +290,7 @@ class RotateKCache(Cache):
         self.coordinator = Coordinator(self.positions, self.tokens, planner)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self.filled_by: ModelMark | None = None  # the model that it holds states of, where that is known
+        self.offsets = RopeOffsets()  # the same behind each image
         self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
         self.graphs = True
@@ -431,6 +433,7 @@ class RotateKCache(Cache):
         super().reset()
         self.positions.reset()
         self.rope_deltas = self.filled_by = None
+        self.offsets = RopeOffsets()
         self.coordinator.reset()
 
     def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> SavedBytes:
@@ -467,6 +470,7 @@ class RotateKCache(Cache):
             "chosen": self.chosen,
             "record_past": self._record_past,
             "rope_deltas": self.rope_deltas,
+            "offsets": self.offsets,
             "positions": self.positions.state(),
             "layers": [layer.kv.state() if isinstance(layer, RotateKLayer) else layer for layer in self.layers],
         }
@@ -574,17 +578,19 @@ class RotateKCache(Cache):
         """Take images from position `length` on out of the M-RoPE offsets: without any image they are zero."""
         if self.rope_deltas is None:
             return
-        gone, kept = self.positions.rows_with_visual(length, held), self.positions.rows_with_visual(0, length)
+        gone = self.positions.rows_with_visual(length, held)
         if gone is None or not bool(gone.any()):
             return
-        if kept is not None and bool((gone & kept).any()):
+        if bool(self.positions.rows_cut_at(length).any()):
             raise ValueError(
-                f"crop to {length} of {held} tokens removes some of a row's images and keeps others, and at which "
-                "position (M-RoPE) the text behind those goes on is not known: crop to before the first image of each "
-                "row, or keep a copy.deepcopy of the cache from before the later images"
+                f"crop to {length} of {held} tokens ends between two visual tokens of a row, and at which position "
+                "(M-RoPE) text goes on there is not known: crop to before or behind the image"
             )
-        deltas = self.rope_deltas.repeat_interleave(len(gone) // self.rope_deltas.shape[0], 0)
-        self.rope_deltas = deltas.masked_fill(gone.to(deltas.device)[:, None], 0)
+        deltas = self.rope_deltas.repeat_interleave(len(gone) // self.rope_deltas.shape[0], 0).clone()
+        for row in gone.nonzero()[:, 0].tolist():
+            deltas[row] = self.offsets.at(row, length)
+        self.rope_deltas = deltas
+        self.offsets.truncate(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b be what row ``beam_idx[b]`` was."""
@@ -610,6 +616,7 @@ class RotateKCache(Cache):
             # Their rows are those of the prompt, which generate may have repeated.
             deltas = self.rope_deltas.repeat_interleave(self.batch_size // self.rope_deltas.shape[0], 0)
             self.rope_deltas = deltas[index.to(deltas.device)]
+            self.offsets.select_rows(index.tolist())
 
     @property
     def batch_size(self) -> int:

@@ -88,8 +88,7 @@ def _prepare_position_ids(original: Original, inputs_tensor: Tensor, model_kwarg
     attachment = attachment_of(inner)
     if attachment is None or not attachment.family.mrope or not isinstance(cache, RotateKCache):
         return original(inputs_tensor, model_kwargs)
-    prepare = functools.partial(original, inputs_tensor, model_kwargs)
-    return mrope.prepare_positions(inner, cache, inputs_tensor.shape[0], prepare)
+    return mrope.prepare_positions(inner, cache, inputs_tensor, model_kwargs, original)
 
 
 def _generate_batch(original: Original, *args: Any, **kwargs: Any) -> Any:

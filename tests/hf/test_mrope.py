@@ -8,6 +8,7 @@ from tiny_models import visual_positions, words
 from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache
+from rotatek_cache.cache.rope_offsets import RopeOffsets
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
 
@@ -58,16 +59,58 @@ def test_a_crop_back_over_all_images_forgets_their_offset(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_crop_between_images_is_refused(family):
+def test_a_crop_between_images_goes_on_behind_the_first(family):
+    """To any text between two images, of a row's own places: as in a conversation that never had the second."""
+    host = build_host(family)
+    prompt = host.tiny.prompt(1, images=(0, 1))
+    inputs = host.tiny.inputs(prompt, host.tiny.prompt(2, images=(1,), text=2, tail=3))
+    places = visual_positions(inputs["input_ids"])[0].nonzero()[:, 0]
+    behind = int(places[(places.diff() > 1).nonzero()[0, 0]]) + 1  # the first image
+    for gap in (behind, behind + 1):
+        cache = RotateKCache(sparsity=0)
+        ways.generate(host.attached, inputs, cache)
+        cache.crop(gap - cache.get_seq_length())
+        ids, mask = inputs["input_ids"][:, :gap], inputs["attention_mask"][:, :gap]
+        text = torch.tensor([words(6, 1), words(6, 2)])
+        turn = {
+            "input_ids": torch.cat([ids, text], 1),
+            "attention_mask": torch.nn.functional.pad(mask, (0, 6), value=1),
+        }
+        types = torch.nn.functional.pad(inputs["mm_token_type_ids"][:, :gap], (0, 6))
+        got = ways.generate(host.attached, turn | {"mm_token_type_ids": types}, cache)
+        shown = host.tiny.collate([prompt.images[:1]])
+        fresh = {name: value[:1] for name, value in turn.items()} | {"mm_token_type_ids": types[:1]} | shown
+        expected = ways.generate(host.plain, fresh, _dense(host.plain))
+        torch.testing.assert_close(torch.stack(got.logits)[:, :1], torch.stack(expected.logits), atol=5e-5, rtol=1e-5)
+        assert int(cache.rope_deltas[1]) == 0  # its only image is gone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_crop_inside_an_image_is_refused(family):
     host = build_host(family)
     inputs, cache = ways.one(host.tiny), RotateKCache(sparsity=0)
     host.attached(**inputs, past_key_values=cache)
-    places = visual_positions(inputs["input_ids"])[0].nonzero()[:, 0]
-    gap = int(places[(places.diff() > 1).nonzero()[0, 0]]) + 1  # behind the first image
+    inside = int(visual_positions(inputs["input_ids"])[0].nonzero()[3, 0])
     held = cache.get_seq_length()
-    with pytest.raises(ValueError, match=rf"crop to {gap} of {held} tokens .*crop to before the first image"):
-        cache.crop(gap - held)
+    with pytest.raises(ValueError, match=rf"crop to {inside} of {held} tokens ends between two visual tokens"):
+        cache.crop(inside - held)
     assert cache.get_seq_length() == held
     deltas = cache.rope_deltas.clone()
     cache.crop(-3)  # text alone
     assert torch.equal(cache.rope_deltas, deltas)
+
+
+def test_offsets_of_rows_by_hand():
+    """An image of 4 tokens in 2 rows takes two positions: behind it text is 2 positions before its number."""
+    offsets = RopeOffsets()
+    #                      text image        text     image  text
+    first = torch.tensor([[0, 0, -1, -1, -2, -2, -2, -3, -4, -4], [9, 9, 0, 0, 0, 0, 0, -1, -1, -1]])
+    text = torch.tensor([[1, 0, 0, 0, 0, 1, 1, 0, 0, 1], [0, 0, 1, 1, 1, 1, 0, 0, 1, 1]]).bool()
+    offsets.record(0, first, text)
+    assert offsets.rows == [[(5, -2), (9, -4)], [(8, -1)]]
+    assert [offsets.at(0, place) for place in (0, 1, 4, 5, 8, 9, 20)] == [0, 0, 0, -2, -2, -4, -4]
+    offsets.record(10, torch.tensor([[-4, -4], [-1, -5]]), torch.tensor([[1, 1], [1, 1]]).bool())
+    assert offsets.rows == [[(5, -2), (9, -4)], [(8, -1), (11, -5)]]
+    offsets.select_rows([1, 1, 0])
+    offsets.truncate(9)
+    assert offsets.rows == [[(8, -1)], [(8, -1)], [(5, -2)]]
