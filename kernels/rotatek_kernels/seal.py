@@ -339,9 +339,7 @@ def _place_arguments(places: Places, splits: int, longest: int, device: torch.de
     if any(length != longest for _, length in places.ranges):
         starts, lengths = _row_table(places.ranges, device)
     sizes = (len(places.ranges), longest, splits, places.tokens)
-    return PlaceArguments(
-        places.token_rows, places.token_columns, starts, lengths, tuple(map(encode_integer, sizes))
-    )
+    return PlaceArguments(places.token_rows, places.token_columns, starts, lengths, tuple(map(encode_integer, sizes)))
 
 
 @functools.lru_cache(maxsize=8)

@@ -65,7 +65,7 @@ def _sample_mean(pointers, channels, there, FORM: tl.constexpr):
 
 
 @triton.jit
-def _add_moments(state, places, pair, row, head, split, splits, tile, FORM: tl.constexpr):
+def _add_moments(state, places, pair, row, head, split, splits, tile, FORM: tl.constexpr) -> None:
     """Sum a share's states and their products around a sample's mean, for one tile of the scatter."""
     left = (tile // FORM.tiles) * FORM.block_d + tl.arange(0, FORM.block_d)  # [D]
     right = (tile % FORM.tiles) * FORM.block_d + tl.arange(0, FORM.block_d)  # [D]
@@ -108,7 +108,7 @@ def _add_moments(state, places, pair, row, head, split, splits, tile, FORM: tl.c
 
 
 @triton.jit
-def _add_states(state, places, pair, row, head, split, splits, FORM: tl.constexpr):
+def _add_states(state, places, pair, row, head, split, splits, FORM: tl.constexpr) -> None:
     """Sum a share's states."""
     channels = tl.arange(0, FORM.padded_width)
     there = channels < FORM.width
@@ -126,7 +126,7 @@ def _add_states(state, places, pair, row, head, split, splits, FORM: tl.constexp
 
 
 @triton.jit
-def sum_moments(states, places, FORMS: tl.constexpr):
+def sum_moments(states, places, FORMS: tl.constexpr) -> None:
     """Sum moments of shares of tokens; grid (splits * tiles, pairs, Keys and Values)."""
     splits = decode_integers(places.sizes)[2]
     rows = decode_integers(places.sizes)[0]
@@ -222,7 +222,7 @@ def _orthogonalised(basis, columns, FORM: tl.constexpr):
 
 
 @triton.jit
-def _solve(state, places, pair, row, head, splits, FORM: tl.constexpr):
+def _solve(state, places, pair, row, head, splits, FORM: tl.constexpr) -> None:
     """Fit the basis of one pair from its moments: `fitting.orthogonal_basis` of the ridged, weighted scatter."""
     channels = tl.arange(0, FORM.padded_width)  # [D]
     there = channels < FORM.width
@@ -307,7 +307,7 @@ def _solve(state, places, pair, row, head, splits, FORM: tl.constexpr):
 
 
 @triton.jit
-def solve(states, places, FORMS: tl.constexpr):
+def solve(states, places, FORMS: tl.constexpr) -> None:
     """Fit the bases; grid (pairs, Keys and Values)."""
     splits = decode_integers(places.sizes)[2]
     rows = decode_integers(places.sizes)[0]
@@ -335,9 +335,7 @@ def _offset(state, places, pair, row, splits, channels, there, FORM: tl.constexp
 
 
 @triton.jit
-def _coefficients(
-    state, places, pointers, inside, pair, row, head, splits, columns, there, FORM: tl.constexpr
-):
+def _coefficients(state, places, pointers, inside, pair, row, head, splits, columns, there, FORM: tl.constexpr):
     """Encode tokens [N]: coefficients [N, C] of `columns` in float32; see `KeyBasis.encode`."""
     coefficients = tl.zeros([pointers.shape[0], columns.shape[0]], tl.float32)
     shift = tl.zeros([columns.shape[0]], tl.float32)
@@ -348,9 +346,7 @@ def _coefficients(
     for first in tl.range(0, FORM.width, FORM.block_k, num_stages=1):
         channels = first + tl.arange(0, FORM.block_k)  # [K]
         own = channels < FORM.width
-        states = tl.load(
-            pointers[:, None] + channels[None, :], mask=inside[:, None] & own[None, :], other=0.0
-        )
+        states = tl.load(pointers[:, None] + channels[None, :], mask=inside[:, None] & own[None, :], other=0.0)
         part = tl.load(
             encoder + channels[:, None] * FORM.channels + columns[None, :],
             mask=own[:, None] & there[None, :],
@@ -409,7 +405,7 @@ def _range(state, pair, head, splits, columns, there, BITS: tl.constexpr, FORM: 
 
 
 @triton.jit
-def _find_range(state, places, pair, row, head, split, splits, ERRORS: tl.constexpr, FORM: tl.constexpr):
+def _find_range(state, places, pair, row, head, split, splits, ERRORS: tl.constexpr, FORM: tl.constexpr) -> None:
     """Find a share's range of each coefficient, or the errors of its codes for each way to clip the full range."""
     columns = tl.arange(0, FORM.padded_channels)  # [C]
     there = columns < FORM.channels
@@ -420,7 +416,7 @@ def _find_range(state, places, pair, row, head, split, splits, ERRORS: tl.conste
         centre, half = _full_range(state, pair, splits, columns, there, FORM)
         sums = ()
         for _ in tl.static_range(len(FORM.clips)):
-            sums = sums + (tl.zeros([FORM.padded_channels], tl.float32),)
+            sums = (*sums, tl.zeros([FORM.padded_channels], tl.float32))
     else:
         sums = (
             tl.full([FORM.padded_channels], float("inf"), tl.float32),
@@ -437,7 +433,7 @@ def _find_range(state, places, pair, row, head, split, splits, ERRORS: tl.conste
                 low = centre - FORM.clips[index] * half
                 step = tl.div_rn(2 * FORM.clips[index] * half, half * 0.0 + LEVELS)
                 error = _codes(coefficients, low, step, LEVELS) * step[None, :] + low[None, :] - coefficients
-                more = more + (sums[index] + tl.sum(tl.where(inside[:, None], error * error, 0.0), 0),)
+                more = (*more, sums[index] + tl.sum(tl.where(inside[:, None], error * error, 0.0), 0))
             sums = more
         else:
             least = tl.min(tl.where(inside[:, None], coefficients, float("inf")), 0)
@@ -454,7 +450,7 @@ def _find_range(state, places, pair, row, head, split, splits, ERRORS: tl.conste
 
 
 @triton.jit
-def find_ranges(states, places, ERRORS: tl.constexpr, FORMS: tl.constexpr):
+def find_ranges(states, places, ERRORS: tl.constexpr, FORMS: tl.constexpr) -> None:
     """Find the ranges of coefficients, then the errors of codes; grid (splits, pairs, Keys and Values)."""
     splits = decode_integers(places.sizes)[2]
     rows = decode_integers(places.sizes)[0]
@@ -477,7 +473,7 @@ def find_ranges(states, places, ERRORS: tl.constexpr, FORMS: tl.constexpr):
 @triton.jit
 def _store_block(
     state, places, pointers, stored, inside, pair, row, head, splits, BLOCK: tl.constexpr, FORM: tl.constexpr
-):
+) -> None:
     """Store a block of the layout: numbers, or codes of one width side by side in bytes."""
     columns = tl.arange(0, BLOCK.padded)  # [C]
     there = columns < BLOCK.width
@@ -499,7 +495,7 @@ def _store_block(
 
 
 @triton.jit
-def _store_basis(state, places, pair, row, head, splits, FORM: tl.constexpr):
+def _store_basis(state, places, pair, row, head, splits, FORM: tl.constexpr) -> None:
     """Store what reads a pair's codes: a fitted decoder with the steps folded in, and delta (`KeyBasis.for_codes`)."""
     columns = tl.arange(0, FORM.padded_channels)  # [C]
     inside = columns < FORM.channels
@@ -530,7 +526,7 @@ def _store_basis(state, places, pair, row, head, splits, FORM: tl.constexpr):
 
 
 @triton.jit
-def _encode(state, places, pair, row, head, block, splits, FORM: tl.constexpr):
+def _encode(state, places, pair, row, head, block, splits, FORM: tl.constexpr) -> None:
     """Store one block of a pair's tokens, and with the first what reads them."""
     total = decode_integers(places.sizes)[3].to(tl.int64)
     start, length = _span(places, row)
@@ -540,16 +536,13 @@ def _encode(state, places, pair, row, head, block, splits, FORM: tl.constexpr):
         pointers = _pointers(state, places, head, start + tokens, inside, FORM)
         stored = state.stored + (head * total + start + tokens) * FORM.token_width  # [N]
         for index in tl.static_range(len(FORM.blocks)):
-            _store_block(
-                state, places, pointers, stored, inside, pair, row, head, splits, FORM.blocks[index], FORM
-            )
-    if state.delta is not None:
-        if block == 0:
-            _store_basis(state, places, pair, row, head, splits, FORM)
+            _store_block(state, places, pointers, stored, inside, pair, row, head, splits, FORM.blocks[index], FORM)
+    if state.delta is not None and block == 0:
+        _store_basis(state, places, pair, row, head, splits, FORM)
 
 
 @triton.jit
-def encode(states, places, FORMS: tl.constexpr):
+def encode(states, places, FORMS: tl.constexpr) -> None:
     """Store the tokens and what reads them; grid (blocks of tokens, pairs, Keys and Values)."""
     splits = decode_integers(places.sizes)[2]
     rows = decode_integers(places.sizes)[0]

@@ -8,16 +8,15 @@ from typing import Any, Literal, Self
 import torch
 import transformers
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers import cache_utils
+from transformers import Cache, DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV
-from rotatek_cache.cache.saving import SavedFile, register, write
 from rotatek_cache.cache.rope_offsets import RopeOffsets
+from rotatek_cache.cache.saving import SavedFile, register, write
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.codecs.fingerprint import ModelMark
@@ -500,7 +499,7 @@ class RotateKCache(Cache):
                 basis file is missing or another one.
         """
         file = SavedFile(path, device)
-        parts = {key: part for key, part in file.description[1:]}
+        parts = dict(file.description[1:])
         options, digest = file.part(parts["options"]), parts["basis"]
         if basis is not None and digest is None:
             raise ValueError(f"saved cache {path} was made without a basis file: leave out basis={str(basis)!r}")
