@@ -152,9 +152,12 @@ class VisualPositions:
 
     def rows_with_visual(self, begin: int, end: int) -> Tensor | None:
         """Return bool ``[B]``: rows with visual tokens among the positions; None if there are none."""
-        if not self.has_visual(begin, end):
-            return None
-        return self._flags_of(begin, end).any(1)
+        visual = self.visual(begin, end)
+        return None if visual is None else visual.any(1)
+
+    def visual(self, begin: int, end: int) -> Tensor | None:
+        """Return bool ``[B, end - begin]``: which of the positions are visual; None if none is."""
+        return self._flags_of(begin, end) if self.has_visual(begin, end) else None
 
     def plan(self, begin: int, end: int, mask: Tensor | None, *, wait: bool = True) -> SealPlan | None:
         """Return the seal of the positions ``begin : end``; None while an image may go on (never if not to `wait`).

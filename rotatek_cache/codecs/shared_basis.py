@@ -1,8 +1,8 @@
 """Bases that all requests of a model share, and how a budget is dealt out to its layers and heads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from rotatek_cache.core.quantization import (
     allocate_bits,
 )
 from rotatek_cache.options import Allocation, Bits
+
+T = TypeVar("T")
 
 
 class HeadBudget(NamedTuple):
@@ -45,6 +47,8 @@ class StateBasis:
         spectrum: what each coefficient is worth (its mean variance within an image), ``[H, D]``, falling.
         gain: what a unit of its distortion adds to the squared error of logits (Keys) or outputs (Values), ``[H, D]``.
         low, step: of the codes of each width in `BITS`, ``[H, D]``, for coefficients of states less their image's mean.
+        mean: ``[H, D]`` around which all tokens are coded, whose spectrum and ranges are then around it too; None for
+            a basis of visual tokens, each image of which has a mean of its own.
     """
 
     encoder: Tensor
@@ -53,6 +57,7 @@ class StateBasis:
     gain: Tensor
     low: dict[int, Tensor]
     step: dict[int, Tensor]
+    mean: Tensor | None = None
     _memo: dict[object, Any] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "StateBasis":
@@ -68,12 +73,14 @@ class StateBasis:
             self.gain[heads],
             {bits: low[heads] for bits, low in self.low.items()},
             {bits: step[heads] for bits, step in self.step.items()},
+            None if self.mean is None else self.mean[heads],
         )
 
     def tensors(self) -> list[Tensor]:
         """List what the file holds of it."""
         matrices = [self.encoder] if self.decoder is self.encoder else [self.encoder, self.decoder]
-        return [*matrices, self.spectrum, self.gain, *self.low.values(), *self.step.values()]
+        mean = [] if self.mean is None else [self.mean]
+        return [*matrices, self.spectrum, self.gain, *self.low.values(), *self.step.values(), *mean]
 
     def basis(self, mean: Tensor, rank: int, dtype: torch.dtype) -> KeyBasis:
         """Take the first `rank` directions (padded), shared by all requests, around the image's mean ``[H, R, D]``."""
@@ -90,6 +97,19 @@ class StateBasis:
     def _columns(matrix: Tensor, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         columns = torch.nn.functional.pad(matrix[..., :rank], (0, padded_rank(rank) - rank))
         return columns.to(device, dtype).contiguous()
+
+    def encoder_around(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give the encoder ``[H, D, D]`` and the mean ``[H, D]`` of a basis of all tokens, as they are in the file."""
+        mean = self.mean
+        assert mean is not None
+        return self.remembered(("around", device), lambda: (self.encoder.to(device), mean.to(device)))
+
+    def remembered(self, key: object, make: Callable[[], T]) -> T:
+        """Return what `make` makes, made once for each `key`, which must say all that it follows from."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        found: T = self._memo[key]
+        return found
 
     def worth(self, kind: str) -> Tensor:
         """Price the distortion of each coefficient, ``[H, D]``; see `Allocation`."""
@@ -173,9 +193,21 @@ class CalibratedBasis:
         return _Part(self.path, self.fingerprint, self.model_type, self.images, layers, whole=self, heads=heads)
 
     def state(self, layer: int, which: str) -> StateBasis:
-        """Look up the basis of ``which`` ("key" or "value") of a layer; a ValueError if the file has none."""
+        """Look up a basis of a layer; a ValueError if the file has none.
+
+        Args:
+            layer: of the model, from 0.
+            which: "key" or "value" of visual tokens around each image's mean; "token_key" or "token_value" of all
+                tokens around the file's.
+        """
         if layer not in self.layers:
             raise ValueError(f"basis file {self.path} has no layer {layer}; it holds {sorted(self.layers)}")
+        if which not in self.layers[layer]:
+            lacks = "text: it codes visual tokens only" if which.startswith("token") else "images: it codes all tokens"
+            flag, option = ("--text", "") if which.startswith("token") else ("--images", ", or use text='coded'")
+            raise ValueError(
+                f"basis file {self.path} was calibrated without {lacks}. Run `rotatek calibrate {flag}` anew{option}"
+            )
         return self.layers[layer][which]
 
     def code(

@@ -30,6 +30,7 @@ class KeyBasis:
         delta: ``[H, R, D]`` added back through the query; None is zero.
         fitted_rank: columns that carry something; the rest of ``r`` is zero padding.
         shared: A and B belong to the model (a calibrated basis), not to the request; `tensors` leaves them out.
+        delta_shared: delta does, too.
     """
 
     A: Tensor | None = None
@@ -39,6 +40,7 @@ class KeyBasis:
     fitted_rank: int | None = field(default=None, compare=False)
     shared: bool = False
     scale: Tensor | None = None
+    delta_shared: bool = False
 
     @property
     def is_identity(self) -> bool:
@@ -53,7 +55,8 @@ class KeyBasis:
     def tensors(self) -> list[Tensor]:
         """List the distinct tensors that this basis holds for its request."""
         matrices = () if self.shared else (self.A, self.B)
-        held = [t for t in (*matrices, self.scale, self.offset, self.delta) if t is not None]
+        delta = () if self.delta_shared else (self.delta,)
+        held = [t for t in (*matrices, self.scale, self.offset, *delta) if t is not None]
         return list({id(t): t for t in held}.values())
 
     def encode(self, keys: Tensor) -> Tensor:
