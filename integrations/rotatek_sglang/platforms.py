@@ -18,8 +18,6 @@ log = logging.getLogger(__name__)
 PAGE_SIZE = 2  # the smallest for which SGLang lets a platform choose the allocator; rows are given out singly anyway
 MAX_RUNNING_REQUESTS = 32  # each has a row of the request table and, with an online basis, a basis
 
-CPU_DEFAULT = "intel_amx"  # filled in by SGLang before a platform is asked
-
 # Field of ServerArgs, what it may be, and what it stands for.
 REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("speculative_algorithm", (None,), "speculative decoding"),
@@ -53,15 +51,19 @@ REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("attn_cp_size", (1,), "context parallelism"),
     ("prefill_attention_backend", (None, BACKEND), "another attention backend for prefill"),
     ("decode_attention_backend", (None, BACKEND), "another attention backend for decoding"),
-    ("attention_backend", (None, BACKEND, CPU_DEFAULT), "another attention backend"),
+    ("attention_backend", (None, BACKEND), "another attention backend"),
 )
 
 
 def refuse_unsupported(args: Any) -> None:
     """Raise a ValueError that names what is asked for and not supported."""
+    from sglang.srt.utils import is_host_cpu_arm64  # noqa: PLC0415 (needs a platform)
+
+    # On a CPU SGLang has filled in its own before it asks a platform.
+    filled_in = "torch_native" if is_host_cpu_arm64() else "intel_amx"
     for field, allowed, what in REFUSED:
         value = getattr(args, field)
-        if value not in allowed:
+        if value not in allowed and (field, args.device, value) != ("attention_backend", "cpu", filled_in):
             raise ValueError(f"rotatek_sglang does not support {what} (--{field.replace('_', '-')} {value})")
 
 

@@ -20,6 +20,7 @@ from rotatek_sglang.storage import LayerStorage, build_storage
 
 log = logging.getLogger(__name__)
 
+LEAST_TEXT_ROWS = 64
 BASES_PER_REQUEST = 2  # half of them for images that are only cached
 NO_DENSE_KEYS = (
     "the KV pool holds coefficients, which only the attention backend 'rotatek' reads; start the server with "
@@ -81,6 +82,12 @@ class RotateKPool(MHATokenToKVPool):
         if self.layer_num != len(plan.layout.layers):
             raise RuntimeError(f"{self.layer_num} layers in this pool, {len(plan.layout.layers)} were planned for")
         text, visual = plan.rows(self.size)
+        if text < LEAST_TEXT_ROWS:
+            raise ValueError(
+                f"the KV pool has {text} text rows at --text-share {plan.text_share:g}, which no prompt with its chat "
+                f"template fits into; at least {LEAST_TEXT_ROWS} are needed: raise --text-share, or give the pool more "
+                "memory (--mem-fraction-static, --max-total-tokens)"
+            )
         self.table = SlotTable(self.size + self.page_size, text, visual, plan.bases, self.device)
         # Row 0 of the text takes what padding writes.
         self.layers = build_storage(plan.layout, text + 1, visual, plan.bases, self.device)
@@ -91,6 +98,14 @@ class RotateKPool(MHATokenToKVPool):
         self.k_buffer: list[Tensor] = []
         self.v_buffer: list[Tensor] = []
         log.info("%s", describe(plan, self))
+        dense = dense_tokens(plan, self)
+        if self.size <= dense:
+            log.warning(
+                "RotateK: %s tokens fit, where a dense cache would hold %s: lower --text-share or --bases, or "
+                "compress more",
+                f"{self.size:,}",
+                f"{dense:,}",
+            )
 
     @property
     def longest_in_chunks(self) -> int:
@@ -120,12 +135,19 @@ class RotateKPool(MHATokenToKVPool):
     get_contiguous_buf_infos = get_device_pool_infos = host_pool_decls = _refuse
 
 
+def held_bytes(plan: Plan, pool: RotateKPool) -> int:
+    """Count the bytes of the pool with all its tables."""
+    return sum(pool.get_kv_size_bytes()) + plan.fixed_bytes - plan.bases * plan.layout.basis_bytes
+
+
+def dense_tokens(plan: Plan, pool: RotateKPool) -> int:
+    """Count the tokens that a dense cache holds in as many bytes."""
+    return held_bytes(plan, pool) // plan.layout.text_bytes
+
+
 def describe(plan: Plan, pool: RotateKPool) -> str:
     """Describe the pool for the start-up log."""
-    layout = plan.layout
-    keys, values = pool.get_kv_size_bytes()
-    held = keys + values + plan.fixed_bytes - plan.bases * layout.basis_bytes
-    dense = held // layout.text_bytes
+    layout, held, dense = plan.layout, held_bytes(plan, pool), dense_tokens(plan, pool)
     return (
         f"RotateK (process {os.getpid()}): ranks {layout.ranks()}; a text token takes {layout.text_bytes:,} bytes, a "
         f"visual one {layout.visual_bytes:,}, a basis {layout.basis_bytes:,}; {pool.table.text_rows:,} text rows, "

@@ -1,13 +1,17 @@
 """What a request asks of the pools: which of its tokens are stored as visual ones, and whether it fits."""
 
+import logging
 from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
+from sglang.srt.runtime_context import get_serving
 from torch import Tensor
 
 from rotatek_sglang.pool import RotateKPool, make_room
 from rotatek_sglang.rows import Need, SlotTable
+
+log = logging.getLogger(__name__)
 
 
 def visual_tokens(req: Any, begin: int, end: int) -> Tensor:
@@ -16,7 +20,10 @@ def visual_tokens(req: Any, begin: int, end: int) -> Tensor:
     inputs = req.multimodal_inputs
     for item in inputs.mm_items if inputs is not None else ():
         if item.is_image() or item.is_video():
-            for first, last in item.offsets:  # both inclusive
+            if item.offsets is None:  # SGLang's LLaVA: known by the ids that stand in for this image
+                ids = torch.tensor(req.origin_input_ids[begin:end], dtype=torch.int64, device="cpu")
+                mask[: len(ids)] |= ids == item.pad_value
+            for first, last in item.offsets or ():  # both inclusive
                 mask[max(0, first - begin) : max(0, last + 1 - begin)] = True
     return mask
 
@@ -57,6 +64,10 @@ def need_of_prompt(pool: RotateKPool, req: Any, *, in_chunks: bool = False, pref
 
 def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a request wait while rows for its prompt and its answer are short; runs around `PrefillAdder.add_one_req`."""
+    if req.to_finish is not None:
+        # Refused on the way here: let in to be told so. It generates nothing, so it need not wait for room to do it,
+        # nor may those behind it. SGLang leaves what was asked for where it was.
+        req.sampling_params.max_new_tokens = req.sampling_params.min_new_tokens = 0
     allocator, running = adder.token_to_kv_pool_allocator, adder.running_batch
     pool = allocator.get_kvcache()
     fits, at_once = fits_beside_others(adder, req)
@@ -136,6 +147,11 @@ def refuse_too_large(scheduler: Any, req: Any) -> None:
     free = table.text_rows - (tokens - int(compressed_tokens(pool, req, 0, tokens).sum())) - 1
     if free < 1:
         visual = int(visual_tokens(req, 0, tokens).sum())
+        if get_serving().allow_auto_truncate and not visual:  # a prompt with images SGLang does not truncate either
+            req.origin_input_ids = req.origin_input_ids[: table.text_rows - 2]
+            log.warning("A prompt of %s tokens was cut to the %s text rows", tokens, table.text_rows)
+            free = 1
+    if free < 1:
         req.set_finish_with_abort(
             f"The prompt has {visual} visual tokens and {tokens - visual} others; the KV pool has {table.visual_rows} "
             f"visual rows and {table.text_rows} text rows, two of which the answer takes at least: shorten it, use a "
