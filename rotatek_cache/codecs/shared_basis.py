@@ -64,7 +64,7 @@ class StateBasis:
     low: dict[int, Tensor]
     step: dict[int, Tensor]
     mean: Tensor | None = None
-    _memo: dict[object, Any] = field(default_factory=dict, repr=False)
+    _memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "StateBasis":
         return self  # of the model, never changed: copies of a cache share it
@@ -114,7 +114,7 @@ class StateBasis:
         assert mean is not None
         return self.remembered(("around", device), lambda: (self.encoder.to(device), mean.to(device)))
 
-    def remembered(self, key: object, make: Callable[[], T]) -> T:
+    def remembered(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """Return what `make` makes, made once for each `key`, which must say all that it follows from."""
         if key not in self._memo:
             self._memo[key] = make()

@@ -35,7 +35,6 @@ from rotatek_cache.core.quantization import (
     CodeLayout,
     HeadCodes,
     Numbers,
-    middle_codes,
     pack_coefficients,
 )
 from rotatek_cache.core.segments import Stored
@@ -96,10 +95,7 @@ class TokenRows(KeyCodec):
 
     def basis(self, dtype: torch.dtype, device: torch.device, rows: int = 1) -> KeyBasis:
         """Give what rows mean to queries of `dtype`: a basis of the model, one for all of `rows` sequences."""
-        low, step = self.state.ranges(self.code, device)
-        decoder, shift = self.state.scaled_decoder(
-            (self.code, "rows"), low, step, middle_codes(self.code, device), dtype
-        )
+        decoder, shift = self.state.scaled_decoder(self.code, "auto", dtype, device)
         _, mean = self.state.encoder_around(device)
         delta = self.state.remembered(
             ("delta", self.code, dtype, device), lambda: (mean + shift).to(coded_delta_dtype(dtype))
