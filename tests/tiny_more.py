@@ -519,7 +519,12 @@ MORE: dict[str, Tiny] = {
             "granite_docling",
             lambda: _config(
                 "granite_docling",
-                text={"attention_multiplier": 32**-0.5},
+                text={
+                    "attention_multiplier": 32**-0.5,
+                    "embedding_multiplier": 1.0,
+                    "residual_multiplier": 1.0,
+                    "logits_scaling": 1.0,
+                },
                 vision={
                     "image_size": 32,
                     "patch_size": 2,

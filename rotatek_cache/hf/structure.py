@@ -9,13 +9,22 @@ from transformers.cache_utils import DynamicLayer
 # Layers of a stock cache that stand beside those that are compressed, each with a state of its own kind.
 STOCK_LAYERS = ("DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")
 
+_INDEXED = "sparse-indexed attention: an indexer with Keys of its own picks the tokens that each query sees"
+_CROSS = "cross-attention layers: its images' Keys never stand in the prompt"
+
+# Other layers, with what they keep beyond Keys and Values of all tokens.
+OTHER_LAYERS = {
+    "DynamicIndexedLayer": f"the Keys of {_INDEXED}",
+    "LinearAttentionAndFullAttentionLayer": "a convolution's state beside the Keys and Values of the same layer",
+}
+
 # Settings of the text model, with what they bring that the compressed decode does not do. The first that is set counts.
 SETTINGS = {
-    "index_topk": "sparse-indexed attention: an indexer with Keys of its own picks the tokens that each query sees",
+    "index_topk": _INDEXED,
     "kv_lora_rank": "multi-head latent attention (MLA): its layers cache one latent vector a token, low-rank already, "
     "from which the Keys of all heads are expanded, so there are no visual Keys of a head to compress",
-    "cross_attention_layers": "cross-attention layers: its images' Keys never stand in the prompt",
-    "add_cross_attention": "cross-attention layers: its images' Keys never stand in the prompt",
+    "cross_attention_layers": _CROSS,
+    "add_cross_attention": _CROSS,
     "attn_logit_softcapping": "a softcap, which bends the logits of attention",
     "attention_sinks": "attention sinks, which take part in the softmax",
 }
@@ -36,7 +45,8 @@ def obstacle(config: PreTrainedConfig) -> str:
     kinds = [type(layer) for layer in DynamicCache(config=text).layers]
     others = sorted({kind.__name__ for kind in kinds if kind is not DynamicLayer} - set(STOCK_LAYERS))
     if others:
-        return f"its layers keep more than Keys and Values, or other ones, in a cache ({', '.join(others)})"
+        what = OTHER_LAYERS.get(others[0], "something else than the Keys and Values of all tokens")
+        return f"its layers are of kinds that keep {what} ({', '.join(others)})"
     if DynamicLayer not in kinds:
         window = _setting(text, "sliding_window")
         return (
