@@ -15,9 +15,7 @@ FORMAT = "rotatek-basis-2"
 STATES = ("key", "value")
 
 
-def read_file(
-    path: str | os.PathLike[str], expected: str, what: str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_file(path: str | os.PathLike[str], expected: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata of a file; a ValueError where it is unreadable or of another format."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (bases fitted online need torch alone)
 

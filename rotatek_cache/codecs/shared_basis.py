@@ -24,7 +24,6 @@ from rotatek_cache.core.quantization import (
 )
 from rotatek_cache.options import Allocation, Bits
 
-
 Code = CodeLayout | HeadCodes | Numbers
 
 
@@ -59,7 +58,7 @@ class StateBasis:
     gain: Tensor
     low: dict[int, Tensor]
     step: dict[int, Tensor]
-    _memo: dict[object, Any] = field(default_factory=dict, repr=False)
+    _memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "StateBasis":
         return self  # of the model, never changed: copies of a cache share it
@@ -150,9 +149,7 @@ class StateBasis:
         low, step = self.ranges(code, device)
         return low, self.float8_scale(code.channels, device) if bits == "fp8" else step
 
-    def scaled_decoder(
-        self, code: Code, bits: Bits, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
+    def scaled_decoder(self, code: Code, bits: Bits, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Fold the steps into the decoder ``[H, D, channels]``; also give what the low ends add to delta, ``[H, D]``.
 
         They belong to all requests and are made once. See `KeyBasis.for_codes`.
@@ -169,19 +166,21 @@ class StateBasis:
 
     def derived(self) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
         """Yield the tensors that requests share, each with what `derive` makes it of."""
-        for (kind, *how, _), made in list(self._memo.items()):
-            if kind == "basis":
+        for key, made in list(self._memo.items()):
+            how = key[1:-1]  # without the device
+            if key[0] == "basis":
                 yield ("encoder", *how), made[0]
                 yield ("decoder", *how), made[1]
-            elif kind == "decoder":
+            elif key[0] == "decoder":
                 yield ("scaled", *how), made[0]
 
     def derive(self, how: tuple[Any, ...], device: torch.device) -> Tensor:
         """Make a tensor that requests share, as `derived` names it, or find it made."""
-        kind, *rest = how
-        if kind == "scaled":
-            return self.scaled_decoder(*rest, device)[0]
-        return self._matrices(*rest, device)[kind == "decoder"]
+        if how[0] == "scaled":
+            _, code, bits, dtype = how
+            return self.scaled_decoder(code, bits, dtype, device)[0]
+        kind, rank, dtype = how
+        return self._matrices(rank, dtype, device)[kind == "decoder"]
 
 
 @dataclass(frozen=True, eq=False)

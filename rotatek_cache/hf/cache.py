@@ -8,8 +8,7 @@ from typing import Any, Literal, Self
 import torch
 import transformers
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers import cache_utils
+from transformers import Cache, DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
@@ -34,6 +33,11 @@ from rotatek_cache.token_pruning.registry import token_method
 for _found in vars(cache_utils).values():
     if isinstance(_found, type) and issubclass(_found, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
         register(_found)
+
+SAVED = (
+    *("options", "tokens", "budget", "basis", "model", "transformers", "method", "planned", "knows_layers", "graphs"),
+    *("chosen", "record_past", "rope_deltas", "positions", "layers"),
+)  # the parts of a saved cache
 
 HOW_TO_SWITCH = (
     "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
@@ -470,6 +474,7 @@ class RotateKCache(Cache):
             "positions": self.positions.state(),
             "layers": [layer.kv.state() if isinstance(layer, RotateKLayer) else layer for layer in self.layers],
         }
+        assert tuple(state) == SAVED
         references = {} if self.calibrated is None else self.calibrated.derived()
         return write(path, state, references, compress=compress)
 
@@ -496,7 +501,7 @@ class RotateKCache(Cache):
                 basis file is missing or another one.
         """
         file = SavedFile(path, device)
-        parts = {key: part for key, part in file.description[1:]}
+        parts = file.parts(SAVED)
         options, digest = file.part(parts["options"]), parts["basis"]
         if basis is not None and digest is None:
             raise ValueError(f"saved cache {path} was made without a basis file: leave out basis={str(basis)!r}")
@@ -545,7 +550,8 @@ class RotateKCache(Cache):
                 continue
             layer = self._new_layer(index)
             # A calibrated basis may lie elsewhere now; ranks that a budget has settled stay.
-            part["options"] = dataclasses.replace(part["options"], basis=self.options.basis)
+            own = dataclasses.replace(part["options"], basis=self.options.basis)
+            part["options"] = self.options if own == self.options else own
             layer.kv.restore(part)
             held = layer.kv.tensors()
             if layer.kv.dtype is not None and held:
