@@ -441,8 +441,8 @@ class RotateKCache(Cache):
     def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> SavedBytes:
         """Write all that the cache holds to one file, which `load` reads in any process.
 
-        The file is safetensors with a checksum; a calibrated basis is not in it but named. Save a prompt once it is
-        read, by `model(**inputs, past_key_values=cache)` or a `generate`.
+        The file is safetensors with a checksum; a calibrated basis is not in it but named. To save a prompt, read it by
+        `model.generate(**inputs, past_key_values=cache, max_new_tokens=1)`.
 
         Args:
             path: of the file; an existing one is replaced once the new one is whole.
@@ -632,7 +632,7 @@ class RotateKCache(Cache):
         one stays as it is, to be asked again. Drop what is returned when the questions are answered::
 
             cache = RotateKCache(sparsity=0.75, basis="pca")
-            model(**prompt, past_key_values=cache)  # read once, without a question
+            model.generate(**prompt, past_key_values=cache, max_new_tokens=1)  # read once, without a question
             asked = cache.ask_many(**processor.tokenizer(questions, padding=True, padding_side="left", ...))
             output = model.generate(**asked, max_new_tokens=32)
             answers = output[:, asked["input_ids"].shape[1] :]
@@ -652,8 +652,9 @@ class RotateKCache(Cache):
             Arguments of `generate`: `input_ids` (the whole conversation), `attention_mask` and `past_key_values`.
 
         Raises:
-            ValueError: nothing is cached, questions are padded on the right, it is not clear which rows they are
-                about, or the ids of the conversation are not known.
+            ValueError: nothing is cached, questions are padded on the right, or at all where the model has layers with
+                a sliding window, it is not clear which rows they are about, or the ids of the conversation are not
+                known.
         """
         length, batch = self.get_seq_length(), self.batch_size
         if not length or batch < 1:
@@ -672,7 +673,15 @@ class RotateKCache(Cache):
         seen = torch.cat([torch.ones_like(known[:, length:], dtype=torch.bool), seen], 1)
         order = seen.int().argsort(dim=1, stable=True)  # padding first
         new, seen = new.gather(1, order), seen.gather(1, order)
-        many = self._branch(index, (~seen).sum(1))
+        padding = (~seen).sum(1)
+        stock = [number for number, layer in enumerate(self.layers) if not isinstance(layer, RotateKLayer)]
+        if stock and bool(padding.any()):
+            raise ValueError(
+                f"questions of different lengths: layers {stock} have transformers' own cache layer (sliding window or "
+                "linear), in which padding between prompt and question takes the place of tokens: ask questions of one "
+                "length together, those of another length by another call"
+            )
+        many = self._branch(index, padding)
         visible = many.positions.visible
         before = torch.ones_like(known[:, :length], dtype=torch.bool)
         if visible is not None:
