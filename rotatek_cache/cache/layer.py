@@ -272,6 +272,14 @@ class LayerKV:
             self.pending = Pending(pending.keys[index], pending.values[index], pending.begin, window)
         self.shape = (len(index), *self.shape[1:])
 
+    def follow(self, padding: Tensor) -> None:
+        """Begin an empty text behind all that is held, with so many columns of padding, int64 ``[B]``."""
+        self.text = TextSegment()
+        if self.pending is None:
+            self.text.follow(self.length, padding)
+        else:  # which goes on, and knows its padding when it seals
+            self.text.follow(self.pending.begin, torch.zeros_like(padding))
+
     def truncate(self, length: int) -> None:
         """Forget the logical positions from `length` on."""
         if length >= self.length:
@@ -298,7 +306,7 @@ class LayerKV:
         """Count the tokens held dense, over all rows: text, what waits for its seal, and images below break-even."""
         if self.shape is None:
             return 0
-        text = self.text.length * self.shape[0]
+        text = self.text.length * self.shape[0] + sum(int(s.lengths.sum()) for s in self.segments if s.is_text)
         if self.text.alignment is not None and self.text.alignment.first is not None:
             text -= int(self.text.alignment.first.sum())
         return text + (0 if self.pending is None else self.pending.keys.shape[2] * self.shape[0])

@@ -224,6 +224,16 @@ class SavedFile:
             ) from None
         return place
 
+    def parts(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the descriptions of the parts of a state, a dict with these keys, in their order.
+
+        A part may refer to what is in those before it, which have to be made first.
+        """
+        found = self.description[1:] if isinstance(self.description, list) else []
+        if [pair[0] for pair in found] != list(names):
+            raise ValueError(f"{WHAT} {self.path} has other parts than this version knows: make it anew")
+        return dict(found)
+
     def part(self, description: Any) -> Any:
         """Make what a description stands for; a ValueError where this version has nothing like it."""
         try:
@@ -318,7 +328,7 @@ def _made_of(kind: type, fields: dict[str, Any]) -> Any:
         expect_fields(kind, fields, names)
         return kind(**fields)
     if _name(kind) in _REGISTERED:  # of another package, which need not be possible to make without arguments
-        made = kind.__new__(kind)
+        made: Any = object.__new__(kind)
     else:
         made = kind()
         expect_fields(kind, fields, vars(made))

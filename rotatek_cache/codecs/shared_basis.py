@@ -187,19 +187,21 @@ class StateBasis:
 
     def derived(self) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
         """Yield the tensors that requests share, each with what `derive` makes it of."""
-        for (kind, *how, _), made in list(self._memo.items()):
-            if kind == "basis":
+        for key, made in list(self._memo.items()):
+            how = key[1:-1]  # without the device
+            if key[0] == "basis":
                 yield ("encoder", *how), made[0]
                 yield ("decoder", *how), made[1]
-            elif kind == "decoder":
+            elif key[0] == "decoder":
                 yield ("scaled", *how), made[0]
 
     def derive(self, how: tuple[Any, ...], device: torch.device) -> Tensor:
         """Make a tensor that requests share, as `derived` names it, or find it made."""
-        kind, *rest = how
-        if kind == "scaled":
-            return self.scaled_decoder(*rest, device)[0]
-        return self._matrices(*rest, device)[kind == "decoder"]
+        if how[0] == "scaled":
+            _, code, bits, dtype = how
+            return self.scaled_decoder(code, bits, dtype, device)[0]
+        kind, rank, dtype = how
+        return self._matrices(rank, dtype, device)[kind == "decoder"]
 
 
 @dataclass(frozen=True, eq=False)

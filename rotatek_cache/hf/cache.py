@@ -1,5 +1,6 @@
 """`RotateKCache`, a transformers `Cache`, and its layers: thin shells over `LayerKV`."""
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ from rotatek_cache.codecs.registry import codecs_for
 from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
 from rotatek_cache.core.row_layout import row_index
-from rotatek_cache.core.segments import SegmentView, Stored
+from rotatek_cache.core.segments import SegmentView, Stored, TextSegment
 from rotatek_cache.options import Allocation, Bits, FitOptions, with_option_docs
 from rotatek_cache.report import CacheReport, LayerReport, SavedBytes, SegmentReport
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
@@ -34,6 +35,11 @@ from rotatek_cache.token_pruning.registry import token_method
 for _found in vars(cache_utils).values():
     if isinstance(_found, type) and issubclass(_found, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
         register(_found)
+
+SAVED = (
+    *("options", "tokens", "budget", "basis", "model", "transformers", "method", "planned", "knows_layers", "graphs"),
+    *("chosen", "record_past", "rope_deltas", "positions", "layers"),
+)  # the parts of a saved cache
 
 HOW_TO_SWITCH = (
     "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
@@ -464,8 +470,8 @@ class RotateKCache(Cache):
     def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> SavedBytes:
         """Write all that the cache holds to one file, which `load` reads in any process.
 
-        The file is safetensors with a checksum; a calibrated basis is not in it but named. Save a prompt once it is
-        read, by `model(**inputs, past_key_values=cache)` or a `generate`.
+        The file is safetensors with a checksum; a calibrated basis is not in it but named. To save a prompt, read it by
+        `model.generate(**inputs, past_key_values=cache, max_new_tokens=1)`.
 
         Args:
             path: of the file; an existing one is replaced once the new one is whole.
@@ -499,6 +505,7 @@ class RotateKCache(Cache):
             "positions": self.positions.state(),
             "layers": [layer.kv.state() if isinstance(layer, RotateKLayer) else layer for layer in self.layers],
         }
+        assert tuple(state) == SAVED
         references = {} if self.calibrated is None else self.calibrated.derived()
         return write(path, state, references, compress=compress)
 
@@ -525,7 +532,7 @@ class RotateKCache(Cache):
                 basis file is missing or another one.
         """
         file = SavedFile(path, device)
-        parts = dict(file.description[1:])
+        parts = file.parts(SAVED)
         options, digest = file.part(parts["options"]), parts["basis"]
         if basis is not None and digest is None:
             raise ValueError(f"saved cache {path} was made without a basis file: leave out basis={str(basis)!r}")
@@ -574,7 +581,8 @@ class RotateKCache(Cache):
                 continue
             layer = self._new_layer(index)
             # A calibrated basis may lie elsewhere now; ranks that a budget has settled stay.
-            part["options"] = dataclasses.replace(part["options"], basis=self.options.basis)
+            own = dataclasses.replace(part["options"], basis=self.options.basis)
+            part["options"] = self.options if own == self.options else own
             layer.kv.restore(part)
             held = layer.kv.tensors()
             if layer.kv.dtype is not None and held:
@@ -653,6 +661,115 @@ class RotateKCache(Cache):
             self.rope_deltas = deltas[index.to(deltas.device)]
             self.offsets.select_rows(index.tolist())
 
+    def ask_many(
+        self,
+        questions: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rows: Sequence[int] | Tensor | None = None,
+        conversation: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Prepare a batch of questions about what the cache holds, which is stored once for all of them.
+
+        The answers go to a cache of their own, whose rows point at what this one stores, images and text alike; this
+        one stays as it is, to be asked again. Drop what is returned when the questions are answered::
+
+            cache = RotateKCache(sparsity=0.75, basis="pca")
+            model.generate(**prompt, past_key_values=cache, max_new_tokens=1)  # read once, without a question
+            asked = cache.ask_many(**processor.tokenizer(questions, padding=True, padding_side="left", ...))
+            output = model.generate(**asked, max_new_tokens=32)
+            answers = output[:, asked["input_ids"].shape[1] :]
+
+        Leave out the images: they are in the cache.
+
+        Args:
+            questions: ids ``[N, n]`` that follow the prompt, padded on the left.
+            attention_mask: ``[N, n]``, 0 on padding; None where there is none.
+            rows: which row of the cache each question is about; by default all are about its only one, or question i
+                is about row i.
+            conversation: ids ``[B, >= cached tokens]`` of what the cache holds, and maybe of tokens behind it, which
+                then begin each question; by default those of the prompt that it read in one forward. `generate`
+                returns them: ``conversation=output`` asks on after an answer.
+
+        Returns:
+            Arguments of `generate`: `input_ids` (the whole conversation), `attention_mask` and `past_key_values`.
+
+        Raises:
+            ValueError: nothing is cached, questions are padded on the right, or at all where the model has layers with
+                a sliding window, it is not clear which rows they are about, or the ids of the conversation are not
+                known.
+        """
+        length, batch = self.get_seq_length(), self.batch_size
+        if not length or batch < 1:
+            raise ValueError("this RotateKCache holds no prompt to ask about: read one first, with the model")
+        ids, seen = _checked_questions(questions, attention_mask)
+        index = self._rows_asked(len(ids), rows)
+        known = self.positions.prompt if conversation is None else conversation
+        if known is None or known.shape[0] != batch or known.shape[1] < length:
+            found = "none are known" if known is None else f"those known are {list(known.shape)}"
+            raise ValueError(
+                f"conversation: expected ids [{batch}, at least {length}] of what the cache holds, {found}: pass them, "
+                "such as the output of the last generate"
+            )
+        known = known.to(ids.device)[index.to(ids.device)]
+        new = torch.cat([known[:, length:], ids], 1)
+        seen = torch.cat([torch.ones_like(known[:, length:], dtype=torch.bool), seen], 1)
+        order = seen.int().argsort(dim=1, stable=True)  # padding first
+        new, seen = new.gather(1, order), seen.gather(1, order)
+        padding = (~seen).sum(1)
+        stock = [number for number, layer in enumerate(self.layers) if not isinstance(layer, RotateKLayer)]
+        if stock and bool(padding.any()):
+            raise ValueError(
+                f"questions of different lengths: layers {stock} have transformers' own cache layer (sliding window or "
+                "linear), in which padding between prompt and question takes the place of tokens: ask questions of one "
+                "length together, those of another length by another call"
+            )
+        many = self._branch(index, padding)
+        visible = many.positions.visible
+        before = torch.ones_like(known[:, :length], dtype=torch.bool)
+        if visible is not None:
+            before[:, : visible.shape[1]] = visible[:, :length].to(before.device)
+        return {
+            "input_ids": torch.cat([known[:, :length], new], 1),
+            "attention_mask": torch.cat([before, seen], 1).long(),
+            "past_key_values": many,
+        }
+
+    def _rows_asked(self, questions: int, rows: Sequence[int] | Tensor | None) -> Tensor:
+        """Say which row each of so many questions is about: int64 ``[questions]``."""
+        batch = self.batch_size
+        if rows is None:
+            if batch not in (1, questions):
+                raise ValueError(
+                    f"rows: the cache holds {batch} rows and there are {questions} questions: say which row each is "
+                    "about, as in rows=[0, 0, 1]"
+                )
+            rows = range(batch) if batch == questions else [0] * questions
+        index = torch.as_tensor(list(rows), dtype=torch.int64, device="cpu")
+        if len(index) != questions or bool(((index < 0) | (index >= batch)).any()):
+            raise ValueError(
+                f"rows: expected {questions} numbers from 0 to {batch - 1}, one for each question, got {index.tolist()}"
+            )
+        return index
+
+    def _branch(self, index: Tensor, padding: Tensor) -> Self:
+        """Make a cache whose row b goes on from row ``index[b]``, with so many columns of padding first."""
+        tables: dict[Any, Any] = {}
+        memo: dict[int, Any] = {}
+        lent = {}
+        for layer in self._compressed_layers():
+            lent[layer.kv.index] = layer.kv.text.lend(tables)
+            memo[id(layer.kv.text)] = TextSegment()  # not copied
+        many = copy.deepcopy(self, memo)
+        for layer in many._compressed_layers():
+            text = lent[layer.kv.index]
+            if text is not None:
+                layer.kv.segments.append(text)
+        many.batch_select_indices(index)
+        for layer in many._compressed_layers():
+            layer.kv.follow(padding.to(layer.device))
+        return many
+
     @property
     def batch_size(self) -> int:
         """Rows, -1 before the first update."""
@@ -675,12 +792,15 @@ class RotateKCache(Cache):
         held += self.positions.tensors()
         return held if self.rope_deltas is None else [*held, self.rope_deltas]
 
-    def nbytes(self) -> int:
+    def nbytes(self, *, beside: "RotateKCache | None" = None) -> int:
         """Count the bytes of the storage held, everything once.
 
         Coefficients, Values, text and its free columns, bases, deltas, row tables, positions and flags.
+
+        Args:
+            beside: another cache; what it holds too is left out.
         """
-        return storage_bytes(self.tensors())
+        return storage_bytes(self.tensors(), () if beside is None else beside.tensors())
 
     def shared_nbytes(self) -> int:
         """Count the bytes of the calibrated basis, which requests share and `nbytes` leaves out; 0 without one."""
@@ -709,15 +829,36 @@ class RotateKCache(Cache):
         return f"<RotateKCache({given}): {held}>"
 
 
+def _checked_questions(questions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ids ``[N, n]`` and bool ``[N, n]``, False on padding, which has to be on the left."""
+    if not isinstance(questions, Tensor) or questions.ndim != 2 or questions.is_floating_point():
+        what = list(questions.shape) if isinstance(questions, Tensor) else type(questions).__name__
+        raise ValueError(f"questions: expected a tensor of ids [questions, tokens], got {what}")
+    seen = torch.ones_like(questions, dtype=torch.bool) if mask is None else mask.bool().to(questions.device)
+    if seen.shape != questions.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of questions {list(questions.shape)}, got {list(seen.shape)}"
+        )
+    if not bool(seen[:, -1:].all()) or bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+        raise ValueError(
+            "attention_mask hides tokens behind others: expected questions padded on the left, as by "
+            'processor.tokenizer(..., padding=True, padding_side="left")'
+        )
+    return questions, seen
+
+
 def _rank(stored: Stored, width: int) -> int:
     fitted = None if stored.basis is None else stored.basis.fitted_rank
     return width if fitted is None else fitted
 
 
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Count the bytes of the distinct storages behind `tensors`."""
-    storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+def storage_bytes(tensors: Iterable[Tensor], beside: Iterable[Tensor] = ()) -> int:
+    """Count the bytes of the distinct storages behind `tensors` that are not behind those `beside`."""
+    others, storages = (
+        {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in held}
+        for held in (beside, tensors)
+    )
+    return sum(size for place, size in storages.items() if place not in others)
 
 
 def _stock_tensors(layer: Any) -> list[Tensor]:
@@ -750,6 +891,7 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
             ),
         )
         for segment in kv.segments
+        if not segment.is_text
     ]
     return LayerReport(
         index,
