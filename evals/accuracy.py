@@ -39,8 +39,8 @@ from evals.scores import DENSE, print_table, score
 from evals.store import write_json
 from evals.tasks import Sample, SampleError, Task, TaskError, load_task, task_names
 from rotatek_cache import RotateKCache
-from rotatek_cache.hf.cache import storage_bytes
 from rotatek_cache.hf.chat import Chat, InputError
+from rotatek_cache.hf.storage import storage_bytes
 
 READER = Path(__file__).parent.parent / "rotatek_cache" / "reader"
 

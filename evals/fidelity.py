@@ -57,8 +57,9 @@ from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.calibration.images import find_images
 from rotatek_cache.core.attention import causal_mask
-from rotatek_cache.hf.cache import RotateKLayer, storage_bytes
+from rotatek_cache.hf.cache import RotateKLayer
 from rotatek_cache.hf.chat import READER, Chat, InputError, open_image
+from rotatek_cache.hf.storage import storage_bytes
 
 DEFAULT_METHODS = Path(__file__).parent / "settings" / "fidelity.yaml"
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}

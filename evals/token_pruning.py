@@ -43,9 +43,9 @@ from evals.store import rounded, write_json
 from rotatek_cache import FastV, RotateKCache, VisionZip
 from rotatek_cache.cache.layer import LayerKV, Merge
 from rotatek_cache.cache.seal_plan import SealPlan
-from rotatek_cache.hf.cache import storage_bytes
 from rotatek_cache.hf.encoders import encoder_tap, token_signal
 from rotatek_cache.hf.feature_choice import choose
+from rotatek_cache.hf.storage import storage_bytes
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
 

@@ -52,6 +52,15 @@ def test_a_conversation(run):
     assert any("32/128" in line for line in report)
 
 
+def test_new_images_in_a_later_turn(run):
+    first, second, third, *report = run("new_images")
+    assert first == f"row 1? {truth('page1_easy.png', 'row 1?')}"
+    assert second == f"column B? {truth('page1_easy.png', 'column B?')}"
+    assert third.startswith("row 1? ") and len(third) > len("row 1? ")  # of two pages, for which it was not trained
+    segments = [line for line in report if " 324  " in line and "32/128" in line]
+    assert len(segments) == 8  # two of each layer: one of each turn with an image
+
+
 def test_a_batch(run):
     questions = ("row 1?", "colours row 2?")
     first, second, held = run("batch")

@@ -153,10 +153,17 @@ def second_turn_with_an_image(tiny: Tiny, model: PreTrainedModel, make: Make) ->
 @way
 def forward_with_a_new_image(tiny: Tiny, model: PreTrainedModel, make: Make) -> list[Tensor]:
     """A second turn by a forward of one's own, with the new part only."""
-    inputs, cache = one(tiny), make()
+    prompt, cache = tiny.prompt(0, images=(0, 1)), make()
+    inputs = tiny.inputs(prompt)
     logits = [model(**inputs, past_key_values=cache).logits[:, -1]]
     ids, content = tiny.image(1 % tiny.sizes, torch.Generator().manual_seed(77))
     new = tiny.inputs(Prompt([*words(3, 1), *ids, *words(4, 2)], [content]))
+    if tiny.token_types == "mm_token_type_ids" and not hasattr(cache, "positions"):
+        # Without attach, the model would number the new image as text.
+        whole = tiny.inputs(Prompt([*prompt.ids, *new["input_ids"][0].tolist()], [*prompt.images, content]))
+        wanted = {name: whole[name] for name in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
+        positions, model.model.rope_deltas = model.model.get_rope_index(**wanted)
+        new["position_ids"] = positions[..., len(prompt.ids) :]
     del new["attention_mask"]
     logits.append(model(**new, past_key_values=cache).logits[:, -1])
     text = tiny.inputs(Prompt(words(5, 3)))  # with its token types

@@ -27,7 +27,8 @@ from evals.fidelity import stored_tensors
 from rotatek_cache import RotateKCache, attach, detach
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
-from rotatek_cache.hf.cache import LayerHandle, storage_bytes
+from rotatek_cache.hf.cache import LayerHandle
+from rotatek_cache.hf.storage import storage_bytes
 
 
 class NotHereError(Exception):

@@ -155,11 +155,13 @@ class SealPlan:
             chosen = torch.zeros(len(self.counts), 1, dtype=torch.bool, device="cpu")
             chosen[list(rows)] = True
             keep &= ~(part.visual & chosen.to(part.visual.device))
-        keep = keep.to(device)
+        where = device if columns else keep.device  # the flags' own, where no column of the layer is involved
+        keep = keep.to(where)
         batch = keep.shape[0]
-        positions = (torch.arange(keep.shape[1], device=device) + self.begin).expand(batch, -1)
+        positions = (torch.arange(keep.shape[1], device=where) + self.begin).expand(batch, -1)
         if columns:
             old_positions = column_positions(previous, columns, batch, device)
             keep = torch.cat([own_columns(previous, columns, batch, device), keep], 1)
             positions = torch.cat([old_positions, positions], 1)
-        return align_right(keep, positions, self.end)
+        order, alignment = align_right(keep, positions, self.end)
+        return order.to(device), alignment.to(device)

@@ -20,9 +20,10 @@ from transformers import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from rotatek_cache.codecs.sealing import Sealer
-from rotatek_cache.hf.cache import RotateKCache, storage_bytes
+from rotatek_cache.hf.cache import RotateKCache
 from rotatek_cache.hf.chat import READER, Chat, Conversations, InputError, open_image
 from rotatek_cache.hf.families import placeholder_ids
+from rotatek_cache.hf.storage import storage_bytes
 from rotatek_cache.options import FitOptions
 from rotatek_cache.report import CacheReport
 

@@ -51,6 +51,15 @@ class Fitted(KeyCodec):
             return stored + width * rank * dtype.itemsize
         return stored + width * rank + rank * compute_dtype(dtype).itemsize
 
+    def rank_of(self, stats: KeyStatistics) -> int:
+        """Find the rank that keeps the wanted share of the variance in every head."""
+        assert self.wanted.energy is not None
+        return rank_for_energy(self.method.energy_matrix(stats), self.wanted.energy)
+
+    def bits_of(self, variance: Tensor) -> list[int]:
+        """Deal automatic bits out to coefficients, whose falling variances are ``[H, R, D]``."""
+        return allocate_bits(variance.mean((0, 1))[None], self.wanted.bit_budget(variance.shape[-1]))[0]
+
     def store(
         self, states: Tensor, ranges: Ranges, queries: Tensor | None = None, valid: Tensor | None = None
     ) -> Stored:
@@ -62,15 +71,14 @@ class Fitted(KeyCodec):
         tokens = integers([length for _, length in ranges], states.device)
         stats = KeyStatistics(mean, scatter, tokens, queries, valid)
         if rank is None:
-            assert wanted.energy is not None
-            rank = rank_for_energy(self.method.energy_matrix(stats), wanted.energy)
+            rank = self.rank_of(stats)
         # Spending bits freely needs all directions, the best ones first.
         automatic = wanted.bits == "auto"
         basis = self.method.fit(stats, width if automatic else rank, wanted.options.solver, states.dtype)
         layout = None
         if automatic:
             variance, order = _coefficient_variance(basis, stats).sort(-1, descending=True)
-            layout = CodeLayout.from_bits(allocate_bits(variance.mean((0, 1))[None], wanted.bit_budget(width))[0])
+            layout = CodeLayout.from_bits(self.bits_of(variance))
             basis = basis.columns(order[..., : layout.channels])
         if wanted.options.basis_bits is not None:
             basis = basis.in_int8()

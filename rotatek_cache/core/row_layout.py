@@ -57,6 +57,11 @@ class Alignment:
         """Number of columns."""
         return self.positions.shape[1]
 
+    def to(self, device: torch.device) -> "Alignment":
+        """Return the layout on a device."""
+        first = None if self.first is None else self.first.to(device)
+        return Alignment(self.positions.to(device), first, self.next_position)
+
     def select_rows(self, index: Tensor) -> "Alignment":
         """Return the layout in which row b is what row ``index[b]`` was."""
         first = None if self.first is None else self.first[index]

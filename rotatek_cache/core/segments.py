@@ -265,7 +265,7 @@ def _joined(segments: list[VisualSegment]) -> VisualSegment:
         lengths = torch.where(owned, segment.lengths, lengths)
         basis_rows = torch.where(owned, segment.basis_rows + rows, basis_rows)
         tokens += len(segment.positions)
-        rows += int(owned.sum())
+        rows += _basis_rows(segment)
     return VisualSegment(
         keys=_joined_states([segment.keys for segment in segments]),
         values=_joined_states([segment.values for segment in segments]),
@@ -276,6 +276,12 @@ def _joined(segments: list[VisualSegment]) -> VisualSegment:
         max_length=max(segment.max_length for segment in segments),
         uniform=False,
     )
+
+
+def _basis_rows(segment: VisualSegment) -> int:
+    """Count the rows of a segment's bases."""
+    bases = [basis for basis in (segment.keys.basis, segment.values.basis) if basis is not None]
+    return max((tensor.shape[1] for basis in bases for tensor in basis.tensors()), default=0)
 
 
 def _joined_states(parts: list[Stored]) -> Stored:

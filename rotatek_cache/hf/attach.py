@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rotatek_cache.cache.expected_prompt import ExpectedPrompt
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.hf import mrope
-from rotatek_cache.hf.attachment import Attachment, attachment_of, inner_model
+from rotatek_cache.hf.attachment import Attachment, attachment_of, check_adapter, inner_model
 from rotatek_cache.hf.cache import RotateKCache
 from rotatek_cache.hf.calls import CACHE_NAMES, arguments_of, cache_in, cache_name
 from rotatek_cache.hf.decode_graphs import GRAPHS, DecodeGraphs
@@ -53,7 +53,7 @@ def attach(model: M, *, visual_token_ids: Sequence[int] | None = None, graphs: i
         RuntimeError: this version of transformers lacks a method that attach replaces.
     """
     top = _host_model(model)
-    _check_adapter(model)
+    check_adapter(model)
     inner = inner_model(top)
     attachment = attachment_of(inner)
     if attachment is not None:
@@ -104,17 +104,6 @@ def _host_model(model: Any) -> PreTrainedModel:
             f"model must be a transformers PreTrainedModel (or a PEFT wrapper of one), got {type(model).__name__}"
         )
     return host
-
-
-def _check_adapter(model: Any) -> None:
-    """Raise a ValueError for an adapter of PEFT that brings a cache of its own."""
-    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
-    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
-        raise ValueError(
-            f"model has the PEFT adapter {kind.value}, which puts a cache with its learnt prefix in place of the one "
-            "that is given, so a RotateKCache would stay empty: use an adapter that changes weights or the prompt "
-            "(LoRA, IA3, prompt tuning)"
-        )
 
 
 def _text_configs(top: PreTrainedModel) -> tuple[list[PreTrainedConfig], list[PreTrainedConfig]]:
@@ -241,7 +230,8 @@ def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | 
     visual = visual_positions(module, cache, given, begin)
     if begin and ids is not None and brings_content(given):
         expected = cache.positions.expected
-        check_content_is_new(visual if expected is None else expected.visual, given.get("mm_encoder_outputs"), begin)
+        whole = visual if expected is None else expected.visual.repeat_interleave(expected.repeats, 0)
+        check_content_is_new(whole, given.get("mm_encoder_outputs"), begin)
     cache.announce_visual(visual, tokens)
     expected = cache.positions.expected
     if expected is not None and not expected.agrees(begin, visual, tokens):

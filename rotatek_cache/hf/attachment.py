@@ -101,3 +101,14 @@ def inner_model(top: PreTrainedModel) -> Any:
 def attachment_of(inner: Any) -> Attachment | None:
     """Return what `attach` left on the model below the head; None on one that is not attached."""
     return getattr(inner, "_rotatek", None)
+
+
+def check_adapter(model: Any) -> None:
+    """Raise a ValueError for an adapter of PEFT that brings a cache of its own."""
+    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise ValueError(
+            f"model has the PEFT adapter {kind.value}, which puts a cache with its learnt prefix in place of the one "
+            "that is given, so a RotateKCache would stay empty: use an adapter that changes weights or the prompt "
+            "(LoRA, IA3, prompt tuning)"
+        )

@@ -26,6 +26,9 @@ from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
 from rotatek_cache.core.row_layout import row_index
 from rotatek_cache.core.segments import SegmentView, Stored, TextSegment
+from rotatek_cache.hf.config_shapes import dtype_of, kv_shape
+from rotatek_cache.hf.estimate import CacheEstimate, estimate_bytes, tokens_of
+from rotatek_cache.hf.storage import stock_tensors, storage_bytes
 from rotatek_cache.options import Allocation, Bits, FitOptions, with_option_docs
 from rotatek_cache.report import CacheReport, LayerReport, SavedBytes, SegmentReport
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
@@ -305,6 +308,46 @@ class RotateKCache(Cache):
         if config is not None:
             self.learn_config(config)
 
+    @classmethod
+    def estimate(
+        cls,
+        config: PreTrainedConfig,
+        visual_tokens: int | Sequence[int],
+        text_tokens: int | Sequence[int],
+        batch: int | None = None,
+        *,
+        images: int = 1,
+        answer_tokens: int = 0,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> CacheEstimate:
+        """Estimate the bytes that a cache of these options will hold, before anything runs.
+
+        The cache's own code is run on shapes without numbers, so that the answer is what `nbytes` says later, on a CPU
+        or wherever decode steps are not replayed from a graph (whose buffers have more free columns). Where bytes
+        follow from the numbers (`energy`, automatic bits without a calibrated basis, tokens that layers share), it is a
+        range.
+
+        Args:
+            config: the model's config, or that of a checkpoint (`AutoConfig.from_pretrained(name)`).
+            visual_tokens: placeholders of the prompt, for all rows or for each.
+            text_tokens: all other tokens of the prompt, for all rows or for each; shorter rows are padded.
+            batch: rows, where no list says it; 1 by default.
+            images: how many images the visual tokens of a row are, where tokens are chosen from features.
+            answer_tokens: tokens of the answer that are cached (`generate` does not cache the last one).
+            dtype: of Keys and Values; by default that of the checkpoint.
+            options: those of `RotateKCache`.
+
+        Returns:
+            Bytes, dense bytes and their ratio; it prints as a line.
+
+        Raises:
+            TypeError, ValueError: numbers or options that cannot be.
+            NotImplementedError: the model has cache layers whose state its config does not tell.
+        """
+        counts = tokens_of(visual_tokens, text_tokens, batch, images, answer_tokens)
+        return estimate_bytes(lambda: cls.for_study(**options), config, counts, dtype_of(config, dtype))
+
     def learn_config(self, config: PreTrainedConfig) -> None:
         """Build the layers that `config` asks for, once: RotateK for full attention, the stock ones for the rest."""
         if self.layers:
@@ -383,9 +426,7 @@ class RotateKCache(Cache):
                 f"tokens={type(self.tokens).__name__} have no share, which follows from a budget and the prompt: this "
                 "prompt is not known as ids when its images are encoded, so give a share, as in keep=0.4"
             )
-        text = config.get_text_config(decoder=True)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads, width = kv_shape(config)
         share, counts = planner.counts_before(expected, (expected.rows, heads, width, width), dtype, lengths)
         return self.tokens.with_keep(share), counts
 
@@ -486,7 +527,7 @@ class RotateKCache(Cache):
             ValueError: it holds states that are not finite.
         """
         planner, selection = self.coordinator.planner, self.coordinator.selection
-        stock = any(_stock_tensors(layer) for layer in self.layers if not isinstance(layer, RotateKLayer))
+        stock = any(stock_tensors(layer) for layer in self.layers if not isinstance(layer, RotateKLayer))
         state = {
             "options": self.options,
             "tokens": self.tokens,
@@ -788,7 +829,7 @@ class RotateKCache(Cache):
         """List every tensor held; layers share some."""
         held: list[Tensor] = []
         for layer in self.layers:
-            held += layer.kv.tensors() if isinstance(layer, RotateKLayer) else _stock_tensors(layer)
+            held += layer.kv.tensors() if isinstance(layer, RotateKLayer) else stock_tensors(layer)
         held += self.positions.tensors()
         return held if self.rope_deltas is None else [*held, self.rope_deltas]
 
@@ -852,23 +893,9 @@ def _rank(stored: Stored, width: int) -> int:
     return width if fitted is None else fitted
 
 
-def storage_bytes(tensors: Iterable[Tensor], beside: Iterable[Tensor] = ()) -> int:
-    """Count the bytes of the distinct storages behind `tensors` that are not behind those `beside`."""
-    others, storages = (
-        {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in held}
-        for held in (beside, tensors)
-    )
-    return sum(size for place, size in storages.items() if place not in others)
-
-
-def _stock_tensors(layer: Any) -> list[Tensor]:
-    held = [part for value in vars(layer).values() for part in (value.values() if isinstance(value, dict) else [value])]
-    return [tensor for tensor in held if isinstance(tensor, Tensor)]
-
-
 def _layer_report(index: int, layer: Any) -> LayerReport:
     if not isinstance(layer, RotateKLayer):
-        stored = storage_bytes(_stock_tensors(layer))
+        stored = storage_bytes(stock_tensors(layer))
         counts = isinstance(layer, CacheLayerMixin) and layer.is_initialized  # linear attention holds no tokens
         tokens = layer.get_seq_length() if counts else 0
         return LayerReport(index, type(layer).__name__, tokens, [], 0, stored, stored, [])

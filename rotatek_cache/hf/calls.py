@@ -17,8 +17,10 @@ def _signature(function: Any) -> inspect.Signature:
 
 def arguments_of(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Name the arguments of a call."""
-    given = _signature(function).bind_partial(*args, **kwargs).arguments
-    more = given.pop("kwargs", {})
+    signature = _signature(function)
+    given = signature.bind_partial(*args, **kwargs).arguments
+    rest = (name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD)
+    more = given.pop(next(rest, ""), {})
     return given | more
 
 

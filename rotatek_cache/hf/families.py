@@ -16,6 +16,7 @@ class Family:
     Args:
         encoder: the vision encoder, for token methods that read it; None if its layout is not known.
         placeholders: config fields with the ids that stand for visual tokens in `input_ids`.
+        two_ways: whether images attend both ways, so that the text model is always given a mask.
         mrope: whether the model keeps an offset of positions (`rope_deltas`) of the conversation that it last read.
         listed: whether it stands in the table, so that its model must have all methods that attach replaces.
     """
@@ -24,6 +25,7 @@ class Family:
     placeholders: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False
     listed: bool = True
+    two_ways: bool = False
 
 
 IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
@@ -48,7 +50,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_vl_moe": Family(Encoder("vision_tower", in_order), IMAGE_AND_VIDEO, mrope=True),
     "exaone4_5": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO),
     "fast_vlm": Family(None),
-    "gemma3": _TOWER,
+    "gemma3": Family(Encoder("vision_tower"), two_ways=True),
     "glm46v": _QWEN,
     "glm4v": _QWEN,
     "glm4v_moe": _QWEN,
@@ -77,7 +79,7 @@ FAMILIES: dict[str, Family] = {
     "muse_spark": Family(None, IMAGE_AND_VIDEO),
     "ovis2": _TOWER,
     "paddleocr_vl": Family(None, mrope=True),
-    "paligemma": _TOWER,
+    "paligemma": Family(Encoder("vision_tower"), two_ways=True),
     "perception_lm": Family(None, IMAGE_AND_VIDEO),  # a timm encoder, whose attention weights cannot be read
     "pp_chart2table": _TOWER,
     "qianfan_ocr": _TOWER,
@@ -89,7 +91,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_omni_moe_thinker": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
-    "shieldgemma2": _TOWER,
+    "shieldgemma2": Family(Encoder("vision_tower"), two_ways=True),
     "smolvlm": _IDEFICS,
     "step3p7": Family(None),
     "video_llama_3": Family(None, IMAGE_AND_VIDEO),

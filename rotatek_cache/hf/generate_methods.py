@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 
 from rotatek_cache.cache.expected_prompt import ExpectedPrompt
 from rotatek_cache.hf import mrope
-from rotatek_cache.hf.attachment import attachment_of, inner_model
+from rotatek_cache.hf.attachment import attachment_of, check_adapter, inner_model
 from rotatek_cache.hf.cache import RotateKCache
 from rotatek_cache.hf.calls import arguments_of, cache_in
 from rotatek_cache.hf.encoder_layouts import note_packing, packed
@@ -60,6 +60,9 @@ def _prepare_inputs(original: Original, *args: Any, **kwargs: Any) -> dict[str, 
     """
     given = original.arguments(*args, **kwargs)
     cache, uncached, ids = cache_in(given), given.get("next_sequence_length"), given["input_ids"]
+    if isinstance(cache, RotateKCache):
+        # A wrapper of PEFT puts a method of its own here for as long as it generates.
+        check_adapter(getattr(original.module.__dict__.get(original.name), "__self__", None))
     if isinstance(cache, RotateKCache) and uncached is not None:
         other = bool(given.get("is_first_iteration")) and _holds_another_prompt(cache, ids)
         if uncached <= 0 or other:
@@ -136,6 +139,20 @@ def _prepare_multimodal_encoder_kwargs(original: Original, *args: Any, **kwargs:
         return original(*args, **kwargs)
     finally:
         del attachment.choosing[threading.get_ident()]
+
+
+def _expand_inputs(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Repeat the images of a later turn as its rows are: transformers counts by the placeholders of all turns."""
+    given = original.arguments(*args, **kwargs)
+    cache, encoded, ids = given.get("past_key_values"), given.get("mm_encoder_outputs"), given.get("input_ids")
+    begin = cache.get_seq_length() if isinstance(cache, RotateKCache) else 0
+    if not begin or not encoded or ids is None or given.get("expand_size", 1) == 1:
+        return original(*args, **kwargs)
+    turn = ids[:, begin:] if ids.shape[1] > begin else ids
+    repeated = original.module._expand_multimodal_outputs(turn, encoded, expand_size=given["expand_size"])
+    rest = {name: value for name, value in given.items() if name not in ("self", "mm_encoder_outputs")}
+    expanded, model_kwargs = original(**rest)
+    return expanded, model_kwargs | {"mm_encoder_outputs": repeated}
 
 
 def _get_candidate_generator(original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -224,6 +241,12 @@ GENERATE_METHODS = (
     Replacement("prepare_inputs_for_generation", _prepare_inputs, "notice a cache that holds another prompt"),
     Replacement("_prepare_position_ids_for_generation", _prepare_position_ids, "continue a conversation's positions"),
     Replacement("_get_candidate_generator", _get_candidate_generator, "learn where the prompt of guesses ends"),
+    Replacement(
+        "_expand_inputs_for_generation",
+        _expand_inputs,
+        "repeat the images of a later turn with its rows",
+        since=(5, 18),
+    ),
     Replacement("generate_batch", _generate_batch, "refuse a cache that continuous batching would ignore"),
     Replacement(
         "_maybe_prepare_encoder_kwargs_for_generation",

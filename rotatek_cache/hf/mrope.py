@@ -32,7 +32,8 @@ def begin_forward(inner: Any, cache: RotateKCache, begin: int, given: Mapping[st
     Returns:
         Position ids of a later turn with images, which the model would number as text; None: they need no help.
     """
-    position_ids, ids = given.get("position_ids"), given.get("input_ids")
+    position_ids: Any = given.get("position_ids")
+    ids: Any = given.get("input_ids")
     with _POSITIONS:
         shown = begin and position_ids is None and ids is not None and brings_content(dict(given))
         if shown and _names_new_images(inner, begin, ids, given):

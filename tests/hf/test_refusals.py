@@ -352,6 +352,20 @@ def test_a_prefix_that_is_a_cache_of_its_own(llava: Host):
     assert not hasattr(model.get_base_model().model, "_rotatek")
 
 
+def test_a_prefix_that_came_after_attach(llava: Host):
+    model = attach(copy.deepcopy(llava.plain))
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_transformer_submodules=1, **PEFT_WITH_A_CACHE)
+    wrapped, inputs = peft.get_peft_model(model, config), ways.one(llava.tiny)
+    cache = _cache()
+    with pytest.raises(ValueError, match=r"PREFIX_TUNING, which puts a cache with its learnt prefix.*LoRA"):
+        ways.generate(wrapped, inputs, cache)
+    assert cache.get_seq_length() == 0
+    with wrapped.disable_adapter():
+        ways.generate(wrapped, inputs, cache)
+    assert cache.get_seq_length()
+    ways.generate(model, inputs, _cache())  # the model itself has no prefix
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("with_mask", [True, False])
 def test_the_text_model_called_directly(family, with_mask):
