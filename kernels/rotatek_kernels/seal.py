@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -288,7 +289,7 @@ def _arguments(job: SealJob, form: SealForm, places: Places, splits: int) -> tup
         (heads, places.tokens, form.token_width), states.dtype if code is None else torch.uint8, states.device
     )
     finite = _empty((pairs,), torch.uint8, states.device)
-    arguments = dict.fromkeys(SealArguments._fields)
+    arguments: dict[str, Any] = dict.fromkeys(SealArguments._fields)
     arguments |= {
         "states": states,
         "strides": tuple(encode_integer(stride // form.align) for stride in states.stride()[:3]),
@@ -340,9 +341,7 @@ def _place_arguments(places: Places, splits: int, longest: int, device: torch.de
     if any(length != longest for _, length in places.ranges):
         starts, lengths = _row_table(places.ranges, device)
     sizes = (len(places.ranges), longest, splits, places.tokens)
-    return PlaceArguments(
-        places.token_rows, places.token_columns, starts, lengths, tuple(map(encode_integer, sizes))
-    )
+    return PlaceArguments(places.token_rows, places.token_columns, starts, lengths, tuple(map(encode_integer, sizes)))
 
 
 @functools.lru_cache(maxsize=8)

@@ -389,9 +389,7 @@ def _offset(state, places, pair, row, splits, channels, there, FORM: tl.constexp
 
 
 @triton.jit
-def _coefficients(
-    state, places, pointers, inside, pair, row, head, splits, columns, there, FORM: tl.constexpr
-):
+def _coefficients(state, places, pointers, inside, pair, row, head, splits, columns, there, FORM: tl.constexpr):
     """Encode tokens [N]: coefficients [N, C] of `columns` in float32; see `KeyBasis.encode`."""
     coefficients = tl.zeros([pointers.shape[0], columns.shape[0]], tl.float32)
     shift = tl.zeros([columns.shape[0]], tl.float32)
@@ -402,9 +400,7 @@ def _coefficients(
     for first in tl.range(0, FORM.width, FORM.block_k, num_stages=1):
         channels = first + tl.arange(0, FORM.block_k)  # [K]
         own = channels < FORM.width
-        states = tl.load(
-            pointers[:, None] + channels[None, :], mask=inside[:, None] & own[None, :], other=0.0
-        )
+        states = tl.load(pointers[:, None] + channels[None, :], mask=inside[:, None] & own[None, :], other=0.0)
         part = tl.load(
             encoder + channels[:, None] * FORM.channels + columns[None, :],
             mask=own[:, None] & there[None, :],
@@ -598,9 +594,7 @@ def _encode(state, places, pair, row, head, block, splits, FORM: tl.constexpr):
         pointers = _pointers(state, places, head, start + tokens, inside, FORM)
         stored = state.stored + (head * total + start + tokens) * FORM.token_width  # [N]
         for index in tl.static_range(len(FORM.blocks)):
-            _store_block(
-                state, places, pointers, stored, inside, pair, row, head, splits, FORM.blocks[index], FORM
-            )
+            _store_block(state, places, pointers, stored, inside, pair, row, head, splits, FORM.blocks[index], FORM)
     if state.delta is not None:
         if block == 0:
             _store_basis(state, places, pair, row, head, splits, FORM)

@@ -77,14 +77,19 @@ class StateBasis:
 
     def basis(self, mean: Tensor, rank: int, dtype: torch.dtype) -> KeyBasis:
         """Take the first `rank` directions (padded), shared by all requests, around the image's mean ``[H, R, D]``."""
-        key = ("basis", rank, dtype, mean.device)
-        if key not in self._memo:
-            encoder = self._columns(self.encoder, rank, dtype, mean.device)
-            same = self.decoder is self.encoder
-            self._memo[key] = encoder, encoder if same else self._columns(self.decoder, rank, dtype, mean.device)
-        encoder, decoder = (matrix[:, None].expand(-1, mean.shape[1], -1, -1) for matrix in self._memo[key])
+        directions = self.directions(rank, dtype, mean.device)
+        encoder, decoder = (matrix[:, None].expand(-1, mean.shape[1], -1, -1) for matrix in directions)
         mean = mean.to(dtype).contiguous()
         return KeyBasis(encoder, encoder if self.decoder is self.encoder else decoder, mean, mean, rank, shared=True)
+
+    def directions(self, rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give the first `rank` columns (padded) of encoder and decoder, ``[H, D, r]``; one tensor where they agree."""
+        key = ("basis", rank, dtype, device)
+        if key not in self._memo:
+            encoder = self._columns(self.encoder, rank, dtype, device)
+            same = self.decoder is self.encoder
+            self._memo[key] = encoder, encoder if same else self._columns(self.decoder, rank, dtype, device)
+        return self._memo[key]
 
     @staticmethod
     def _columns(matrix: Tensor, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
