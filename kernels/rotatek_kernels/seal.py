@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +23,8 @@ from rotatek_kernels.seal_triton import encode, find_ranges, solve, sum_moments
 MOST_WIDTH = 256  # of states whose scatter a program holds by tiles
 MOST_CHANNELS = 128  # of a basis that a program holds in registers
 MOST_ITERATIONS = 5  # the paper's
-PROGRAMS = 264  # that moments and ranges are divided among: two for each multiprocessor of an H200
+PANEL = 16
+PROGRAMS = 132  # that moments and ranges are divided among: one for each multiprocessor of an H200
 TOKENS_PER_SPLIT = 256
 LARGEST_ALIGN = 16
 MAX_TOKENS = 1 << 25
@@ -179,11 +181,12 @@ def plan(jobs: Sequence[SealJob], places: Places) -> tuple[list[Launch], list[Se
     launches = [_launch(sum_moments, (splits * moments, pairs, len(jobs)), states, place, forms, 8)]
     fitted = [index for index, form in enumerate(forms) if form.rank]
     if fitted:
-        warps = max(_solve_warps(forms[index]) for index in fitted)
-        launches.append(_launch(solve, (pairs, len(fitted), 1), states, place, forms, warps, fitted))
+        warps = max(forms[index].padded_width // 32 for index in fitted)  # a column is one number a thread
+        launches.append(_launch(solve, (pairs, len(fitted), 1), states, place, forms, min(8, warps), fitted))
     ranged = [index for index in fitted if forms[index].blocks[0].bits]
     for errors in (False, True) if ranged else ():
-        grid = (splits, pairs, len(ranged))
+        chunks = max(-(-forms[index].channels // forms[index].block_c) for index in ranged)
+        grid = (splits * chunks, pairs, len(ranged))
         launches.append(_launch(find_ranges, grid, states, place, forms, 4, ranged, ERRORS=errors))
     blocks = max(-(-longest // form.block_n) for form in forms)
     launches.append(_launch(encode, (blocks, pairs, len(jobs)), states, place, forms, 4))
@@ -213,11 +216,6 @@ def _splits(pairs: int, longest: int) -> int:
     return max(1, min(MOST_SPLITS.value, PROGRAMS // pairs, -(-longest // TOKENS_PER_SPLIT)))
 
 
-def _solve_warps(form: SealForm) -> int:
-    """Choose the warps that hold a basis in registers, 64 numbers a thread at most."""
-    return min(16, max(4, form.padded_width * form.padded_channels // 2048))
-
-
 @functools.cache
 def _precision(device: torch.device) -> str:
     """Name how float32 is multiplied: on NVIDIA's tensor cores in three parts, which keep its precision."""
@@ -236,6 +234,7 @@ def _form(job: SealJob) -> SealForm:
     if weighted and fit.queries is not None:
         group, window = fit.queries.shape[1] // job.states.shape[1], fit.queries.shape[2]
     half = job.states.dtype.itemsize == 2
+    padded_channels = max(16, triton.next_power_of_2(job.channels))
     return SealForm(
         width=width,
         padded_width=padded_width,
@@ -247,7 +246,10 @@ def _form(job: SealJob) -> SealForm:
         align=math.gcd(LARGEST_ALIGN, *strides),
         rank=fit.rank,
         channels=job.channels,
-        padded_channels=max(16, triton.next_power_of_2(job.channels)),
+        padded_channels=padded_channels,
+        block_c=min(32, padded_channels),
+        block_l=32,
+        panel=PANEL,
         weighted=weighted,
         exponent=float(fit.exponent),
         group=group,
@@ -287,7 +289,7 @@ def _arguments(job: SealJob, form: SealForm, places: Places, splits: int) -> tup
         (heads, places.tokens, form.token_width), states.dtype if code is None else torch.uint8, states.device
     )
     finite = _empty((pairs,), torch.uint8, states.device)
-    arguments = dict.fromkeys(SealArguments._fields)
+    arguments: dict[str, Any] = dict.fromkeys(SealArguments._fields)
     arguments |= {
         "states": states,
         "strides": tuple(encode_integer(stride // form.align) for stride in states.stride()[:3]),
@@ -306,7 +308,7 @@ def _arguments(job: SealJob, form: SealForm, places: Places, splits: int) -> tup
         arguments |= {
             "scatters": wide(pairs, splits, width, width),
             "shifts": wide(pairs, width),
-            "scratch": wide(pairs, width * (width + form.padded_channels + 3)),
+            "scratch": wide(pairs, width * (width + 2 * form.padded_channels + 3)),
             "mean": mean,
         }
         decoder = encoder

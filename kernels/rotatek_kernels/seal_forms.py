@@ -32,6 +32,9 @@ class SealForm(NamedTuple):
     rank: int  # directions to be fitted; 0: the basis is given
     channels: int  # stored coefficients
     padded_channels: int
+    block_c: int  # coefficients at a time
+    block_l: int  # lines of a matrix at a time
+    panel: int  # columns of a basis that are made orthonormal at a time
     weighted: bool
     exponent: float
     group: int
@@ -54,7 +57,7 @@ class SealArguments(NamedTuple):
     sums: Any  # float32 [pairs, splits, D]
     scatters: Any  # float32 [pairs, splits, D, D]; None where the basis is given, as the next three are
     shifts: Any  # float32 [pairs, D]
-    scratch: Any  # float32 [pairs, 3 D + D D + D C]
+    scratch: Any  # float32 [pairs, 3 D + D D + 2 D C]
     mean: Any  # [pairs, D] in the states' dtype
     encoder: Any  # [pairs, D, channels], or [H, D, channels] of a basis that is given
     least: Any  # float32 [pairs, splits, channels]; None where nothing is coded by ranges of its own

@@ -65,16 +65,16 @@ def _sample_mean(pointers, channels, there, FORM: tl.constexpr):
 
 
 @triton.jit
-def _add_moments(state, places, pair, row, head, split, splits, tile, FORM: tl.constexpr) -> None:
+def _add_moments(state, places, pair, row, head, split, splits, tile, FORM: tl.constexpr):
     """Sum a share's states and their products around a sample's mean, for one tile of the scatter."""
     left = (tile // FORM.tiles) * FORM.block_d + tl.arange(0, FORM.block_d)  # [D]
     right = (tile % FORM.tiles) * FORM.block_d + tl.arange(0, FORM.block_d)  # [D]
     start, length = _span(places, row)
     sampled = start + (tl.arange(0, SAMPLE).to(tl.int64) * length) // SAMPLE
-    pointers = _pointers(state, places, head, sampled, sampled >= 0, FORM)
-    left_shift = _sample_mean(pointers, left, left < FORM.width, FORM)
+    samples = _pointers(state, places, head, sampled, sampled >= 0, FORM)
+    left_shift = _sample_mean(samples, left, left < FORM.width, FORM)
     if FORM.tiles > 1:
-        right_shift = _sample_mean(pointers, right, right < FORM.width, FORM)
+        right_shift = _sample_mean(samples, right, right < FORM.width, FORM)
     total = tl.zeros([FORM.block_d], tl.float32)
     scatter = tl.zeros([FORM.block_d, FORM.block_d], tl.float32)
     begin, end = _share(length, split, splits, FORM.block_n)
@@ -108,7 +108,7 @@ def _add_moments(state, places, pair, row, head, split, splits, tile, FORM: tl.c
 
 
 @triton.jit
-def _add_states(state, places, pair, row, head, split, splits, FORM: tl.constexpr) -> None:
+def _add_states(state, places, pair, row, head, split, splits, FORM: tl.constexpr):
     """Sum a share's states."""
     channels = tl.arange(0, FORM.padded_width)
     there = channels < FORM.width
@@ -126,7 +126,7 @@ def _add_states(state, places, pair, row, head, split, splits, FORM: tl.constexp
 
 
 @triton.jit
-def sum_moments(states, places, FORMS: tl.constexpr) -> None:
+def sum_moments(states, places, FORMS: tl.constexpr):
     """Sum moments of shares of tokens; grid (splits * tiles, pairs, Keys and Values)."""
     splits = decode_integers(places.sizes)[2]
     rows = decode_integers(places.sizes)[0]
@@ -206,32 +206,86 @@ def _weights(state, scratch, row, head, channels, there, FORM: tl.constexpr):
 
 
 @triton.jit
-def _orthogonalised(basis, columns, FORM: tl.constexpr):
-    """Make the columns of [D, C] orthogonal by modified Gram-Schmidt; they are normalised last."""
-    for column in tl.range(0, FORM.rank, num_stages=1):
-        own = tl.sum(tl.where(columns[None, :] == column, basis, 0.0), 1)  # [D]
-        overlap = tl.sum(basis * own[:, None], 0)  # [C]
-        square = tl.sum(tl.where(columns == column, overlap, 0.0), 0)
-        factor = tl.where(columns > column, overlap / tl.where(square > 0, square, 1.0), 0.0)
-        basis -= own[:, None] * factor[None, :]
+def _orthonormal_panel(panel, columns):
+    """Make the columns of a panel [D, P] orthonormal by modified Gram-Schmidt; those that are zero stay zero."""
     # Scaled first: squares of small columns are below what float32 holds.
-    most = tl.max(tl.abs(basis), 0)
-    basis = basis / tl.where(most > 0, most, 1.0)[None, :]
-    norm = tl.sqrt(tl.sum(basis * basis, 0))
-    return basis / tl.where(norm > 0, norm, 1.0)[None, :]
+    most = tl.max(tl.abs(panel), 0)
+    panel = panel / tl.where(most > 0, most, 1.0)[None, :]
+    for column in tl.range(0, columns.shape[0], num_stages=1):
+        own = tl.sum(tl.where(columns[None, :] == column, panel, 0.0), 1)  # [D]
+        overlap = tl.sum(panel * own[:, None], 0)  # [P]
+        square = tl.sum(tl.where(columns == column, overlap, 0.0), 0)
+        inverse = 1.0 / tl.where(square > 0, square, 1.0)
+        panel -= own[:, None] * tl.where(columns > column, overlap * inverse, 0.0)[None, :]
+    norm = tl.sqrt(tl.sum(panel * panel, 0))
+    return panel / tl.where(norm > 0, norm, 1.0)[None, :]
 
 
 @triton.jit
-def _solve(state, places, pair, row, head, splits, FORM: tl.constexpr) -> None:
+def _make_orthonormal(kept, channels, there, FORM: tl.constexpr):
+    """Make the columns of the matrix at `kept` [D, C] orthonormal, a panel of them at a time.
+
+    Steps of Gram-Schmidt follow one another, so that their number and what each touches is the time of a seal: within a
+    panel they are short, and later columns are freed of a whole panel by products.
+    """
+    in_panel = tl.arange(0, FORM.panel)  # [P]
+    in_chunk = tl.arange(0, FORM.block_c)  # [C], some of the columns
+    lines = kept + channels[:, None] * FORM.padded_channels
+    for first in tl.range(0, FORM.rank, FORM.panel, num_stages=1):
+        panel = tl.load(lines + first + in_panel[None, :], mask=there[:, None], other=0.0)  # [D, P]
+        panel = _orthonormal_panel(panel, in_panel)
+        tl.debug_barrier()
+        tl.store(lines + first + in_panel[None, :], panel, mask=there[:, None])
+        for second in tl.range(first + FORM.panel, FORM.rank, FORM.block_c, num_stages=1):
+            columns = second + in_chunk
+            mask = there[:, None] & (columns < FORM.rank)[None, :]
+            later = tl.load(lines + columns[None, :], mask=mask, other=0.0)  # [D, C]
+            overlap = tl.dot(tl.trans(panel), later, input_precision=FORM.precision)  # [P, C]
+            later -= tl.dot(panel, overlap, input_precision=FORM.precision)
+            tl.store(lines + columns[None, :], later, mask=mask)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _multiply(matrix, basis, product, channels, there, FORM: tl.constexpr):
+    """Write the product of a symmetric matrix [D, D] and a basis [D, C]."""
+    for second in tl.range(0, FORM.rank, FORM.block_c, num_stages=1):
+        columns = second + tl.arange(0, FORM.block_c)  # [C]
+        found = tl.zeros([FORM.padded_width, FORM.block_c], tl.float32)
+        for first in tl.range(0, FORM.width, FORM.block_l, num_stages=1):
+            lines = first + tl.arange(0, FORM.block_l)  # [K]
+            inside = lines < FORM.width
+            # The matrix is symmetric: its columns are read as lines, whose channels lie side by side.
+            left = tl.load(
+                matrix + channels[:, None] * FORM.width + lines[None, :],
+                mask=there[:, None] & inside[None, :],
+                other=0.0,
+            )
+            right = tl.load(
+                basis + lines[:, None] * FORM.padded_channels + columns[None, :],
+                mask=inside[:, None] & (columns < FORM.rank)[None, :],
+                other=0.0,
+            )
+            found = tl.dot(left, right, found, input_precision=FORM.precision)
+        tl.store(
+            product + channels[:, None] * FORM.padded_channels + columns[None, :],
+            found,
+            mask=there[:, None] & (columns < FORM.padded_channels)[None, :],
+        )
+    tl.debug_barrier()
+
+
+@triton.jit
+def _solve(state, places, pair, row, head, splits, FORM: tl.constexpr):
     """Fit the basis of one pair from its moments: `fitting.orthogonal_basis` of the ridged, weighted scatter."""
     channels = tl.arange(0, FORM.padded_width)  # [D]
     there = channels < FORM.width
-    columns = tl.arange(0, FORM.padded_channels)  # [C]
     _, length = _span(places, row)
     count = length.to(tl.float32)
-    scratch = state.scratch + pair * (FORM.width * (FORM.width + FORM.padded_channels + 3))
+    scratch = state.scratch + pair * (FORM.width * (FORM.width + 2 * FORM.padded_channels + 3))
     matrix = scratch + FORM.width * 3  # [D, D]
-    kept = matrix + FORM.width * FORM.width  # [D, C]
+    basis = matrix + FORM.width * FORM.width  # [D, C]
+    product = basis + FORM.width * FORM.padded_channels  # [D, C]
     total = tl.zeros([FORM.padded_width], tl.float32)
     diagonal = tl.zeros([FORM.padded_width], tl.float32)
     for split in tl.range(0, splits, num_stages=1):
@@ -258,10 +312,10 @@ def _solve(state, places, pair, row, head, splits, FORM: tl.constexpr) -> None:
     tl.store(scratch + FORM.width * 2 + channels, total, mask=there)
     tl.debug_barrier()
     above = _places_from_top(scratch, spread, channels, FORM)
-    for first in tl.range(0, FORM.width, FORM.block_k, num_stages=1):
-        lines = first + tl.arange(0, FORM.block_k)  # [K]
+    for first in tl.range(0, FORM.width, FORM.block_l, num_stages=1):
+        lines = first + tl.arange(0, FORM.block_l)  # [K]
         inside = (lines[:, None] < FORM.width) & there[None, :]
-        scatter = tl.zeros([FORM.block_k, FORM.padded_width], tl.float32)
+        scatter = tl.zeros([FORM.block_l, FORM.padded_width], tl.float32)
         for split in tl.range(0, splits, num_stages=1):
             part = pair * splits + split
             scatter += tl.load(
@@ -277,37 +331,37 @@ def _solve(state, places, pair, row, head, splits, FORM: tl.constexpr) -> None:
         scatter = (scatter + tl.where(lines[:, None] == channels[None, :], ridge, 0.0)) * scale
         tl.store(matrix + lines[:, None] * FORM.width + channels[None, :], scatter, mask=inside)
     # Start from the channels of largest variance.
-    basis = ((above[:, None] == columns[None, :]) & (columns < FORM.rank)[None, :] & there[:, None]).to(tl.float32)
+    for first in tl.range(0, FORM.padded_channels, FORM.block_c, num_stages=1):
+        columns = first + tl.arange(0, FORM.block_c)  # [C]
+        chosen = (above[:, None] == columns[None, :]) & (columns < FORM.rank)[None, :]
+        tl.store(
+            basis + channels[:, None] * FORM.padded_channels + columns[None, :],
+            chosen.to(tl.float32),
+            mask=there[:, None],
+        )
+    tl.debug_barrier()
     for _ in tl.range(0, FORM.iterations, num_stages=1):
-        tl.store(kept + channels[:, None] * FORM.padded_channels + columns[None, :], basis, mask=there[:, None])
-        tl.debug_barrier()
-        basis = tl.zeros([FORM.padded_width, FORM.padded_channels], tl.float32)
-        for first in tl.range(0, FORM.width, FORM.block_k, num_stages=1):
-            lines = first + tl.arange(0, FORM.block_k)  # [K]
-            inside = lines < FORM.width
-            # The matrix is symmetric: its columns are read as lines of channels that lie side by side.
-            left = tl.load(
-                matrix + channels[:, None] * FORM.width + lines[None, :],
-                mask=there[:, None] & inside[None, :],
-                other=0.0,
-            )
-            right = tl.load(
-                kept + lines[:, None] * FORM.padded_channels + columns[None, :], mask=inside[:, None], other=0.0
-            )
-            basis = tl.dot(left, right, basis, input_precision=FORM.precision)
-        tl.debug_barrier()
-        basis = _orthogonalised(basis, columns, FORM)
+        _multiply(matrix, basis, product, channels, there, FORM)
+        _make_orthonormal(product, channels, there, FORM)
+        basis, product = product, basis
     # Once more: rounding leaves columns as far from orthogonal as the matrix is ill-conditioned.
-    basis = _orthogonalised(basis, columns, FORM)
-    tl.store(
-        state.encoder + (pair * FORM.width + channels)[:, None] * FORM.channels + columns[None, :],
-        basis.to(state.encoder.dtype.element_ty),
-        mask=there[:, None] & (columns < FORM.channels)[None, :],
-    )
+    _make_orthonormal(basis, channels, there, FORM)
+    for first in tl.range(0, FORM.channels, FORM.block_c, num_stages=1):
+        columns = first + tl.arange(0, FORM.block_c)  # [C]
+        found = tl.load(
+            basis + channels[:, None] * FORM.padded_channels + columns[None, :],
+            mask=there[:, None] & (columns < FORM.rank)[None, :],
+            other=0.0,
+        )
+        tl.store(
+            state.encoder + (pair * FORM.width + channels)[:, None] * FORM.channels + columns[None, :],
+            found.to(state.encoder.dtype.element_ty),
+            mask=there[:, None] & (columns < FORM.channels)[None, :],
+        )
 
 
 @triton.jit
-def solve(states, places, FORMS: tl.constexpr) -> None:
+def solve(states, places, FORMS: tl.constexpr):
     """Fit the bases; grid (pairs, Keys and Values)."""
     splits = decode_integers(places.sizes)[2]
     rows = decode_integers(places.sizes)[0]
@@ -374,9 +428,8 @@ def _full_range(state, pair, splits, columns, there, FORM: tl.constexpr):
 
 
 @triton.jit
-def _codes(coefficients, low, step, LEVELS: tl.constexpr):
-    """Quantise coefficients [N, C] to codes, in float32."""
-    scaled = tl.div_rn(coefficients - low[None, :], tl.where(step > 0, step, 1.0)[None, :] + coefficients * 0.0)
+def _rounded(scaled, LEVELS: tl.constexpr):
+    """Round to the nearest code, half to even; the rest is clipped."""
     return (tl.minimum(tl.maximum(scaled, 0.0), LEVELS) + ROUND) - ROUND
 
 
@@ -397,7 +450,7 @@ def _range(state, pair, head, splits, columns, there, BITS: tl.constexpr, FORM: 
             best = tl.where(better, FORM.clips[index], best)
             best_error = tl.where(better, error, best_error)
         low = centre - best * half
-        step = tl.div_rn(2 * best * half, half * 0.0 + LEVELS)
+        step = tl.div_rn(2 * best * half, tl.full([columns.shape[0]], LEVELS, tl.float32))
     else:
         low = tl.load(state.low + head * FORM.channels + columns, mask=there, other=0.0)
         step = tl.load(state.step + head * FORM.channels + columns, mask=there, other=0.0)
@@ -405,9 +458,9 @@ def _range(state, pair, head, splits, columns, there, BITS: tl.constexpr, FORM: 
 
 
 @triton.jit
-def _find_range(state, places, pair, row, head, split, splits, ERRORS: tl.constexpr, FORM: tl.constexpr) -> None:
-    """Find a share's range of each coefficient, or the errors of its codes for each way to clip the full range."""
-    columns = tl.arange(0, FORM.padded_channels)  # [C]
+def _find_range(state, places, pair, row, head, chunk, split, splits, ERRORS: tl.constexpr, FORM: tl.constexpr):
+    """Find a share's range of some coefficients, or the errors of their codes for each way to clip the full range."""
+    columns = chunk * FORM.block_c + tl.arange(0, FORM.block_c)  # [C]
     there = columns < FORM.channels
     start, length = _span(places, row)
     begin, end = _share(length, split, splits, FORM.block_n)
@@ -416,11 +469,11 @@ def _find_range(state, places, pair, row, head, split, splits, ERRORS: tl.conste
         centre, half = _full_range(state, pair, splits, columns, there, FORM)
         sums = ()
         for _ in tl.static_range(len(FORM.clips)):
-            sums = (*sums, tl.zeros([FORM.padded_channels], tl.float32))
+            sums = sums + (tl.zeros([FORM.block_c], tl.float32),)
     else:
         sums = (
-            tl.full([FORM.padded_channels], float("inf"), tl.float32),
-            tl.full([FORM.padded_channels], float("-inf"), tl.float32),
+            tl.full([FORM.block_c], float("inf"), tl.float32),
+            tl.full([FORM.block_c], float("-inf"), tl.float32),
         )
     for first in tl.range(begin, end, FORM.block_n, num_stages=1):
         tokens = first + tl.arange(0, FORM.block_n)
@@ -431,9 +484,12 @@ def _find_range(state, places, pair, row, head, split, splits, ERRORS: tl.conste
             more = ()
             for index in tl.static_range(len(FORM.clips)):
                 low = centre - FORM.clips[index] * half
-                step = tl.div_rn(2 * FORM.clips[index] * half, half * 0.0 + LEVELS)
-                error = _codes(coefficients, low, step, LEVELS) * step[None, :] + low[None, :] - coefficients
-                more = (*more, sums[index] + tl.sum(tl.where(inside[:, None], error * error, 0.0), 0))
+                step = 2 * FORM.clips[index] * half / LEVELS
+                # A product is enough here: where it rounds another way than the division, both codes are as good.
+                inverse = 1.0 / tl.where(step > 0, step, 1.0)
+                codes = _rounded((coefficients - low[None, :]) * inverse[None, :], LEVELS)
+                error = codes * step[None, :] + low[None, :] - coefficients
+                more = more + (sums[index] + tl.sum(tl.where(inside[:, None], error * error, 0.0), 0),)
             sums = more
         else:
             least = tl.min(tl.where(inside[:, None], coefficients, float("inf")), 0)
@@ -450,8 +506,8 @@ def _find_range(state, places, pair, row, head, split, splits, ERRORS: tl.conste
 
 
 @triton.jit
-def find_ranges(states, places, ERRORS: tl.constexpr, FORMS: tl.constexpr) -> None:
-    """Find the ranges of coefficients, then the errors of codes; grid (splits, pairs, Keys and Values)."""
+def find_ranges(states, places, ERRORS: tl.constexpr, FORMS: tl.constexpr):
+    """Find the ranges of coefficients, then the errors of codes; grid (splits * chunks, pairs, Keys and Values)."""
     splits = decode_integers(places.sizes)[2]
     rows = decode_integers(places.sizes)[0]
     pair = tl.program_id(1).to(tl.int64)
@@ -463,7 +519,8 @@ def find_ranges(states, places, ERRORS: tl.constexpr, FORMS: tl.constexpr) -> No
                 pair,
                 pair % rows,
                 pair // rows,
-                tl.program_id(0),
+                tl.program_id(0) // splits,
+                tl.program_id(0) % splits,
                 splits,
                 ERRORS,
                 form_of(FORMS, index),
@@ -473,7 +530,7 @@ def find_ranges(states, places, ERRORS: tl.constexpr, FORMS: tl.constexpr) -> No
 @triton.jit
 def _store_block(
     state, places, pointers, stored, inside, pair, row, head, splits, BLOCK: tl.constexpr, FORM: tl.constexpr
-) -> None:
+):
     """Store a block of the layout: numbers, or codes of one width side by side in bytes."""
     columns = tl.arange(0, BLOCK.padded)  # [C]
     there = columns < BLOCK.width
@@ -485,7 +542,8 @@ def _store_block(
             own = BLOCK.channel + part * BLOCK.width + columns
             coefficients = _coefficients(state, places, pointers, inside, pair, row, head, splits, own, there, FORM)
             low, step = _range(state, pair, head, splits, own, there, BLOCK.bits, FORM)
-            codes = _codes(coefficients, low, step, 2.0**BLOCK.bits - 1)
+            divisor = tl.broadcast_to(tl.where(step > 0, step, 1.0)[None, :], coefficients.shape)
+            codes = _rounded(tl.div_rn(coefficients - low[None, :], divisor), 2.0**BLOCK.bits - 1)
             packed |= codes.to(tl.int32) << (part * BLOCK.bits)
     tl.store(
         stored[:, None] + BLOCK.offset + columns[None, :],
@@ -495,7 +553,7 @@ def _store_block(
 
 
 @triton.jit
-def _store_basis(state, places, pair, row, head, splits, FORM: tl.constexpr) -> None:
+def _store_basis(state, places, pair, row, head, splits, FORM: tl.constexpr):
     """Store what reads a pair's codes: a fitted decoder with the steps folded in, and delta (`KeyBasis.for_codes`)."""
     columns = tl.arange(0, FORM.padded_channels)  # [C]
     inside = columns < FORM.channels
@@ -526,7 +584,7 @@ def _store_basis(state, places, pair, row, head, splits, FORM: tl.constexpr) -> 
 
 
 @triton.jit
-def _encode(state, places, pair, row, head, block, splits, FORM: tl.constexpr) -> None:
+def _encode(state, places, pair, row, head, block, splits, FORM: tl.constexpr):
     """Store one block of a pair's tokens, and with the first what reads them."""
     total = decode_integers(places.sizes)[3].to(tl.int64)
     start, length = _span(places, row)
@@ -537,12 +595,13 @@ def _encode(state, places, pair, row, head, block, splits, FORM: tl.constexpr) -
         stored = state.stored + (head * total + start + tokens) * FORM.token_width  # [N]
         for index in tl.static_range(len(FORM.blocks)):
             _store_block(state, places, pointers, stored, inside, pair, row, head, splits, FORM.blocks[index], FORM)
-    if state.delta is not None and block == 0:
-        _store_basis(state, places, pair, row, head, splits, FORM)
+    if state.delta is not None:
+        if block == 0:
+            _store_basis(state, places, pair, row, head, splits, FORM)
 
 
 @triton.jit
-def encode(states, places, FORMS: tl.constexpr) -> None:
+def encode(states, places, FORMS: tl.constexpr):
     """Store the tokens and what reads them; grid (blocks of tokens, pairs, Keys and Values)."""
     splits = decode_integers(places.sizes)[2]
     rows = decode_integers(places.sizes)[0]

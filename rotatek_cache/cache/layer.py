@@ -20,6 +20,7 @@ from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.core.attention import reference_attention
 from rotatek_cache.core.basis import compute_dtype
 from rotatek_cache.core.row_layout import LENGTH, integers, row_index
+from rotatek_cache.core.seal import Places
 from rotatek_cache.core.segments import SegmentView, TextSegment, VisualSegment, join_segments
 from rotatek_cache.options import FitOptions
 
@@ -224,16 +225,14 @@ class LayerKV:
 
     def _compress(self, pending: Pending, plan: SealPlan, rows: tuple[int, ...]) -> VisualSegment:
         layout = plan.layout(rows, pending.keys.device)
-        keys = pending.keys.transpose(0, 1)[:, layout.token_rows, layout.token_columns]  # [H, N, D]
-        values = pending.values.transpose(0, 1)[:, layout.token_rows, layout.token_columns]
-        index = integers(rows, keys.device)
+        index = integers(rows, pending.keys.device)
         window, valid = pending.window, None
         if window is not None:
             valid = plan.visible_tail(window.shape[2], window.device)
             valid = None if valid is None else valid[index]
             window = window[index]
-        stored_keys = self.sealer.store_keys(keys, layout.storage_ranges, window, valid)
-        stored_values = self.sealer.store_values(values, layout.storage_ranges)
+        places = Places(layout.storage_ranges, layout.token_rows, layout.token_columns)
+        stored_keys, stored_values = self.sealer.store(pending.keys, pending.values, places, window, valid)
         return VisualSegment(
             keys=stored_keys,
             values=stored_values,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rotatek_cache.codecs.finite import FiniteCheck
 from rotatek_cache.core.quantization import CHANNEL_BLOCK, PLAIN_BITS
+from rotatek_cache.core.seal import Sealed, SealJob
 from rotatek_cache.core.segments import Stored
 from rotatek_cache.options import Bits, FitOptions, rank_of_share
 
@@ -115,8 +116,21 @@ class KeyCodec(abc.ABC):
             valid: bool ``[R, W]``, False for padding; None if nothing is.
         """
 
+    def seal_job(self, states: Tensor, queries: Tensor | None = None, valid: Tensor | None = None) -> SealJob | str:
+        """Tell a kernel how to do what `store` does, or say why none can.
+
+        Args:
+            states: ``[B, H, P, D]``, some of whose tokens are to be stored.
+            queries, valid: as for `store`.
+        """
+        return f"{type(self).__name__} is stored by torch alone"
+
+    def take(self, job: SealJob, sealed: Sealed) -> Stored:
+        """Take what a kernel has made of a `seal_job`."""
+        raise NotImplementedError
+
     def expect_finite(self, states: Tensor) -> None:
-        """Have `check_finite` raise a ValueError if `states`, or sums over them, are not finite."""
+        """Have `check_finite` raise a ValueError if `states` are not finite; see `FiniteCheck` for what they may be."""
         what = "Keys" if self.wanted.kind == "key" else "Values"
         message = (
             f"the visual {what} of layer {self.wanted.layer} hold NaN or infinity, so no basis can be fitted to them: "

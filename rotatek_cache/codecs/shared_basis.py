@@ -90,12 +90,13 @@ class StateBasis:
 
     def basis(self, mean: Tensor, rank: int, dtype: torch.dtype) -> KeyBasis:
         """Take the first `rank` directions (padded), shared by all requests, around the image's mean ``[H, R, D]``."""
-        matrices = self._matrices(rank, dtype, mean.device)
-        encoder, decoder = (matrix[:, None].expand(-1, mean.shape[1], -1, -1) for matrix in matrices)
+        directions = self.directions(rank, dtype, mean.device)
+        encoder, decoder = (matrix[:, None].expand(-1, mean.shape[1], -1, -1) for matrix in directions)
         mean = mean.to(dtype).contiguous()
         return KeyBasis(encoder, encoder if self.decoder is self.encoder else decoder, mean, mean, rank, shared=True)
 
-    def _matrices(self, rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def directions(self, rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give the first `rank` columns (padded) of encoder and decoder, ``[H, D, r]``; one tensor where they agree."""
         key = ("basis", rank, dtype, device)
         if key not in self._memo:
             encoder = self._columns(self.encoder, rank, dtype, device)
@@ -201,7 +202,7 @@ class StateBasis:
             _, code, bits, dtype = how
             return self.scaled_decoder(code, bits, dtype, device)[0]
         kind, rank, dtype = how
-        return self._matrices(rank, dtype, device)[kind == "decoder"]
+        return self.directions(rank, dtype, device)[kind == "decoder"]
 
 
 @dataclass(frozen=True, eq=False)

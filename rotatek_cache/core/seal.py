@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rotatek_cache.core import attention
@@ -121,9 +122,7 @@ def seal_states(jobs: Sequence[SealJob], places: Places, impl: SealImplementatio
         impl: "auto" is the kernel where the states are on CUDA and Triton is installed; "triton" raises an
             UnsupportedError that says why where it cannot run.
     """
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
-    if impl == "torch" or not jobs or (impl == "auto" and not _has_kernel(jobs[0].states)):
+    if not jobs or not is_asked(jobs[0].states.device, impl):
         return None
     try:
         return importlib.import_module(KERNEL).seal_states(jobs, places)
@@ -133,6 +132,9 @@ def seal_states(jobs: Sequence[SealJob], places: Places, impl: SealImplementatio
         return None
 
 
-def _has_kernel(states: Tensor) -> bool:
+def is_asked(device: torch.device, impl: SealImplementation) -> bool:
+    """Tell whether a kernel is to be asked at all for states on `device`."""
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
     # Where attention has a kernel in Triton, so has the seal.
-    return attention._kernel_for(states.device) == "triton"  # noqa: SLF001
+    return impl == "triton" or (impl == "auto" and attention._kernel_for(device) == "triton")  # noqa: SLF001
