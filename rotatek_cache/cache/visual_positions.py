@@ -317,11 +317,8 @@ class VisualPositions:
     def select_rows(self, index: Tensor) -> None:
         """Let batch row b be what row ``index[b]`` was."""
         self.end_forward()
-        if self._order is not None:
-            index = self._order[index.to(self._order.device)]
-        self._order = index  # read when the flags are: beams select rows in every step
-        if index.device.type == "cpu":
-            self._settled()
+        # Read when the flags are: beams select rows in every step.
+        self._order = index if self._order is None else self._order[index.to(self._order.device)]
         self.prompt = None if self.prompt is None else self.prompt[index.to(self.prompt.device)]
 
     def tensors(self) -> list[Tensor]:
