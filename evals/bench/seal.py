@@ -209,7 +209,9 @@ class Seals:
         profiles = [self._profiled(case, on_gpu=on_gpu) for _ in range(1 if on_gpu else 3)]
         found |= {"launches": profiles[0][1]} if on_gpu else {}
         times = {part: min(parts[part] for parts, _ in profiles) for part in profiles[0][0]}
-        return found | {"device ms" if on_gpu else "profiled ms": {part: spent for part, spent in times.items() if spent}}
+        return found | {
+            "device ms" if on_gpu else "profiled ms": {part: spent for part, spent in times.items() if spent}
+        }
 
     def _profiled(self, case: Case, *, on_gpu: bool) -> tuple[dict[str, float], float]:
         """Return milliseconds of a layer by parts, and its launches."""
@@ -308,7 +310,12 @@ class Worker:
         # By its path: another checkout may not have this file, and everything else is to be its own.
         command = [sys.executable, "-P", str(Path(__file__)), "--worker"]
         self.process = subprocess.Popen(
-            command, cwd=checkout, env={**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "9"}, stdin=-1, stdout=-1, text=True
+            command,
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "9"},
+            stdin=-1,
+            stdout=-1,
+            text=True,
         )
 
     def __enter__(self) -> Self:
@@ -378,7 +385,9 @@ def seal_line(row: Mapping[str, Any]) -> str:
     told = ", ".join(f"{part} {spent * 1e3:.0f}" for part, spent in parts.items())
     counts = f"{here['operations']:.0f} operations"
     counts += f", {here['launches']:.0f} launches" if "launches" in here else ""
-    line = f"{row['seal']:48} host {here['host ms']['median'] * 1e3:7.0f} us, wall {here['wall ms']['median'] * 1e3:7.0f}"
+    line = (
+        f"{row['seal']:48} host {here['host ms']['median'] * 1e3:7.0f} us, wall {here['wall ms']['median'] * 1e3:7.0f}"
+    )
     line += f", first layer {here['first layer ms']['median'] * 1e3:7.0f}; {counts}; {told}"
     if "beside" in row:
         old = row["beside"]

@@ -6,6 +6,7 @@ others into the *text* segment, which stays dense and grows in place. A layer do
 what options and which tokens it keeps, is decided by the coordinator of its cache.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,10 @@ from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.core.attention import reference_attention
 from rotatek_cache.core.basis import compute_dtype
-from rotatek_cache.core.row_layout import LENGTH, integers, row_index
+from rotatek_cache.core.forward_tables import TextForm
+from rotatek_cache.core.row_layout import RowLayout, row_index
 from rotatek_cache.core.seal import Places
-from rotatek_cache.core.segments import SegmentView, TextSegment, VisualSegment, join_segments
+from rotatek_cache.core.segments import SegmentView, Stored, TextSegment, VisualSegment, join_segments
 from rotatek_cache.options import FitOptions
 
 NOT_SAVED = ("positions", "index", "sealer")  # a layer's place in its cache, and what follows from its options
@@ -140,14 +142,14 @@ class LayerKV:
 
     def _pending_view(self, pending: Pending, mask: Tensor | None) -> SegmentView:
         batch, _, tokens, _ = pending.keys.shape
-        device = pending.keys.device
+        starts, lengths = self.positions.forward.text_rows(TextForm(None, batch, tokens, tokens, pending.keys.device))
         if mask is not None:
             mask = mask[:, 0, :, pending.begin :].expand(batch, -1, -1)
         return SegmentView(
             keys=pending.keys.transpose(0, 1).flatten(1, 2),
             values=pending.values.transpose(0, 1).flatten(1, 2),
-            starts=torch.arange(batch, device=device) * tokens,
-            lengths=torch.full((batch,), tokens, dtype=LENGTH, device=device),
+            starts=starts,
+            lengths=lengths,
             max_length=tokens,
             row_stride=tokens,
             batched=True,
@@ -187,7 +189,7 @@ class LayerKV:
         pending = self.pending
         assert pending is not None
         if plan.dropped is not None:
-            self.dropped.append((plan.begin, plan.dropped.sum(1)))
+            self.dropped.append((plan.begin, plan.dropped_counts(pending.keys.device)))
         if merge is not None:
             pending.keys, pending.values = merge(pending.keys, pending.values)
         compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
@@ -225,17 +227,15 @@ class LayerKV:
 
     def _compress(self, pending: Pending, plan: SealPlan, rows: tuple[int, ...]) -> VisualSegment:
         layout = plan.layout(rows, pending.keys.device)
-        index = integers(rows, pending.keys.device)
         window, valid = pending.window, None
         if window is not None:
-            valid = plan.visible_tail(window.shape[2], window.device)
-            valid = None if valid is None else valid[index]
-            window = window[index]
-        places = Places(layout.storage_ranges, layout.token_rows, layout.token_columns)
-        stored_keys, stored_values = self.sealer.store(pending.keys, pending.values, places, window, valid)
+            valid = plan.visible_tail(rows, window.shape[2], window.device)
+            window = window if len(rows) == len(window) else window[layout.rows]
+        keys, values, places = _placed(pending, layout)
+        stored_keys, stored_values = self.sealer.store(keys, values, places, window, valid)
         return VisualSegment(
-            keys=stored_keys,
-            values=stored_values,
+            keys=_own(stored_keys, pending.keys),
+            values=_own(stored_values, pending.values),
             positions=layout.positions,
             starts=layout.starts,
             lengths=layout.lengths,
@@ -317,3 +317,19 @@ class LayerKV:
             window = [] if self.pending.window is None else [self.pending.window]
             held += [self.pending.keys, self.pending.values, *window]
         return held + [counts for _, counts in self.dropped]
+
+
+def _placed(pending: Pending, layout: RowLayout) -> tuple[Tensor, Tensor, Places]:
+    """Give Keys and Values with the places of a layout's tokens in them; of a run of one row, that run alone."""
+    if layout.run is None:
+        return pending.keys, pending.values, Places(layout.storage_ranges, layout.token_rows, layout.token_columns)
+    row, begin, end = layout.run
+    keys, values = (states[row : row + 1, :, begin:end] for states in (pending.keys, pending.values))
+    return keys, values, Places(layout.storage_ranges)
+
+
+def _own(stored: Stored, given: Tensor) -> Stored:
+    """Copy what is stored where it still lies among the states that were given, which are to be freed."""
+    if stored.data.untyped_storage().data_ptr() != given.untyped_storage().data_ptr():
+        return stored
+    return dataclasses.replace(stored, data=stored.data.clone(memory_format=torch.contiguous_format))

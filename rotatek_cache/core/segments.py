@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.core.basis import KeyBasis
-from rotatek_cache.core.forward_tables import ForwardTables, RowTable, TextForm
+from rotatek_cache.core.forward_tables import ForwardTables, TextForm, row_table
 from rotatek_cache.core.quantization import Code, HeadCodes, join_tokens
-from rotatek_cache.core.row_layout import LENGTH, POSITION, Alignment, align_right, column_positions, own_columns
+from rotatek_cache.core.row_layout import (
+    POSITION,
+    Alignment,
+    TextOrder,
+    align_right,
+    column_positions,
+    own_columns,
+)
 
 # Free text columns after the segment had to grow: enough to make growing rare, few enough not to eat what is saved.
 LEAST_FREE = 8
@@ -357,7 +364,7 @@ class TextSegment:
         if key not in tables:
             positions = column_positions(self.alignment, self.length, batch, self.keys.device).to(POSITION)
             positions = torch.nn.functional.pad(positions, (0, self.capacity - self.length)).flatten()
-            starts, lengths = self._row_table()
+            starts, lengths = row_table(TextForm(*key))
             tables[key] = positions, starts, lengths, torch.zeros_like(starts)
         positions, starts, lengths, basis_rows = tables[key]
         return VisualSegment(
@@ -392,7 +399,7 @@ class TextSegment:
         if self.length == 0 or self.keys is None or self.values is None:
             return None
         form = TextForm(self.alignment, self.keys.shape[1], self.capacity, self.length, self.keys.device)
-        starts, lengths = forward.text_rows(form, self._row_table)
+        starts, lengths = forward.text_rows(form)
         columns = None
         if mask is not None:
             columns = forward.mask_columns(mask, (self.alignment, self.length), self.token_positions)
@@ -406,16 +413,6 @@ class TextSegment:
             batched=self.alignment is None or self.alignment.first is None,
             mask=columns,
         )
-
-    def _row_table(self) -> RowTable:
-        assert self.keys is not None
-        _, batch, capacity, _ = self.keys.shape
-        starts = torch.arange(0, batch * capacity, capacity, device=self.keys.device)
-        lengths = torch.full((batch,), self.length, dtype=LENGTH, device=self.keys.device)
-        if self.alignment is not None and self.alignment.first is not None:
-            first = self.alignment.first.clamp(max=self.length)  # part of the padding may be to come
-            starts, lengths = starts + first, lengths - first.to(LENGTH)
-        return starts, lengths
 
     def token_positions(self) -> Tensor:
         """Return logical positions ``[B, length]``, a row's own tokens first; entries past them are arbitrary."""
@@ -432,12 +429,11 @@ class TextSegment:
         assert self.values is not None
         return self.keys.transpose(0, 1)[:, :, : self.length], self.values.transpose(0, 1)[:, :, : self.length]
 
-    def realign(self, keys: Tensor, values: Tensor, order: Tensor, alignment: Alignment) -> None:
-        """Replace the contents by columns `order` ``[B, width]`` of ``keys [B, H, P, D]`` and `values`."""
-        rows = torch.arange(order.shape[0], device=order.device)[:, None]
+    def realign(self, keys: Tensor, values: Tensor, order: TextOrder, alignment: Alignment) -> None:
+        """Replace the contents by the tokens `order` of ``keys [B, H, P, D]`` and `values`."""
         width = alignment.width
-        self.keys = _reserved(keys.transpose(0, 1)[:, rows, order], width, width)
-        self.values = _reserved(values.transpose(0, 1)[:, rows, order], width, width)
+        self.keys = _reserved(keys.transpose(0, 1)[:, order.rows, order.columns], width, width)
+        self.values = _reserved(values.transpose(0, 1)[:, order.rows, order.columns], width, width)
         self.length, self.alignment, self.lent = width, alignment, False
 
     def select_rows(self, index: Tensor) -> None:
@@ -472,7 +468,10 @@ class TextSegment:
 
     def tensors(self) -> list[Tensor]:
         """List everything held."""
-        layout = [] if self.alignment is None else [self.alignment.positions, self.alignment.first]
+        layouts = [] if self.alignment is None else [self.alignment, self.alignment.origin]
+        if self.keys is not None and self.keys.is_meta:
+            layouts = layouts[:1]  # a prompt of shapes alone stands for one on the CPU, where both are the same
+        layout = [t for known in layouts if known is not None for t in (known.positions, known.first)]
         return [t for t in (self.keys, self.values, *layout) if t is not None]
 
 

@@ -232,13 +232,15 @@ def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | 
         expected = cache.positions.expected
         whole = visual if expected is None else expected.visual.repeat_interleave(expected.repeats, 0)
         check_content_is_new(whole, given.get("mm_encoder_outputs"), begin)
+    visual = None if visual is None else visual.cpu()
     cache.announce_visual(visual, tokens)
     expected = cache.positions.expected
     if expected is not None and not expected.agrees(begin, visual, tokens):
         cache.positions.expect(None)  # of a generate that came to nothing
     if cache.positions.expected is None and visual is not None:
         seen = torch.ones_like(visual) if mask is None or mask.ndim != 2 else mask[:, begin : begin + tokens].bool()
-        cache.positions.expect(ExpectedPrompt(begin, visual, seen.to(visual.device)))
+        cache.positions.expect(ExpectedPrompt(begin, visual, seen.cpu()))
+    _learn_padding(cache, mask, begin + tokens)
     if isinstance(cache.tokens, FeatureMethod):
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None:
@@ -248,6 +250,22 @@ def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | 
     if begin == 0:
         cache.positions.begin_prompt(ids)
     return mrope.begin_forward(module, cache, begin, given) if attachment.family.mrope else None
+
+
+def _learn_padding(cache: RotateKCache, mask: Any, end: int) -> None:
+    """Tell a cache that is going to seal which positions up to `end` are padding, where the model's `mask` says so.
+
+    The masks that the layers get are made of it, on the device: to read those would be to wait for it.
+    """
+    positions, expected = cache.positions, cache.positions.expected
+    if not positions.unsealed:
+        return
+    if mask is None:
+        positions.learn_padding(None)
+    elif isinstance(mask, Tensor) and mask.ndim == 2:
+        positions.learn_padding(mask[:, :end].bool())
+    elif expected is not None and expected.padding_known and end <= expected.end:
+        positions.learn_padding(expected.shown(end))  # generate has made a larger mask of it
 
 
 def _after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

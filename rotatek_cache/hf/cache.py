@@ -498,7 +498,7 @@ class RotateKCache(Cache):
             self.positions.announce(begin, end, visual)
         elif visual is not None and end > reach:
             given = self.positions.given_flags(begin, reach, visual.shape[0])
-            self.positions.announce(begin, end, torch.cat([given.to(visual.device), visual[:, reach - begin :]], 1))
+            self.positions.announce(begin, end, torch.cat([given, visual[:, reach - begin :].cpu()], 1))
 
     def reset(self) -> None:
         """Forget all tokens, for a new prompt; the layers and the options stay."""

@@ -123,7 +123,9 @@ def _maybe_prepare_encoder_kwargs(original: Original, *args: Any, **kwargs: Any)
             check_content_is_new(visual, None, begin)
         repeats = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         known = seen.shape == visual.shape
-        cache.positions.expect(ExpectedPrompt(begin, visual, seen.bool().to(visual.device), repeats) if known else None)
+        told = mask is None or mask.ndim == 2
+        expected = ExpectedPrompt(begin, visual, seen.bool().cpu(), repeats, padding_known=told) if known else None
+        cache.positions.expect(expected)
     return original(*args, **kwargs)
 
 
