@@ -5,6 +5,7 @@ VENV ?= .venv
 # The index of PyTorch's CPU builds, for Linux machines without an NVIDIA driver. Set it to nothing to leave it out.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+TRANSFORMERS_VERSION := $(shell sed -n 's/^transformers==//p' constraints.txt)
 # Arguments for pytest, such as ARGS="tests/cli -x".
 ARGS ?= -n auto --maxprocesses=8
 # Where `test-sglang` keeps SGLang and its versions of everything, and its arguments for pytest.
@@ -12,6 +13,10 @@ SGLANG_VENV ?= .venv-sglang
 SGLANG_ARGS ?=
 # Where `test-lmms` keeps lmms-eval and what it brings.
 LMMS_VENV ?= .venv-lmms
+# Versions of transformers that `test-hosts` runs, oldest first, where it keeps each, and its arguments for pytest.
+HOSTS ?= 5.17.0 5.19.0 $(TRANSFORMERS_VERSION)
+HOSTS_VENV ?= .venv-hosts
+HOSTS_ARGS ?= tests/hf tests/cache tests/token_pruning tests/calibration
 # Where `evals-quick` writes; results are never overwritten.
 QUICK := $(or $(QUICK),runs/quick-$(shell date +%Y%m%d-%H%M%S))
 # Where `gpu` writes, and its Python: machines with a GPU often have one with all that is needed, and no network.
@@ -29,7 +34,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang test test-sglang test-lmms evals-quick gpu gpu-compiled report lint format clean
+.PHONY: help demo demo-sglang test test-hosts test-sglang test-lmms evals-quick gpu gpu-compiled report lint format clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -41,6 +46,14 @@ demo: $(VENV)/.demo  ## Read a page with the dense cache and with RotateKCache; 
 
 test: $(VENV)/.dev  ## Run the tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+test-hosts:  ## Run the tests that concern transformers on its oldest, a middle and its newest version
+	@failed=; for version in $(HOSTS); do \
+		$(MAKE) --no-print-directory VENV="$(HOSTS_VENV)/$$version" "$(HOSTS_VENV)/$$version/.host" && \
+		echo "transformers $$version" && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+			"$(HOSTS_VENV)/$$version/bin/python" -m pytest $(HOSTS_ARGS) $(filter-out tests%,$(ARGS)) || \
+			failed="$$failed $$version"; \
+	done; if [ -n "$$failed" ]; then echo "FAILED on transformers$$failed" >&2; exit 1; fi
 
 demo-sglang:  ## Serve a tiny random model with SGLang on the CPU, compressed, and ask it about an image
 	PYTHON="$(PYTHON)" tests/integrations/sglang/make_env.sh "$(SGLANG_VENV)"
@@ -91,8 +104,14 @@ $(VENV)/.lmms: $(VENV)/.torch pyproject.toml
 		$(PIP) uninstall --quiet --yes torchvision timm; fi
 	@touch $@
 
+# An older transformers wants an older hub client.
+$(VENV)/.host: $(VENV)/.torch pyproject.toml
+	sed -E '/^(transformers|huggingface_hub)==/d' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) install --quiet --quiet -c $(VENV)/constraints.txt "transformers==$(notdir $(VENV))" -e ".[dev]"
+	@touch $@
+
 clean:  ## Remove what these commands made
-	rm -rf $(VENV) $(SGLANG_VENV) $(LMMS_VENV) build dist demo_output report *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) $(LMMS_VENV) $(HOSTS_VENV) build dist demo_output report *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # The CPU build of torch saves gigabytes where no NVIDIA driver could use the CUDA build. In order: a wheel at hand in a
 # folder that pip is configured to look into, PyTorch's CPU index if it answers, the default index.

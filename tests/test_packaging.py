@@ -1,5 +1,6 @@
 """What a built wheel holds."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -72,3 +73,20 @@ def test_torch_is_the_only_core_dependency_and_pins_fit_the_ranges():
         assert name in pins, f"{name} is not pinned in constraints.txt"
         (pin,) = pins[name]
         assert Version(pin.version) in requirement.specifier
+
+
+def test_the_versions_of_transformers_are_said_once():
+    """The oldest is what pip asks for and the newest is pinned; `make test-hosts` runs both."""
+    from packaging.requirements import Requirement
+
+    from rotatek_cache.hf.versions import NEWEST, OLDEST
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (asked,) = Requirement(extras["hf"][0]).specifier
+    assert (asked.operator, asked.version) == (">=", "{}.{}".format(*OLDEST))
+    pins, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "Makefile"))
+    (pinned,) = re.findall(r"^transformers==(.*)$", pins, re.MULTILINE)
+    assert pinned.startswith("{}.{}.".format(*NEWEST))
+    (hosts,) = re.findall(r"^HOSTS \?= (.*)$", makefile, re.MULTILINE)
+    assert hosts.split()[0].startswith("{}.{}.".format(*OLDEST))
+    assert hosts.split()[-1] == "$(TRANSFORMERS_VERSION)"

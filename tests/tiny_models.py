@@ -61,6 +61,9 @@ class Tiny:
         collate: model arguments from the images of all rows: list of rows, each a list of contents.
         sizes: how many size classes differ in their number of visual tokens.
         token_types: name of the argument with the modality of each token, if the family has one.
+        grids: name of the argument with the grids of images, which its positions follow from.
+        linear: whether it has layers of linear attention.
+        like: a family that shares its cache's layers and is tested in all ways of calling; this one is in some.
     """
 
     name: str
@@ -70,6 +73,9 @@ class Tiny:
     sizes: int = 1
     token_types: str | None = None
     image_first: bool = False
+    grids: str = "image_grid_thw"
+    linear: bool = False
+    like: str = ""
     video: Callable[[int, torch.Generator], tuple[list[int], Any]] | None = None
     collate_video: Callable[[list[list[Any]]], dict[str, Tensor]] | None = None
 
@@ -342,6 +348,46 @@ def _qwen3(model_type: str, **text: Any) -> Callable[[], Any]:
     return lambda: _config(model_type, text={"rope_parameters": rope, **text}, vision=vision, **_QWEN_IDS)
 
 
+# A layer of gated delta net, whose state does not grow, and two of gated attention that rotate half the channels.
+_HYBRID: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.5},
+}
+
+
+def _qwen3_5(model_type: str, **text: Any) -> Callable[[], Any]:
+    vision = {
+        "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2,
+        "out_hidden_size": 128, "num_position_embeddings": 64,
+    }  # fmt: skip
+    return lambda: _config(model_type, text={**_HYBRID, **text}, vision=vision, **_QWEN_IDS)
+
+
+def _minicpm(model_type: str, **marks: int) -> Callable[[], Any]:
+    vision = {"image_size": 64, "patch_size": 2, "insert_layer_id": 0}
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "insert_layer_id": 0, **marks}
+    return lambda: _config(model_type, "qwen3_5_text", text=_HYBRID, vision=vision, **ids)
+
+
+def _packed_patches(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
+    """MiniCPM-V: patches side by side ``[3, 2, 2 h w]``, of which 4 x 4 become a token, and their grid."""
+    height, width = ((32, 32), (40, 32), (16, 48))[size]
+    patches = _pixels(3, 2, 2 * height * width, generator=generator)
+    return [OPEN, *[IMAGE] * (height * width // 16), CLOSE], (patches, (height, width))
+
+
+def _pack_patches(rows: list[list[Any]]) -> dict[str, Tensor]:
+    images = [image for row in rows for image in row]
+    return {
+        "pixel_values": torch.cat([patches for patches, _ in images], -1)[None],
+        "target_sizes": torch.tensor([grid for _, grid in images], dtype=torch.int32),
+    }
+
+
 def _glm(model_type: str, **text: Any) -> Callable[[], Any]:
     vision = {
         "patch_size": 4,
@@ -426,6 +472,40 @@ FAMILIES: dict[str, Tiny] = {
             ),
             _patch_grid(_PATCH),
             **_QWEN,
+        ),
+        Tiny("qwen3_5", _qwen3_5("qwen3_5"), _patch_grid(_PATCH), linear=True, **_QWEN),
+        Tiny(
+            "qwen3_5_moe",
+            _qwen3_5(
+                "qwen3_5_moe",
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=32,
+                shared_expert_intermediate_size=32,
+            ),
+            _patch_grid(_PATCH),
+            linear=True,
+            like="qwen3_5",
+            **_QWEN,
+        ),
+        Tiny("minicpmv4_6", _minicpm("minicpmv4_6"), _packed_patches, _pack_patches, sizes=3, linear=True),
+        Tiny(
+            "minicpmv4_7",
+            _minicpm(
+                "minicpmv4_7",
+                image_start_id=OPEN,
+                image_end_id=CLOSE,
+                slice_start_id=BREAK,
+                slice_end_id=END,
+                newline_id=2,
+            ),
+            _packed_patches,
+            _pack_patches,
+            sizes=3,
+            token_types="mm_token_type_ids",
+            grids="target_sizes",
+            linear=True,
+            like="minicpmv4_6",
         ),
         Tiny("glm4v", _glm("glm4v"), _patch_grid(_PATCH), **_QWEN),
         Tiny(
@@ -626,6 +706,13 @@ FAMILIES: dict[str, Tiny] = {
 
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+for name in list(FAMILIES):
+    try:
+        FAMILIES[name].config()
+    except ValueError as error:
+        if "Unrecognized model identifier" not in str(error):
+            raise
+        del FAMILIES[name]  # came with a later transformers
 if TRANSFORMERS < (5, 23):
     del FAMILIES["vipllava"]  # its vision tower returns no hidden states there
 if TRANSFORMERS < (5, 20):

@@ -300,6 +300,7 @@ MORE: dict[str, Tiny] = {
             _native,
             _pad_patches,
             sizes=3,
+            linear=True,
         ),
         Tiny(
             "qwen2_5_omni_thinker",

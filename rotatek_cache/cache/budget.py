@@ -176,8 +176,8 @@ class Planner:
         stock = [index for index, layer in enumerate(layers) if layer is None]
         if stock:
             raise ValueError(
-                f"a budget cannot be kept where layers {stock} have the stock cache layer (sliding window), which is "
-                "not compressed: give sparsity or tokens with a share"
+                f"a budget cannot be kept where layers {stock} have the stock cache layer (sliding window or linear "
+                "attention), which is not compressed: give sparsity or tokens with a share"
             )
         self.layers = [layer for layer in layers if layer is not None]
 

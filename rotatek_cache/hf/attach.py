@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -14,7 +15,7 @@ from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.hf import mrope
 from rotatek_cache.hf.attachment import Attachment, attachment_of, inner_model
 from rotatek_cache.hf.cache import RotateKCache
-from rotatek_cache.hf.calls import arguments_of, cache_in
+from rotatek_cache.hf.calls import CACHE_NAMES, arguments_of, cache_in, cache_name
 from rotatek_cache.hf.decode_graphs import GRAPHS, DecodeGraphs
 from rotatek_cache.hf.families import FAMILIES, PARTS, Family, family_of, placeholder_ids, refusal
 from rotatek_cache.hf.feature_choice import kept_features
@@ -192,6 +193,12 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
     attachment: Attachment = module._rotatek
     attachment.select()  # first of all: `_after_forward` is called whatever happens
     given = arguments_of(type(module).forward, module, *args, **kwargs)
+    name = cache_name(type(module).forward)
+    if given.get(CACHE_NAMES[0]) is cache and name != CACHE_NAMES[0]:
+        raise ValueError(
+            f"{type(module).__name__} of transformers {transformers.__version__} does not know `{CACHE_NAMES[0]}` and "
+            f"would ignore this RotateKCache: pass it as {name}=..."
+        )
     config = module.config
     if given.get("output_attentions") or config.get_text_config(decoder=True).output_attentions:
         raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")

@@ -295,6 +295,13 @@ class RotateKCache(Cache):
         stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
         layers = [self._new_layer(index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(stock)]
         # All checks come before the layers are kept: a cache that was refused once must be refused again.
+        linear = [index for index, layer in enumerate(layers) if not isinstance(layer, CacheLayerMixin)]
+        if linear and isinstance(self.tokens, FeatureMethod):
+            raise ValueError(
+                f"tokens={self.tokens} leave visual tokens out before the language model, and layers {linear} of this "
+                "model take every token into a state (linear attention), the left out ones too: use a method that "
+                "chooses by attention (VLCache, FastV)"
+            )
         self.coordinator.learn_layers([layer.kv if isinstance(layer, RotateKLayer) else None for layer in layers])
         self.layers: list[Any] = layers
         if self._record_past:
@@ -393,6 +400,25 @@ class RotateKCache(Cache):
         masked = MaskedStates(keys, values, hidden)
         return masked, masked
 
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Return a state of the linear-attention layer `layer_idx`, which transformers' own cache layer keeps."""
+        self._check_linear(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Update a state of the linear-attention layer `layer_idx`, which transformers' own cache layer keeps."""
+        self._check_linear(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def _check_linear(self, layer_idx: int) -> None:
+        """Raise a RuntimeError where it is not known that layer `layer_idx` has linear attention."""
+        if layer_idx >= len(self.layers) or isinstance(self.layers[layer_idx], RotateKLayer):
+            raise RuntimeError(
+                f"layer {layer_idx} of this model keeps a state of linear attention, and this RotateKCache does not "
+                "know the model's layers: call `rotatek_cache.attach(model)`, or pass RotateKCache(..., "
+                "config=model.config)"
+            )
+
     def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
         """Say which of the next `tokens` positions are visual: bool ``[rows, tokens]``, None for none of them.
 
@@ -417,6 +443,13 @@ class RotateKCache(Cache):
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
         count, held = int(tokens_to_remove), self.get_seq_length()  # transformers 5.17 passes a tensor
         count = count if count <= 0 else min(0, count - held)
+        linear = (index for index, layer in enumerate(self.layers) if not isinstance(layer, CacheLayerMixin))
+        states = [index for index in linear if any(self.layers[index].is_recurrent_states_initialized.values())]
+        if count and states:
+            raise ValueError(
+                f"the state of linear attention in layers {states} cannot be taken back to before a token, so this "
+                "cache cannot be cropped: keep a copy.deepcopy of it from before"
+            )
         self._crop_offsets(max(0, held + count), held)
         super().crop(count)
         self.positions.truncate(self.get_seq_length())
@@ -448,13 +481,16 @@ class RotateKCache(Cache):
         """Keep the rows `indices`."""
         index = row_index(indices, torch.device("cpu") if not isinstance(indices, Tensor) else indices.device)
         self._select_rows(index)
-        super().batch_select_indices(index)
+        for layer in self.layers:
+            if hasattr(layer, "batch_select_indices"):
+                layer.batch_select_indices(index)
+            else:  # of linear attention
+                layer.reorder_cache(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
         if self.batch_size > 0:
-            self._select_rows(torch.arange(self.batch_size, device="cpu").repeat_interleave(repeats))
-        super().batch_repeat_interleave(repeats)
+            self.batch_select_indices(torch.arange(self.batch_size, device="cpu").repeat_interleave(repeats))
 
     def _select_rows(self, index: Tensor) -> None:
         """Select in what the layers share, before the layers do."""
@@ -539,7 +575,8 @@ def _stock_tensors(layer: Any) -> list[Tensor]:
 def _layer_report(index: int, layer: Any) -> LayerReport:
     if not isinstance(layer, RotateKLayer):
         stored = storage_bytes(_stock_tensors(layer))
-        tokens = layer.get_seq_length() if layer.is_initialized else 0
+        counts = isinstance(layer, CacheLayerMixin) and layer.is_initialized  # linear attention holds no tokens
+        tokens = layer.get_seq_length() if counts else 0
         return LayerReport(index, type(layer).__name__, tokens, [], 0, stored, stored, [])
     kv = layer.kv
     stored = storage_bytes(kv.tensors())

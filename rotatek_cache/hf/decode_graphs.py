@@ -238,7 +238,7 @@ class DecodeGraphs:
             raise Eager("the call asks for a tuple, or for no cache")
         stock = [index for index, layer in enumerate(cache.layers) if not isinstance(layer, RotateKLayer)]
         if stock:
-            raise Eager(f"layers {stock} have transformers' own cache layer (sliding window)")
+            raise Eager(f"layers {stock} have transformers' own cache layer (sliding window or linear attention)")
         layers = [layer.kv for layer in cache.layers]
         if any(layer.pending is not None or layer.text.keys is None for layer in layers):
             raise Eager("an image waits for its end")

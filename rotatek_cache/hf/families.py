@@ -1,7 +1,7 @@
 """The table of model families, the only place that knows them: what stands for an image, and what is special."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
@@ -31,6 +31,7 @@ _TOWER = Family(Encoder("vision_tower"))
 _ANYRES = Encoder("vision_tower", packed)
 _BY_SIZE = Family(Encoder("vision_tower", by_image_size))
 _IDEFICS = Family(Encoder("vision_model"))
+_MINICPM = Family(None, IMAGE_AND_VIDEO)  # halfway through, its encoder merges windows of patches into fewer
 _QWEN = Family(Encoder("visual", in_order), IMAGE_AND_VIDEO, mrope=True)
 
 # model_type -> facts; the tests run each family here through generate.
@@ -68,6 +69,8 @@ FAMILIES: dict[str, Family] = {
     "llava_next": Family(_ANYRES),
     "llava_next_video": Family(_ANYRES, IMAGE_AND_VIDEO),
     "llava_onevision": Family(_ANYRES, IMAGE_AND_VIDEO),
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": replace(_MINICPM, mrope=True),
     "mistral3": _BY_SIZE,
     "molmo2": Family(None),
     "muse_glimmer": Family(None, IMAGE_AND_VIDEO),
@@ -81,6 +84,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_omni_thinker": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
     "qwen2_5_vl": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
     "qwen2_vl": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
     "qwen3_omni_moe_thinker": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,

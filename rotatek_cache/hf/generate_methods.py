@@ -24,6 +24,7 @@ from rotatek_cache.hf.encoder_layouts import note_packing, packed
 from rotatek_cache.hf.families import Family
 from rotatek_cache.hf.feature_choice import choose_features
 from rotatek_cache.hf.prompt import brings_content, check_content_is_new, placeholder_positions
+from rotatek_cache.hf.versions import NEWEST, OLDEST, Version, installed, tested, warn_if_untested
 from rotatek_cache.token_pruning.interface import FeatureMethod
 
 
@@ -179,9 +180,6 @@ def _forward(original: Original, *args: Any, **kwargs: Any) -> Any:
     return attachment.graphs.forward(original.module, original, *args, **kwargs)
 
 
-Version = tuple[int, int]
-
-
 @dataclass(frozen=True)
 class Replacement:
     """A method that attach replaces.
@@ -197,13 +195,13 @@ class Replacement:
     name: str
     function: Callable[..., Any]
     purpose: str
-    since: Version = (5, 17)
+    since: Version = OLDEST
     until: Version | None = None
 
     @property
     def is_expected(self) -> bool:
         """Whether this version of transformers should have it."""
-        return self.since <= _version() and (self.until is None or _version() < self.until)
+        return self.since <= installed() and (self.until is None or installed() < self.until)
 
     def install(self, module: Any) -> None:
         """Set it on `module`, or raise a RuntimeError if its class lacks the method."""
@@ -214,7 +212,7 @@ class Replacement:
             raise RuntimeError(
                 f"transformers {transformers.__version__}: {type(module).__name__} has no method {self.name}, which "
                 f"attach replaces to {self.purpose}; expected from version {self.since[0]}.{self.since[1]} on. "
-                "Install a version that rotatek_cache supports: pip install 'rotatek-cache[hf]'"
+                f"Tested are {tested()}: pip install 'transformers=={NEWEST[0]}.{NEWEST[1]}.*'"
             )
         # A partial, and no method, since that can be copied and pickled with the model.
         own = module.__dict__.get(self.name)
@@ -246,17 +244,13 @@ FORWARD = Replacement("forward", _forward, "replay decode steps from a captured 
 PACKING = Replacement("pack_image_features", _pack_image_features, "follow patches into packed tiles")
 
 
-def _version() -> Version:
-    major, minor = transformers.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 def replace_methods(top: Any, inner: Any, family: Family) -> None:
     """Replace the methods of an attached model, with and below its head.
 
     Raises:
         RuntimeError: this version of transformers lacks one that it should have.
     """
+    warn_if_untested()
     try:
         if isinstance(top, GenerationMixin):
             for replacement in GENERATE_METHODS:

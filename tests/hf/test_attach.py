@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import json
 import pickle
 import re
@@ -18,7 +19,8 @@ from tiny_models import FAMILIES, visual_positions
 from transformers import AutoModelForImageTextToText, DynamicCache, GenerationMixin, LlavaModel, StaticCache
 
 from rotatek_cache import RotateKCache, attach, detach
-from rotatek_cache.hf import generate_methods
+from rotatek_cache.hf import versions
+from rotatek_cache.hf.calls import CACHE_NAMES, cache_name
 from rotatek_cache.hf.families import FAMILIES as FAMILY_TABLE
 
 FULL = {"rank": 32, "always_compress": True}
@@ -163,11 +165,56 @@ def test_a_method_that_transformers_lacks_is_named(llava: Host, monkeypatch, own
 def test_a_method_is_expected_in_its_versions_only(llava: Host, monkeypatch):
     name = "_maybe_prepare_encoder_kwargs_for_generation"
     monkeypatch.delattr(GenerationMixin, name, raising=False)
-    monkeypatch.setattr(generate_methods.transformers, "__version__", "5.17.1")
+    monkeypatch.setattr(versions.transformers, "__version__", "5.17.1")
     assert not hasattr(attach(copy.deepcopy(llava.plain)), name)
-    monkeypatch.setattr(generate_methods.transformers, "__version__", "5.18.0.dev0")
+    monkeypatch.setattr(versions.transformers, "__version__", "5.18.0.dev0")
     with pytest.raises(RuntimeError, match=rf"5.18.0.dev0: .* no method {name}.* from version 5.18 on"):
         attach(copy.deepcopy(llava.plain))
+
+
+def test_a_newer_transformers_works_with_one_warning_that_names_what_was_tested(llava: Host, monkeypatch, caplog):
+    versions.warn_if_untested.cache_clear()
+    attach(copy.deepcopy(llava.plain))
+    assert not caplog.records
+    monkeypatch.setattr(versions, "installed", lambda: (5, 99))
+    versions.warn_if_untested.cache_clear()
+    model = attach(copy.deepcopy(llava.plain))
+    attach(copy.deepcopy(llava.plain))
+    (record,) = caplog.records
+    assert f"tested with transformers 5.17 to 5.24, this is {transformers.__version__}:" in record.getMessage()
+    assert "'transformers<5.25'" in record.getMessage()
+    _same(ways.generate(model, ways.padded(llava.tiny), RotateKCache.for_study(**FULL)), _reference(llava))
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_the_cache_has_either_name(llava: Host, name):
+    """In `generate`, in the model and in the model below its head, by keyword and by position."""
+    inputs, model = ways.one(llava.tiny), llava.attached
+    known = name == cache_name() or cache_name() == CACHE_NAMES[0]  # the older name goes on being taken
+    calls = {
+        "generate": lambda cache: model.generate(**inputs, **{name: cache}, max_new_tokens=1, do_sample=False),
+        "model": lambda cache: model(**inputs, **{name: cache}),
+        "below the head": lambda cache: model.model(**inputs, **{name: cache}),
+    }
+    for call in calls.values():
+        cache = RotateKCache(sparsity=0.5)
+        if known:
+            call(cache)
+            assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+        else:
+            with pytest.raises(ValueError, match="cache"):
+                call(cache)
+            assert cache.get_seq_length() == 0
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_the_cache_is_found_by_position(llava: Host):
+    inputs, cache = ways.one(llava.tiny), RotateKCache(sparsity=0.5)
+    before = list(inspect.signature(type(llava.attached.model).forward).parameters)[1:]
+    arguments = [inputs.get(argument) for argument in before[: before.index(cache_name())]]
+    llava.attached.model(*arguments, cache)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
