@@ -23,7 +23,7 @@ from rotatek_cache.hf.feature_choice import choose
 
 # Families whose vision encoder a method can read.
 READABLE = [name for name, tiny in EVERY.items() if families.FAMILIES[tiny.model_type].encoder]
-PIXELS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask")
+PIXELS = ("pixel_values", "high_res_pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask")
 
 
 def encode(model, inputs, **options):
