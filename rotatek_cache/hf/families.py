@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -15,15 +16,15 @@ class Family:
 
     Args:
         encoder: the vision encoder, for token methods that read it; None if its layout is not known.
-        placeholders: config fields with the ids that stand for visual tokens in `input_ids`.
+        placeholders: config fields with the ids that stand for visual tokens in `input_ids`; of a part with a dot.
         mrope: whether the model keeps an offset of positions (`rope_deltas`) of the conversation that it last read.
-        listed: whether it stands in the table, so that its model must have all methods that attach replaces.
+        encodes: whether a method `get_image_features` encodes its images, where token methods can choose.
     """
 
     encoder: Encoder | None
     placeholders: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False
-    listed: bool = True
+    encodes: bool = True
 
 
 IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
@@ -38,6 +39,7 @@ _QWEN = Family(Encoder("visual", in_order), IMAGE_AND_VIDEO, mrope=True)
 FAMILIES: dict[str, Family] = {
     "aria": Family(None),
     "aya_vision": _TOWER,
+    "chameleon": Family(None),  # its encoder gives ids of the vocabulary
     "cohere2_vision": _TOWER,
     "cohere_compass": _QWEN,
     "cosmos3_edge": Family(Encoder("visual", in_order), IMAGE_AND_VIDEO, mrope=True),
@@ -79,6 +81,7 @@ FAMILIES: dict[str, Family] = {
     "paddleocr_vl": Family(None, mrope=True),
     "paligemma": _TOWER,
     "perception_lm": Family(None, IMAGE_AND_VIDEO),  # a timm encoder, whose attention weights cannot be read
+    "phi4_multimodal": Family(None, ("vision_config.image_token_id",), encodes=False),
     "pp_chart2table": _TOWER,
     "qianfan_ocr": _TOWER,
     "qwen2_5_omni_thinker": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
@@ -149,5 +152,10 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def placeholder_ids(config: PreTrainedConfig) -> list[int]:
     """List the ids that stand for visual tokens in `input_ids`."""
-    named = (getattr(config, name, None) for name in family_of(config).placeholders)
-    return sorted({token for token in named if token is not None})
+    found = set()
+    for path in family_of(config).placeholders:
+        value: Any = config
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        found.add(value)
+    return sorted(found - {None})

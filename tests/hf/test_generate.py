@@ -36,7 +36,7 @@ NOT_POSSIBLE = {
     "embeddings_and_pixels": NO_EMBEDDINGS,
     # Features of more than the placeholders come from the encoder; they are not where chunks look for them.
     "chunked_prefill": {"ovis2", "granite4_vision"},
-    "chunked_prefill_padded": {"ovis2", "granite4_vision"},
+    "chunked_prefill_padded": {"ovis2", "granite4_vision", "phi4_multimodal"},
     "prompt_lookup": LINEAR,  # the state of linear attention cannot be taken back
     "assistant_model": LINEAR,
     "forward_in_pieces": LINEAR,  # its layers cannot repeat rows

@@ -111,10 +111,10 @@ def test_an_encoder_decoder():
     assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False, num_beams=1), expected)
 
 
-def test_attention_that_calls_no_function_that_can_be_selected(monkeypatch):
+def test_attention_that_calls_no_function_that_can_be_selected():
     """As models with code of their own do, and BLIP's text model."""
     model = FAMILIES["llava"].build()
-    layer = type("HandAttention", (torch.nn.Module,), {"__module__": __name__})
+    layer = type("HandAttention", (torch.nn.Module,), {"__module__": __name__, "layer_idx": 1})
     model.get_decoder().layers[1].extra = layer()
     with pytest.raises(ValueError, match="HandAttention of its text model computes attention itself"):
         attach(model)
