@@ -31,6 +31,9 @@ from tiny_models import (
     _glm,
     _grids,
     _llava,
+    _minicpm,
+    _pack_patches,
+    _packed_patches,
     _patch_grid,
     _pixels,
     _qwen3,
@@ -139,6 +142,11 @@ def _views_and_masks(rows: list[list[Tensor]]) -> dict[str, Tensor]:
         "image_sizes": torch.tensor([[32, 32]] * len(images)),
         "image_attention_mask": torch.ones(len(images), 2, 8, 8),
     }
+
+
+def _with_sizes(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    given = _stack(rows)
+    return given | {"image_sizes": torch.tensor([given["pixel_values"].shape[-2:]] * len(given["pixel_values"]))}
 
 
 def _merge_sizes(rows: list[list[Any]]) -> dict[str, Tensor]:
@@ -628,6 +636,67 @@ MORE: dict[str, Tiny] = {
             ),
             _view_and_crop,
             _views_and_masks,
+        ),
+        Tiny(
+            "emu3",
+            lambda: AutoConfig.for_model(
+                "emu3",
+                text_config=TEXT,
+                vq_config={
+                    "base_channels": 32,
+                    "channel_multiplier": [1, 1],
+                    "num_res_blocks": 1,
+                    "codebook_size": 8,
+                    "temporal_downsample_factor": 2,
+                    "hidden_size": 32,
+                    "attn_resolutions": [],
+                },
+                vocabulary_map={"<image>": IMAGE, "<|extra_200|>": BREAK}
+                | {f"<|visual token {n:06d}|>": 180 + n for n in range(8)},
+            ),
+            _square(8 * 9, 16),
+            _with_sizes,
+        ),
+        Tiny(
+            "fuyu",
+            lambda: AutoConfig.for_model(
+                "fuyu",
+                text_config={**TEXT, "num_attention_heads": 4},
+                patch_size=4,
+                image_size=32,
+                image_token_id=IMAGE,
+            ),
+            lambda _, generator: ([IMAGE] * 64, _pixels(64, 48, generator=generator)),
+            lambda rows: {"pixel_values": torch.stack([image for row in rows for image in row])},
+        ),
+        Tiny(
+            "lfm3_vl",
+            lambda: _config(
+                "lfm3_vl",
+                "lfm3",
+                text={"layer_types": ["conv", "full_attention", "full_attention"], "sliding_window": 32},
+                vision={
+                    "patch_size": 4,
+                    "spatial_merge_size": 2,
+                    "temporal_patch_size": 2,
+                    "num_key_value_heads": 1,
+                    "layer_types": ["conv", "full_attention"],
+                },
+                projector_hidden_size=64,
+                **_QWEN_IDS,
+            ),
+            _patch_grid(_PATCH),
+            video=_patch_grid(_PATCH, VIDEO, 2),
+            **_FLAT,
+            linear=True,
+        ),
+        Tiny(
+            "minicpm_ocr",
+            _minicpm("minicpm_ocr", downsample_mode="16x"),
+            _packed_patches,
+            _pack_patches,
+            sizes=3,
+            linear=True,
         ),
         Tiny(
             "muse_spark",

@@ -34,9 +34,10 @@ NOT_POSSIBLE = {
     "forward_loop": M_ROPE,  # a 2D mask in a decode step of one's own: positions of the whole length come out
     "merged_embeddings": NO_EMBEDDINGS,
     "embeddings_and_pixels": NO_EMBEDDINGS,
+    "beams": {"fuyu"},  # it repeats the ids, and not the patches
     # Features of more than the placeholders come from the encoder; they are not where chunks look for them.
     "chunked_prefill": {"ovis2", "granite4_vision"},
-    "chunked_prefill_padded": {"ovis2", "granite4_vision", "phi4_multimodal"},
+    "chunked_prefill_padded": {"ovis2", "granite4_vision", "phi4_multimodal", "fuyu"},
     "prompt_lookup": LINEAR,  # the state of linear attention cannot be taken back
     "assistant_model": LINEAR,
     "forward_in_pieces": LINEAR,  # its layers cannot repeat rows
