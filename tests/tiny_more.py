@@ -19,8 +19,10 @@ from tiny_models import (
     FAMILIES,
     IMAGE,
     OPEN,
+    TEXT,
     TRANSFORMERS,
     VIDEO,
+    VISION,
     Tiny,
     _anyres,
     _anyres_collate,
@@ -29,6 +31,9 @@ from tiny_models import (
     _glm,
     _grids,
     _llava,
+    _minicpm,
+    _pack_patches,
+    _packed_patches,
     _patch_grid,
     _pixels,
     _qwen3,
@@ -37,6 +42,7 @@ from tiny_models import (
     _wrapped,
 )
 from torch import Tensor
+from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 _SIGLIP = {"image_size": 32, "patch_size": 4, "vision_use_head": False}
@@ -122,6 +128,25 @@ def _tiles_by_row(rows: list[list[Tensor]]) -> dict[str, Tensor]:
         "pixel_values": given["pixel_values"],
         "pixel_attention_mask": (given["pixel_values"] != 0).flatten(2).any(-1),
     }
+
+
+def _view_and_crop(_: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
+    """Phi-4: one crop and the whole, 4 x 4 tokens each, a token at the end of each line, and one between them."""
+    return [IMAGE] * (2 * 4 * 5 + 1), _pixels(2, 3, 32, 32, generator=generator)
+
+
+def _views_and_masks(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    images = torch.stack([image for row in rows for image in row])
+    return {
+        "image_pixel_values": images,
+        "image_sizes": torch.tensor([[32, 32]] * len(images)),
+        "image_attention_mask": torch.ones(len(images), 2, 8, 8),
+    }
+
+
+def _with_sizes(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    given = _stack(rows)
+    return given | {"image_sizes": torch.tensor([given["pixel_values"].shape[-2:]] * len(given["pixel_values"]))}
 
 
 def _merge_sizes(rows: list[list[Any]]) -> dict[str, Tensor]:
@@ -300,6 +325,7 @@ MORE: dict[str, Tiny] = {
             _native,
             _pad_patches,
             sizes=3,
+            linear=True,
         ),
         Tiny(
             "qwen2_5_omni_thinker",
@@ -569,6 +595,108 @@ MORE: dict[str, Tiny] = {
             ),
             _patch_grid(_PATCH),
             **_FLAT,
+        ),
+        Tiny(
+            "chameleon",
+            lambda: AutoConfig.for_model(
+                "chameleon",
+                **TEXT,
+                vq_config={
+                    "base_channels": 32,
+                    "channel_multiplier": [1, 1],
+                    "num_res_blocks": 1,
+                    "latent_channels": 8,
+                    "embed_dim": 8,
+                    "num_embeddings": 8,
+                    "resolution": 16,
+                },
+                vocabulary_map={"<image>": IMAGE}
+                | {f"IMGIMG{letter}Z": 180 + n for n, letter in enumerate("ABCDEFGH")},
+            ),
+            _square(64, 16),
+            _stack,
+        ),
+        Tiny(
+            "phi4_multimodal",
+            lambda: AutoConfig.for_model(
+                "phi4_multimodal",
+                **TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+                vision_config={**VISION, "image_size": 32, "patch_size": 4, "crop_size": 32, "image_token_id": IMAGE},
+                audio_config={
+                    "hidden_size": 8,
+                    "intermediate_size": 8,
+                    "num_blocks": 1,
+                    "num_attention_heads": 1,
+                    "ext_pw_out_channel": 8,
+                    "depthwise_separable_out_channel": 8,
+                    "nemo_conv_channels": 8,
+                    "input_size": 8,
+                    "audio_token_id": END,
+                },
+            ),
+            _view_and_crop,
+            _views_and_masks,
+        ),
+        Tiny(
+            "emu3",
+            lambda: AutoConfig.for_model(
+                "emu3",
+                text_config=TEXT,
+                vq_config={
+                    "base_channels": 32,
+                    "channel_multiplier": [1, 1],
+                    "num_res_blocks": 1,
+                    "codebook_size": 8,
+                    "temporal_downsample_factor": 2,
+                    "hidden_size": 32,
+                    "attn_resolutions": [],
+                },
+                vocabulary_map={"<image>": IMAGE, "<|extra_200|>": BREAK}
+                | {f"<|visual token {n:06d}|>": 180 + n for n in range(8)},
+            ),
+            _square(8 * 9, 16),
+            _with_sizes,
+        ),
+        Tiny(
+            "fuyu",
+            lambda: AutoConfig.for_model(
+                "fuyu",
+                text_config={**TEXT, "num_attention_heads": 4},
+                patch_size=4,
+                image_size=32,
+                image_token_id=IMAGE,
+            ),
+            lambda _, generator: ([IMAGE] * 64, _pixels(64, 48, generator=generator)),
+            lambda rows: {"pixel_values": torch.stack([image for row in rows for image in row])},
+        ),
+        Tiny(
+            "lfm3_vl",
+            lambda: _config(
+                "lfm3_vl",
+                "lfm3",
+                text={"layer_types": ["conv", "full_attention", "full_attention"], "sliding_window": 32},
+                vision={
+                    "patch_size": 4,
+                    "spatial_merge_size": 2,
+                    "temporal_patch_size": 2,
+                    "num_key_value_heads": 1,
+                    "layer_types": ["conv", "full_attention"],
+                },
+                projector_hidden_size=64,
+                **_QWEN_IDS,
+            ),
+            _patch_grid(_PATCH),
+            video=_patch_grid(_PATCH, VIDEO, 2),
+            **_FLAT,
+            linear=True,
+        ),
+        Tiny(
+            "minicpm_ocr",
+            _minicpm("minicpm_ocr", downsample_mode="16x"),
+            _packed_patches,
+            _pack_patches,
+            sizes=3,
+            linear=True,
         ),
         Tiny(
             "muse_spark",

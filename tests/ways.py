@@ -141,8 +141,9 @@ def second_turn_with_an_image(tiny: Tiny, model: PreTrainedModel, make: Make) ->
     second = follow_up(tiny, inputs, first.sequences, [*words(3, 1), *ids, *words(4, 2)])
     new = tiny.collate([[content]])
     if tiny.token_types == "mm_token_type_ids":
-        # Positions need the grids of all images; of the features, those of the new one are wanted.
         second[tiny.token_types] = (second["input_ids"] == IMAGE).int()
+    if tiny.token_types == "mm_token_type_ids" and tiny.grids in new:
+        # Positions need the grids of all images; of the features, those of the new one are wanted.
         second[tiny.grids] = tiny.collate([[*prompt.images, content]])[tiny.grids]
         new = {"mm_encoder_outputs": {"image": model.model.get_image_features(**new, return_dict=True)}}
     answer = generate(model, second | new, cache)

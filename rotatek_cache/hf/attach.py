@@ -126,7 +126,9 @@ def _check(top: PreTrainedModel, inner: Any, ids: Sequence[int] | None) -> tuple
         )
     if ids is not None:
         mrope = hasattr(inner, "rope_deltas")
-        return FAMILIES.get(config.model_type, Family(None, (), mrope, listed=False)), _checked_ids(ids)
+        return FAMILIES.get(
+            config.model_type, Family(None, (), mrope, hasattr(inner, "get_image_features"))
+        ), _checked_ids(ids)
     if config.model_type not in FAMILIES and len(config.sub_configs) < 2:
         raise ValueError(
             f"model must be a vision-language model, got {type(top).__name__} ('{config.model_type}'), which has no "
@@ -228,7 +230,8 @@ def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | 
             "cache.reset()"
         )
     visual = visual_positions(module, cache, given, begin)
-    if begin and ids is not None and brings_content(given):
+    # A model without `get_image_features` is handed its images in every step, and looks at them where ids ask for it.
+    if begin and ids is not None and attachment.family.encodes and brings_content(given):
         expected = cache.positions.expected
         whole = visual if expected is None else expected.visual.repeat_interleave(expected.repeats, 0)
         check_content_is_new(whole, given.get("mm_encoder_outputs"), begin)

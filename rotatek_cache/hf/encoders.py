@@ -74,7 +74,7 @@ def token_signal(tap: EncoderTap | None, inner: Any, given: dict[str, Any], leng
         return None
     encoder = _encoder_of(inner)
     assert encoder is not None  # or there would be no tap
-    signal = encoder.layout(tap, Encoding(inner, given, lengths))
+    signal = encoder.layout(tap, Encoding(inner, getattr(inner, encoder.name), given, lengths))
     if len(signal) != sum(lengths):
         raise ValueError(
             f"{inner.config.model_type}: the vision encoder's patches show {len(signal)} visual tokens, the model has "

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -15,16 +16,16 @@ class Family:
 
     Args:
         encoder: the vision encoder, for token methods that read it; None if its layout is not known.
-        placeholders: config fields with the ids that stand for visual tokens in `input_ids`.
+        placeholders: config fields with the ids that stand for visual tokens in `input_ids`; of a part with a dot.
         two_ways: whether images attend both ways, so that the text model is always given a mask.
         mrope: whether the model keeps an offset of positions (`rope_deltas`) of the conversation that it last read.
-        listed: whether it stands in the table, so that its model must have all methods that attach replaces.
+        encodes: whether a method `get_image_features` encodes its images, where token methods can choose.
     """
 
     encoder: Encoder | None
     placeholders: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False
-    listed: bool = True
+    encodes: bool = True
     two_ways: bool = False
 
 
@@ -40,6 +41,7 @@ _QWEN = Family(Encoder("visual", in_order), IMAGE_AND_VIDEO, mrope=True)
 FAMILIES: dict[str, Family] = {
     "aria": Family(None),
     "aya_vision": _TOWER,
+    "chameleon": Family(None),  # its encoder gives ids of the vocabulary
     "cohere2_vision": _TOWER,
     "cohere_compass": _QWEN,
     "cosmos3_edge": Family(Encoder("visual", in_order), IMAGE_AND_VIDEO, mrope=True),
@@ -47,9 +49,11 @@ FAMILIES: dict[str, Family] = {
     "deepseek_ocr2": Family(None),
     "deepseek_vl": Family(Encoder("vision_model")),
     "deepseek_vl_hybrid": Family(Encoder("vision_model")),
+    "emu3": Family(None),  # its encoder gives ids of the vocabulary
     "ernie4_5_vl_moe": Family(Encoder("vision_tower", in_order), IMAGE_AND_VIDEO, mrope=True),
     "exaone4_5": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO),
     "fast_vlm": Family(None),
+    "fuyu": Family(None),  # it has no encoder
     "gemma3": Family(Encoder("vision_tower"), two_ways=True),
     "glm46v": _QWEN,
     "glm4v": _QWEN,
@@ -66,11 +70,13 @@ FAMILIES: dict[str, Family] = {
     "internvl": _TOWER,
     "janus": Family(Encoder("vision_model")),
     "lfm2_vl": Family(None),
+    "lfm3_vl": Family(None, IMAGE_AND_VIDEO),
     "lighton_ocr": Family(Encoder("vision_encoder", by_image_size)),
     "llava": Family(Encoder("vision_tower", in_order)),
     "llava_next": Family(_ANYRES),
     "llava_next_video": Family(_ANYRES, IMAGE_AND_VIDEO),
     "llava_onevision": Family(_ANYRES, IMAGE_AND_VIDEO),
+    "minicpm_ocr": _MINICPM,
     "minicpmv4_6": _MINICPM,
     "minicpmv4_7": replace(_MINICPM, mrope=True),
     "mistral3": _BY_SIZE,
@@ -81,6 +87,7 @@ FAMILIES: dict[str, Family] = {
     "paddleocr_vl": Family(None, mrope=True),
     "paligemma": Family(Encoder("vision_tower"), two_ways=True),
     "perception_lm": Family(None, IMAGE_AND_VIDEO),  # a timm encoder, whose attention weights cannot be read
+    "phi4_multimodal": Family(None, ("vision_config.image_token_id",), encodes=False),
     "pp_chart2table": _TOWER,
     "qianfan_ocr": _TOWER,
     "qwen2_5_omni_thinker": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
@@ -151,5 +158,10 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def placeholder_ids(config: PreTrainedConfig) -> list[int]:
     """List the ids that stand for visual tokens in `input_ids`."""
-    named = (getattr(config, name, None) for name in family_of(config).placeholders)
-    return sorted({token for token in named if token is not None})
+    found = set()
+    for path in family_of(config).placeholders:
+        value: Any = config
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        found.add(value)
+    return sorted(found - {None})

@@ -55,10 +55,9 @@ class Identity:
         return self.segments > 0 and all(difference <= self.allowed for difference in self.differences.values())
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.rows} row{'s' if self.rows > 1 else ''}, {self.prompt} tokens, of which visual: "
-            f"{', '.join(map(str, self.visual))}; {self.segments} compressed segments"
-        ]
+        visual = ", ".join(map(str, self.visual))
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        lines = [f"{rows}, {self.prompt} tokens, of which visual: {visual}; {self.segments} compressed segments"]
         lines += [
             f"  {name}: largest difference of a logit {difference:.1e} (rounding: up to {self.allowed:.1e}), the "
             f"same token in {self.same[name]} of {self.rows * self.tokens} steps"

@@ -65,7 +65,8 @@ def obstacle_inside(model: PreTrainedModel) -> str:
     sinks = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "sinks"]
     if sinks:
         return f"its text model has attention sinks ({sinks[0]}), which take part in the softmax"
-    kinds = {type(module) for module in model.modules() if type(module).__name__.endswith("Attention")}
+    # Those with an index of their layer use the cache; a vision encoder may stand below the decoder.
+    kinds = {type(m) for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")}
     fixed = sorted(kind.__name__ for kind in kinds if not hasattr(sys.modules[kind.__module__], INTERFACE))
     if fixed:
         return f"{', '.join(fixed)} of its text model computes attention itself, without {INTERFACE} of transformers"

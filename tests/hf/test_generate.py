@@ -8,7 +8,7 @@ import torch
 import ways
 from hosts import Host, build_host
 from tiny_models import FAMILIES, TRANSFORMERS, visual_positions
-from tiny_more import EVERY
+from tiny_more import EVERY, MORE
 from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache
@@ -17,7 +17,7 @@ EXACT = ({"sparsity": 0}, {"rank": 32, "always_compress": True})
 M_ROPE = {name for name, tiny in FAMILIES.items() if tiny.token_types == "mm_token_type_ids"}
 NO_EMBEDDINGS = {"gemma3", "paligemma"}
 
-LINEAR = {name for name, tiny in FAMILIES.items() if tiny.linear}
+LINEAR = {name for name, tiny in EVERY.items() if tiny.linear}
 SOME_WAYS = (
     "padded_batch",
     "batch_with_a_text_row",
@@ -25,6 +25,8 @@ SOME_WAYS = (
     "chunked_prefill_padded",
     "second_turn_padded",
     "second_turn_with_an_image",
+    "forward_loop_of_one",
+    "video",
 )  # for families like another, so that the suite stays short
 
 # What transformers 5.24 cannot do with its own DynamicCache either.
@@ -32,30 +34,21 @@ NOT_POSSIBLE = {
     "forward_loop": M_ROPE,  # a 2D mask in a decode step of one's own: positions of the whole length come out
     "merged_embeddings": NO_EMBEDDINGS,
     "embeddings_and_pixels": NO_EMBEDDINGS,
+    "beams": {"fuyu"},  # it repeats the ids, and not the patches
     # Features of more than the placeholders come from the encoder; they are not where chunks look for them.
     "chunked_prefill": {"ovis2", "granite4_vision"},
-    "chunked_prefill_padded": {"ovis2"},
+    "chunked_prefill_padded": {"ovis2", "granite4_vision", "phi4_multimodal", "fuyu"},
     "prompt_lookup": LINEAR,  # the state of linear attention cannot be taken back
     "assistant_model": LINEAR,
     "forward_in_pieces": LINEAR,  # its layers cannot repeat rows
 }
-# The ways that a family of `tiny_more` is called in: those that differ most in what reaches the cache.
-FEW = (
-    "padded_batch",
-    "beams",
-    "chunked_prefill",
-    "second_turn_padded",
-    "forward_loop_of_one",
-    "prompt_lookup",
-    "video",
-)
 CASES = [
     (family, way)
     for family, tiny in EVERY.items()
-    for way in (ways.WAYS if family in FAMILIES else FEW)
+    for way in ways.WAYS
     if way != "video" or tiny.video is not None
     if family not in NOT_POSSIBLE.get(way, ())
-    if not tiny.like or way in SOME_WAYS
+    if way in SOME_WAYS or not (tiny.like or family in MORE)
 ]
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import ways
-from tiny_models import FAMILIES, IMAGE, TEXT, TRANSFORMERS, VISION, _llava, _square, _stack, visual_positions
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, LlavaConfig
+from tiny_models import FAMILIES, IMAGE, TEXT, VISION, _llava, _square, _stack
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from rotatek_cache import RotateKCache, attach, detach
+from rotatek_cache import attach
 from rotatek_cache.hf.families import FAMILIES as FAMILY_TABLE
 from rotatek_cache.hf.families import refusal
 
@@ -79,7 +79,9 @@ def test_a_text_model_that_is_refused_goes_on_with_the_dense_cache(name):
 def test_sparse_indexed_attention():
     text = {**TEXT, **MLA, **DENSE_MLP, "q_lora_rank": 16, "model_type": "deepseek_v32"}
     text |= {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 16}
-    config = AutoConfig.for_model("llava", text_config=text, vision_config={**VISION, "model_type": "clip_vision_model"})
+    config = AutoConfig.for_model(
+        "llava", text_config=text, vision_config={**VISION, "model_type": "clip_vision_model"}
+    )
     assert "sparse-indexed attention" in refusal(config)
 
 
@@ -109,10 +111,10 @@ def test_an_encoder_decoder():
     assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False, num_beams=1), expected)
 
 
-def test_attention_that_calls_no_function_that_can_be_selected(monkeypatch):
+def test_attention_that_calls_no_function_that_can_be_selected():
     """As models with code of their own do, and BLIP's text model."""
     model = FAMILIES["llava"].build()
-    layer = type("HandAttention", (torch.nn.Module,), {"__module__": __name__})
+    layer = type("HandAttention", (torch.nn.Module,), {"__module__": __name__, "layer_idx": 1})
     model.get_decoder().layers[1].extra = layer()
     with pytest.raises(ValueError, match="HandAttention of its text model computes attention itself"):
         attach(model)
