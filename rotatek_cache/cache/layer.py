@@ -275,10 +275,7 @@ class LayerKV:
     def follow(self, padding: Tensor) -> None:
         """Begin an empty text behind all that is held, with so many columns of padding, int64 ``[B]``."""
         self.text = TextSegment()
-        if self.pending is None:
-            self.text.follow(self.length, padding)
-        else:  # which goes on, and knows its padding when it seals
-            self.text.follow(self.pending.begin, torch.zeros_like(padding))
+        self.text.follow(self.length, padding)
 
     def truncate(self, length: int) -> None:
         """Forget the logical positions from `length` on."""

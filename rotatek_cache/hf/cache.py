@@ -442,7 +442,7 @@ class RotateKCache(Cache):
         """Write all that the cache holds to one file, which `load` reads in any process.
 
         The file is safetensors with a checksum; a calibrated basis is not in it but named. To save a prompt, read it by
-        `model.generate(**inputs, past_key_values=cache, max_new_tokens=1)`.
+        `model.generate(**inputs, past_key_values=cache, max_new_tokens=1)`, and `seal` it if it ends in an image.
 
         Args:
             path: of the file; an existing one is replaced once the new one is whole.
@@ -618,6 +618,17 @@ class RotateKCache(Cache):
             deltas = self.rope_deltas.repeat_interleave(self.batch_size // self.rope_deltas.shape[0], 0)
             self.rope_deltas = deltas[index.to(deltas.device)]
 
+    def seal(self) -> None:
+        """Compress an image that a prompt ends in now, instead of when text has followed it.
+
+        What was read so far decides alone: channels are not weighted by queries, which `basis="pca"` and calibrated
+        bases never do. It does nothing where no image waits.
+
+        Raises:
+            ValueError: tokens are to be chosen by the attention of that text.
+        """
+        self.coordinator.seal_waiting([layer.kv for layer in self._compressed_layers()])
+
     def ask_many(
         self,
         questions: Tensor,
@@ -633,6 +644,7 @@ class RotateKCache(Cache):
 
             cache = RotateKCache(sparsity=0.75, basis="pca")
             model.generate(**prompt, past_key_values=cache, max_new_tokens=1)  # read once, without a question
+            cache.seal()  # if nothing follows the image
             asked = cache.ask_many(**processor.tokenizer(questions, padding=True, padding_side="left", ...))
             output = model.generate(**asked, max_new_tokens=32)
             answers = output[:, asked["input_ids"].shape[1] :]
@@ -652,13 +664,18 @@ class RotateKCache(Cache):
             Arguments of `generate`: `input_ids` (the whole conversation), `attention_mask` and `past_key_values`.
 
         Raises:
-            ValueError: nothing is cached, questions are padded on the right, or at all where the model has layers with
-                a sliding window, it is not clear which rows they are about, or the ids of the conversation are not
-                known.
+            ValueError: nothing is cached, or it is not sealed; questions are padded on the right, or at all where the
+                model has layers with a sliding window; it is not clear which rows they are about, or the ids of the
+                conversation are not known.
         """
         length, batch = self.get_seq_length(), self.batch_size
         if not length or batch < 1:
             raise ValueError("this RotateKCache holds no prompt to ask about: read one first, with the model")
+        if any(layer.kv.pending is not None for layer in self._compressed_layers()):
+            raise ValueError(
+                "the prompt ends in an image, which is compressed when text follows it, for each question anew: call "
+                "cache.seal() first, so that it is stored once for all of them"
+            )
         ids, seen = _checked_questions(questions, attention_mask)
         index = self._rows_asked(len(ids), rows)
         known = self.positions.prompt if conversation is None else conversation
