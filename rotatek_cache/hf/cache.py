@@ -16,7 +16,7 @@ from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV
-from rotatek_cache.cache.saving import SavedFile, register, write
+from rotatek_cache.cache.saving import SavedFile, parts_given, register, restore, write
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.codecs.fingerprint import ModelMark
@@ -457,6 +457,7 @@ class RotateKCache(Cache):
             ValueError: it holds states that are not finite.
         """
         planner, selection = self.coordinator.planner, self.coordinator.selection
+        self.positions.end_forward()
         stock = any(_stock_tensors(layer) for layer in self.layers if not isinstance(layer, RotateKLayer))
         state = {
             "options": self.options,
@@ -472,12 +473,15 @@ class RotateKCache(Cache):
             "chosen": self.chosen,
             "record_past": self._record_past,
             "rope_deltas": self.rope_deltas,
-            "positions": self.positions.state(),
-            "layers": [layer.kv.state() if isinstance(layer, RotateKLayer) else layer for layer in self.layers],
+            "positions": dict(vars(self.positions)),
+            "layers": [dict(vars(layer.kv)) if isinstance(layer, RotateKLayer) else layer for layer in self.layers],
         }
+        given: dict[str, Any] = {}
+        for layer in self._compressed_layers():
+            given |= parts_given(str(layer.kv.index), layer.kv)
         assert tuple(state) == SAVED
         references = {} if self.calibrated is None else self.calibrated.derived()
-        return write(path, state, references, compress=compress)
+        return write(path, state, references, given, compress=compress)
 
     @classmethod
     def load(
@@ -544,16 +548,20 @@ class RotateKCache(Cache):
         self.filled_by = None if model is None else ModelMark(model[0], tuple(model[1].tolist()))
         self.graphs, self.chosen, self._record_past = parts["graphs"], parts["chosen"], parts["record_past"]
         self.rope_deltas = file.part(parts["rope_deltas"])
-        self.positions.restore(file.part(parts["positions"]))
-        for index, part in enumerate(file.part(parts["layers"])):
-            if not isinstance(part, dict):
-                self.layers.append(part)
+        restore(self.positions, file.part(parts["positions"]))
+        for index, described in enumerate(parts["layers"][1:]):
+            if described[0] != "dict":
+                self.layers.append(file.part(described))
                 continue
             layer = self._new_layer(index)
+            file.given |= parts_given(str(index), layer.kv)
+            part = file.part(described)
             # A calibrated basis may lie elsewhere now; ranks that a budget has settled stay.
             own = dataclasses.replace(part["options"], basis=self.options.basis)
             part["options"] = self.options if own == self.options else own
-            layer.kv.restore(part)
+            restore(layer.kv, part)
+            if isinstance(layer.kv, LayerKV):
+                layer.kv.use(layer.kv.options)
             held = layer.kv.tensors()
             if layer.kv.dtype is not None and held:
                 layer.dtype, layer.device, layer.is_initialized = layer.kv.dtype, held[0].device, True
@@ -627,7 +635,7 @@ class RotateKCache(Cache):
         Raises:
             ValueError: tokens are to be chosen by the attention of that text.
         """
-        self.coordinator.seal_waiting([layer.kv for layer in self._compressed_layers()])
+        self.coordinator.seal_waiting(list(self._sealed_by_images()))
 
     def ask_many(
         self,
@@ -671,7 +679,7 @@ class RotateKCache(Cache):
         length, batch = self.get_seq_length(), self.batch_size
         if not length or batch < 1:
             raise ValueError("this RotateKCache holds no prompt to ask about: read one first, with the model")
-        if any(layer.kv.pending is not None for layer in self._compressed_layers()):
+        if any(kv.pending is not None for kv in self._sealed_by_images()):
             raise ValueError(
                 "the prompt ends in an image, which is compressed when text follows it, for each question anew: call "
                 "cache.seal() first, so that it is stored once for all of them"
@@ -731,17 +739,18 @@ class RotateKCache(Cache):
         tables: dict[Any, Any] = {}
         memo: dict[int, Any] = {}
         lent = {}
-        for layer in self._compressed_layers():
-            lent[layer.kv.index] = layer.kv.text.lend(tables)
-            memo[id(layer.kv.text)] = TextSegment()  # not copied
+        for kv in self._sealed_by_images():
+            lent[kv.index] = kv.text.lend(tables)
+            memo[id(kv.text)] = TextSegment()  # not copied
         many = copy.deepcopy(self, memo)
-        for layer in many._compressed_layers():
-            text = lent[layer.kv.index]
+        for kv in many._sealed_by_images():
+            text = lent[kv.index]
             if text is not None:
-                layer.kv.segments.append(text)
+                kv.segments.append(text)
         many.batch_select_indices(index)
         for layer in many._compressed_layers():
-            layer.kv.follow(padding.to(layer.device))
+            if isinstance(layer.kv, LayerKV):
+                layer.kv.follow(padding.to(layer.device))
         return many
 
     @property
@@ -757,6 +766,9 @@ class RotateKCache(Cache):
 
     def _compressed_layers(self) -> Iterable[RotateKLayer]:
         return (layer for layer in self.layers if isinstance(layer, RotateKLayer))
+
+    def _sealed_by_images(self) -> Iterable[LayerKV]:
+        return (layer.kv for layer in self._compressed_layers() if isinstance(layer.kv, LayerKV))
 
     def tensors(self) -> list[Tensor]:
         """List every tensor held; layers share some."""
