@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -384,7 +384,7 @@ def restore(held: Any, state: dict[str, Any]) -> None:
     vars(held).update(state)
 
 
-def expect_fields(kind: type, found: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) -> None:
+def expect_fields(kind: type, found: Iterable[str], names: Iterable[str]) -> None:
     """Raise a ValueError unless what was saved of an object are the fields that this version's class has."""
-    if found.keys() != set(names):
+    if set(found) != set(names):
         raise ValueError(f"{kind.__name__} has the fields {sorted(names)}, was saved with {sorted(found)}")

@@ -16,7 +16,7 @@ from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV
-from rotatek_cache.cache.saving import SavedFile, parts_given, register, restore, write
+from rotatek_cache.cache.saving import SavedFile, expect_fields, parts_given, register, restore, write
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.codecs.fingerprint import ModelMark
@@ -35,10 +35,12 @@ for _found in vars(cache_utils).values():
     if isinstance(_found, type) and issubclass(_found, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
         register(_found)
 
+# The parts of a saved cache; `rest` are the attributes that are not in the other parts and that `load` does not make.
 SAVED = (
-    *("options", "tokens", "budget", "basis", "model", "transformers", "method", "planned", "knows_layers", "graphs"),
-    *("chosen", "record_past", "rope_deltas", "positions", "layers"),
-)  # the parts of a saved cache
+    *("options", "tokens", "budget", "basis", "model", "transformers", "method", "planned", "knows_layers"),
+    *("rest", "positions", "layers"),
+)
+MADE_BY_LOAD = {"options", "tokens", "calibrated", "coordinator", "filled_by", "positions", "layers", "decoding"}
 
 HOW_TO_SWITCH = (
     "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
@@ -469,10 +471,7 @@ class RotateKCache(Cache):
             "method": None if selection is None else selection.method,
             "planned": None if planner is None else (planner.made, planner.share),
             "knows_layers": bool(self.coordinator.layers),
-            "graphs": self.graphs,
-            "chosen": self.chosen,
-            "record_past": self._record_past,
-            "rope_deltas": self.rope_deltas,
+            "rest": {name: value for name, value in vars(self).items() if name not in MADE_BY_LOAD},
             "positions": dict(vars(self.positions)),
             "layers": [dict(vars(layer.kv)) if isinstance(layer, RotateKLayer) else layer for layer in self.layers],
         }
@@ -546,8 +545,10 @@ class RotateKCache(Cache):
             )
         model = file.part(parts["model"])
         self.filled_by = None if model is None else ModelMark(model[0], tuple(model[1].tolist()))
-        self.graphs, self.chosen, self._record_past = parts["graphs"], parts["chosen"], parts["record_past"]
-        self.rope_deltas = file.part(parts["rope_deltas"])
+        rest, own = file.part(parts["rest"]), vars(self).keys() - MADE_BY_LOAD
+        expect_fields(type(self), rest.keys() & own, own)
+        for name, value in rest.items():  # with what `generate` has noted on it
+            setattr(self, name, value)
         restore(self.positions, file.part(parts["positions"]))
         for index, described in enumerate(parts["layers"][1:]):
             if described[0] != "dict":
