@@ -97,6 +97,28 @@ class Coordinator:
         for index, part in ready:
             self._seal(self.layers[index], part)
 
+    @without_autocast
+    def seal_waiting(self, layers: Sequence[LayerKV]) -> None:
+        """Seal what waits for text behind an image without it, and so without the weight of any query.
+
+        Raises:
+            ValueError: tokens are to be chosen by the attention of that text.
+        """
+        waiting = [layer for layer in layers if layer.pending is not None]
+        if waiting and self.selection is not None:
+            raise ValueError(
+                f"tokens={self.selection.method} are chosen by the attention of text behind the image, which this "
+                "prompt has none of yet: let text follow the image, or choose tokens by features (divprune, visionzip)"
+            )
+        for layer in waiting:
+            assert layer.pending is not None
+            layer.pending.window = None
+            plan = self.positions.plan(layer.pending.begin, layer.length, None, wait=False)
+            assert plan is not None
+            self._divide_budget(layer, plan)
+            self._seal(layer, plan)
+        self.positions.end_forward()
+
     def _divide_budget(self, layer: LayerKV, plan: SealPlan) -> None:
         """Divide the budget for the prompt that seals by `plan`, once for all layers."""
         if self.planner is None or (self._planned is not None and self._planned() is plan):

@@ -9,12 +9,10 @@ what options and which tokens it keeps, is decided by the coordinator of its cac
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotatek_cache.cache.saving import expect_fields
 from rotatek_cache.cache.seal_plan import Compressed, SealPlan
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.sealing import Sealer
@@ -26,7 +24,6 @@ from rotatek_cache.core.seal import Places
 from rotatek_cache.core.segments import SegmentView, Stored, TextSegment, VisualSegment, join_segments
 from rotatek_cache.options import FitOptions
 
-NOT_SAVED = ("positions", "index", "sealer")  # a layer's place in its cache, and what follows from its options
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # Keys and Values [B, H, P, D] to those that are stored
 
 
@@ -73,17 +70,6 @@ class LayerKV:
         """Forget everything but the options."""
         self.use(self.options)
         self._empty()
-
-    def state(self) -> dict[str, Any]:
-        """Return what has to be saved of it; waits for the device."""
-        self.sealer.check(wait=True)
-        return {name: value for name, value in vars(self).items() if name not in NOT_SAVED}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned of another layer."""
-        expect_fields(LayerKV, state, self.state())
-        vars(self).update(state)
-        self.use(self.options)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take the Keys ``[B, H, n, D]`` and Values ``[B, H, n, D_v]`` of the next n positions."""
@@ -274,10 +260,7 @@ class LayerKV:
     def follow(self, padding: Tensor) -> None:
         """Begin an empty text behind all that is held, with so many columns of padding, int64 ``[B]``."""
         self.text = TextSegment()
-        if self.pending is None:
-            self.text.follow(self.length, padding)
-        else:  # which goes on, and knows its padding when it seals
-            self.text.follow(self.pending.begin, torch.zeros_like(padding))
+        self.text.follow(self.length, padding)
 
     def truncate(self, length: int) -> None:
         """Forget the logical positions from `length` on."""

@@ -2,25 +2,30 @@
 
 The bytes of each storage are in the file once. A description in JSON says which tensors are views of them, and what
 holds these tensors; so what shared memory, or was one object, does so again. Objects are made of their fields:
-dataclasses and named tuples by their constructor, other classes from one made without arguments. Classes are those of
-the rooms below and those that were given to `register`; nothing of a file is ever executed.
+dataclasses and named tuples by their constructor, others by their attributes. Classes are those of the rooms below and
+those that were given to `register`; nothing of a file is ever executed. What a reader makes by itself (codecs, which
+follow from options) is named in the file and not saved.
 """
 
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.basis_file import read_file
+from rotatek_cache.codecs.interface import KeyCodec
+from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.report import SavedBytes
 
 FORMAT = "rotatek-cache-1"  # to be counted up when what is saved is read in another way
@@ -61,8 +66,8 @@ class _Storage:
 class _Writer:
     """Describes values, and gathers the storages behind their tensors."""
 
-    def __init__(self, references: Mapping[int, Any]) -> None:
-        self.references = references
+    def __init__(self, references: Mapping[int, Any], given: Mapping[int, str]) -> None:
+        self.references, self.given = references, given
         self.storages: dict[tuple[torch.device, int], _Storage] = {}
         self.numbers: dict[int, int] = {}
         self.held: list[Any] = []  # so that no identity is given to another object meanwhile
@@ -78,6 +83,8 @@ class _Writer:
             return ["list" if type(value) is list else "tuple", *map(self.describe, value)]
         if type(value) is dict:
             return ["dict", *([self.describe(key), self.describe(item)] for key, item in value.items())]
+        if id(value) in self.given:
+            return ["given", self.given[id(value)]]
         if id(value) in self.numbers:
             return ["same", self.numbers[id(value)]]
         number = self.numbers[id(value)] = len(self.numbers)
@@ -104,13 +111,31 @@ class _Writer:
         return view
 
 
-def write(path: str | os.PathLike[str], state: Any, references: Mapping[int, Any], *, compress: bool) -> SavedBytes:
+def parts_given(name: str, layer: Any) -> dict[str, Any]:
+    """Name the parts of a layer that whoever reads a file makes anew: its codecs, and the positions of its cache."""
+    found = {}
+    for attribute, value in vars(layer).items():
+        for place, part in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(part, KeyCodec | Sealer | VisualPositions):
+                found[f"{name}.{attribute}.{place}"] = part
+    return found
+
+
+def write(
+    path: str | os.PathLike[str],
+    state: Any,
+    references: Mapping[int, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
+    *,
+    compress: bool,
+) -> SavedBytes:
     """Write a state to a file, whole or not at all.
 
     Args:
         path: of the file, which is replaced if it exists.
         state: made of None, bool, int, float, str, lists, tuples, dicts, dtypes, devices, tensors and objects.
         references: what stands in the file for storages that are not in it, by their address; made as `state` is.
+        given: objects that are not in the file, by the names under which `SavedFile.given` is to hold them.
         compress: whether bytes are compressed without loss, by zlib.
 
     Returns:
@@ -118,10 +143,19 @@ def write(path: str | os.PathLike[str], state: Any, references: Mapping[int, Any
 
     Raises:
         TypeError: an object's class is neither of this package's rooms nor registered.
+        ValueError: states that codecs have stored were not finite.
     """
     from safetensors.torch import save_file  # noqa: PLC0415 (a cache that is not saved needs torch alone)
 
-    writer = _Writer(references)
+    for part in (given or {}).values():
+        if isinstance(part, KeyCodec):
+            part.check_finite(wait=True)
+        elif isinstance(part, Sealer):
+            part.check(wait=True)
+    names: dict[int, str] = {}
+    for name, part in (given or {}).items():
+        names.setdefault(id(part), name)  # a reader may not have made later ones when it needs this
+    writer = _Writer(references or {}, names)
     description = writer.describe(state)
     tensors, kept = {}, []
     in_memory = 0
@@ -184,6 +218,10 @@ class SavedFile:
         path: of the file.
         device: where tensors go; None: where they were.
 
+    Attributes:
+        given: objects that are not in the file, by name.
+        resolve: makes a tensor that is not in the file of what stands for it.
+
     Raises:
         ValueError: the file is truncated, edited, foreign or of another version.
     """
@@ -201,6 +239,7 @@ class SavedFile:
         self.description = described["state"]
         self.objects: dict[int, Any] = {}
         self.resolve: Resolve | None = None
+        self.given: dict[str, Any] = {}
         self.storages = [
             self._storage(part, **facts) for part, facts in zip(stored, described["storages"], strict=True)
         ]
@@ -258,6 +297,8 @@ class SavedFile:
                 return _dtype(*rest)
             case "device":
                 return self._place(*rest)
+            case "given":
+                return self.given[rest[0]]
             case "same":
                 return self.objects[rest[0]]
             case "tensor":
@@ -327,16 +368,23 @@ def _made_of(kind: type, fields: dict[str, Any]) -> Any:
     if names is not None:
         expect_fields(kind, fields, names)
         return kind(**fields)
-    if _name(kind) in _REGISTERED:  # of another package, which need not be possible to make without arguments
-        made: Any = object.__new__(kind)
-    else:
+    made: Any = object.__new__(kind)
+    if _name(kind) not in _REGISTERED and not any(
+        spec.default is spec.empty for spec in inspect.signature(kind).parameters.values()
+    ):
         made = kind()
         expect_fields(kind, fields, vars(made))
     vars(made).update(fields)
     return made
 
 
-def expect_fields(kind: type, found: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) -> None:
+def restore(held: Any, state: dict[str, Any]) -> None:
+    """Give an object the attributes that were saved of another."""
+    expect_fields(type(held), state, vars(held))
+    vars(held).update(state)
+
+
+def expect_fields(kind: type, found: Iterable[str], names: Iterable[str]) -> None:
     """Raise a ValueError unless what was saved of an object are the fields that this version's class has."""
-    if found.keys() != set(names):
+    if set(found) != set(names):
         raise ValueError(f"{kind.__name__} has the fields {sorted(names)}, was saved with {sorted(found)}")

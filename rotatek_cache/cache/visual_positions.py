@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotatek_cache.cache.expected_prompt import ExpectedPrompt
-from rotatek_cache.cache.saving import expect_fields
 from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.core.forward_tables import ForwardTables
 
-NOT_SAVED = ("forward", "_plan", "_checked")
 PROMPT_ID = torch.int64  # dtype of the ids of a prompt
 
 
@@ -64,16 +61,6 @@ class VisualPositions:
         self._expected: ExpectedPrompt | None = None
         self._prompt_end: int | None = None
         self._sealed = 0  # positions before it went through a seal, which drops padding
-        self.end_forward()
-
-    def state(self) -> dict[str, Any]:
-        """Return what has to be saved: all that lasts beyond a forward."""
-        return {name: value for name, value in vars(self).items() if name not in NOT_SAVED}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        expect_fields(VisualPositions, state, self.state())
-        vars(self).update(state)
         self.end_forward()
 
     def end_forward(self) -> None:

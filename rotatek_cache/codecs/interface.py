@@ -139,10 +139,12 @@ class KeyCodec(abc.ABC):
         self.unanswered.append(FiniteCheck(states, message))
         self.check_finite()
 
-    def check_finite(self) -> None:
+    def check_finite(self, *, wait: bool = False) -> None:
         """Raise a ValueError if states that were stored are known not to have been finite.
 
-        On a CPU that is known at once. A GPU is not waited for: there the error comes with the layer's next tokens,
-        before which the host has read the token that the prefill gave.
+        On a CPU that is known at once. A GPU is not waited for, unless asked to `wait`: there the error comes with the
+        layer's next tokens, before which the host has read the token that the prefill gave.
         """
+        for check in self.unanswered if wait else ():
+            check.wait()
         self.unanswered = [check for check in self.unanswered if not check.passed()]

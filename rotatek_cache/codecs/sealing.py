@@ -120,7 +120,5 @@ class Sealer:
     def check(self, *, wait: bool = False) -> None:
         """Raise a ValueError if states that were stored are known not to have been finite; `wait` until it is."""
         for codec in (self.keys, self.values):
-            for answer in codec.unanswered if wait else ():
-                answer.wait()
             if codec.unanswered:
-                codec.check_finite()
+                codec.check_finite(wait=wait)

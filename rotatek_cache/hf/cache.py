@@ -17,7 +17,7 @@ from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.rope_offsets import RopeOffsets
-from rotatek_cache.cache.saving import SavedFile, register, write
+from rotatek_cache.cache.saving import SavedFile, expect_fields, parts_given, register, restore, write
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.codecs.fingerprint import ModelMark
@@ -39,10 +39,12 @@ for _found in vars(cache_utils).values():
     if isinstance(_found, type) and issubclass(_found, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
         register(_found)
 
+# The parts of a saved cache; `rest` are the attributes that are not in the other parts and that `load` does not make.
 SAVED = (
-    *("options", "tokens", "budget", "basis", "model", "transformers", "method", "planned", "knows_layers", "graphs"),
-    *("chosen", "record_past", "rope_deltas", "positions", "layers"),
-)  # the parts of a saved cache
+    *("options", "tokens", "budget", "basis", "model", "transformers", "method", "planned", "knows_layers"),
+    *("rest", "positions", "layers"),
+)
+MADE_BY_LOAD = {"options", "tokens", "calibrated", "coordinator", "filled_by", "positions", "layers", "decoding"}
 
 HOW_TO_SWITCH = (
     "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
@@ -512,7 +514,7 @@ class RotateKCache(Cache):
         """Write all that the cache holds to one file, which `load` reads in any process.
 
         The file is safetensors with a checksum; a calibrated basis is not in it but named. To save a prompt, read it by
-        `model.generate(**inputs, past_key_values=cache, max_new_tokens=1)`.
+        `model.generate(**inputs, past_key_values=cache, max_new_tokens=1)`, and `seal` it if it ends in an image.
 
         Args:
             path: of the file; an existing one is replaced once the new one is whole.
@@ -527,6 +529,7 @@ class RotateKCache(Cache):
             ValueError: it holds states that are not finite.
         """
         planner, selection = self.coordinator.planner, self.coordinator.selection
+        self.positions.end_forward()
         stock = any(stock_tensors(layer) for layer in self.layers if not isinstance(layer, RotateKLayer))
         state = {
             "options": self.options,
@@ -538,17 +541,16 @@ class RotateKCache(Cache):
             "method": None if selection is None else selection.method,
             "planned": None if planner is None else (planner.made, planner.share),
             "knows_layers": bool(self.coordinator.layers),
-            "graphs": self.graphs,
-            "chosen": self.chosen,
-            "record_past": self._record_past,
-            "rope_deltas": self.rope_deltas,
-            "offsets": self.offsets,
-            "positions": self.positions.state(),
-            "layers": [layer.kv.state() if isinstance(layer, RotateKLayer) else layer for layer in self.layers],
+            "rest": {name: value for name, value in vars(self).items() if name not in MADE_BY_LOAD},
+            "positions": dict(vars(self.positions)),
+            "layers": [dict(vars(layer.kv)) if isinstance(layer, RotateKLayer) else layer for layer in self.layers],
         }
+        given: dict[str, Any] = {}
+        for layer in self._compressed_layers():
+            given |= parts_given(str(layer.kv.index), layer.kv)
         assert tuple(state) == SAVED
         references = {} if self.calibrated is None else self.calibrated.derived()
-        return write(path, state, references, compress=compress)
+        return write(path, state, references, given, compress=compress)
 
     @classmethod
     def load(
@@ -613,18 +615,24 @@ class RotateKCache(Cache):
             )
         model = file.part(parts["model"])
         self.filled_by = None if model is None else ModelMark(model[0], tuple(model[1].tolist()))
-        self.graphs, self.chosen, self._record_past = parts["graphs"], parts["chosen"], parts["record_past"]
-        self.rope_deltas = file.part(parts["rope_deltas"])
-        self.positions.restore(file.part(parts["positions"]))
-        for index, part in enumerate(file.part(parts["layers"])):
-            if not isinstance(part, dict):
-                self.layers.append(part)
+        rest, own = file.part(parts["rest"]), vars(self).keys() - MADE_BY_LOAD
+        expect_fields(type(self), rest.keys() & own, own)
+        for name, value in rest.items():  # with what `generate` has noted on it
+            setattr(self, name, value)
+        restore(self.positions, file.part(parts["positions"]))
+        for index, described in enumerate(parts["layers"][1:]):
+            if described[0] != "dict":
+                self.layers.append(file.part(described))
                 continue
             layer = self._new_layer(index)
+            file.given |= parts_given(str(index), layer.kv)
+            part = file.part(described)
             # A calibrated basis may lie elsewhere now; ranks that a budget has settled stay.
             own = dataclasses.replace(part["options"], basis=self.options.basis)
             part["options"] = self.options if own == self.options else own
-            layer.kv.restore(part)
+            restore(layer.kv, part)
+            if isinstance(layer.kv, LayerKV):
+                layer.kv.use(layer.kv.options)
             held = layer.kv.tensors()
             if layer.kv.dtype is not None and held:
                 layer.dtype, layer.device, layer.is_initialized = layer.kv.dtype, held[0].device, True
@@ -702,6 +710,17 @@ class RotateKCache(Cache):
             self.rope_deltas = deltas[index.to(deltas.device)]
             self.offsets.select_rows(index.tolist())
 
+    def seal(self) -> None:
+        """Compress an image that a prompt ends in now, instead of when text has followed it.
+
+        What was read so far decides alone: channels are not weighted by queries, which `basis="pca"` and calibrated
+        bases never do. It does nothing where no image waits.
+
+        Raises:
+            ValueError: tokens are to be chosen by the attention of that text.
+        """
+        self.coordinator.seal_waiting(list(self._sealed_by_images()))
+
     def ask_many(
         self,
         questions: Tensor,
@@ -717,6 +736,7 @@ class RotateKCache(Cache):
 
             cache = RotateKCache(sparsity=0.75, basis="pca")
             model.generate(**prompt, past_key_values=cache, max_new_tokens=1)  # read once, without a question
+            cache.seal()  # if nothing follows the image
             asked = cache.ask_many(**processor.tokenizer(questions, padding=True, padding_side="left", ...))
             output = model.generate(**asked, max_new_tokens=32)
             answers = output[:, asked["input_ids"].shape[1] :]
@@ -736,13 +756,18 @@ class RotateKCache(Cache):
             Arguments of `generate`: `input_ids` (the whole conversation), `attention_mask` and `past_key_values`.
 
         Raises:
-            ValueError: nothing is cached, questions are padded on the right, or at all where the model has layers with
-                a sliding window, it is not clear which rows they are about, or the ids of the conversation are not
-                known.
+            ValueError: nothing is cached, or it is not sealed; questions are padded on the right, or at all where the
+                model has layers with a sliding window; it is not clear which rows they are about, or the ids of the
+                conversation are not known.
         """
         length, batch = self.get_seq_length(), self.batch_size
         if not length or batch < 1:
             raise ValueError("this RotateKCache holds no prompt to ask about: read one first, with the model")
+        if any(kv.pending is not None for kv in self._sealed_by_images()):
+            raise ValueError(
+                "the prompt ends in an image, which is compressed when text follows it, for each question anew: call "
+                "cache.seal() first, so that it is stored once for all of them"
+            )
         ids, seen = _checked_questions(questions, attention_mask)
         index = self._rows_asked(len(ids), rows)
         known = self.positions.prompt if conversation is None else conversation
@@ -798,17 +823,18 @@ class RotateKCache(Cache):
         tables: dict[Any, Any] = {}
         memo: dict[int, Any] = {}
         lent = {}
-        for layer in self._compressed_layers():
-            lent[layer.kv.index] = layer.kv.text.lend(tables)
-            memo[id(layer.kv.text)] = TextSegment()  # not copied
+        for kv in self._sealed_by_images():
+            lent[kv.index] = kv.text.lend(tables)
+            memo[id(kv.text)] = TextSegment()  # not copied
         many = copy.deepcopy(self, memo)
-        for layer in many._compressed_layers():
-            text = lent[layer.kv.index]
+        for kv in many._sealed_by_images():
+            text = lent[kv.index]
             if text is not None:
-                layer.kv.segments.append(text)
+                kv.segments.append(text)
         many.batch_select_indices(index)
         for layer in many._compressed_layers():
-            layer.kv.follow(padding.to(layer.device))
+            if isinstance(layer.kv, LayerKV):
+                layer.kv.follow(padding.to(layer.device))
         return many
 
     @property
@@ -824,6 +850,9 @@ class RotateKCache(Cache):
 
     def _compressed_layers(self) -> Iterable[RotateKLayer]:
         return (layer for layer in self.layers if isinstance(layer, RotateKLayer))
+
+    def _sealed_by_images(self) -> Iterable[LayerKV]:
+        return (layer.kv for layer in self._compressed_layers() if isinstance(layer.kv, LayerKV))
 
     def tensors(self) -> list[Tensor]:
         """List every tensor held; layers share some."""

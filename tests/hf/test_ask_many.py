@@ -188,11 +188,51 @@ def test_a_prompt_that_ends_in_an_image(llava: Host):
     ids, content = llava.tiny.image(0, torch.Generator().manual_seed(3))
     prompt, cache = llava.tiny.inputs(Prompt([*words(5, 1), *ids], [content])), RotateKCache(sparsity=0.5, basis="pca")
     llava.attached(**prompt, past_key_values=cache)
+    dense = cache.nbytes()
+    with pytest.raises(ValueError, match=r"ends in an image, .*call cache.seal\(\) first"):
+        cache.ask_many(*padded(QUESTIONS))
+    cache.seal()
+    assert cache.nbytes() < 0.9 * dense
     asked = cache.ask_many(*padded(QUESTIONS))
     together = torch.stack(answer(llava, asked).logits)
     for number, question in enumerate(QUESTIONS):
         expected = asked_alone(llava, prompt, cache, question, 0)
         torch.testing.assert_close(together[:, number], expected, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0}, {"sparsity": 0.5, "basis": "pca"}, {"budget": "0.95x"}], ids=str)
+def test_an_image_at_the_end_is_sealed_on_demand_as_text_behind_it_seals_it(llava: Host, options):
+    """In a batch of which one row waits; a basis without weights comes out the same, whoever asks for it."""
+    ids, content = llava.tiny.image(0, torch.Generator().manual_seed(3))
+    waits = Prompt([*words(5, 1), *ids], [content])
+    prompt = llava.tiny.inputs(waits, llava.tiny.prompt(2, images=(1,), text=2, tail=3))
+    caches = [RotateKCache(**options), RotateKCache(**options)]
+    for cache in caches:
+        llava.attached(**prompt, past_key_values=cache)
+    caches[0].seal()
+    caches[0].seal()  # nothing waits any more
+    text = torch.tensor([words(3, 1), words(3, 2)])
+    for cache in caches:
+        mask = torch.nn.functional.pad(prompt["attention_mask"], (0, 3), value=1)
+        llava.attached(text, attention_mask=mask, past_key_values=cache)
+    if "budget" in options:  # divided by what was there
+        assert caches[0].coordinator.planner.made is not None
+        return
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        (mine,), (theirs,) = one.kv.segments, other.kv.segments
+        if one is caches[0].layers[0]:  # what later layers see follows from how this one was read
+            torch.testing.assert_close(mine.keys.data, theirs.keys.data)
+        assert mine.positions.tolist() == theirs.positions.tolist()
+        assert one.kv.text.length == other.kv.text.length
+
+
+def test_tokens_chosen_by_attention_need_text_behind_the_image(llava: Host):
+    ids, content = llava.tiny.image(0, torch.Generator().manual_seed(3))
+    prompt = llava.tiny.inputs(Prompt([*words(5, 1), *ids], [content]))
+    cache = RotateKCache(sparsity=0.5, tokens="vl_cache:0.5")
+    llava.attached(**prompt, past_key_values=cache)
+    with pytest.raises(ValueError, match="chosen by the attention of text behind the image"):
+        cache.seal()
 
 
 def test_beams_and_crops_of_the_batch(llava: Host):
