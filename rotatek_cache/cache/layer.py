@@ -91,9 +91,12 @@ class LayerKV:
         if self.shape is None:
             self.shape, self.dtype = shape, keys.dtype
         elif shape != self.shape:
+            held = self.shape[0]
+            repeated = shape[1:] == self.shape[1:] and batch % held == 0
+            repeat = f"call cache.batch_repeat_interleave({batch // held}) first where each row is repeated, "
             raise ValueError(
                 f"this cache holds (rows, KV heads, key width, value width) = {self.shape}, the new states have "
-                f"{shape}; call cache.reset() or make a new cache for another batch"
+                f"{shape}: {repeat if repeated else 'call '}cache.reset() or a new cache for another batch"
             )
 
     def count_step(self) -> None:

@@ -36,6 +36,7 @@ from rotatek_cache.cli.demo import (
     steps,
 )
 from rotatek_cache.cli.demo_figure import draw
+from rotatek_cache.cli.estimate import default_caches, dtype_named, estimates, load_config, notes, options_of, table
 from rotatek_cache.hf.chat import Chat, InputError, open_image, user_turn
 from rotatek_cache.hf.identity import Identity, check_identity
 
@@ -233,6 +234,45 @@ def check(
             typer.echo(str(identity))
         if not all(identity.holds for identity in found):
             raise typer.Exit(1)
+    except InputError as error:
+        _fail(str(error))
+
+
+@app.command()
+def estimate(
+    *,
+    model: Annotated[str, typer.Argument(help="Vision-language model, by name or path, or its config.json.")],
+    visual_tokens: Annotated[int, typer.Option(min=0, help="Visual tokens of a prompt.")],
+    text_tokens: Annotated[int, typer.Option(min=0, help="All other tokens of a prompt.")] = 64,
+    answer_tokens: Annotated[int, typer.Option(min=0, help="Tokens of an answer that are cached.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    images: Annotated[int, typer.Option(min=1, help="Images that the visual tokens of a prompt are.")] = 1,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Options of RotateKCache, as in "sparsity=0.75 basis=pca tokens=fastv:0.5"; may be given several '
+            "times. By default some sparsities, and codes."
+        ),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of Keys and Values; by default the checkpoint's.")] = None,
+) -> None:
+    """Print the bytes of the cache of a prompt before anything runs, dense and by options; needs the config only."""
+    try:
+        config, wanted = load_config(model), dtype_named(dtype)
+        found = estimates(
+            config,
+            [options_of(spec) for spec in cache] if cache else default_caches(),
+            visual_tokens=visual_tokens,
+            text_tokens=text_tokens,
+            answer_tokens=answer_tokens,
+            batch=batch,
+            images=images,
+            dtype=wanted,
+        )
+        console = Console()
+        console.print(table(found))
+        for note in notes(config, wanted, found):
+            console.print(note, soft_wrap=True)
     except InputError as error:
         _fail(str(error))
 

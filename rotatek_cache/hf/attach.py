@@ -204,6 +204,7 @@ def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | 
             f"{type(module).__name__} of transformers {transformers.__version__} does not know `{CACHE_NAMES[0]}` and "
             f"would ignore this RotateKCache: pass it as {name}=..."
         )
+    attachment.begin_filling(cache)
     config = module.config
     if given.get("output_attentions") or config.get_text_config(decoder=True).output_attentions:
         raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")
@@ -280,11 +281,20 @@ def _after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 @torch.compiler.disable
 def _end(module: Any, cache: RotateKCache, output: Any) -> None:
+    try:
+        if output is not None:
+            module._rotatek.end_filling()
+            if module._rotatek.family.mrope:
+                mrope.end_forward(module, cache)
+    finally:
+        _close(module, cache)
+
+
+def _close(module: Any, cache: RotateKCache) -> None:
+    """Restore what the forward's beginning changed."""
     module._rotatek.restore()
     module._rotatek.choosing.pop(threading.get_ident(), None)
     cache.positions.end_forward()
     expected = cache.positions.expected
     if expected is not None and cache.positions.end >= expected.end:
         cache.positions.expect(None)
-    if output is not None and module._rotatek.family.mrope:
-        mrope.end_forward(module, cache)

@@ -44,6 +44,9 @@ class Attachment:
     threads: set[int] = field(default_factory=set)  # that are in a forward with a RotateKCache
     mark: ModelMark | None = None  # of the model, once it has met a cache
     choosing: dict[int, RotateKCache] = field(default_factory=dict)  # by thread: chooses from what is encoded now
+    filling: dict[int, tuple[RotateKCache, int]] = field(
+        default_factory=dict
+    )  # by thread: in a forward, its length before
     graphs: DecodeGraphs = field(default_factory=DecodeGraphs)
     taps: dict[int, EncoderTap] = field(default_factory=dict)  # by thread: listens to what is encoded now
 
@@ -61,9 +64,31 @@ class Attachment:
                 self._set([hf_attention.NAME] * len(self.configs))
             self.threads.add(threading.get_ident())
 
+    def begin_filling(self, cache: RotateKCache) -> None:
+        """Note the cache of a forward; a RuntimeError where another thread is in a forward with it."""
+        with _SELECTING:
+            own = threading.get_ident()
+            if any(other is cache for thread, (other, _) in self.filling.items() if thread != own):
+                raise RuntimeError(
+                    "another thread is in a forward with this RotateKCache, and both would write to it: give each "
+                    "thread a cache of its own (copy.deepcopy(cache) shares a prompt that was read once)"
+                )
+            self.filling[own] = cache, cache.get_seq_length()
+
+    def end_filling(self) -> None:
+        """End what `begin_filling` began; a RuntimeError if the layers have not given the cache anything."""
+        with _SELECTING:
+            cache, length = self.filling.pop(threading.get_ident(), (None, 0))
+        if cache is not None and cache.get_seq_length() == length:
+            raise RuntimeError(
+                "the model's layers did not pass their Keys to this RotateKCache, so that later steps would not see "
+                "them: gradient checkpointing in training mode takes the cache away from them. Call model.eval()"
+            )
+
     def restore(self) -> None:
         """End the forward that `select` began in this thread, if one is open."""
         with _SELECTING:
+            self.filling.pop(threading.get_ident(), None)
             if threading.get_ident() in self.threads:
                 self.threads.remove(threading.get_ident())
                 if not self.threads:

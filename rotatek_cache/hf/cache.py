@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 import transformers
@@ -26,7 +26,7 @@ from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
 from rotatek_cache.core.row_layout import row_index
 from rotatek_cache.core.segments import SegmentView, Stored, TextSegment
-from rotatek_cache.hf.config_shapes import dtype_of, kv_shape
+from rotatek_cache.hf.config_shapes import kv_shape
 from rotatek_cache.hf.estimate import CacheEstimate, estimate_bytes, tokens_of
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
 from rotatek_cache.options import Allocation, Bits, FitOptions, with_option_docs
@@ -123,8 +123,9 @@ class RotateKLayer(CacheLayerMixin):
     def keys(self) -> Tensor:
         """Not available: the layer stores coefficients."""
         raise AttributeError(
-            "a RotateKCache has no dense Keys or Values of a layer to read (models with cross-attention layers do "
-            "that, and cannot use it)"
+            "a RotateKCache has no dense Keys or Values of a layer to read, they are compressed: cache.report() and "
+            "cache.tensors() say what it holds, and what needs dense ones needs a DynamicCache (models with "
+            "cross-attention layers do, and cannot use this one)"
         )
 
     @keys.setter
@@ -348,7 +349,7 @@ class RotateKCache(Cache):
             NotImplementedError: the model has cache layers whose state its config does not tell.
         """
         counts = tokens_of(visual_tokens, text_tokens, batch, images, answer_tokens)
-        return estimate_bytes(lambda: cls.for_study(**options), config, counts, dtype_of(config, dtype))
+        return estimate_bytes(lambda: cls.for_study(**options), config, counts, dtype)
 
     def learn_config(self, config: PreTrainedConfig) -> None:
         """Build the layers that `config` asks for, once: RotateK for full attention, the stock ones for the rest."""
@@ -883,6 +884,12 @@ class RotateKCache(Cache):
         planner = self.coordinator.planner
         plan = "" if planner is None or planner.made is None else str(planner.made)
         return CacheReport(chosen, layers, self.nbytes(), self.shared_nbytes(), plan, self.decoding)
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "a RotateKCache cannot be iterated over as a DynamicCache can: its Keys are compressed. cache.report() and "
+            "cache.tensors() say what it holds"
+        )
 
     def __repr__(self) -> str:
         every = {field: getattr(self.options, field.name) for field in dataclasses.fields(FitOptions)}

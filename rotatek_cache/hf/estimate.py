@@ -23,8 +23,8 @@ from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.core.basis import RANK_MULTIPLE
 from rotatek_cache.core.quantization import CHANNEL_BLOCK
 from rotatek_cache.core.segments import Stored
-from rotatek_cache.hf.config_shapes import kv_shape, state_shapes
-from rotatek_cache.hf.families import FAMILIES
+from rotatek_cache.hf.config_shapes import dtype_of, kv_shape, state_shapes
+from rotatek_cache.hf.families import FAMILIES, REFUSED
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
 from rotatek_cache.report import readable_bytes
 from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, FeatureMethod, Summary
@@ -108,13 +108,13 @@ def tokens_of(
 ) -> Tokens:
     """Check and lay out numbers of tokens; see `RotateKCache.estimate`."""
     given = {"visual_tokens": visual, "text_tokens": text}
-    lengths = {name: len(value) for name, value in given.items() if not isinstance(value, int)}
+    lengths = {name: len(value) for name, value in given.items() if isinstance(value, Sequence)}
     lengths |= {} if batch is None else {"batch": batch}
     if len(set(lengths.values())) > 1:
         named = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(f"the numbers of rows must agree, got {named}: give one number for all rows, or one for each")
     count = next(iter(lengths.values()), 1)
-    rows = {name: [value] * count if isinstance(value, int) else list(value) for name, value in given.items()}
+    rows = {name: list(value) if isinstance(value, Sequence) else [value] * count for name, value in given.items()}
     least = {"batch": (count, 1), "images": (images, 1), "answer_tokens": (answer, 0)}
     least |= {f"{name}[{row}]": (value, 0) for name, values in rows.items() for row, value in enumerate(values)}
     for name, (value, lowest) in least.items():
@@ -132,7 +132,7 @@ def tokens_of(
 
 
 def estimate_bytes(
-    make: Callable[[], Any], config: PreTrainedConfig, tokens: Tokens, dtype: torch.dtype
+    make: Callable[[], Any], config: PreTrainedConfig, tokens: Tokens, dtype: torch.dtype | None
 ) -> CacheEstimate:
     """Fill caches with shapes and count them.
 
@@ -140,11 +140,13 @@ def estimate_bytes(
         make: makes an empty cache.
         config: the model's.
         tokens: what the prompt and its answer hold.
-        dtype: of Keys and Values.
+        dtype: of Keys and Values; None is the checkpoint's.
     """
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(f"config must be the config of a transformers model, got {type(config).__name__}")
-    shapes = state_shapes(config)
+    if config.model_type in REFUSED:
+        raise ValueError(f"model family '{config.model_type}' cannot use RotateKCache: {REFUSED[config.model_type]}")
+    shapes, dtype = state_shapes(config), dtype_of(config, dtype)
     found, follows = [], ""
     for extreme in extremes(make(), config):
         cache = make()

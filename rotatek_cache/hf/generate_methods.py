@@ -80,6 +80,8 @@ def _prepare_inputs(original: Original, *args: Any, **kwargs: Any) -> dict[str, 
 
 def _holds_another_prompt(cache: RotateKCache, ids: Tensor) -> bool:
     prompt = cache.positions.prompt
+    if ids.shape[1] == 0:
+        return False  # a turn given as embeddings
     return prompt is not None and (
         prompt.shape[0] == ids.shape[0] and not torch.equal(prompt, ids[:, : prompt.shape[1]])
     )
