@@ -18,6 +18,7 @@ from rotatek_cache.core.quantization import (
     HeadCodes,
     Numbers,
     allocate_bits,
+    middle_codes,
 )
 from rotatek_cache.options import Allocation, Bits
 
@@ -138,6 +139,17 @@ class StateBasis:
             low, step = self.low[8][:, :channels], self.step[8][:, :channels]
             most = low.abs().maximum((low + 255 * step).abs())
             self._memo[key] = (torch.where(most > 0, most, torch.ones_like(most)) / FP8_MOST).to(device)
+        return self._memo[key]
+
+    def codes(
+        self, code: CodeLayout, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give what `ranges` and `scaled_decoder` do of the codes of one width for all heads."""
+        key = ("codes", code, dtype, device)
+        if key not in self._memo:
+            low, step = self.ranges(code, device)
+            decoder, shift = self.scaled_decoder(code, low, step, middle_codes(code, device), dtype)
+            self._memo[key] = low, step, decoder, shift
         return self._memo[key]
 
     def scaled_decoder(
