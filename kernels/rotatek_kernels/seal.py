@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from rotatek_cache.core.quantization import CLIP_GRID, CodeLayout
 from rotatek_cache.core.row_layout import integers
 from rotatek_cache.core.seal import Fit, Places, Sealed, SealJob, Shared
 from rotatek_kernels.checks import DTYPES, INDEX_DTYPES
-from rotatek_kernels.decode import INTERPRETED, MAX_GRID, Launch
+from rotatek_kernels.decode import INTERPRETED, MAX_GRID, REMEMBERED, Launch
 from rotatek_kernels.forms import encode_integer
 from rotatek_kernels.seal_forms import MOST_SPLITS, Block, PlaceArguments, SealArguments, SealForm
 from rotatek_kernels.seal_triton import encode, find_ranges, solve, sum_moments
@@ -46,9 +46,56 @@ def seal_states(jobs: Sequence[SealJob], places: Places) -> list[Sealed]:
         raise UnsupportedError(reason)
     with torch.cuda.device_of(jobs[0].states):
         launches, sealed = plan(jobs, places)
+        _run(launches)
+    return sealed
+
+
+_COMPILED: dict[Hashable, list[Any]] = {}
+
+
+def _run(launches: Sequence[Launch]) -> None:
+    """Launch the kernels: as Triton does it where they may have to be compiled, else directly."""
+    if INTERPRETED:
         for launch in launches:
             launch.run()
-    return sealed
+        return
+    states, place = launches[0].leading  # of all launches: the others take some of them
+    key = (
+        states[0].states.device,
+        _specialisation(place),
+        *(_specialisation(one) for one in states),
+        *(value for launch in launches for value in launch.constants.values()),
+    )
+    compiled = _COMPILED.get(key)
+    if compiled is None:
+        if len(_COMPILED) >= REMEMBERED:
+            _COMPILED.clear()
+        _COMPILED[key] = [launch.run() for launch in launches]
+        return
+    addresses = {id(one): _addresses(one) for one in states}
+    place = _addresses(place)
+    for launch, kernel in zip(launches, compiled, strict=True):
+        chosen = tuple([addresses[id(one)] for one in launch.leading[0]])
+        kernel[launch.grid](chosen, place, *launch.constants.values())
+
+
+def _specialisation(arguments: tuple[Any, ...]) -> Hashable:
+    """Tell apart what Triton compiles anew for: which tensors there are, of what dtype, aligned or not; long integers."""
+    return tuple(
+        [
+            one
+            if one is None
+            else (one.dtype, one.data_ptr() & 15 == 0)
+            if isinstance(one, Tensor)
+            else tuple([number >> 31 for number in one])
+            for one in arguments
+        ]
+    )
+
+
+def _addresses(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Put addresses in the place of tensors: Triton's launcher asks nothing of them then."""
+    return tuple([one.data_ptr() if isinstance(one, Tensor) else one for one in arguments])
 
 
 def unsupported_reason(jobs: Sequence[SealJob], places: Places) -> str | None:

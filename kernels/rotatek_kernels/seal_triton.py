@@ -156,7 +156,7 @@ def sum_moments(states, places, FORMS: tl.constexpr):
 
 @triton.jit
 def _places_from_top(stored, values, channels, FORM: tl.constexpr):
-    """Rank each of `values` [D] among all, which lie at `stored`: 0 for the largest; of equals the first comes first."""
+    """Rank each of `values` [D] among all, which lie at `stored`: 0 for the largest; of equals the first is first."""
     found = tl.zeros([FORM.padded_width], tl.int32)
     for first in tl.range(0, FORM.width, FORM.block_k, num_stages=1):
         others = first + tl.arange(0, FORM.block_k)
@@ -424,7 +424,8 @@ def _full_range(state, pair, splits, columns, there, FORM: tl.constexpr):
     mask = (split < splits)[:, None] & there[None, :]
     least = tl.min(tl.load(state.least + places, mask=mask, other=float("inf")), 0)
     most = tl.max(tl.load(state.most + places, mask=mask, other=float("-inf")), 0)
-    return tl.where(there, (least + most) / 2, 0.0), tl.where(there, (most - least) / 2, 0.0)
+    least, most = tl.where(there, least, 0.0), tl.where(there, most, 0.0)
+    return (least + most) / 2, (most - least) / 2
 
 
 @triton.jit

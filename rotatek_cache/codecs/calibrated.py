@@ -52,11 +52,10 @@ class Calibrated(KeyCodec):
         dtype, device = basis.delta.dtype, basis.delta.device
         if isinstance(code, Numbers) and bits is None:
             return Stored(torch.cat(coefficients, 1), basis.sealed())
-        low, step = state.coded_ranges(code, bits, device)
+        low, step, decoder, shift = state.codes(code, bits, dtype, device)
         if bits == "fp8":
             coefficients = [to_float8(part, step) for part in coefficients]
         stored = join_tokens([pack_coefficients(part, low, step, code) for part in coefficients], code)
-        decoder, shift = state.scaled_decoder(code, bits, dtype, device)
         delta = (basis.delta.float() + shift[:, None]).to(coded_delta_dtype(dtype))
         return Stored(stored, _coded_basis(decoder, delta, code), None if isinstance(code, Numbers) else code)
 
@@ -70,7 +69,7 @@ class Calibrated(KeyCodec):
         name = f"{self.wanted.kind}s"
         if isinstance(code, Numbers):
             return SealJob(name, states, code.channels, Shared(encoder))
-        low, step, _, shift = self._ranges(code, states)
+        low, step, _, shift = state.codes(code, self.wanted.bits, states.dtype, states.device)
         return SealJob(name, states, code.channels, Shared(encoder, low, step, shift), code)
 
     def take(self, job: SealJob, sealed: Sealed) -> Stored:
@@ -79,14 +78,8 @@ class Calibrated(KeyCodec):
         state = self.file.state(self.wanted.layer, self.wanted.kind)
         if job.code is None:
             return Stored(sealed.data, state.basis(sealed.delta, job.channels, job.states.dtype).sealed())
-        decoder = self._ranges(job.code, job.states)[2]
+        decoder = state.codes(job.code, self.wanted.bits, job.states.dtype, job.states.device)[2]
         return Stored(sealed.data, _coded_basis(decoder, sealed.delta, job.code), job.code)
-
-    def _ranges(self, code: CodeLayout, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Give ranges ``low`` and ``step``, the decoder that reads their codes, and what they add to delta."""
-        state = self.file.state(self.wanted.layer, self.wanted.kind)
-        low, step = state.ranges(code, states.device)
-        return low, step, *state.scaled_decoder(code, self.wanted.bits, states.dtype, states.device)
 
 
 def _coded_basis(decoder: Tensor, delta: Tensor, code: CodeLayout | HeadCodes | Numbers) -> KeyBasis:

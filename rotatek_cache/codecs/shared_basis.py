@@ -171,6 +171,12 @@ class StateBasis:
         low, step = self.ranges(code, device)
         return low, self.float8_scale(code.channels, device) if bits == "fp8" else step
 
+    def codes(
+        self, code: Code, bits: Bits, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give what `coded_ranges` and `scaled_decoder` do."""
+        return *self.coded_ranges(code, bits, device), *self.scaled_decoder(code, bits, dtype, device)
+
     def scaled_decoder(self, code: Code, bits: Bits, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Fold the steps into the decoder ``[H, D, channels]``; also give what the low ends add to delta, ``[H, D]``.
 

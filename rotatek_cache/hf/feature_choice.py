@@ -79,7 +79,7 @@ def choose_features(inner: Any, cache: RotateKCache, given: dict[str, Any], enco
     if features is None:
         raise ValueError(
             f"tokens={method} are chosen from the features of each image, and '{inner.config.model_type}' has none "
-            "that are handed to the language model as one (it has some for each layer, or none before it): use a method "
+            "that are handed to the language model as one (some for each layer, or none before it): use a method "
             "that chooses by attention (VLCache, FastV)"
         )
     if isinstance(features, Tensor) and features.ndim != 3:
