@@ -18,6 +18,7 @@ the same machine; the ratio is the median over rounds.
 """
 
 import argparse
+import datetime
 import functools
 import itertools
 import json
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -42,7 +43,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from evals.bench.workload import build, draw_prompt, make_cache, read_prompt, switch_attention
+from evals.bench.gpu import commit, hardware, versions
+from evals.bench.workload import build, draw_prompt, make_cache, read_prompt, spread, switch_attention
+from evals.store import rounded, write_json
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.visual_positions import VisualPositions
@@ -309,7 +312,7 @@ class Worker:
         paths = os.pathsep.join(str(checkout / part) for part in ("", "kernels", "integrations"))
         # By its path: another checkout may not have this file, and everything else is to be its own.
         command = [sys.executable, "-P", str(Path(__file__)), "--worker"]
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # noqa: S603
             command,
             cwd=checkout,
             env={**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "9"},
@@ -337,11 +340,6 @@ class Worker:
             raise SystemExit(f"error: the process that measures {self.process.args} has ended; see above")
         found: dict[str, Any] = json.loads(answer)
         return found
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, least and most."""
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def seal_row(workers: Mapping[str, Worker], heads: Heads, case: Case, rounds: int) -> dict[str, Any]:
@@ -398,12 +396,14 @@ def seal_line(row: Mapping[str, Any]) -> str:
 
 def prefill_line(row: Mapping[str, Any]) -> str:
     """Write a row of a prefill."""
-    told = [
-        f"{'' if name == 'here' else 'beside: '}{row[name]['without ms']['median']:.1f} ms, of seals "
-        f"{row[name]['share']['median']:.1%} more ({row[name]['share']['least']:.1%} to {row[name]['share']['most']:.1%})"
-        for name in ("here", "beside")
-        if name in row
-    ]
+    told = []
+    for name in ("here", "beside"):
+        if name in row:
+            share = row[name]["share"]
+            spread_of = f"{share['least']:.1%} to {share['most']:.1%}"
+            told.append(
+                f"{name}: {row[name]['without ms']['median']:.1f} ms, seals {share['median']:.1%} ({spread_of})"
+            )
     return f"prefill of {row['prefill']}, {row['context']:,} tokens, {row['method']}: {' | '.join(told)}"
 
 
@@ -461,12 +461,10 @@ def main() -> None:
     if args.worker:
         work()
         return
-    from evals.accuracy import environment
-    from evals.store import rounded, write_json
-
     result = run(args)
     result["command"] = shlex.join(["python", "-m", "evals.bench.seal", *sys.argv[1:]])
-    result["environment"] = environment(args.device)
+    result |= {"hardware": hardware(args.device), "versions": versions(), "commit": commit()}
+    result["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     if args.out:
         write_json(args.out, rounded(result))
 

@@ -20,7 +20,7 @@ from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.finite import FiniteCheck
-from rotatek_cache.core import row_layout
+from rotatek_cache.core import compiled, row_layout
 from rotatek_cache.core.attention import causal_mask
 from rotatek_cache.options import FitOptions
 
@@ -143,6 +143,7 @@ def device(monkeypatch) -> Device:
     for module in (row_layout, seal_plan):
         monkeypatch.setattr(module, "moved", lambda tensors, to: [found.put(one.clone()) for one in sent(tensors, to)])
     monkeypatch.setattr(FiniteCheck, "passed", lambda check: False)
+    monkeypatch.setattr(compiled, "_steps", lambda: None)  # compiled code would not be seen
     return found
 
 
