@@ -31,12 +31,12 @@ OPTIONS = {
 # Beside the states themselves, as shares of a dense layer: what a seal works with. Rows of one run are read where they
 # lie; others are brought together first, Keys and Values.
 WORKING = {
-    "the default": (0.1, 1.0),
+    "the default": (0.2, 1.0),
     "codes": (0.7, 1.7),
-    "energy": (0.1, 0.8),
+    "energy": (0.2, 0.8),
     "automatic bits": (1.2, 1.6),
     "codes without a basis": (1.5, 2.1),
-    "as they are": (0.1, 0.2),
+    "as they are": (0.2, 0.2),
 }
 
 
