@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -44,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evals.bench.gpu import commit, hardware, versions
+from evals.bench.gpu_kernel import Item
 from evals.bench.workload import build, draw_prompt, make_cache, read_prompt, spread, switch_attention
 from evals.store import rounded, write_json
 from rotatek_cache.cache.coordinator import Coordinator
@@ -243,7 +244,12 @@ def cases(*, quick: bool, device: str) -> list[Case]:
         ranks = [16, 32, 64]
         sizes = [(tokens, batch) for batch in (1, 8) for tokens in (1024, 4096, 16384, 65536)]
         sizes = [(tokens, batch) for tokens, batch in sizes if device != "cpu" or tokens * batch <= MOST]
-    kinds = itertools.product(("online", "calibrated"), (False, True))
+    return grid(ranks, sizes)
+
+
+def grid(ranks: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[Case]:
+    """List the seals of all kinds at these ranks and sizes (visual tokens and batch)."""
+    kinds = list(itertools.product(("online", "calibrated"), (False, True)))
     return [Case(rank, *kind, *size) for size, kind, rank in itertools.product(sizes, kinds, ranks)]
 
 
@@ -359,6 +365,22 @@ def seal_row(workers: Mapping[str, Worker], heads: Heads, case: Case, rounds: in
         pairs = zip(times["beside"], times["here"], strict=True)
         row["beside / here"] = spread([old["wall ms"] / new["wall ms"] for old, new in pairs])
     return row
+
+
+def items(heads: Heads, chosen: Sequence[Case], rounds: int) -> Iterator[Item]:
+    """List seals as items of `evals.bench.gpu`, measured in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        seals = Seals(heads, Path(folder))
+
+        def row(case: Case) -> dict[str, Any]:
+            times = [seals.times(case) for _ in range(rounds + 1)][1:]  # the first compiles
+            here = {what: spread([one[what] for one in times]) for what in times[0]} | seals.parts(case)
+            found = {"seal": case.name, **asdict(case), "here": here}
+            print(seal_line(found), flush=True)
+            return found
+
+        for case in chosen:
+            yield case.name, functools.partial(row, case)
 
 
 def prefill_row(workers: Mapping[str, Worker], shape: str, context: int, method: str, rounds: int) -> dict[str, Any]:

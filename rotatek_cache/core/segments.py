@@ -161,6 +161,12 @@ class Stored:
         """Coefficients of a token, padding included."""
         return self.data.shape[-1] if self.code is None else self.code.channels
 
+    @property
+    def basis_count(self) -> int:
+        """Sequences that have a basis here."""
+        held = (self.basis.B, self.basis.delta) if self.basis is not None else ()
+        return next((tensor.shape[1] for tensor in held if tensor is not None), 0)
+
     def tensors(self) -> list[Tensor]:
         """List everything held."""
         return [self.data, *(self.basis.tensors() if self.basis is not None else [])]
@@ -265,7 +271,7 @@ def _joined(segments: list[VisualSegment]) -> VisualSegment:
         lengths = torch.where(owned, segment.lengths, lengths)
         basis_rows = torch.where(owned, segment.basis_rows + rows, basis_rows)
         tokens += len(segment.positions)
-        rows += int(owned.sum())
+        rows += max(segment.keys.basis_count, segment.values.basis_count)
     return VisualSegment(
         keys=_joined_states([segment.keys for segment in segments]),
         values=_joined_states([segment.values for segment in segments]),

@@ -224,6 +224,22 @@ def test_no_layer_of_a_prefill_with_a_calibrated_basis_reads_the_device(device, 
     assert not device.found
 
 
+@pytest.mark.parametrize(("lengths", "rows"), [((150,), 1), ((145, 160), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "read", "times"),
+    [
+        ({"energy": 0.9}, "_local_scalar_dense.default", 1),
+        ({"sparsity": 0.75, "key_bits": "auto"}, "tolist", 1),
+        ({"sparsity": 0.75, "key_bits": "auto", "value_sparsity": 0.75, "value_bits": "auto"}, "tolist", 2),
+    ],
+    ids=str,
+)
+def test_where_states_set_the_shape_of_storage_that_alone_is_read(device, options, read, times, lengths, rows):
+    """Of each row of each layer: to read the spectra of all at once, all of them would have to stay dense."""
+    prefill(device, lengths, always_compress=True, **options)
+    assert device.found == {read: 3 * rows * times}
+
+
 def test_a_mask_that_nothing_was_said_about_is_read_once_a_prompt(device):
     positions, shown = VisualPositions(), torch.arange(200)[None] >= torch.tensor([[0], [9]])
     positions.announce(0, 200, ((torch.arange(200) > 20) & (torch.arange(200) < 180)).expand(2, -1))
