@@ -18,6 +18,7 @@ the same machine; the ratio is the median over rounds.
 """
 
 import argparse
+import datetime
 import functools
 import itertools
 import json
@@ -42,7 +43,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from evals.bench.workload import build, draw_prompt, make_cache, read_prompt, switch_attention
+from evals.bench.gpu import commit, hardware, versions
+from evals.bench.gpu_kernel import Item
+from evals.bench.workload import build, draw_prompt, make_cache, read_prompt, spread, switch_attention
+from evals.store import rounded, write_json
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.visual_positions import VisualPositions
@@ -240,7 +244,12 @@ def cases(*, quick: bool, device: str) -> list[Case]:
         ranks = [16, 32, 64]
         sizes = [(tokens, batch) for batch in (1, 8) for tokens in (1024, 4096, 16384, 65536)]
         sizes = [(tokens, batch) for tokens, batch in sizes if device != "cpu" or tokens * batch <= MOST]
-    kinds = itertools.product(("online", "calibrated"), (False, True))
+    return grid(ranks, sizes)
+
+
+def grid(ranks: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[Case]:
+    """List the seals of all kinds at these ranks and sizes (visual tokens and batch)."""
+    kinds = list(itertools.product(("online", "calibrated"), (False, True)))
     return [Case(rank, *kind, *size) for size, kind, rank in itertools.product(sizes, kinds, ranks)]
 
 
@@ -309,7 +318,7 @@ class Worker:
         paths = os.pathsep.join(str(checkout / part) for part in ("", "kernels", "integrations"))
         # By its path: another checkout may not have this file, and everything else is to be its own.
         command = [sys.executable, "-P", str(Path(__file__)), "--worker"]
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # noqa: S603
             command,
             cwd=checkout,
             env={**os.environ, "PYTHONPATH": paths, "KINETO_LOG_LEVEL": "9"},
@@ -339,11 +348,6 @@ class Worker:
         return found
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, least and most."""
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
-
-
 def seal_row(workers: Mapping[str, Worker], heads: Heads, case: Case, rounds: int) -> dict[str, Any]:
     """Time a case in all checkouts in turn; ratios are to this one, of the same round."""
     asked: dict[str, Any] = {"heads": asdict(heads), "case": asdict(case)}
@@ -361,6 +365,22 @@ def seal_row(workers: Mapping[str, Worker], heads: Heads, case: Case, rounds: in
         pairs = zip(times["beside"], times["here"], strict=True)
         row["beside / here"] = spread([old["wall ms"] / new["wall ms"] for old, new in pairs])
     return row
+
+
+def items(heads: Heads, chosen: Sequence[Case], rounds: int) -> Iterator[Item]:
+    """List seals as items of `evals.bench.gpu`, measured in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        seals = Seals(heads, Path(folder))
+
+        def row(case: Case) -> dict[str, Any]:
+            times = [seals.times(case) for _ in range(rounds + 1)][1:]  # the first compiles
+            here = {what: spread([one[what] for one in times]) for what in times[0]} | seals.parts(case)
+            found = {"seal": case.name, **asdict(case), "here": here}
+            print(seal_line(found), flush=True)
+            return found
+
+        for case in chosen:
+            yield case.name, functools.partial(row, case)
 
 
 def prefill_row(workers: Mapping[str, Worker], shape: str, context: int, method: str, rounds: int) -> dict[str, Any]:
@@ -398,12 +418,14 @@ def seal_line(row: Mapping[str, Any]) -> str:
 
 def prefill_line(row: Mapping[str, Any]) -> str:
     """Write a row of a prefill."""
-    told = [
-        f"{'' if name == 'here' else 'beside: '}{row[name]['without ms']['median']:.1f} ms, of seals "
-        f"{row[name]['share']['median']:.1%} more ({row[name]['share']['least']:.1%} to {row[name]['share']['most']:.1%})"
-        for name in ("here", "beside")
-        if name in row
-    ]
+    told = []
+    for name in ("here", "beside"):
+        if name in row:
+            share = row[name]["share"]
+            spread_of = f"{share['least']:.1%} to {share['most']:.1%}"
+            told.append(
+                f"{name}: {row[name]['without ms']['median']:.1f} ms, seals {share['median']:.1%} ({spread_of})"
+            )
     return f"prefill of {row['prefill']}, {row['context']:,} tokens, {row['method']}: {' | '.join(told)}"
 
 
@@ -461,12 +483,10 @@ def main() -> None:
     if args.worker:
         work()
         return
-    from evals.accuracy import environment
-    from evals.store import rounded, write_json
-
     result = run(args)
     result["command"] = shlex.join(["python", "-m", "evals.bench.seal", *sys.argv[1:]])
-    result["environment"] = environment(args.device)
+    result |= {"hardware": hardware(args.device), "versions": versions(), "commit": commit()}
+    result["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     if args.out:
         write_json(args.out, rounded(result))
 

@@ -61,7 +61,7 @@ class SealPlan:
         self._layouts: dict[tuple[tuple[int, ...], torch.device], RowLayout] = {}
         self._dropped_counts: dict[torch.device, Tensor] = {}
         self._tails: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
-        self._texts: dict[tuple[Compressed, Alignment | None, int, torch.device], tuple[TextOrder, Alignment]] = {}
+        self._texts: dict[object, tuple[TextOrder, Alignment]] = {}
 
     def dropped_counts(self, device: torch.device) -> Tensor:
         """Count the visual tokens that are left out of each row, ``[B]``."""
@@ -177,9 +177,10 @@ class SealPlan:
         `compressed` are this plan or parts of it; visual tokens of other rows stay dense. Returns what `align_right`
         does, over the concatenation of old and pending columns.
         """
-        key = (compressed, previous, columns, device)
+        # Parts are this plan or held by it; named by what they are, or the plan would hold itself.
+        key = (tuple((id(part), rows) for part, rows in compressed), previous, columns, device)
         if key not in self._texts:
-            self._texts[key] = self._text_alignment(*key)
+            self._texts[key] = self._text_alignment(compressed, previous, columns, device)
         return self._texts[key]
 
     def _text_alignment(

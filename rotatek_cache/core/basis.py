@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rotatek_cache.core.compiled import steps_for
+
 RANK_MULTIPLE = 8  # 8 half-precision numbers are one 16-byte load
 INT8_MOST = 127
 
@@ -66,6 +68,9 @@ class KeyBasis:
         if self.A is None:
             raise ValueError("this basis has no encoder left: it belongs to a segment that is sealed")
         wide = compute_dtype(keys.dtype)
+        steps = steps_for(keys)
+        if steps is not None and self.offset is not None and self.A.shape[:-2] == keys.shape[:-2]:
+            return steps.encode(keys, self.A.to(wide), self.offset.to(wide))
         if self.A.dtype == keys.dtype != wide:
             # Products of half precisions are exact in float32, so that there is no need for a wide copy of the Keys.
             coefficients = wide_product(keys, self.A)

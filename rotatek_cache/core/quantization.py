@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rotatek_cache.core.compiled import steps_for
+
 BITS = (8, 4, 2)
 PLAIN_BITS = 16  # what a number that is not coded counts for in a budget: that of half precision
 FP8 = torch.float8_e4m3fn
@@ -245,6 +247,26 @@ def quantise(coefficients: Tensor, layout: CodeLayout) -> tuple[Tensor, Tensor, 
         best, best_error = torch.where(better, share, best), torch.where(better, error, best_error)
     low, step = centre - best * half, 2 * best * half / levels
     return _codes(coefficients, low, step, levels).to(torch.uint8), low, step
+
+
+def quantise_packed(rows: Sequence[Tensor], layout: CodeLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise the coefficients ``[H, S, channels]`` of each row as `quantise` does, and pack the codes.
+
+    Returns:
+        Bytes ``[H, N, token_bytes]``, row after row; ``low`` and ``step`` ``[H, R, channels]``.
+    """
+    steps = steps_for(rows[0])
+    if steps is None:
+        coded = [quantise(row, layout) for row in rows]
+        packed = [layout.pack(codes) for codes, _, _ in coded]
+        low, step = (torch.stack([part[i] for part in coded], 1) for i in (1, 2))
+        return packed[0] if len(packed) == 1 else torch.cat(packed, 1), low, step
+    tokens = [row.shape[1] for row in rows]
+    stored = torch.empty(len(rows[0]), sum(tokens), layout.token_bytes, dtype=torch.uint8, device="cpu")
+    parts = zip(rows, stored.split(tokens, 1), strict=True)
+    ranges = [steps.codes(row, layout.blocks, CLIP_GRID, part) for row, part in parts]
+    low, step = (torch.stack(part, 1) for part in zip(*ranges, strict=True))
+    return stored, low, step
 
 
 def encode_codes(coefficients: Tensor, low: Tensor, step: Tensor, layout: CodeLayout) -> Tensor:

@@ -163,6 +163,12 @@ class Stored:
         """Coefficients of a token, padding included."""
         return self.data.shape[-1] if self.code is None else self.code.channels
 
+    @property
+    def basis_count(self) -> int:
+        """Sequences that have a basis here."""
+        held = (self.basis.B, self.basis.delta) if self.basis is not None else ()
+        return next((tensor.shape[1] for tensor in held if tensor is not None), 0)
+
     def tensors(self) -> list[Tensor]:
         """List everything held."""
         return [self.data, *(self.basis.tensors() if self.basis is not None else [])]
@@ -272,7 +278,7 @@ def _joined(segments: list[VisualSegment]) -> VisualSegment:
         lengths = torch.where(owned, segment.lengths, lengths)
         basis_rows = torch.where(owned, segment.basis_rows + rows, basis_rows)
         tokens += len(segment.positions)
-        rows += _basis_rows(segment)
+        rows += max(segment.keys.basis_count, segment.values.basis_count)
     return VisualSegment(
         keys=_joined_states([segment.keys for segment in segments]),
         values=_joined_states([segment.values for segment in segments]),
@@ -283,12 +289,6 @@ def _joined(segments: list[VisualSegment]) -> VisualSegment:
         max_length=max(segment.max_length for segment in segments),
         uniform=False,
     )
-
-
-def _basis_rows(segment: VisualSegment) -> int:
-    """Count the rows of a segment's bases."""
-    bases = [basis for basis in (segment.keys.basis, segment.values.basis) if basis is not None]
-    return max((tensor.shape[1] for basis in bases for tensor in basis.tensors()), default=0)
 
 
 def _joined_states(parts: list[Stored]) -> Stored:

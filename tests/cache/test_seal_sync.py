@@ -20,7 +20,7 @@ from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.finite import FiniteCheck
-from rotatek_cache.core import row_layout
+from rotatek_cache.core import compiled, row_layout
 from rotatek_cache.core.attention import causal_mask
 from rotatek_cache.options import FitOptions
 
@@ -143,6 +143,7 @@ def device(monkeypatch) -> Device:
     for module in (row_layout, seal_plan):
         monkeypatch.setattr(module, "moved", lambda tensors, to: [found.put(one.clone()) for one in sent(tensors, to)])
     monkeypatch.setattr(FiniteCheck, "passed", lambda check: False)
+    monkeypatch.setattr(compiled, "_steps", lambda: None)  # compiled code would not be seen
     return found
 
 
@@ -221,6 +222,22 @@ def basis_file(tmp_path_factory) -> Path:
 def test_no_layer_of_a_prefill_with_a_calibrated_basis_reads_the_device(device, basis_file, kind, lengths):
     prefill(device, lengths, basis_file, always_compress=True, **CALIBRATED[kind])
     assert not device.found
+
+
+@pytest.mark.parametrize(("lengths", "rows"), [((150,), 1), ((145, 160), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "read", "times"),
+    [
+        ({"energy": 0.9}, "_local_scalar_dense.default", 1),
+        ({"sparsity": 0.75, "key_bits": "auto"}, "tolist", 1),
+        ({"sparsity": 0.75, "key_bits": "auto", "value_sparsity": 0.75, "value_bits": "auto"}, "tolist", 2),
+    ],
+    ids=str,
+)
+def test_where_states_set_the_shape_of_storage_that_alone_is_read(device, options, read, times, lengths, rows):
+    """Of each row of each layer: to read the spectra of all at once, all of them would have to stay dense."""
+    prefill(device, lengths, always_compress=True, **options)
+    assert device.found == {read: 3 * rows * times}
 
 
 def test_a_mask_that_nothing_was_said_about_is_read_once_a_prompt(device):
