@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import ways
-from checks import decode, reached_storages
+from checks import NOT_POSSIBLE, decode, possible, reached_storages, same
 from hosts import Host, build_host
-from test_generate import NOT_POSSIBLE, _possible, _same
 from tiny_models import IMAGE, Prompt, words
 from torch import Tensor
 from transformers import DynamicCache
@@ -54,9 +53,9 @@ def test_whole_coefficients_are_dynamic_cache(family, way):
     host = build_host(family)
     if (way == "video" and host.tiny.video is None) or family in NOT_POSSIBLE.get(way, ()):
         pytest.skip("not possible with DynamicCache either")
-    expected = _possible(family, way)
+    expected = possible(family, way)
     got = ways.WAYS[way](host.tiny, host.attached, lambda visual_mask=None: coded(family, 16, visual_mask=visual_mask))
-    _same(got, expected)
+    same(got, expected)
 
 
 class Oracle(DynamicCache):
@@ -276,6 +275,6 @@ def test_a_model_of_text_alone_runs_by_the_name_of_the_attention(tmp_path):
     got = ways.generate(
         model, inputs, RotateKCache(basis=tmp_path / "b.safetensors", text="coded", bits=16), max_new_tokens=20
     )
-    _same([got.sequences, torch.stack(got.logits)], [expected.sequences, torch.stack(expected.logits)])
+    same([got.sequences, torch.stack(got.logits)], [expected.sequences, torch.stack(expected.logits)])
     few = RotateKCache(basis=tmp_path / "b.safetensors", text="coded", bits=4)
     assert torch.stack(ways.generate(model, inputs, few).logits).isfinite().all()

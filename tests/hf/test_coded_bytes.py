@@ -10,7 +10,7 @@ from rotatek_cache.hf.cache import storage_bytes
 
 @pytest.mark.parametrize(("bits", "least", "of_a_thousand"), [(4, 3.5, 2.9), (2.28, 6, 4)])
 def test_bytes_of_a_large_model(tmp_path, bits, least, of_a_thousand):
-    """One layer of an 8B model (8 KV heads of width 128, bfloat16): ring, sinks and free columns counted from storage."""
+    """One layer of an 8B model (8 heads of width 128, bfloat16): ring, sinks and free columns counted from storage."""
     state = Calibration(torch.ones(1), "drawn")
     for which in ("key", "value"):
         state.add_tokens(0, which, "text", torch.randn(8, 300, 128) * torch.logspace(1, -1, 128))
