@@ -1,7 +1,7 @@
 """`CodedKV`, the Keys and Values of one layer where all tokens are coded, text and images alike.
 
-A row's first tokens (attention sinks) and its last ones are dense, in a buffer that does not grow; a token that leaves
-the last ones is coded, by itself: nothing waits for the end of an image, and nothing is fitted.
+A token is coded when it comes, by itself: nothing waits for the end of an image, and nothing is fitted. A row's first
+tokens (attention sinks) and, beside their codes, its last ones are dense, in a buffer that does not grow.
 """
 
 from collections.abc import Sequence
@@ -147,16 +147,15 @@ class CodedKV:
         self.codes = [CodeBuffer(codec, batch, keys.dtype, keys.device) for codec in self.codecs]
 
     def _step(self, keys: Tensor, values: Tensor) -> None:
-        """Put one token of each row into the ring, and what leaves it among the codes."""
+        """Put one token of each row among the codes and into the ring."""
         assert self.counts is not None
         step, rows = self.counts.step, self.counts.batch
-        if step.leaves:
-            self._reserve(step.counts)
+        self._reserve(step.counts.code_columns)
         self._thaw()
         for held, codes, new in zip(self.dense_states, self.codes, (keys, values), strict=True):
-            if step.leaves:
-                codes.write(rows, step.code_column, held[:, rows, step.column])
-            held[:, rows, step.column] = new[:, :, 0].transpose(0, 1)
+            states = new[:, :, 0].transpose(0, 1)
+            codes.write(rows, step.code_column, states)
+            held[:, rows, step.column] = states
         self.counts = step.counts
 
     @without_autocast
@@ -172,22 +171,21 @@ class CodedKV:
         tokens = fresh[0].shape[2]
         visible = self.positions.see(self.length - tokens, self.length, len(self.counts.rows), mask)
         arrival = self.counts.arrival(tokens, visible)
-        self._reserve(arrival.counts)
+        coded, dense = arrival.coded, arrival.dense
+        self._reserve(arrival.counts.code_columns)
         self._thaw()
         for held, codes, new in zip(self.dense_states, self.codes, fresh, strict=True):
             states = new.transpose(0, 1)
-            for moves, source in ((arrival.leaving, held), (arrival.coded, states)):
-                if moves:
-                    taken = source[:, moves.rows, moves.source]
-                    codes.codec.expect_finite(taken)
-                    codes.write(moves.rows, moves.target, taken)
-            dense = arrival.dense
+            if coded:
+                taken = states[:, coded.rows, coded.source]
+                codes.codec.expect_finite(taken)
+                codes.write(coded.rows, coded.target, taken)
             held[:, dense.rows, dense.target] = states[:, dense.rows, dense.source]
         self.counts = arrival.counts
 
-    def _reserve(self, counts: TokenCounts) -> None:
+    def _reserve(self, columns: int) -> None:
         for codes in self.codes:
-            codes.reserve(max(counts.coded))
+            codes.reserve(max(1, columns))
 
     def _thaw(self) -> None:
         """Copy buffers of an inference mode that has ended, which cannot be written to any more."""

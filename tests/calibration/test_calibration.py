@@ -501,14 +501,14 @@ def test_the_command_takes_text_as_well_as_images(pages, tmp_path):
     with safe_open(str(out), framework="pt") as file:
         assert '"texts": 3' in file.metadata()["provenance"]
     for which in ("key", "value", "token_key", "token_value"):
-        assert load_basis(out).state(0, which).encoder.shape[-1] == 64
+        assert load_basis(out).state(0, which).encoder.shape[-1] == 128
     assert RotateKCache(basis=out, text="coded", bits=3).options.row_bits == (3, 3)
     alone = tmp_path / "alone.safetensors"
     assert run("--text", words / "a.txt", "--out", alone, "--text-tokens", 128).exit_code == 0
     assert RotateKCache(basis=alone, text="coded")
     with pytest.raises(ValueError, match="calibrated without images"):
         RotateKCache(basis=alone, rank=8, visual_mask=torch.ones(1, 9, dtype=torch.bool)).update(
-            torch.randn(1, 4, 9, 64), torch.randn(1, 4, 9, 64), 0
+            torch.randn(1, 1, 9, 128), torch.randn(1, 1, 9, 128), 0
         )
 
 
