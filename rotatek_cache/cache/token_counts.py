@@ -155,6 +155,11 @@ class TokenCounts:
         """Columns of the codes that are used."""
         return max(0, self.most - SINK_TOKENS)
 
+    @property
+    def step_columns(self) -> int:
+        """Columns of the codes that are used after one more token of each row."""
+        return max(1, self.most + 1 - SINK_TOKENS)
+
     @functools.cached_property
     def step(self) -> Step:
         """What one more token of each row does."""
