@@ -62,12 +62,18 @@ def need_of_prompt(pool: RotateKPool, req: Any, *, in_chunks: bool = False, pref
     return Need(max(text, tokens) if in_chunks else text, visual, int(visual > 0))
 
 
+def generate_nothing_if_refused(req: Any) -> None:
+    """Have a request that was refused on its way here, and is let in to be told so, wait for no room to answer in.
+
+    SGLang leaves the tokens it asked for where they were, and others would wait behind it.
+    """
+    if req.to_finish is not None:
+        req.sampling_params.max_new_tokens = req.sampling_params.min_new_tokens = 0
+
+
 def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a request wait while rows for its prompt and its answer are short; runs around `PrefillAdder.add_one_req`."""
-    if req.to_finish is not None:
-        # Refused on the way here: let in to be told so. It generates nothing, so it need not wait for room to do it,
-        # nor may those behind it. SGLang leaves what was asked for where it was.
-        req.sampling_params.max_new_tokens = req.sampling_params.min_new_tokens = 0
+    generate_nothing_if_refused(req)
     allocator, running = adder.token_to_kv_pool_allocator, adder.running_batch
     pool = allocator.get_kvcache()
     fits, at_once = fits_beside_others(adder, req)
