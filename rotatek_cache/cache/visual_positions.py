@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rotatek_cache.cache.expected_prompt import ExpectedPrompt
 from rotatek_cache.cache.seal_plan import SealPlan
+from rotatek_cache.cache.token_counts import TokenCounts
 from rotatek_cache.core.forward_tables import ForwardTables
 
 PROMPT_ID = torch.int64  # dtype of the ids of a prompt
@@ -48,6 +49,9 @@ class VisualPositions:
     def end_forward(self) -> None:
         """Drop what was derived for the layers of one forward."""
         self._plan: tuple[tuple[int, int], SealPlan | None] | None = None
+        self._seen: tuple[tuple[int, int], Tensor | None] | None = None
+        self._nothing: TokenCounts | None = None
+        self._order: tuple[Tensor, Tensor] | None = None
         self._checked: Tensor | None = None
         self.forward.clear()
 
@@ -197,6 +201,57 @@ class VisualPositions:
             return None
         self._sealed = end
         return SealPlan(visual, visible, begin, end, self.dropped_of(begin, end), self._prompt_end)
+
+    def counts_of_nothing(self, batch: int, device: torch.device) -> TokenCounts:
+        """Return the counts of an empty cache of `batch` rows, the same for the layers of a forward."""
+        if self._nothing is None or len(self._nothing.rows) != batch or self._nothing.device != device:
+            self._nothing = TokenCounts((0,) * batch, device)
+        return self._nothing
+
+    def see(self, begin: int, end: int, batch: int, mask: Tensor | None) -> Tensor | None:
+        """Learn which of the positions ``begin : end`` are padding, and return the others: bool ``[B, end - begin]``.
+
+        The same for the layers of a forward; None if none of them is padding.
+
+        Args:
+            begin, end: the positions of the current forward.
+            batch: rows.
+            mask: its mask, bool ``[B or 1, 1, Q, end]`` or additive: what no query sees is padding. None hides nothing.
+        """
+        if self._seen is None or self._seen[0] != (begin, end):
+            self._seen = ((begin, end), self._look(begin, end, batch, mask))
+        return self._seen[1]
+
+    def _look(self, begin: int, end: int, batch: int, mask: Tensor | None) -> Tensor | None:
+        if mask is None:
+            return None
+        seen = seen_by_mask(mask[:, 0, :, begin:end]).any(1).expand(batch, -1)
+        self._sealed = end
+        if bool(seen.all()):
+            return None
+        before = seen.new_ones(batch, begin)
+        if self.visible is not None:
+            before[:, : self.visible.shape[1]] = self.visible[:, :begin].to(seen.device)
+        self.visible = torch.cat([before, seen], 1)
+        return seen
+
+    def places_of(self, tokens: Tensor) -> Tensor:
+        """Find the logical positions of tokens ``[B, n]`` that are counted without their row's padding."""
+        if self.visible is None:
+            return tokens
+        if self._order is None or self._order[0] is not self.visible:
+            # A stable sort of the flags moves a row's own positions to the front, in their order.
+            self._order = self.visible, (~self.visible).int().argsort(dim=1, stable=True)
+        order, known = self._order[1].to(tokens.device), self.visible.shape[1]
+        own = self.visible.sum(1, keepdim=True).to(tokens.device)
+        return torch.where(tokens < own, order.gather(1, tokens.clamp(max=known - 1)), known + tokens - own)
+
+    def own_before(self, length: int, batch: int) -> tuple[int, ...]:
+        """Count the positions before `length` that are not padding, of each of `batch` rows."""
+        if self.visible is None:
+            return (length,) * batch
+        known = self.visible[:, :length]
+        return tuple((known.sum(1) + (length - known.shape[1])).tolist())
 
     def _flags_of(self, begin: int, end: int) -> Tensor:
         flags = _overlaid([(b, e, visual) for b, e, visual in self.flags if visual is not None], begin, end)

@@ -43,10 +43,14 @@ def calibrate(
             cache.coordinator = TokenGatherer(cache.positions, state, projections)
         cache.learn_config(model.config)  # type: ignore[arg-type]
         for index, layer in enumerate(cache.layers):
-            if isinstance(layer, RotateKLayer):
+            if isinstance(layer, RotateKLayer) and isinstance(layer.kv, LayerKV):
                 sealer = layer.kv.sealer
                 sealer.keys = KeyMoments(sealer.keys.wanted, state)
                 sealer.values = ValueMoments(sealer.values.wanted, state, projections.get(index))
+        if text:
+            # A model of text alone has no hook that says so; one with images says more.
+            ids = prompt["input_ids"]
+            cache.positions.announce(0, ids.shape[1], None)
         model(**prompt, past_key_values=cache, use_cache=True)
         state.texts += text
         state.images += bool(cache.positions.has_visual(0, cache.positions.end) or not text)

@@ -11,8 +11,8 @@ from rotatek_cache.core.row_layout import Alignment
 RowTable = tuple[Tensor, Tensor]  # first token and number of tokens of each row, [B] each
 
 # The places of a segment's tokens, compared by identity: positions and first tokens of visual ones, alignment and
-# number of columns of text.
-Places = tuple[Tensor, Tensor] | tuple[Alignment | None, int]
+# number of columns of text, counts of the rows' tokens and which of them where all are coded.
+Places = tuple[object, object]
 
 
 class TextForm(NamedTuple):

@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
+from rotatek_cache.cache.coded_layer import CodedKV
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV
@@ -21,7 +22,7 @@ from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
 from rotatek_cache.core.row_layout import row_index
 from rotatek_cache.core.segments import SegmentView, Stored
-from rotatek_cache.options import Allocation, Bits, FitOptions, with_option_docs
+from rotatek_cache.options import Allocation, Bits, FitOptions, RowBits, with_option_docs
 from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
@@ -41,16 +42,19 @@ class LayerHandle:
 
     __slots__ = ("coordinator", "kv")
 
-    def __init__(self, kv: LayerKV, coordinator: Coordinator) -> None:
+    def __init__(self, kv: LayerKV | CodedKV, coordinator: Coordinator) -> None:
         self.kv, self.coordinator = kv, coordinator
 
     def hidden(self) -> Tensor | None:
         """Return bool ``[B, T]``: tokens that a token method has dropped, not to be attended to in this forward."""
-        return self.coordinator.hidden(self.kv)
+        return None if isinstance(self.kv, CodedKV) else self.coordinator.hidden(self.kv)
 
     def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         """Note that the layer has attended with these queries ``[B, H_q, Q, D]``, after which it may seal."""
-        self.coordinator.observe(self.kv, query, mask, scale)
+        if isinstance(self.kv, CodedKV):
+            self.kv.settle(mask)
+        else:
+            self.coordinator.observe(self.kv, query, mask, scale)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -95,7 +99,7 @@ class RotateKLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, kv: LayerKV, coordinator: Coordinator) -> None:
+    def __init__(self, kv: LayerKV | CodedKV, coordinator: Coordinator) -> None:
         super().__init__()
         self.kv, self.coordinator = kv, coordinator
 
@@ -177,7 +181,8 @@ class RotateKCache(Cache):
     """A KV cache that stores visual Keys rotated into a fitted basis and truncated (RotateK, arXiv 2605.19218).
 
     Text Keys and all Values stay dense: at ``sparsity=0.75`` the visual Keys shrink to a quarter (plus basis), the
-    whole visual KV to 5/8. Use it with a model prepared by `attach`::
+    whole visual KV to 5/8. With a basis file and ``text="coded"`` the Keys and Values of all tokens are coded. Use it
+    with a model prepared by `attach`::
 
         model = attach(model)
         model.generate(**inputs, past_key_values=RotateKCache(sparsity=0.5))
@@ -211,6 +216,8 @@ class RotateKCache(Cache):
         basis_bits: Literal[8] | None = None,
         allocation: Allocation | str = "uniform",
         streaming: bool = False,
+        text: Literal["dense", "coded"] = "dense",
+        bits: RowBits = None,
         tokens: TokenMethod | str | None = None,
         budget: str | int | None = None,
         graphs: bool = True,
@@ -230,6 +237,8 @@ class RotateKCache(Cache):
             "basis_bits": basis_bits,
             "allocation": allocation,
             "streaming": streaming,
+            "text": text,
+            "bits": bits,
         }
         self._begin(chosen, tokens, budget, visual_mask, config)
         if not isinstance(graphs, bool):
@@ -262,14 +271,22 @@ class RotateKCache(Cache):
         config: PreTrainedConfig | None,
     ) -> None:
         """Check the options and make an empty cache."""
+        if chosen.get("text") == "coded":
+            for name, value in (("tokens", tokens), ("budget", budget)):
+                if value is not None:
+                    raise ValueError(
+                        f"text='coded' keeps all tokens, in as many bytes as bits says: leave out {name}={value!r}, "
+                        "or use text='dense'"
+                    )
         rank_open = budget is not None and all(chosen.get(name) is None for name in ("sparsity", "rank", "energy"))
         self.options = FitOptions(**{**chosen, "sparsity": DEFAULT_SPARSITY} if rank_open else chosen)
         if tokens is not None and self.options.streaming:
             raise ValueError("tokens cannot be chosen with streaming=True, which seals an image before its end is seen")
-        codecs_for(self.options)  # raises where options do not go together
         self.calibrated: CalibratedBasis | None = None
         if self.options.is_calibrated:
             self.calibrated = load_basis(self.options.basis)
+        known = [] if self.calibrated is None else sorted(self.calibrated.layers)
+        codecs_for(self.options, known[0] if known else 0)  # raises where options do not go together
         self.tokens = None if tokens is None else token_method(tokens)
         if self.tokens is not None and self.tokens.keep is None:
             name = type(self.tokens).__name__
@@ -295,7 +312,8 @@ class RotateKCache(Cache):
         stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
         layers = [self._new_layer(index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(stock)]
         # All checks come before the layers are kept: a cache that was refused once must be refused again.
-        self.coordinator.learn_layers([layer.kv if isinstance(layer, RotateKLayer) else None for layer in layers])
+        compressed = [layer.kv if isinstance(layer, RotateKLayer) else None for layer in layers]
+        self.coordinator.learn_layers([kv if isinstance(kv, LayerKV) else None for kv in compressed])
         self.layers: list[Any] = layers
         if self._record_past:
             super().activate_past_recording()
@@ -324,7 +342,8 @@ class RotateKCache(Cache):
             )
 
     def _new_layer(self, index: int) -> RotateKLayer:
-        return RotateKLayer(LayerKV(self.options, self.positions, index), self.coordinator)
+        kind = CodedKV if self.options.codes_text else LayerKV
+        return RotateKLayer(kind(self.options, self.positions, index), self.coordinator)
 
     def counts_before(
         self, config: PreTrainedConfig, dtype: torch.dtype, lengths: Sequence[int]
@@ -374,7 +393,7 @@ class RotateKCache(Cache):
             self.layers.append(self._new_layer(len(self.layers)))
         layer = self.layers[layer_idx]
         if isinstance(layer, RotateKLayer):
-            if not self.positions.informed:
+            if not self.positions.informed and not self.options.codes_text:
                 raise RuntimeError(f"this RotateKCache was not told which positions are visual: {HOW_TO_SWITCH}")
             self.positions.complete(layer.kv.length + key_states.shape[2], key_states.shape[0])
             if isinstance(self.tokens, FeatureMethod) and self.positions.undecided:
@@ -547,6 +566,8 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         return LayerReport(index, "RotateKLayer", 0, [], 0, stored, 0, [])
     batch, heads, width, value_width = kv.shape
     dense = batch * heads * kv.length * (width + value_width) * kv.dtype.itemsize
+    if isinstance(kv, CodedKV):
+        return _coded_report(kv, index, stored, dense)
     segments = [
         SegmentReport(
             tokens=int(segment.lengths.sum()),
@@ -572,3 +593,13 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         list(kv.kept_dense),
         sum(int(counts.sum()) for _, counts in kv.dropped),
     )
+
+
+def _coded_report(kv: CodedKV, index: int, stored: int, dense: int) -> LayerReport:
+    tokens = 0 if kv.counts is None else sum(kv.counts.coded)
+    segments = []
+    if tokens:
+        keys, values = (storage_bytes([codes.data]) for codes in kv.codes)
+        channels = kv.codecs[0].code.channels
+        segments = [SegmentReport(tokens, channels, channels, kv.codecs[0].width, keys, values, 0)]
+    return LayerReport(index, "RotateKLayer", kv.length, segments, kv.dense_tokens(), stored, dense, [])

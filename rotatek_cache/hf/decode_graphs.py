@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 GRAPHS = 4  # captured graphs that a model keeps, by default
 QUIET_HOOKS = ("transformers.utils.output_capturing", "rotatek_cache.hf.attach")
 HIDING_MASK = "the attention mask hides more than padding"
+CODES_TEXT = "all tokens are coded, one at each step"
 IDLE = 1  # graphs, with all that they store, that wait for another prompt once their cache is gone
 MOST_FAILURES = 3  # so many failed captures, and a model is decoded step by step
 SHORT = 4  # a graph that was replayed less often was not worth its capture
@@ -239,6 +240,8 @@ class DecodeGraphs:
         stock = [index for index, layer in enumerate(cache.layers) if not isinstance(layer, RotateKLayer)]
         if stock:
             raise Eager(f"layers {stock} have transformers' own cache layer (sliding window)")
+        if cache.options.codes_text:
+            raise Eager(CODES_TEXT)
         layers = [layer.kv for layer in cache.layers]
         if any(layer.pending is not None or layer.text.keys is None for layer in layers):
             raise Eager("an image waits for its end")
