@@ -44,11 +44,12 @@ def check_basis(fit: FitOptions, model: torch.nn.Module, heads: HeadShape) -> No
     """
     if not fit.is_calibrated:
         return
-    # Other weights would need another basis: SGLang's name for what forbids them, however they come.
-    model._derived_weight_cache_error = (  # type: ignore[assignment]  # noqa: SLF001
+    reason = (
         f"The weights cannot be updated: the basis {fit.basis} was calibrated on those that are served. Calibrate one "
         "on the new weights and start a server with both, or serve without a calibrated basis."
     )
+    # SGLang's name for what forbids other weights, however they come.
+    model._derived_weight_cache_error = reason  # type: ignore[assignment]  # noqa: SLF001
     samples = {}
     for module in model.modules():
         attention, fused = getattr(module, "attn", None), getattr(module, "qkv_proj", None)
