@@ -116,12 +116,19 @@ def describe(plan: Plan, pool: RotateKPool) -> str:
     )
 
 
-def make_room(allocator: Any, tree_cache: Any, need: Need) -> bool:
-    """Whether so many rows and bases are free, once cached prefixes that are not in use had to go if they are not."""
+def make_room(allocator: Any, tree_cache: Any, need: Need, held: Need) -> bool:
+    """Whether so many rows and bases are free, once cached prefixes that are not in use had to go if they are not.
+
+    Nothing goes where that could not be enough, seeing what running requests hold (`held`, at least).
+    """
     table: SlotTable = allocator.table
+    if table.fits(need):
+        return True
+    if tree_cache is None or not table.could_fit(need, held, tree_cache.evictable_size()):
+        return False
     while not table.fits(need):
         short = max(need.text - table.text.available, need.visual - table.visual.available, allocator.page_size)
-        if tree_cache is None or not tree_cache.evict(EvictParams(num_tokens=short)).num_tokens_evicted:
+        if not tree_cache.evict(EvictParams(num_tokens=short)).num_tokens_evicted:
             return False
     return True
 
@@ -166,4 +173,5 @@ class RotateKAllocator(PagedTokenToKVPoolAllocator):
         slots = super().check_decode_capacity(
             num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
         )
-        return slots and make_room(self, tree_cache, Need(text=num_tokens if requests is None else len(requests)))
+        # A text row a step and request: what they hold beside that is not asked for.
+        return slots and make_room(self, tree_cache, Need(num_tokens if requests is None else len(requests)), Need())
