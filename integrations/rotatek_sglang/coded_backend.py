@@ -82,7 +82,7 @@ class CodedBackend(AttentionBackend):
         self.unanswered = report_unanswered(self.unanswered)
         mode = forward_batch.forward_mode
         if mode.is_decode():
-            self._use_buffers(forward_batch.batch_size, int(forward_batch.seq_lens_cpu.max()))
+            self._use_buffers(forward_batch.batch_size, int(forward_batch.seq_lens_cpu.numpy().max()))
             self.init_forward_metadata_in_graph(forward_batch)
         elif mode.is_extend_without_speculative():
             self._prepare_extend(forward_batch)

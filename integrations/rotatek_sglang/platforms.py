@@ -59,8 +59,14 @@ REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
 
 def refuse_unsupported(args: Any) -> None:
     """Raise a ValueError that names what is asked for and not supported."""
-    from sglang.srt.utils import is_host_cpu_arm64  # noqa: PLC0415 (needs a platform)
+    from sglang.srt.environ import envs  # noqa: PLC0415 (both need a platform)
+    from sglang.srt.utils import is_host_cpu_arm64  # noqa: PLC0415
 
+    if envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
+        raise ValueError(
+            "rotatek_sglang does not support sizing the KV pool after CUDA graphs were captured "
+            "(SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=1 in the environment)"
+        )
     # On a CPU SGLang has filled in its own before it asks a platform.
     filled_in = "torch_native" if is_host_cpu_arm64() else "intel_amx"
     for field, allowed, what in REFUSED:

@@ -30,16 +30,20 @@ def numbers(values):
     return torch.tensor(list(values), dtype=torch.int64)
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
+def write_basis(path):
+    """A basis file of one layer, from drawn states."""
     state = Calibration(torch.ones(3), "drawn")
     generator = torch.Generator().manual_seed(0)
     for which in ("key", "value"):
         state.add_tokens(0, which, "text", torch.randn(2, 400, 32, generator=generator) + 1)
     state.texts = 1
-    path = tmp_path_factory.mktemp("rows") / "basis.safetensors"
     state.write_basis(path, source="drawn")
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return write_basis(tmp_path_factory.mktemp("rows") / "basis.safetensors")
 
 
 def plan_of(file, bits=4, dtype=torch.float32, **options):
