@@ -32,11 +32,13 @@ class Arriving:
     def __init__(self, count: Tensor) -> None:
         self.count = count
         self.known = 0
+        self._stale = False  # whether it has changed since it was sent
         self._sent: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
     def send(self) -> None:
-        """Have the number as it is now on its way, unless an earlier one is: `read` sends again."""
+        """Have the number as it is now on its way; where an earlier one is, once that has arrived."""
+        self._stale = self._sent is not None
         if not self.count.is_cuda:
             self.known = int(self.count)
         elif self._sent is None:
@@ -48,9 +50,11 @@ class Arriving:
     def read(self, *, wait: bool = False) -> int:
         """Return the latest number that has arrived; with `wait`, the one of now."""
         if wait and self.count.is_cuda:
-            self.known, self._sent = int(self.count), None
+            self.known, self._sent, self._stale = int(self.count), None, False
         elif self._sent is not None and self._arrived is not None and self._arrived.query():
             self.known, self._sent = int(self._sent), None
+            if self._stale:
+                self.send()
         return self.known
 
 
