@@ -1,9 +1,10 @@
 """`CodedKV`, the Keys and Values of one layer where all tokens are coded, text and images alike.
 
-A row's first tokens (attention sinks) and its last ones are dense, in a buffer that does not grow; a token that leaves
-the last ones is coded, by itself: nothing waits for the end of an image, and nothing is fitted.
+A token is coded when it comes, by itself: nothing waits for the end of an image, and nothing is fitted. A row's first
+tokens (attention sinks) and, beside their codes, its last ones are dense, in a buffer that does not grow.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,7 @@ class CodeBuffer:
 
     def __init__(self, codec: TokenRows, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         self.codec, self.batch, self.dtype = codec, batch, dtype
-        self.capacity = 0
+        self.capacity = self.reserved = 0
         self.data = self._empty(device)
 
     def _empty(self, device: torch.device) -> Tensor:
@@ -50,15 +51,26 @@ class CodeBuffer:
         parts = code.split(self.data) if isinstance(code, HeadCodes) else [self.data]
         return [part.unflatten(1, (self.batch, self.capacity)) for part in parts]
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the codes come from an inference mode that has ended, and so cannot be written to any more."""
+        return self.data.is_inference() and not torch.is_inference_mode_enabled()
+
     def reserve(self, columns: int) -> None:
-        """Make sure of so many columns."""
-        if columns > self.capacity or (self.data.is_inference() and not torch.is_inference_mode_enabled()):
-            filled, old = self.capacity, self._heads() if self.capacity else []
-            if columns > self.capacity:
-                self.capacity = columns + max(LEAST_FREE, columns // FILLED_PER_FREE)
-            self.data = self._empty(self.data.device)
-            for new, held in zip(self._heads(), old, strict=False):
-                new[:, :, :filled] = held
+        """Make sure of so many columns that can be written to."""
+        if columns > self.capacity:
+            self.resize(columns + max(LEAST_FREE, columns // FILLED_PER_FREE))
+        elif self.is_frozen:
+            self.resize(self.capacity)
+
+    def resize(self, capacity: int) -> None:
+        """Take new storage of so many columns, and copy what fits."""
+        old = self._heads() if self.capacity else []
+        kept = min(capacity, self.capacity)
+        self.capacity = capacity
+        self.data = self._empty(self.data.device)
+        for new, held in zip(self._heads(), old, strict=False):
+            new[:, :, :kept] = held[:, :, :kept]
 
     def write(self, rows: Tensor, columns: Tensor, states: Tensor) -> None:
         """Encode states ``[H, n, D]`` to the places `rows`, `columns`, int64 ``[n]``."""
@@ -77,7 +89,7 @@ class CodeBuffer:
     def select_rows(self, index: Tensor) -> None:
         """Let batch row b be what row ``index[b]`` was."""
         old = [part[:, index] for part in self._heads()]
-        if len(index) != self.batch or (self.data.is_inference() and not torch.is_inference_mode_enabled()):
+        if len(index) != self.batch or self.is_frozen:
             self.batch = len(index)
             self.data = self._empty(self.data.device)
         for new, held in zip(self._heads(), old, strict=True):
@@ -147,16 +159,15 @@ class CodedKV:
         self.codes = [CodeBuffer(codec, batch, keys.dtype, keys.device) for codec in self.codecs]
 
     def _step(self, keys: Tensor, values: Tensor) -> None:
-        """Put one token of each row into the ring, and what leaves it among the codes."""
+        """Put one token of each row among the codes and into the ring."""
         assert self.counts is not None
         step, rows = self.counts.step, self.counts.batch
-        if step.leaves:
-            self._reserve(step.counts)
+        self._reserve(step.counts.code_columns)
         self._thaw()
         for held, codes, new in zip(self.dense_states, self.codes, (keys, values), strict=True):
-            if step.leaves:
-                codes.write(rows, step.code_column, held[:, rows, step.column])
-            held[:, rows, step.column] = new[:, :, 0].transpose(0, 1)
+            states = new[:, :, 0].transpose(0, 1)
+            codes.write(rows, step.code_column, states)
+            held[:, rows, step.column] = states
         self.counts = step.counts
 
     @without_autocast
@@ -172,27 +183,55 @@ class CodedKV:
         tokens = fresh[0].shape[2]
         visible = self.positions.see(self.length - tokens, self.length, len(self.counts.rows), mask)
         arrival = self.counts.arrival(tokens, visible)
-        self._reserve(arrival.counts)
+        coded, dense = arrival.coded, arrival.dense
+        self._reserve(arrival.counts.code_columns)
         self._thaw()
         for held, codes, new in zip(self.dense_states, self.codes, fresh, strict=True):
             states = new.transpose(0, 1)
-            for moves, source in ((arrival.leaving, held), (arrival.coded, states)):
-                if moves:
-                    taken = source[:, moves.rows, moves.source]
-                    codes.codec.expect_finite(taken)
-                    codes.write(moves.rows, moves.target, taken)
-            dense = arrival.dense
+            if coded:
+                taken = states[:, coded.rows, coded.source]
+                codes.codec.expect_finite(taken)
+                codes.write(coded.rows, coded.target, taken)
             held[:, dense.rows, dense.target] = states[:, dense.rows, dense.source]
         self.counts = arrival.counts
 
-    def _reserve(self, counts: TokenCounts) -> None:
+    def _reserve(self, columns: int) -> None:
         for codes in self.codes:
-            codes.reserve(max(counts.coded))
+            codes.reserve(max(1, columns))
 
     def _thaw(self) -> None:
         """Copy buffers of an inference mode that has ended, which cannot be written to any more."""
         if self.dense_states[0].is_inference() and not torch.is_inference_mode_enabled():
             self.dense_states = [held.clone() for held in self.dense_states]
+
+    def reserve_steps(self, columns: int, multiple: int) -> None:
+        """Make sure of a free column of codes for a step of fixed addresses, by so many more where there is none.
+
+        Prompts of about the same length meet in one capacity, a multiple of `multiple`.
+        """
+        assert self.counts is not None
+        needed = self.counts.step_columns
+        for codes in self.codes:
+            if needed > codes.capacity or codes.capacity != codes.reserved or codes.is_frozen:
+                codes.reserved = -(-(needed + columns) // multiple) * multiple
+                codes.resize(codes.reserved)
+        self._thaw()
+
+    def count_step(self) -> None:
+        """Note a token that a replayed graph has coded."""
+        assert self.counts is not None
+        self.length += 1
+        self.counts = self.counts.after_a_replay
+
+    def fixed_views(self, code_lengths: Tensor, dense_lengths: Tensor) -> list[SegmentView]:
+        """List the segments with lengths int32 ``[B]`` that the device knows."""
+        assert self.counts is not None
+        views = (self._code_view(self.counts, None), self._dense_view(self.counts, None))
+        most = (self.codes[0].capacity, DENSE_COLUMNS)
+        return [
+            dataclasses.replace(view, lengths=lengths, max_length=bound, batched=False)
+            for view, lengths, bound in zip(views, (code_lengths, dense_lengths), most, strict=True)
+        ]
 
     def dense(self) -> tuple[Tensor, Tensor] | None:
         """Return all Keys and Values in logical order, ``[B, H, T, D]``, in the first forward; else None."""

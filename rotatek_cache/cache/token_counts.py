@@ -1,8 +1,9 @@
 """How many tokens each row of a batch has, and where they lie: what the layers of a cache of coded tokens share.
 
-A row counts its own tokens from 0, padding left out. The first `SINK_TOKENS` and the last `RECENT_TOKENS` of them are
-dense, side by side in one buffer: token i at column i, or, behind the sinks, in a ring. So the columns of a row that
-hold something are always its first. Token i that has left the ring is coded, at column ``i - SINK_TOKENS`` of codes.
+A row counts its own tokens from 0, padding left out. Token i is coded when it comes, at column ``i - SINK_TOKENS`` of
+the codes, unless it is a sink. The first `SINK_TOKENS` and the last `RECENT_TOKENS` are dense, side by side in one
+buffer: token i at column i, or, behind the sinks, in a ring. So the columns of a row that hold something are always its
+first. Attention reads the codes of those tokens that have left the ring.
 """
 
 import functools
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.codecs.token_rows import RECENT_TOKENS, SINK_TOKENS
-from rotatek_cache.core.row_layout import LENGTH
+from rotatek_cache.core.row_layout import INDEX, LENGTH, integers
 
 DENSE_COLUMNS = SINK_TOKENS + RECENT_TOKENS
 
@@ -54,29 +55,25 @@ class Arrival:
 
     Attributes:
         counts: what the rows have after it.
-        leaving: tokens that leave the ring, from the dense buffer to the codes.
-        coded: new tokens that are coded at once.
-        dense: new tokens that become sinks or recent ones.
+        coded: new tokens that are coded, to the codes.
+        dense: new tokens that are sinks or recent, to the dense buffer.
     """
 
     counts: "TokenCounts"
-    leaving: Moves
     coded: Moves
     dense: Moves
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a forward of one token does: columns int64 ``[B]`` of the dense buffer and of the codes.
+    """What a forward of one token does: its columns int64 ``[B]`` of the dense buffer and of the codes.
 
-    A token that leaves the ring goes to the codes before the new one takes its column; where none does in a row, what
-    is written there is not read.
+    What a sink writes among the codes is not read, and overwritten by the first token that is none.
     """
 
     counts: "TokenCounts"
     column: Tensor
     code_column: Tensor
-    leaves: bool
 
 
 @dataclass(frozen=True)
@@ -100,11 +97,19 @@ class TokenCounts:
     def __init__(self, rows: tuple[int, ...], device: torch.device, on_device: Tensor | None = None) -> None:
         self.rows = rows
         self.device = device
-        # On a GPU a copy from the host would wait; launches do not.
-        self.on_device = _numbers(rows, device) if on_device is None else on_device
+        self._on_device = on_device
         self._arrival: tuple[int, Tensor | None, Arrival] | None = None
         self._selected: tuple[Tensor, TokenCounts] | None = None
         self._returned: tuple[tuple[int, ...], Return] | None = None
+
+    @property
+    def on_device(self) -> Tensor:
+        """int64 ``[B]``: the same on the device."""
+        if self._on_device is None:
+            # A copy would make the host wait for a GPU; launches do not.
+            alike = torch.full((len(self.rows),), self.rows[0], dtype=INDEX, device=self.device) if self.alike else None
+            self._on_device = integers(self.rows, self.device) if alike is None else alike
+        return self._on_device
 
     @functools.cached_property
     def dense_lengths(self) -> Tensor:
@@ -113,7 +118,7 @@ class TokenCounts:
 
     @functools.cached_property
     def code_lengths(self) -> Tensor:
-        """int32 ``[B]``: tokens that are coded."""
+        """int32 ``[B]``: tokens that are read as codes."""
         return (self.on_device - DENSE_COLUMNS).clamp(min=0).to(LENGTH)
 
     @property
@@ -123,7 +128,7 @@ class TokenCounts:
 
     @property
     def coded(self) -> tuple[int, ...]:
-        """Tokens that are coded, of each row."""
+        """Tokens that are read as codes, of each row."""
         return tuple(max(0, count - DENSE_COLUMNS) for count in self.rows)
 
     @property
@@ -137,7 +142,7 @@ class TokenCounts:
         return torch.arange(len(self.rows), device=self.device)
 
     def coded_tokens(self) -> Tensor:
-        """Give the number in its row of each coded token, ``[B, most]``; entries past a row's are arbitrary."""
+        """Give the number in its row of each token that is read as codes, ``[B, most]``; past a row's: arbitrary."""
         return SINK_TOKENS + torch.arange(max(self.coded), device=self.device).expand(len(self.rows), -1)
 
     def dense_tokens(self) -> Tensor:
@@ -145,12 +150,27 @@ class TokenCounts:
         columns = torch.arange(min(self.most, DENSE_COLUMNS), device=self.device).expand(len(self.rows), -1)
         return _held(columns, self.on_device[:, None])
 
+    @property
+    def code_columns(self) -> int:
+        """Columns of the codes that are used."""
+        return max(0, self.most - SINK_TOKENS)
+
+    @property
+    def step_columns(self) -> int:
+        """Columns of the codes that are used after one more token of each row."""
+        return max(1, self.most + 1 - SINK_TOKENS)
+
     @functools.cached_property
     def step(self) -> Step:
         """What one more token of each row does."""
-        counts = TokenCounts(tuple(count + 1 for count in self.rows), self.device, self.on_device + 1)
-        code_column = (self.on_device - DENSE_COLUMNS).clamp(min=0)
-        return Step(counts, dense_column(self.on_device), code_column, self.most >= DENSE_COLUMNS)
+        rows = tuple(count + 1 for count in self.rows)
+        code_column = (self.on_device - SINK_TOKENS).clamp(min=0)
+        return Step(TokenCounts(rows, self.device, self.on_device + 1), dense_column(self.on_device), code_column)
+
+    @functools.cached_property
+    def after_a_replay(self) -> "TokenCounts":
+        """The counts when a graph has taken one more token of each row; nothing is launched."""
+        return TokenCounts(tuple(count + 1 for count in self.rows), self.device)
 
     def arrival(self, tokens: int, visible: Tensor | None) -> Arrival:
         """What `tokens` more positions do; bool `visible` ``[B, tokens]`` says which are a row's own, None: all."""
@@ -163,16 +183,11 @@ class TokenCounts:
         before = torch.tensor(self.rows, device="cpu")[:, None]
         number = before + own.cumsum(1) - 1
         after = before + own.sum(1, keepdim=True)
-        recent_from = after - RECENT_TOKENS
-        stays = (number < SINK_TOKENS) | (number >= recent_from)
-        columns = torch.arange(SINK_TOKENS, DENSE_COLUMNS, device="cpu").expand(len(self.rows), -1)
-        held = _held(columns, before)
-        leaves = (columns < before) & (held < recent_from)
+        dense = own & ((number < SINK_TOKENS) | (number >= after - RECENT_TOKENS))
         return Arrival(
             counts=TokenCounts(tuple(after[:, 0].tolist()), self.device),
-            leaving=Moves.of(leaves, held - SINK_TOKENS, self.device, columns),
-            coded=Moves.of(own & ~stays, number - SINK_TOKENS, self.device),
-            dense=Moves.of(own & stays, dense_column(number), self.device),
+            coded=Moves.of(own & (number >= SINK_TOKENS), number - SINK_TOKENS, self.device),
+            dense=Moves.of(dense, dense_column(number), self.device),
         )
 
     def cut(self, rows: tuple[int, ...]) -> Return:
@@ -200,9 +215,3 @@ def _held(columns: Tensor, counts: Tensor) -> Tensor:
     """Find the last token below `counts` ``[B, 1]`` that is in each of `columns` ``[B, n]`` of the dense buffer."""
     rounds = ((counts - 1 - columns) // RECENT_TOKENS).clamp(min=0)
     return torch.where(columns < SINK_TOKENS, columns, columns + RECENT_TOKENS * rounds)
-
-
-def _numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
-    if len(set(values)) == 1:
-        return torch.full((len(values),), values[0], dtype=torch.int64, device=device)
-    return torch.tensor(values, dtype=torch.int64, device=device)

@@ -246,6 +246,14 @@ class VisualPositions:
         own = self.visible.sum(1, keepdim=True).to(tokens.device)
         return torch.where(tokens < own, order.gather(1, tokens.clamp(max=known - 1)), known + tokens - own)
 
+    def shows_own(self, mask: Tensor) -> bool:
+        """Whether bool `mask` ``[B, T]`` shows all positions that are not padding. Waits for the device."""
+        if self.visible is None:
+            return bool(mask.all())
+        known = self.visible.to(mask.device)[:, : mask.shape[1]]
+        own = torch.nn.functional.pad(known, (0, mask.shape[1] - known.shape[1]), value=True)
+        return bool((mask | ~own).all())
+
     def own_before(self, length: int, batch: int) -> tuple[int, ...]:
         """Count the positions before `length` that are not padding, of each of `batch` rows."""
         if self.visible is None:

@@ -52,8 +52,10 @@ def calibrate(
             ids = prompt["input_ids"]
             cache.positions.announce(0, ids.shape[1], None)
         model(**prompt, past_key_values=cache, use_cache=True)
-        state.texts += text
-        state.images += bool(cache.positions.has_visual(0, cache.positions.end) or not text)
+        if text and not cache.positions.has_visual(0, cache.positions.end):
+            state.texts += 1
+        else:
+            state.images += 1
     return state
 
 

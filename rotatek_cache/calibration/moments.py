@@ -162,7 +162,7 @@ class Calibration:
         self.source = source  # what the images are, for whoever goes on
         self.images = 0
         self.skipped = 0  # images that could not be read
-        self.texts = 0  # prompts whose text was taken, too
+        self.texts = 0  # prompts of text alone
         self.moments: dict[tuple[int, str], Moments] = {}
         self.token_moments: dict[tuple[int, str, str], TokenMoments] = {}  # by layer, state and kind of token
 
@@ -233,7 +233,7 @@ class Calibration:
             raise ValueError(f"method must be one of {', '.join(KEY_METHODS)}, got {method!r}")
         if value_method not in VALUE_METHODS:
             raise ValueError(f"value_method must be one of {', '.join(VALUE_METHODS)}, got {value_method!r}")
-        layers = sorted({layer for layer, _, kind in self.token_moments if kind == "text"} if self.texts else ())
+        layers = sorted({layer for layer, _, kind in self.token_moments if kind == "text"})
         if not self.moments and not layers:
             raise ValueError("no visual token was seen: the images or prompts hold none")
         costs = [moments.cost for (_, which), moments in self.moments.items() if which == "value"]
@@ -256,9 +256,7 @@ class Calibration:
             "model_type": self.model_type,
             "images": self.images,
             "texts": self.texts,
-            "text_tokens": max((m.tokens for (_, _, k), m in self.token_moments.items() if k == "text"), default=0)
-            if self.texts
-            else 0,
+            "text_tokens": max((m.tokens for (_, _, k), m in self.token_moments.items() if k == "text"), default=0),
             "method": method,
             "value_method": value_method,
             "source": source,

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from rotatek_cache import FitOptions, __version__
-from rotatek_cache.calibration.images import calibrate_images, open_images
+from rotatek_cache.calibration.images import NO_IMAGES, NO_TEXTS, calibrate_images, open_images, open_texts
 from rotatek_cache.calibration.moments import KEY_METHODS, VALUE_METHODS
 from rotatek_cache.cli.demo import (
     ANY_QUESTION,
@@ -140,12 +140,19 @@ def demo(
 def calibrate(
     *,
     images: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Folder of images, read with its subfolders in the order of their names, or a dataset: its name "
             "(owner/name or owner/name/configuration), or a folder that `save_to_disk` wrote."
         ),
-    ],
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, or folder of .txt files, like the text to come: the file then serves text='coded' too, "
+            "which codes all tokens. Without --images it serves that alone."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Basis file to write (.safetensors).")],
     model: Annotated[
         str | None, typer.Option(help="Vision-language model, by name or path; by default the package's reader.")
@@ -158,22 +165,27 @@ def calibrate(
         str, typer.Option(help=f"Basis of Values: {', '.join(VALUE_METHODS)} (weighted by the output projection).")
     ] = VALUE_METHODS[0],
     most: Annotated[int | None, typer.Option(min=1, help="Use the first so many images only.")] = None,
+    text_tokens: Annotated[
+        int, typer.Option(min=128, help="Tokens of a passage of --text: about as many as prompts will have.")
+    ] = 1024,
+    most_text: Annotated[int | None, typer.Option(min=1, help="Use the first so many passages only.")] = 64,
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
     save_every: Annotated[int, typer.Option(min=1, help="Images between two saves of the state.")] = 64,
     device: Annotated[str, typer.Option(help="Device of torch; auto takes CUDA where there is one.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Dtype of torch for the weights; auto takes the checkpoint's.")] = "auto",
 ) -> None:
-    """Fit bases for Keys and Values to many images, once per model, for RotateKCache(basis="...").
+    """Fit bases for Keys and Values to many images, or to images and text, once per model, for RotateKCache(basis=...).
 
     A run that is stopped goes on where it was last saved when it is started again with the same --out.
     """
     try:
-        _check_calibration(out, method, value_method, question or [])
-        found = open_images(images, split, most)
+        _check_calibration(out, method, value_method, question or [], given=images is not None or text is not None)
+        found = NO_IMAGES if images is None else open_images(images, split, most)
         with err.status("loading the model"):
             chat = _load(model, device, dtype)
+        texts = NO_TEXTS if text is None else open_texts(text, chat.processor.tokenizer, text_tokens, most_text)
         with _progress() as progress:
-            task = progress.add_task("calibrating", total=len(found))
+            task = progress.add_task("calibrating", total=len(found) + len(texts))
             calibrated = calibrate_images(
                 chat,
                 found,
@@ -182,17 +194,23 @@ def calibrate(
                 method=method,
                 value_method=value_method,
                 save_every=save_every,
+                texts=texts,
                 advance=lambda done: progress.update(task, completed=done),
             )
         Console().print(
-            Text(f"{out}: {out.stat().st_size:,} bytes from {calibrated.images} images ({calibrated.skipped} skipped)"),
+            Text(
+                f"{out}: {out.stat().st_size:,} bytes from {calibrated.images} images ({calibrated.skipped} skipped)"
+                + (f" and {calibrated.texts} passages of text" if calibrated.texts else "")
+            ),
             soft_wrap=True,
         )
     except InputError as error:
         _fail(str(error))
 
 
-def _check_calibration(out: Path, method: str, value_method: str, questions: list[str]) -> None:
+def _check_calibration(out: Path, method: str, value_method: str, questions: list[str], *, given: bool) -> None:
+    if not given:
+        raise InputError("--images or --text must be given: what is calibrated on")
     if not all(text.strip() for text in questions):
         raise InputError("--question must not be empty: a cache seals an image once text follows it")
     if out.suffix != ".safetensors":

@@ -96,14 +96,15 @@ class TokenRows(KeyCodec):
 
     def basis(self, dtype: torch.dtype, device: torch.device, rows: int = 1) -> KeyBasis:
         """Give what rows mean to queries of `dtype`: a basis of the model, one for all of `rows` sequences."""
+        key = ("rows", self.code, dtype, device, rows)
+        return self.state.remembered(key, lambda: self._basis(dtype, device, rows))
+
+    def _basis(self, dtype: torch.dtype, device: torch.device, rows: int) -> KeyBasis:
         low, step = self.state.ranges(self.code, device)
-        decoder, shift = self.state.scaled_decoder(
-            (self.code, "rows"), low, step, middle_codes(self.code, device), dtype
-        )
+        middle = middle_codes(self.code, device)
+        decoder, shift = self.state.scaled_decoder((self.code, "rows"), low, step, middle, dtype)
         _, mean = self.state.encoder_around(device)
-        delta = self.state.remembered(
-            ("delta", self.code, dtype, device), lambda: (mean + shift).to(coded_delta_dtype(dtype))
-        )
+        delta = (mean + shift).to(coded_delta_dtype(dtype))
         return KeyBasis(
             B=decoder[:, None].expand(-1, rows, -1, -1),
             delta=delta[:, None].expand(-1, rows, -1),

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.cache.coded_layer import CodedKV
+from rotatek_cache.cache.coded_step import CodedLayerStep
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV
@@ -299,7 +300,7 @@ class RotateKCache(Cache):
         self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
         self.graphs = True
-        self.stepping: list[LayerStep] | None = None  # while a decode step is captured
+        self.stepping: list[LayerStep] | list[CodedLayerStep] | None = None  # while a decode step is captured
         self.decoding = ""  # how the last decode step was run
         super().__init__(layers=[])
         if config is not None:

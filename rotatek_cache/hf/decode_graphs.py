@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rotatek_cache.cache.coded_step import CodedLayerStep, CodedStep
 from rotatek_cache.cache.decode_step import DecodeStep, LayerStep
 from rotatek_cache.hf.cache import RotateKCache, RotateKLayer
 from rotatek_cache.hf.calls import arguments_of
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 GRAPHS = 4  # captured graphs that a model keeps, by default
 QUIET_HOOKS = ("transformers.utils.output_capturing", "rotatek_cache.hf.attach")
 HIDING_MASK = "the attention mask hides more than padding"
-CODES_TEXT = "all tokens are coded, one at each step"
 IDLE = 1  # graphs, with all that they store, that wait for another prompt once their cache is gone
 MOST_FAILURES = 3  # so many failed captures, and a model is decoded step by step
 SHORT = 4  # a graph that was replayed less often was not worth its capture
@@ -95,7 +95,7 @@ class Captured:
     cache: Callable[[], RotateKCache | None]
     signature: dict[str, Any]
     inputs: dict[str, Tensor]
-    step: DecodeStep
+    step: DecodeStep | CodedStep
     graph: Graph
     output: Any = None
     replays: int = 0
@@ -240,16 +240,15 @@ class DecodeGraphs:
         stock = [index for index, layer in enumerate(cache.layers) if not isinstance(layer, RotateKLayer)]
         if stock:
             raise Eager(f"layers {stock} have transformers' own cache layer (sliding window)")
-        if cache.options.codes_text:
-            raise Eager(CODES_TEXT)
         layers = [layer.kv for layer in cache.layers]
-        if any(layer.pending is not None or layer.text.keys is None for layer in layers):
+        coded = cache.options.codes_text
+        if not coded and any(layer.pending is not None or layer.text.keys is None for layer in layers):
             raise Eager("an image waits for its end")
         begin = layers[0].length
         cache.positions.complete(begin + 1, cache.batch_size)
         if cache.positions.has_visual(begin, begin + 1):
             raise Eager("the token is visual")
-        if not any(layer.segments for layer in layers):
+        if not coded and not any(layer.segments for layer in layers):
             raise Eager("nothing is compressed")
         if given.get("position_ids") is None:
             raise Eager("the call gives no position_ids")
@@ -265,7 +264,7 @@ class DecodeGraphs:
             raise Eager("its shapes change too often")
 
     @staticmethod
-    def _check_mask(known: Conversation, step: DecodeStep, mask: Any) -> None:
+    def _check_mask(known: Conversation, step: DecodeStep | CodedStep, mask: Any) -> None:
         """Raise `Eager` where a mask hides more than padding; within one `generate` that is read once."""
         if mask is None:
             return
@@ -295,7 +294,7 @@ class DecodeGraphs:
             known.short = known.short + 1 if previous.replays < SHORT else 0
         layers = [layer.kv for layer in cache.layers]
         try:
-            step = DecodeStep(layers)
+            step = CodedStep(layers) if cache.options.codes_text else DecodeStep(layers)
         except torch.OutOfMemoryError as error:
             raise self._failed(known, error) from error
         self._check_mask(known, step, mask)
@@ -342,7 +341,7 @@ class DecodeGraphs:
         logger.warning("RotateKCache: decoding without a CUDA graph: %s", known.failure)
         return Eager(known.failure)
 
-    def _idle(self, step: DecodeStep, signature: dict[str, Any]) -> Captured | None:
+    def _idle(self, step: DecodeStep | CodedStep, signature: dict[str, Any]) -> Captured | None:
         """Find a graph of the same form whose cache is gone."""
         form = step.form()
         for held in self.captured:
@@ -446,7 +445,7 @@ def _own_forward(module: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _stepping(cache: RotateKCache, layers: list[LayerStep]) -> Iterator[None]:
+def _stepping(cache: RotateKCache, layers: list[LayerStep] | list[CodedLayerStep]) -> Iterator[None]:
     """Let the cache take and give what a step of fixed addresses does."""
     cache.stepping = layers
     try:

@@ -180,7 +180,7 @@ def test_files_without_text_and_without_images_are_refused_by_what_needs_them(fi
     state = Calibration(torch.ones(3), "drawn")
     for which in ("key", "value"):
         state.add(0, which, drawn(40, 1))
-        state.add_tokens(0, which, "image", drawn(40, 1))  # no text was meant: texts stays 0
+        state.add_tokens(0, which, "image", drawn(40, 1))
     state.images = 1
     images = tmp_path / "images.safetensors"
     state.write_basis(images)

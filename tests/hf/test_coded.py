@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import tempfile
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch
 import ways
 from checks import NOT_POSSIBLE, decode, possible, reached_storages, same
 from hosts import Host, build_host
+from recorded_graph import RecordedGraph, attend_on_device
 from tiny_models import IMAGE, Prompt, words
 from torch import Tensor
 from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache
-from rotatek_cache.cache import coded_layer, token_counts
+from rotatek_cache.cache import coded_layer, coded_step, token_counts
 from rotatek_cache.calibration.gather import calibrate
 from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.fingerprint import fingerprint
@@ -27,7 +29,7 @@ SINKS, RECENT = token_counts.SINK_TOKENS, 10  # a shorter window than the real o
 @pytest.fixture(autouse=True)
 def _short_window(monkeypatch):
     monkeypatch.setattr(token_counts, "RECENT_TOKENS", RECENT)
-    for module in (token_counts, coded_layer):
+    for module in (token_counts, coded_layer, coded_step):
         monkeypatch.setattr(module, "DENSE_COLUMNS", SINKS + RECENT)
 
 
@@ -231,6 +233,52 @@ def test_all_storage_is_counted_and_reported(llava):
         assert layer.segments[0].tokens == sum(kv.counts.coded) and layer.dense_tokens == 2 * (SINKS + RECENT)
         assert layer.segments[0].key_bytes == kv.codes[0].data.nbytes
     assert "coded" in repr(cache)
+
+
+@pytest.mark.parametrize("name", ["padded_batch", "beams", "second_turn_padded", "prompt_lookup", "long_answer"])
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_a_step_is_replayed_from_a_graph(options, name, llava, monkeypatch):
+    """Recorded on a CPU, which freezes what a CUDA graph freezes; attention reads tables as kernels do."""
+    monkeypatch.setattr("rotatek_cache.hf.attention.attend", attend_on_device)
+    RecordedGraph.made.clear()
+    model = copy.deepcopy(llava.attached)
+    graphs = model.model._rotatek.graphs
+    graphs.new_graph, graphs.limit = RecordedGraph, 0
+    way = ways.WAYS[name]
+
+    def make(visual_mask=None):
+        return coded("llava", **options)
+
+    expected = way(llava.tiny, model, make)
+    graphs.limit = 4
+    found = way(llava.tiny, model, make)
+    assert sum(graph.replays for graph in RecordedGraph.made)
+    for one, other in zip(found, expected, strict=True):
+        # Sums in another order may round a coefficient to the next code.
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-2)
+
+
+def test_a_graph_serves_the_next_prompt_and_is_made_anew_when_codes_outgrow_it(llava, monkeypatch):
+    monkeypatch.setattr(coded_step, "RESERVED", 8)
+    monkeypatch.setattr("rotatek_cache.hf.attention.attend", attend_on_device)
+    RecordedGraph.made.clear()
+    model = copy.deepcopy(llava.attached)
+    model.model._rotatek.graphs.new_graph = RecordedGraph
+    inputs = padded(llava)
+    cache = coded("llava")
+    ways.generate(model, inputs, cache, max_new_tokens=20)
+    assert cache.decoding == "from a captured graph" and len(RecordedGraph.made) == 1
+    del cache
+    gc.collect()
+    again = coded("llava")
+    found = ways.generate(model, inputs, again, max_new_tokens=20)
+    assert len(RecordedGraph.made) == 1 and RecordedGraph.made[0].replays == 36
+    expected = ways.generate(llava.attached, inputs, coded("llava", graphs=False), max_new_tokens=20)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+    long = coded("llava")
+    ways.generate(model, inputs, long, max_new_tokens=80, output_logits=False)
+    assert len(RecordedGraph.made) == 3 and long.decoding == "from a captured graph"
+    assert long.layers[0].kv.codes[0].capacity % 64 == 0
 
 
 def test_what_does_not_go_together_is_refused(llava):
