@@ -1,5 +1,7 @@
 """Rows, rings and sinks of the pool in which all tokens are coded; needs no SGLang."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +10,11 @@ from test_decode_tables import NoSync
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotatek_cache import FitOptions, attend
+from rotatek_cache.cache.coded_layer import CodedKV
+from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.token_rows import RECENT_TOKENS, SINK_TOKENS
+from rotatek_cache.core.segments import SegmentView
 from rotatek_sglang.coded_layout import CodedPlan, slots_in
 from rotatek_sglang.coded_storage import (
     CodedLayer,
@@ -100,15 +105,16 @@ class Serving:
             read.append(states.transpose(0, 1)[None])
         return read
 
-    def decode(self, tables, requests):
-        """One token for each; returns the attention of random queries and what it should be."""
+    def decode(self, tables, requests, query=None):
+        """One token for each; returns the attention of queries, drawn if not given, and what it should be."""
         index = numbers(requests)
         slots = numbers(self.free.pop() for _ in requests)
         lengths = numbers(len(self.held[request][0]) + 1 for request in requests)
         self.slots_of[index, lengths - 1] = slots.int()
         self.sinks.take(slots[lengths <= SINK_TOKENS])
         keys, values = self.states(len(requests))
-        query = torch.randn(len(requests), 4, 1, 32, generator=self.generator)
+        if query is None:
+            query = torch.randn(len(requests), 4, 1, 32, generator=self.generator)
         with NoSync():
             tables.fill(self.slots_of, self.sinks, self.ring_starts, index, lengths, slots)
             self.layer.write(tables.places(len(index)), keys, values)
@@ -161,6 +167,42 @@ def test_what_is_before_a_chunk(file, ring_start, length):
     query = torch.randn(1, 4, 3, 32)
     found, _ = attend(query, serving.layer.views(table), 0.2)
     torch.testing.assert_close(found, dense(query, *serving.read(1, length)), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [[150], [3, 2], [100, 30, 1, 64]])
+def test_a_request_is_read_as_the_cache_in_transformers_reads_it(file, chunks):
+    """Cut at the same places, then token by token."""
+    serving, cache = Serving(plan_of(file)), CodedKV(FitOptions(basis=file, text="coded"), VisualPositions(), 0)
+    tables = DecodeTables(1, CONTEXT, "cpu")
+    serving.begin(1)
+    length = 0
+    for count in [*chunks, *[1] * 60]:
+        query = torch.randn(1, 4, count, 32, generator=serving.generator)
+        step = count == 1 and length > 0
+        if step:
+            found, _ = serving.decode(tables, [1], query)
+        else:
+            before = []
+            if length:
+                table = table_before(serving.slots_of[1, :length], serving.sinks.row_of_slot, 1, 0, numbers)
+                before = [  # as it was: attention comes before new tokens are written, over old ones in the ring
+                    dataclasses.replace(view, keys=view.keys.clone(), values=view.values.clone())
+                    for view in serving.layer.views(table)
+                ]
+            serving.extend(1, count)
+        length += count
+        keys, values = (states[-count:].transpose(0, 1)[None] for states in serving.held[1])
+        mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)[None, None]
+        cache.append(keys, values)
+        expected, _ = attend(query, cache.views(mask), 0.2)
+        cache.settle(mask)
+        if not step:
+            own = SegmentView(
+                *(keys[0], values[0], numbers([0]), torch.tensor([count], dtype=torch.int32), count),
+                mask=mask[0, :, :, -count:],
+            )
+            found, _ = attend(query, [*before, own], 0.2)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
