@@ -195,6 +195,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Offer every option as a flag; those not given stay out of the namespace."""
     for name, described in OPTIONS.items():
         flag, text = "--" + name.replace("_", "-"), described.metadata["help"]
+        if described.default not in (None, False):
+            text += f" (default: {_written(name, described.default)})"
         if isinstance(described.default, bool):
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         else:

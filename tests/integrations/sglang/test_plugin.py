@@ -39,6 +39,7 @@ def test_every_option_is_a_flag():
     assert vars(given) == {"rank": 8, "always_compress": True, "value_bits": 4}
     assert rest == ["--tp", "2"]
     assert "share of the Key channels removed" in parser.format_help()
+    assert "which memory is set aside (default: 0.25)" in " ".join(parser.format_help().split())
     assert {"energy", "solver", "basis_bits", "text_share", "cuda_graphs"} < set(options.OPTIONS)
     assert not {"fit", "streaming", "value_basis"} & set(options.OPTIONS)
 
