@@ -1,6 +1,7 @@
 """What a request asks of the pools: which of its tokens are stored as visual ones, and whether it fits."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -62,12 +63,31 @@ def need_of_prompt(pool: RotateKPool, req: Any, *, in_chunks: bool = False, pref
     return Need(max(text, tokens) if in_chunks else text, visual, int(visual > 0))
 
 
+def held_by(pool: RotateKPool, req: Any) -> Need:
+    """Count what a running request holds, at least, for tokens that were not cached when it came: its own alone."""
+    first, end = req.prefix_len, req.seqlen - 1  # the last has no row yet
+    compressed = int(compressed_tokens(pool, req, first, end).sum())
+    text = end - first - int(visual_tokens(req, first, end).sum())
+    return Need(max(0, text), compressed, int(compressed > 0))
+
+
+def added(needs: Iterable[Need]) -> Need:
+    """Add up what several need."""
+    return Need(*map(sum, zip(Need(), *needs, strict=True)))
+
+
+def generate_nothing_if_refused(req: Any) -> None:
+    """Have a request that was refused on its way here, and is let in to be told so, wait for no room to answer in.
+
+    SGLang leaves the tokens it asked for where they were, and others would wait behind it.
+    """
+    if req.to_finish is not None:
+        req.sampling_params.max_new_tokens = req.sampling_params.min_new_tokens = 0
+
+
 def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a request wait while rows for its prompt and its answer are short; runs around `PrefillAdder.add_one_req`."""
-    if req.to_finish is not None:
-        # Refused on the way here: let in to be told so. It generates nothing, so it need not wait for room to do it,
-        # nor may those behind it. SGLang leaves what was asked for where it was.
-        req.sampling_params.max_new_tokens = req.sampling_params.min_new_tokens = 0
+    generate_nothing_if_refused(req)
     allocator, running = adder.token_to_kv_pool_allocator, adder.running_batch
     pool = allocator.get_kvcache()
     fits, at_once = fits_beside_others(adder, req)
@@ -75,7 +95,7 @@ def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> 
         # Nobody to wait for, so what is cached of its own prompt is in the way: each turn of a chat has a basis of its
         # own, and images too small for one in text rows. All of the prompt fits, or it would have been refused.
         whole = need_of_prompt(pool, req, prefix=0)
-        make_room(allocator, adder.tree_cache, whole)
+        make_room(allocator, adder.tree_cache, whole, Need())
         req.init_next_round_input(adder.tree_cache)
         fits, at_once = fits_beside_others(adder, req)
     if not fits:
@@ -108,13 +128,15 @@ def fits_beside_others(adder: Any, req: Any) -> tuple[bool, bool]:
         need = need_of_prompt(pool, other)
         # A prompt that goes on has what is left of it reserved.
         needs.append(Need(text=need.text) if other.kv.req_pool_idx in pool.ledger.chunked else need)
-    if adder.running_batch is not None:
+    running = [] if adder.running_batch is None else adder.running_batch.reqs
+    if running:
         # What SGLang expects running requests to decode yet, and a row for the step in flight.
         offset = adder._get_running_request_total_token_offset  # noqa: SLF001 (its own estimate, not a second one)
-        needs += [Need(text=1 + max(0, int(offset(running)))) for running in adder.running_batch.reqs]
+        needs += [Need(text=1 + max(0, int(offset(other)))) for other in running]
     with adder._lock_node(req.last_node):  # noqa: SLF001 (what is cached of this request must stay)
-        total = Need(*map(sum, zip(*needs, strict=True)))
-        return make_room(adder.token_to_kv_pool_allocator, adder.tree_cache, total), at_once
+        total = added(needs)
+        held = added([held_by(pool, other) for other in running])
+        return make_room(adder.token_to_kv_pool_allocator, adder.tree_cache, total, held), at_once
 
 
 def keep_to_itself(stash: Any, scheduler: Any, req: Any) -> None:

@@ -58,6 +58,14 @@ args.resolve_once()
 said["ARM"] = str(resolution_result(args, "attention_backend"))
 platform.machine = machine
 
+import os
+os.environ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"] = "1"
+try:
+    prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu"]).resolve_once()
+except Exception as error:
+    said["sizing"] = str(error)
+del os.environ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"]
+
 from types import SimpleNamespace
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from rotatek_sglang.requests import visual_tokens
@@ -92,6 +100,10 @@ def test_a_model_is_refused_by_what_it_has(said, kind):
 def test_all_else_is_served(said):
     assert said["nothing special"] == "served"
     assert said["no flags"] == {"attention_backend": "rotatek", "page_size": "2"}
+
+
+def test_another_way_to_size_the_pool_is_refused(said):
+    assert "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=1" in said["sizing"]
 
 
 def test_an_arm_processor_is_served(said):
