@@ -80,7 +80,7 @@ def _run(launches: Sequence[Launch]) -> None:
 
 
 def _specialisation(arguments: tuple[Any, ...]) -> Hashable:
-    """Tell apart what Triton compiles anew for: which tensors there are, of what dtype, aligned or not; long integers."""
+    """Tell apart what Triton compiles anew for: tensors, dtypes, alignment, integers that are long."""
     return tuple(
         [
             one

@@ -138,8 +138,8 @@ def _check(top: PreTrainedModel, inner: Any, ids: Sequence[int] | None) -> tuple
     return family_of(config), placeholder_ids(config)
 
 
-def _checked_ids(ids: Sequence[int]) -> list[int]:
-    if isinstance(ids, str) or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+def _checked_ids(ids: object) -> list[int]:
+    if not isinstance(ids, Sequence) or not all(type(token) is int for token in ids):
         raise TypeError(f"visual_token_ids must be a list of ints, got {ids!r}")
     return sorted(set(ids))
 

@@ -185,6 +185,11 @@ class RotateKLayer(CacheLayerMixin):
         if self.kv.shape is not None:
             self.kv.select_rows(torch.arange(self.kv.shape[0], device="cpu").repeat_interleave(repeats))
 
+    def _introduce_layers(self, layers: Sequence[Any]) -> None:
+        """Tell the coordinator which of the layers seal."""
+        held = [layer.kv if isinstance(layer, RotateKLayer) else None for layer in layers]
+        self.coordinator.learn_layers([kv if isinstance(kv, LayerKV) else None for kv in held])
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens."""
         self.kv.truncate(max(0, self.kv.length - abs(tokens_to_remove)))
@@ -383,8 +388,7 @@ class RotateKCache(Cache):
                 "model take every token into a state (linear attention), the left out ones too: use a method that "
                 "chooses by attention (VLCache, FastV)"
             )
-        compressed = [layer.kv if isinstance(layer, RotateKLayer) else None for layer in layers]
-        self.coordinator.learn_layers([kv if isinstance(kv, LayerKV) else None for kv in compressed])
+        self._introduce_layers(layers)
         self.layers: list[Any] = layers
         if self._record_past:
             super().activate_past_recording()
@@ -659,9 +663,7 @@ class RotateKCache(Cache):
                 layer.dtype, layer.device, layer.is_initialized = layer.kv.dtype, held[0].device, True
             self.layers.append(layer)
         if parts["knows_layers"]:
-            self.coordinator.learn_layers(
-                [layer.kv if isinstance(layer, RotateKLayer) else None for layer in self.layers]
-            )
+            self._introduce_layers(self.layers)
         if self.coordinator.selection is not None:
             self.coordinator.selection.method = file.part(parts["method"])
         if self.coordinator.planner is not None:
