@@ -210,6 +210,11 @@ def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | 
         raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")
     if module.training and torch.is_grad_enabled():
         raise ValueError("RotateKCache is for inference: call model.eval() or use torch.no_grad()")
+    if isinstance(cache.tokens, FeatureMethod) and not attachment.family.features:
+        raise ValueError(
+            f"tokens={cache.tokens} are chosen from the features of each image, and {type(module).__name__} has none "
+            "that are handed to the language model as one: use a method that chooses by attention (VLCache, FastV)"
+        )
     cache.learn_config(config)
     if attachment.processes > 1:
         cache.check_local_heads(attachment.processes)
@@ -232,7 +237,7 @@ def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | 
         )
     visual = visual_positions(module, cache, given, begin)
     # A model without `get_image_features` is handed its images in every step, and looks at them where ids ask for it.
-    if begin and ids is not None and attachment.family.encodes and brings_content(given):
+    if begin and ids is not None and hasattr(module, "get_image_features") and brings_content(given):
         expected = cache.positions.expected
         whole = visual if expected is None else expected.visual.repeat_interleave(expected.repeats, 0)
         check_content_is_new(whole, given.get("mm_encoder_outputs"), begin)

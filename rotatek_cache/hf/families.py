@@ -19,13 +19,14 @@ class Family:
         placeholders: config fields with the ids that stand for visual tokens in `input_ids`; of a part with a dot.
         two_ways: whether images attend both ways, so that the text model is always given a mask.
         mrope: whether the model keeps an offset of positions (`rope_deltas`) of the conversation that it last read.
-        encodes: whether a method `get_image_features` encodes its images, where token methods can choose.
+        features: whether `get_image_features` gives the features of each image by itself, from which token methods can
+            choose.
     """
 
     encoder: Encoder | None
     placeholders: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False
-    encodes: bool = True
+    features: bool = True
     two_ways: bool = False
 
 
@@ -53,7 +54,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_vl_moe": Family(Encoder("vision_tower", in_order), IMAGE_AND_VIDEO, mrope=True),
     "exaone4_5": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO),
     "fast_vlm": Family(None),
-    "fuyu": Family(None),  # it has no encoder
+    "fuyu": Family(None, features=False),  # it has no encoder
     "gemma3": Family(Encoder("vision_tower"), two_ways=True),
     "glm46v": _QWEN,
     "glm4v": _QWEN,
@@ -61,7 +62,7 @@ FAMILIES: dict[str, Family] = {
     "glm_ocr": _QWEN,
     "glmga": _QWEN,
     "got_ocr2": _TOWER,
-    "granite4_vision": Family(None),
+    "granite4_vision": Family(None, features=False),  # it has some for each of several layers
     "granite_docling": Family(None),
     "hunyuan_vl": Family(None, mrope=True),
     "hyperclovax_vision_v2": Family(Encoder("vision_model", in_windows), IMAGE_AND_VIDEO),
@@ -87,7 +88,7 @@ FAMILIES: dict[str, Family] = {
     "paddleocr_vl": Family(None, mrope=True),
     "paligemma": Family(Encoder("vision_tower"), two_ways=True),
     "perception_lm": Family(None, IMAGE_AND_VIDEO),  # a timm encoder, whose attention weights cannot be read
-    "phi4_multimodal": Family(None, ("vision_config.image_token_id",), encodes=False),
+    "phi4_multimodal": Family(None, ("vision_config.image_token_id",), features=False),
     "pp_chart2table": _TOWER,
     "qianfan_ocr": _TOWER,
     "qwen2_5_omni_thinker": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
@@ -113,18 +114,35 @@ PARTS: Mapping[str, str] = {
 }
 
 _CROSS = "its images reach the text through cross-attention layers, whose Keys never stand in the prompt"
-_MERGED = "its generate hands merged embeddings to a language model that generates by itself"
+
+
+def _alone(part: str, mask: str) -> str:
+    return (
+        "its generate hands merged embeddings to a part that generates by itself. Attach that part, "
+        f"attach(model.{part}, visual_token_ids=[]), and say which positions are visual: RotateKCache(..., "
+        f"visual_mask={mask})"
+    )
+
+
+_INSTRUCT_BLIP = _alone("language_model", "input_ids == model.config.image_token_index")
+_KOSMOS = _alone("text_model", "image_embeds_position_mask.bool()")
 
 # model_type -> why its images cannot be compressed, beyond what `structure.obstacle` sees in a config.
 REFUSED: Mapping[str, str] = {
     "blip": _CROSS,
+    "blip-2": "its language model is OPT, which cannot be used (its head calls the decoder past the model that attach "
+    "listens to), or T5, an encoder-decoder",
     "diffusion_gemma": "it denoises a block of tokens at a time, each seen by all others, and does not decode from a "
     "cache token by token",
     "evolla": "it reads proteins, which reach the text through cross-attention layers",
     "git": "it puts image features in front of the ids, which have no placeholders for them",
     "idefics": _CROSS,
+    "instructblip": _INSTRUCT_BLIP,
+    "instructblipvideo": _INSTRUCT_BLIP,
+    "kosmos-2": _KOSMOS,
     "minimax_m3_vl": "sparse-indexed attention: an indexer with Keys of its own picks the blocks that each query sees",
     "mllama": _CROSS,
+    "opt": "its head calls the decoder past the model below it, which attach listens to",
     "pi0": "it predicts actions of a robot in one forward, and generates no text",
 }
 

@@ -75,13 +75,7 @@ def choose_features(inner: Any, cache: RotateKCache, given: dict[str, Any], enco
             output = encode()
         finally:
             taps.pop(threading.get_ident(), None)
-    features = getattr(output, "pooler_output", None)
-    if features is None:
-        raise ValueError(
-            f"tokens={method} are chosen from the features of each image, and '{inner.config.model_type}' has none "
-            "that are handed to the language model as one (some for each layer, or none before it): use a method "
-            "that chooses by attention (VLCache, FastV)"
-        )
+    features = output.pooler_output
     if isinstance(features, Tensor) and features.ndim != 3:
         raise ValueError(
             f"tokens={method} need the features of each image by itself; '{inner.config.model_type}' gives a tensor "

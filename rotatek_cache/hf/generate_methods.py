@@ -281,7 +281,7 @@ def replace_methods(top: Any, inner: Any, family: Family) -> None:
         if isinstance(top, GenerationMixin):
             for replacement in GENERATE_METHODS:
                 replacement.install(top)
-        if family.encodes:
+        if family.features:
             ENCODING.install(inner)
         FORWARD.install(inner)
         if family.encoder is not None and family.encoder.layout is packed:

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import ways
-from tiny_models import FAMILIES, IMAGE, PAD, TEXT, VIDEO
+from tiny_models import BOS, FAMILIES, IMAGE, PAD, TEXT, VIDEO, VISION
 from tiny_more import EVERY, MORE
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DynamicCache,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -113,7 +114,7 @@ def test_a_text_model_that_reads_images_as_ids_of_its_vocabulary():
     _same([got.sequences, torch.stack(got.logits)], [expected.sequences, torch.stack(expected.logits)])
     assert cache.report().layers[0].segments[0].tokens == 128
     assert model.config._attn_implementation == "sdpa"
-    with pytest.raises(RuntimeError, match="were not seen"):
+    with pytest.raises(ValueError, match="LlamaModel has none that are handed to the language model as one"):
         ways.generate(model, inputs, RotateKCache(sparsity=0.5, tokens="divprune:0.5"))
 
 
@@ -165,6 +166,54 @@ def test_of_a_model_that_speaks_the_part_that_thinks_is_attached():
     assert cache.report().layers[0].segments
     detach(model)
     assert attachment_of(model.thinker.model) is None
+
+
+def _instruct_blip():
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "instructblip",
+        text_config={**TEXT, "model_type": "llama"},
+        vision_config={**vision, "image_size": 16, "patch_size": 4},
+        qformer_config={**vision, "vocab_size": 200},
+        num_query_tokens=64,
+        image_token_index=IMAGE,
+    )
+    ids = torch.tensor([[*[IMAGE] * 64, BOS, 20, 21, 22], [PAD, PAD, *[IMAGE] * 64, BOS, 23]])
+    inputs = {"qformer_input_ids": torch.tensor([[5, 6, 7]] * 2), "qformer_attention_mask": torch.ones(2, 3).long()}
+    return config, "language_model", ids == IMAGE, {"input_ids": ids, **inputs}
+
+
+def _kosmos():
+    text = {"vocab_size": 200, "embed_dim": 128, "layers": 3, "ffn_dim": 96, "attention_heads": 4, "pad_token_id": PAD}
+    text |= {"max_position_embeddings": 256, "bos_token_id": BOS, "eos_token_id": None}
+    vision = {**VISION, "image_size": 16, "patch_size": 4}
+    config = AutoConfig.for_model("kosmos-2", text_config=text, vision_config=vision, latent_query_num=64)
+    ids = torch.tensor([[BOS, *[5] * 64, 20, 21, 22], [PAD, PAD, BOS, *[5] * 64, 23]])
+    visual = ids == 5
+    return config, "text_model", visual, {"input_ids": ids, "image_embeds_position_mask": visual.long()}
+
+
+@pytest.mark.parametrize("build", [_instruct_blip, _kosmos])
+def test_a_part_that_generates_by_itself_is_attached_by_itself(build):
+    config, part, visual, inputs = build()
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    inner = getattr(model, part)
+    for name, parameter in inner.named_parameters():
+        if "proj" in name:
+            parameter.data *= 6
+    inputs |= {"pixel_values": torch.rand(2, 3, 16, 16), "attention_mask": (inputs["input_ids"] != PAD).long()}
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **settings)
+    for ids in (None, [IMAGE]):
+        with pytest.raises(ValueError, match=rf"attach\(model\.{part}, visual_token_ids=\[\]\).*visual_mask="):
+            attach(model, visual_token_ids=ids)
+    attach(inner, visual_token_ids=[])
+    cache = RotateKCache.for_study(**FULL, visual_mask=visual)
+    got = model.generate(**inputs, past_key_values=cache, **settings)
+    _same([got.sequences, torch.stack(got.logits)], [expected.sequences, torch.stack(expected.logits)])
+    assert cache.report().layers[0].segments[0].tokens == 128
 
 
 # --- the identity test ------------------------------------------------------------------------------------------------
