@@ -23,7 +23,7 @@ from rotatek_cache import RotateKCache, attach
 from rotatek_cache.cache import saving
 from rotatek_cache.calibration.gather import calibrate
 from rotatek_cache.calibration.moments import Calibration
-from rotatek_cache.codecs.fingerprint import fingerprint
+from rotatek_cache.codecs.fingerprint import ModelMark, fingerprint
 from rotatek_cache.codecs.registry import CODECS
 from rotatek_cache.token_pruning.registry import TOKENS
 
@@ -482,3 +482,16 @@ def test_the_bytes_are_those_that_were_written(whole, tmp_path):
     (tmp_path / "one").unlink()
     assert sum(held.values()) == loaded.nbytes() < len(whole)
     assert all(torch.isfinite(t.float()).all() for t in loaded.tensors())
+
+
+def test_weights_that_are_not_in_memory_tell_no_models_apart(llava: Host):
+    whole, offloaded, other = (copy.deepcopy(llava.plain) for _ in range(3))
+    name = next(name for name, _ in offloaded.named_parameters() if name.endswith("k_proj.weight"))
+    module = offloaded.get_submodule(name.removesuffix(".weight"))
+    module.weight = torch.nn.Parameter(module.weight.to("meta"))
+    for parameter in other.parameters():
+        parameter.data *= 1.1
+    marks = [ModelMark.of(model, "llava") for model in (whole, offloaded, other)]
+    assert marks[0].agrees(marks[1]) and marks[1].agrees(marks[0])
+    assert not marks[2].agrees(marks[1]) and not marks[1].agrees(marks[2])
+    assert not marks[0].agrees(ModelMark("qwen2_vl", marks[0].numbers))
