@@ -26,7 +26,7 @@ import pydoc_data.topics
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,12 @@ def logits_of(model: Any, ids: Tensor, cache: Any, step: int) -> Tensor:
     """Read ids ``[B, n]``, `step` tokens at a time, and return the logits ``[B, n, vocabulary]``."""
     parts = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in ids.split(step, 1)]
     return torch.cat(parts, 1)
+
+
+def half_bytes(tensors: Iterable[Tensor]) -> int:
+    """Count the bytes of storages as they would be in half precision, in which such a cache is kept."""
+    held = list(tensors)
+    return storage_bytes(held) - storage_bytes(tensor for tensor in held if tensor.dtype == torch.float32) // 2
 
 
 class Score:
@@ -145,9 +151,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             cache = RotateKCache(basis=files[name], text="coded", bits=bits, allocation=args.allocation)
             score = scores[f"{name}, {bits} bit"]
             score.add(logits_of(model, part, cache, args.step), dense, part, DENSE_COLUMNS + args.step)
-            # Numbers of the cache are counted as half precision: the dense cache's, and whole coefficients.
-            score.stored += cache.nbytes()
-            score.dense += storage_bytes(tensor for layer in held.layers for tensor in (layer.keys, layer.values))
+            score.stored += half_bytes(cache.tensors())
+            score.dense += half_bytes(tensor for layer in held.layers for tensor in (layer.keys, layer.values))
     return {name: score.summary() for name, score in scores.items()}
 
 

@@ -16,7 +16,7 @@ from rotatek_cache.codecs.basis_file import FORMAT, read_tensors
 from rotatek_cache.codecs.fingerprint import same_fingerprint
 from rotatek_cache.core.fitting import key_moments, matrix_roots
 from rotatek_cache.core.precision import without_autocast
-from rotatek_cache.core.quantization import BITS, CodeLayout, quantise
+from rotatek_cache.core.quantization import BITS, CLIP_GRID, FINE_CLIP_GRID, CodeLayout, quantise
 
 STATE_FORMAT = "rotatek-calibration-3"
 KEY_METHODS = ("pca", "oblique", "leank")
@@ -61,10 +61,11 @@ class Moments:
         return Moments(self.scatter + other.scatter, self.tokens + other.tokens, sample, cost)
 
     @without_autocast
-    def basis(self, method: str = "pca") -> dict[str, Tensor]:
+    def basis(self, method: str = "pca", shares: Sequence[float] = CLIP_GRID) -> dict[str, Tensor]:
         """Make the tensors that a basis file holds of it.
 
         Args:
+            shares: clip ranges to try for codes, as shares of the full range of a coefficient.
             method: "pca"; "oblique" (weighted by the cost, shrunk by half; "output" is its name for Values); or "leank"
                 (static selection of channels by query times Key power; a dropped one reads as its mean). Without a cost
                 all are "pca".
@@ -95,7 +96,7 @@ class Moments:
             tensors["decoder"] = decoder.float()
         coefficients = self.sample @ encoder.float()
         for bits in BITS:
-            _, low, step = quantise(coefficients, CodeLayout(((bits, coefficients.shape[-1]),)))
+            _, low, step = quantise(coefficients, CodeLayout(((bits, coefficients.shape[-1]),)), shares)
             tensors[f"low{bits}"], tensors[f"step{bits}"] = low, step
         return tensors
 
@@ -137,7 +138,9 @@ class TokenMoments:
         )
 
     @staticmethod
-    def basis(kinds: Sequence["TokenMoments"], method: str = "pca") -> dict[str, Tensor]:
+    def basis(
+        kinds: Sequence["TokenMoments"], method: str = "pca", shares: Sequence[float] = CLIP_GRID
+    ) -> dict[str, Tensor]:
         """Make the tensors that a basis file holds for rows of all tokens.
 
         Each kind of token weighs as much as the other, however many of it were seen: a basis serves any share of text.
@@ -150,7 +153,7 @@ class TokenMoments:
         sample = torch.cat([kind.sample[:, :size] for kind in kinds], 1) - mean.float()[:, None]
         costs = [kind.cost for kind in kinds if kind.cost is not None]
         whole = Moments(covariance, 1, sample, sum(costs[1:], costs[0]) if costs else None)
-        return {**whole.basis(method), "mean": mean.float()}
+        return {**whole.basis(method, shares), "mean": mean.float()}
 
 
 class Calibration:
@@ -249,7 +252,9 @@ class Calibration:
         for layer in layers:
             for which, chosen in methods.items():
                 kinds = [self.token_moments[layer, which, k] for k in KINDS if (layer, which, k) in self.token_moments]
-                for name, tensor in TokenMoments.basis(kinds, chosen).items():
+                # A Value that is clipped costs its error; a Key that is, perhaps the one that a query looks for.
+                shares = FINE_CLIP_GRID if which == "value" else CLIP_GRID
+                for name, tensor in TokenMoments.basis(kinds, chosen, shares).items():
                     tensors[f"layers.{layer}.token_{which}.{name}"] = tensor.contiguous()
         tensors["fingerprint"] = self.fingerprint
         provenance = {

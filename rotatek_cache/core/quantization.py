@@ -21,6 +21,8 @@ FP8_MOST = 448.0  # largest finite number of FP8
 CHANNEL_BLOCK = 8  # channels of one width come in multiples of this
 # Shares of the full range tried as clip range; a few outliers should not cost everyone else their resolution.
 CLIP_GRID = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+# Of many tokens the full range is one of outliers, and few levels serve best within one and a half deviations.
+FINE_CLIP_GRID = (*CLIP_GRID, 0.42, 0.35, 0.3, 0.25)
 
 
 class Code(Protocol):
@@ -221,12 +223,15 @@ def allocate_bits(
     return [[width for width in blocks for _ in range(CHANNEL_BLOCK)] for blocks in bits]
 
 
-def quantise(coefficients: Tensor, layout: CodeLayout) -> tuple[Tensor, Tensor, Tensor]:
+def quantise(
+    coefficients: Tensor, layout: CodeLayout, shares: Sequence[float] = CLIP_GRID
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise one row's coefficients, with the clip range of least squared error per channel.
 
     Args:
         coefficients: ``[H, S, channels]``, finite.
         layout: widths of the codes.
+        shares: clip ranges to try, as shares of the full range.
 
     Returns:
         uint8 codes ``[H, S, channels]``, ``low`` and ``step`` ``[H, channels]`` in the coefficients' dtype; constant
@@ -237,7 +242,7 @@ def quantise(coefficients: Tensor, layout: CodeLayout) -> tuple[Tensor, Tensor, 
     centre, half = (least + most) / 2, (most - least) / 2
     best_error = torch.full_like(half, torch.inf)
     best = torch.ones_like(half)
-    for share in CLIP_GRID:
+    for share in shares:
         low, step = centre - share * half, 2 * share * half / levels
         codes = _codes(coefficients, low, step, levels)
         error = (codes * step[:, None] + low[:, None] - coefficients).square().sum(1)
