@@ -127,7 +127,7 @@ class CodedBackend(AttentionBackend):
         recent: list[int] = []
         ring_rows: list[int] = []
         first = 0
-        for row, request in enumerate(self.ledger.requests):
+        for row, request in enumerate(batch.req_pool_indices_cpu.tolist()):
             prefix, count = batch.extend_prefix_lens_cpu[row], batch.extend_seq_lens_cpu[row]
             tokens = slice(first, first + count)
             if prefix:

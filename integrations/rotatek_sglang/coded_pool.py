@@ -25,7 +25,6 @@ class CodedLedger:
     """A record of the requests that run, which SGLang keeps up to date: numbers of its request pool.
 
     Attributes:
-        requests: those of the batch that runs next, in order.
         ring_start: position of the first token in the ring of each.
         dense_capacity: tokens that can be scheduled, which SGLang asks for.
     """
@@ -36,14 +35,12 @@ class CodedLedger:
 
     def clear(self) -> None:
         """No request is known."""
-        self.requests: list[int] = []
         self.ring_start: dict[int, int] = {}
 
     reset_allocator = clear
 
     def alloc_to_lengths(self, *, req_pool_indices_cpu: Tensor, target_seq_lens_cpu: Tensor) -> None:
-        """The next batch holds these requests."""
-        self.requests = req_pool_indices_cpu.tolist()
+        """The next batch holds these requests: nothing is kept of that."""
 
     def free(self, request: int) -> None:
         """The request is over, or retracted."""

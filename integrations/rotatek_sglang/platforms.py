@@ -57,6 +57,9 @@ REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
 )
 
 
+SERVED_CODED = ("enable_mixed_chunk",)  # where all tokens are coded
+
+
 def refuse_unsupported(args: Any) -> None:
     """Raise a ValueError that names what is asked for and not supported."""
     from sglang.srt.environ import envs  # noqa: PLC0415 (both need a platform)
@@ -69,7 +72,10 @@ def refuse_unsupported(args: Any) -> None:
         )
     # On a CPU SGLang has filled in its own before it asks a platform.
     filled_in = "torch_native" if is_host_cpu_arm64() else "intel_amx"
+    coded = options.from_environment().fit.codes_text
     for field, allowed, what in REFUSED:
+        if field in SERVED_CODED and coded:
+            continue
         value = getattr(args, field)
         if value not in allowed and (field, args.device, value) != ("attention_backend", "cpu", filled_in):
             raise ValueError(f"rotatek_sglang does not support {what} (--{field.replace('_', '-')} {value})")

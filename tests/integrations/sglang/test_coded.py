@@ -59,7 +59,7 @@ class TestFullBits:
     @pytest.fixture(scope="class")
     def server(self, tiny, logs, basis):
         arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--chunked-prefill-size", "32"]
-        arguments += ["--basis", basis, "--bits", "16"]
+        arguments += ["--basis", basis, "--bits", "16", "--enable-mixed-chunk"]
         with Server("rotatek_sglang.launch", *arguments, log=logs / "coded16.log") as running:
             yield running
 

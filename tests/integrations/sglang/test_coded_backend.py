@@ -50,9 +50,9 @@ def extend(index, count, prefix=0):
     req = SimpleNamespace(prefix_len=prefix)
     batch = SimpleNamespace(reqs=[req], extend_lens=[count], token_to_kv_pool_allocator=allocator)
     assign_prompt((slots, None, torch.tensor([index])), batch)
-    backend.ledger.requests = [index]
     lengths[index] = prefix + count
-    forward = SimpleNamespace(forward_mode=ForwardMode.EXTEND, extend_prefix_lens_cpu=[prefix],
+    forward = SimpleNamespace(forward_mode=ForwardMode.EXTEND, req_pool_indices_cpu=torch.tensor([index]),
+                              extend_prefix_lens_cpu=[prefix],
                               extend_seq_lens_cpu=[count], out_cache_loc=slots)
     backend.init_forward_metadata(forward)
     q, k, v = (torch.randn(count, n * 32) for n in (4, 2, 2))
