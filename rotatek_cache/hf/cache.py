@@ -185,11 +185,6 @@ class RotateKLayer(CacheLayerMixin):
         if self.kv.shape is not None:
             self.kv.select_rows(torch.arange(self.kv.shape[0], device="cpu").repeat_interleave(repeats))
 
-    def _introduce_layers(self, layers: Sequence[Any]) -> None:
-        """Tell the coordinator which of the layers seal."""
-        held = [layer.kv if isinstance(layer, RotateKLayer) else None for layer in layers]
-        self.coordinator.learn_layers([kv if isinstance(kv, LayerKV) else None for kv in held])
-
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens."""
         self.kv.truncate(max(0, self.kv.length - abs(tokens_to_remove)))
@@ -668,6 +663,11 @@ class RotateKCache(Cache):
             self.coordinator.selection.method = file.part(parts["method"])
         if self.coordinator.planner is not None:
             self.coordinator.planner.made, self.coordinator.planner.share = file.part(parts["planned"])
+
+    def _introduce_layers(self, layers: Sequence[Any]) -> None:
+        """Tell the coordinator which of the layers seal."""
+        held = [layer.kv if isinstance(layer, RotateKLayer) else None for layer in layers]
+        self.coordinator.learn_layers([kv if isinstance(kv, LayerKV) else None for kv in held])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
