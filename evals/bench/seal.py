@@ -56,7 +56,7 @@ from rotatek_cache.options import FitOptions
 ROOT = Path(__file__).parents[2]
 TEXT, WINDOW = 16, 32  # tokens behind the image; queries that weigh the channels
 LAYERS = 3  # sealed in turn: what the first shares, and the median of the others
-MOST = 1 << 17  # visual tokens of all rows that a CPU is asked to seal
+MOST = 1 << 16  # visual tokens of all rows that a CPU is asked to seal
 # What the name of an operation or kernel says of it; the first that fits.
 PARTS = {
     "compiled seal": ("rotatek", "seal_"),

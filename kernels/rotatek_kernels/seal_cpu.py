@@ -91,6 +91,33 @@ def codes(
     Returns:
         ``low`` and ``step`` ``[H, channels]``.
     """
+    if not 1 <= len(clips) <= MOST_CLIPS:
+        raise ValueError(f"clips must be 1 at least and at most {MOST_CLIPS}, got {len(clips)}")
+    heads, _, channels = coefficients.shape
+    low, step = torch.empty(2, heads, channels, dtype=torch.float32, device="cpu")
+    _code(coefficients, blocks, clips, packed, low, step)
+    return low, step
+
+
+def codes_within(
+    coefficients: Tensor, low: Tensor, step: Tensor, blocks: Sequence[tuple[int, int]], packed: Tensor
+) -> None:
+    """Write codes as `codes` does, with ranges ``low`` and ``step [H, channels]`` that are given."""
+    low, step = _checked(low, "low"), _checked(step, "step")
+    heads, _, channels = coefficients.shape
+    if low.shape != (heads, channels) or step.shape != (heads, channels):
+        raise ValueError(f"low and step must be {[heads, channels]}, got {list(low.shape)} and {list(step.shape)}")
+    _code(coefficients, blocks, (), packed, low, step)
+
+
+def _code(
+    coefficients: Tensor,
+    blocks: Sequence[tuple[int, int]],
+    clips: Sequence[float],
+    packed: Tensor,
+    low: Tensor,
+    step: Tensor,
+) -> None:
     coefficients = _checked(coefficients, "coefficients")
     heads, tokens, channels = coefficients.shape
     token_bytes = sum(bits * own // 8 for bits, own in blocks)
@@ -107,9 +134,6 @@ def codes(
             f"packed must be uint8 {[heads, tokens, token_bytes]} with tokens side by side, got {packed.dtype} "
             f"{list(packed.shape)} of strides {packed.stride()}"
         )
-    if not 1 <= len(clips) <= MOST_CLIPS:
-        raise ValueError(f"clips must be 1 at least and at most {MOST_CLIPS}, got {len(clips)}")
-    low, step = torch.empty(2, heads, channels, dtype=torch.float32, device="cpu")
     described, tried = array("q", [number for block in blocks for number in block]), array("f", clips)
     _library().rotatek_codes(
         coefficients.data_ptr(),
@@ -127,7 +151,6 @@ def codes(
         step.data_ptr(),
         _threads(),
     )
-    return low, step
 
 
 def _checked(tensor: Tensor, name: str) -> Tensor:

@@ -34,6 +34,12 @@ class Steps(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """See `quantization.quantise_packed`."""
 
+    @staticmethod
+    def codes_within(
+        coefficients: Tensor, low: Tensor, step: Tensor, blocks: tuple[tuple[int, int], ...], packed: Tensor
+    ) -> None:
+        """See `quantization.pack_coefficients`."""
+
 
 def steps_for(tensor: Tensor) -> Steps | None:
     """Return the compiled steps for work on `tensor`; None where torch has to do it."""

@@ -260,7 +260,7 @@ def quantise_packed(rows: Sequence[Tensor], layout: CodeLayout) -> tuple[Tensor,
     Returns:
         Bytes ``[H, N, token_bytes]``, row after row; ``low`` and ``step`` ``[H, R, channels]``.
     """
-    steps = steps_for(rows[0])
+    steps = None if rows[0].dtype != torch.float32 else steps_for(rows[0])
     if steps is None:
         coded = [quantise(row, layout) for row in rows]
         packed = [layout.pack(codes) for codes, _, _ in coded]
@@ -301,16 +301,25 @@ def pack_coefficients(
     if isinstance(code, Numbers):
         return coefficients[..., : code.channels]
     if isinstance(code, CodeLayout):
-        return code.pack(encode_codes(coefficients[..., : code.channels], low, step, code))
+        return _pack_within(coefficients[..., : code.channels], low, step, code)
     packed = []
     for head, part in enumerate(code.parts):
         own, n = coefficients[head : head + 1, :, : part.channels], part.channels
         if isinstance(part, Numbers):
             packed.append(own.flatten())
         else:
-            codes = encode_codes(own, low[head : head + 1, :n], step[head : head + 1, :n], part)
-            packed.append(part.pack(codes).flatten())
+            packed.append(_pack_within(own, low[head : head + 1, :n], step[head : head + 1, :n], part).flatten())
     return torch.cat(packed)
+
+
+def _pack_within(coefficients: Tensor, low: Tensor, step: Tensor, layout: CodeLayout) -> Tensor:
+    """Pack coefficients ``[H, S, channels]`` as codes of given ranges."""
+    steps = None if coefficients.dtype != torch.float32 else steps_for(coefficients)
+    if steps is None:
+        return layout.pack(encode_codes(coefficients, low, step, layout))
+    packed = torch.empty(*coefficients.shape[:2], layout.token_bytes, dtype=torch.uint8, device="cpu")
+    steps.codes_within(coefficients, low.to(coefficients), step.to(coefficients), layout.blocks, packed)
+    return packed
 
 
 def join_tokens(runs: Sequence[Tensor], code: Code | None) -> Tensor:

@@ -6,6 +6,7 @@ On the CPU the same operators run, and are watched for those that would make the
 import contextlib
 import itertools
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -147,8 +148,17 @@ def device(monkeypatch) -> Device:
     return found
 
 
-def prefill(device: Device, lengths: tuple[int, ...], basis_file: Path | None = None, **options) -> list[LayerKV]:
-    """Seal a prompt with left padding of the shorter rows in all of three layers, the first one included."""
+def prefill(
+    lengths: tuple[int, ...],
+    put: Callable[[torch.Tensor], torch.Tensor],
+    watch: Callable[[], contextlib.AbstractContextManager],
+    basis_file: Path | None = None,
+    **options,
+) -> list[LayerKV]:
+    """Seal a prompt with left padding of the shorter rows in all of three layers, the first one included.
+
+    `put` brings tensors to the device, `watch` is entered for each seal.
+    """
     tokens, batch = 200, len(lengths)
     columns, length = torch.arange(tokens), torch.tensor(lengths)[:, None]
     begin = length.max() - length
@@ -158,16 +168,16 @@ def prefill(device: Device, lengths: tuple[int, ...], basis_file: Path | None = 
     mask = None
     if not bool(shown.all()):
         positions.learn_padding(shown)
-        mask = device.put(causal_mask(tokens, tokens, torch.device("cpu")) & shown[:, None, None])
+        mask = put(causal_mask(tokens, tokens, torch.device("cpu")) & shown[:, None, None])
     if basis_file is not None:
         options["basis"] = str(basis_file)
     layers = [LayerKV(FitOptions(**options), positions, index) for index in range(3)]
     coordinator = Coordinator(positions)
     draw = torch.Generator().manual_seed(0)
     for kv in layers:
-        kv.append(*(device.put(torch.randn(batch, 2, tokens, 64, generator=draw)) for _ in range(2)))
-        query = device.put(torch.randn(batch, 4, tokens, 64, generator=draw))
-        with device.watch():
+        kv.append(*(put(torch.randn(batch, 2, tokens, 64, generator=draw)) for _ in range(2)))
+        query = put(torch.randn(batch, 4, tokens, 64, generator=draw))
+        with watch():
             coordinator.observe(kv, query, mask)
     assert all(kv.segments for kv in layers)
     return layers
@@ -202,7 +212,7 @@ CALIBRATED = {
 @pytest.mark.parametrize("lengths", [(145, 160), (150, 150), (150,)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_layer_of_a_prefill_reads_the_device(device, kind, lengths):
-    prefill(device, lengths, always_compress=True, **KINDS[kind])
+    prefill(lengths, device.put, device.watch, always_compress=True, **KINDS[kind])
     assert not device.found
 
 
@@ -220,7 +230,7 @@ def basis_file(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("lengths", [(145, 160), (150,)], ids=str)
 @pytest.mark.parametrize("kind", CALIBRATED)
 def test_no_layer_of_a_prefill_with_a_calibrated_basis_reads_the_device(device, basis_file, kind, lengths):
-    prefill(device, lengths, basis_file, always_compress=True, **CALIBRATED[kind])
+    prefill(lengths, device.put, device.watch, basis_file, always_compress=True, **CALIBRATED[kind])
     assert not device.found
 
 
@@ -236,7 +246,7 @@ def test_no_layer_of_a_prefill_with_a_calibrated_basis_reads_the_device(device, 
 )
 def test_where_states_set_the_shape_of_storage_that_alone_is_read(device, options, read, times, lengths, rows):
     """Of each row of each layer: to read the spectra of all at once, all of them would have to stay dense."""
-    prefill(device, lengths, always_compress=True, **options)
+    prefill(lengths, device.put, device.watch, always_compress=True, **options)
     assert device.found == {read: 3 * rows * times}
 
 
@@ -335,3 +345,29 @@ def test_a_gpu_is_not_waited_for_and_tells_later_what_was_not_finite():
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match="visual Keys of layer 3 hold NaN"):
         spoilt.append(states[0][:, :, :1], states[1][:, :, :1])
+
+
+@contextlib.contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Raise where the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lengths", [(145, 160), (150,)], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, *CALIBRATED])
+def test_no_layer_of_a_prefill_waits_for_a_gpu(kind, lengths, basis_file):
+    options = {"always_compress": True, **(KINDS | CALIBRATED)[kind]}
+    file = basis_file if kind in CALIBRATED else None
+
+    def put(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("cuda", torch.bfloat16 if tensor.is_floating_point() else None)
+
+    prefill(lengths, put, contextlib.nullcontext, file, **options)  # loads what torch loads late
+    torch.cuda.synchronize()
+    prefill(lengths, put, no_synchronisation, file, **options)

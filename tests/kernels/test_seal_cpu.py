@@ -131,6 +131,17 @@ def test_codes_are_torchs(bits, channels, tokens, seed):
     assert (lost(layout.unpack(packed), *found) <= lost(codes, low, step) * (1 + 1e-4) + 1e-9).all()
 
 
+@given(bits=st.sampled_from([8, 4, 2]), channels=EIGHTS, tokens=st.integers(1, 200), seed=st.integers(0, 99))
+def test_codes_of_given_ranges_are_torchs(bits, channels, tokens, seed):
+    layout, rows = CodeLayout(((bits, channels),)), draw(2, tokens, channels, seed=seed)
+    low, step = rows.amin(1) + 0.1, (rows.amax(1) - rows.amin(1)) / 2**bits * 0.8
+    step[:, 1] = 0
+    packed = torch.full((2, tokens, layout.token_bytes), 0xAB, dtype=torch.uint8)
+    seal_cpu.codes_within(rows, low, step, layout.blocks, packed)
+    assert torch.equal(packed, layout.pack(quantization.encode_codes(rows, low, step, layout)))
+    assert torch.equal(packed, quantization.pack_coefficients(rows, low, step, layout))
+
+
 def test_states_are_read_where_they_lie():
     whole = draw(2, 3, 90, 64)  # [B, H, P, D]
     for states in (whole[1, :, 20:70], whole.transpose(0, 1)[:, :, 5:6], whole.mT, whole[:, :, ::3, 8:40]):
@@ -201,5 +212,7 @@ def test_arguments_that_do_not_fit_are_named():
         seal_cpu.codes(rows, ((4, 16),), (1.0,), torch.empty(2, 5, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"packed must be uint8 \[2, 5, 4\]"):
         seal_cpu.codes(rows, ((4, 8),), (1.0,), torch.empty(2, 5, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"low and step must be \[2, 8\], got \[8\] and \[2, 8\]"):
+        seal_cpu.codes_within(rows, rows[0, 0], rows[:, 0], ((4, 8),), torch.empty(2, 5, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match="at most 8"):
         seal_cpu.codes(rows, ((4, 8),), (1.0,) * 9, torch.empty(2, 5, 4, dtype=torch.uint8))

@@ -1,5 +1,5 @@
-// The steps of a seal on a CPU: moments of states, read as they lie; the subspace iteration that finds the directions of
-// a basis; coefficients; and their codes, with the clip range of least squared error per channel.
+// The steps of a seal on a CPU: moments of states, read as they lie; the subspace iteration that finds the directions
+// of a basis; coefficients; and their codes, with the clip range of least squared error per channel.
 // `rotatek_cache.core.fitting`, `basis` and `quantization` are their specification.
 
 #include <algorithm>
@@ -212,9 +212,9 @@ struct Codes {
     int64_t head_stride, tokens, channels;
     const int64_t* blocks;  // bits and channels of each
     int64_t block_count;
-    const float* clips;
-    int64_t clip_count;
-    uint8_t* packed;  // [heads, tokens, bytes]
+    const float* clips;  // shares of the full range, of which the best is found
+    int64_t clip_count;  // 0: `low` and `step` are given
+    uint8_t* packed;     // [heads, tokens, bytes]
     int64_t packed_head_stride, token_bytes;
     float *low, *step;  // [heads, channels]
 };
@@ -240,19 +240,10 @@ inline Floats code_of(Floats number, const Range& range, Floats levels) {
     return least_of(most_of(nearest((number - range.low) / range.divisor), all(0.0f)), levels);
 }
 
-// Ranges and codes of some channels of a head; channels past the last are read as zeros and not written.
-void code_channels(const Codes& task, int64_t head, int64_t first, const float* levels, uint8_t* codes) {
-    const int64_t own = std::min<int64_t>(LANES, task.channels - first);
-    const float* begin = task.coefficients + head * task.head_stride + first;
-    const auto numbers = [&](int64_t token) {
-        const float* at = begin + token * task.channels;
-        if (own == LANES) return load(at);
-        Floats vector = {};
-        for (int i = 0; i < own; ++i) vector[i] = at[i];
-        return vector;
-    };
-    Floats most = numbers(0), least = most, top;
-    for (int i = 0; i < LANES; ++i) top[i] = i < own ? levels[first + i] : 1.0f;
+// The clip range of some channels, whose numbers `numbers` gives, that loses the fewest squares.
+template <typename Numbers>
+Range best_range(const Codes& task, const Numbers& numbers, Floats top) {
+    Floats most = numbers(0), least = most;
     for (int64_t token = 1; token < task.tokens; ++token) {
         const Floats number = numbers(token);
         most = most_of(most, number);
@@ -283,6 +274,34 @@ void code_channels(const Codes& task, int64_t head, int64_t first, const float* 
         best = {better ? ranges[c].low : best.low, better ? ranges[c].step : best.step,
                 better ? ranges[c].divisor : best.divisor};
     }
+    return best;
+}
+
+Range given_range(const Codes& task, int64_t head, int64_t first, int64_t own) {
+    Range range{};
+    for (int i = 0; i < LANES; ++i) {
+        const int64_t place = head * task.channels + first + i;
+        range.low[i] = i < own ? task.low[place] : 0.0f;
+        range.step[i] = i < own ? task.step[place] : 0.0f;
+        range.divisor[i] = range.step[i] > 0 ? range.step[i] : 1.0f;
+    }
+    return range;
+}
+
+// Ranges and codes of some channels of a head; channels past the last are read as zeros and not written.
+void code_channels(const Codes& task, int64_t head, int64_t first, const float* levels, uint8_t* codes) {
+    const int64_t own = std::min<int64_t>(LANES, task.channels - first);
+    const float* begin = task.coefficients + head * task.head_stride + first;
+    const auto numbers = [&](int64_t token) {
+        const float* at = begin + token * task.channels;
+        if (own == LANES) return load(at);
+        Floats vector = {};
+        for (int i = 0; i < own; ++i) vector[i] = at[i];
+        return vector;
+    };
+    Floats top;
+    for (int i = 0; i < LANES; ++i) top[i] = i < own ? levels[first + i] : 1.0f;
+    Range best = task.clip_count ? best_range(task, numbers, top) : given_range(task, head, first, own);
     for (int64_t token = 0; token < task.tokens; ++token) {
         const Floats code = code_of(numbers(token), best, top);
         const Ints whole = __builtin_convertvector(code, Ints);
@@ -293,7 +312,6 @@ void code_channels(const Codes& task, int64_t head, int64_t first, const float* 
         task.step[head * task.channels + first + i] = best.step[i];
     }
 }
-
 void pack(const Codes& task, int64_t head, const uint8_t* codes) {
     for (int64_t token = 0; token < task.tokens; ++token) {
         const uint8_t* from = codes + token * task.channels;
@@ -370,7 +388,8 @@ extern "C" void rotatek_encode(const void* states, int64_t type, int64_t heads, 
                 const int64_t count = std::min<int64_t>(TILE, end - from);
                 own.centred(from, from + count, offsets + head * width, room.data(), width);
                 float* to = out + (head * tokens + from) * rank;
-                product({room.data(), width, 1}, encoder.data(), stride == rank ? to : made.data(), count, width, stride);
+                product({room.data(), width, 1}, encoder.data(), stride == rank ? to : made.data(), count, width,
+                        stride);
                 for (int64_t n = 0; n < count && stride != rank; ++n) {
                     std::copy_n(&made[n * stride], rank, to + n * rank);
                 }
@@ -399,8 +418,8 @@ extern "C" void rotatek_codes(const float* coefficients, int64_t head_stride, in
         token_bytes += own * bits / 8;
         levels.insert(levels.end(), own, float((1 << bits) - 1));
     }
-    const Codes task{coefficients, head_stride, tokens, channels,           blocks,      block_count, clips,
-                     clip_count,   packed,      packed_head_stride, token_bytes, low,         step};
+    const Codes task{coefficients, head_stride,        tokens,      channels, blocks, block_count, clips, clip_count,
+                     packed,       packed_head_stride, token_bytes, low,      step};
 #pragma omp parallel for num_threads(int(std::clamp<int64_t>(threads, 1, heads))) schedule(dynamic)
     for (int64_t head = 0; head < heads; ++head) {
         std::vector<uint8_t> codes(tokens * channels);
