@@ -17,6 +17,7 @@ from rotatek_cache.core.seal import Fit, Places, Sealed, SealJob, Shared
 from rotatek_kernels.checks import DTYPES, INDEX_DTYPES
 from rotatek_kernels.decode import INTERPRETED, MAX_GRID, REMEMBERED, Launch
 from rotatek_kernels.forms import encode_integer
+from rotatek_kernels.occupancy import H200
 from rotatek_kernels.seal_forms import MOST_SPLITS, Block, PlaceArguments, SealArguments, SealForm
 from rotatek_kernels.seal_triton import encode, find_ranges, solve, sum_moments
 
@@ -24,7 +25,7 @@ MOST_WIDTH = 256  # of states whose scatter a program holds by tiles
 MOST_CHANNELS = 128  # of a basis that a program holds in registers
 MOST_ITERATIONS = 5  # the paper's
 PANEL = 16
-PROGRAMS = 132  # that moments and ranges are divided among: one for each multiprocessor of an H200
+PROGRAMS = H200.multiprocessors  # that moments and ranges are divided among
 TOKENS_PER_SPLIT = 256
 LARGEST_ALIGN = 16
 MAX_TOKENS = 1 << 25
@@ -80,7 +81,7 @@ def _run(launches: Sequence[Launch]) -> None:
 
 
 def _specialisation(arguments: tuple[Any, ...]) -> Hashable:
-    """Tell apart what Triton compiles anew for: tensors, dtypes, alignment, integers that are long."""
+    """Tell apart what Triton compiles anew for: which tensors there are, their dtypes and alignments, long integers."""
     return tuple(
         [
             one
@@ -234,7 +235,8 @@ def plan(jobs: Sequence[SealJob], places: Places) -> tuple[list[Launch], list[Se
     for errors in (False, True) if ranged else ():
         chunks = max(-(-forms[index].channels // forms[index].block_c) for index in ranged)
         grid = (splits * chunks, pairs, len(ranged))
-        launches.append(_launch(find_ranges, grid, states, place, forms, 4, ranged, ERRORS=errors))
+        warps = 8 if errors and forms[0].precision == "tf32x3" else 4
+        launches.append(_launch(find_ranges, grid, states, place, forms, warps, ranged, ERRORS=errors))
     blocks = max(-(-longest // form.block_n) for form in forms)
     launches.append(_launch(encode, (blocks, pairs, len(jobs)), states, place, forms, 4))
     return launches, [sealed for _, sealed in made]
@@ -295,7 +297,7 @@ def _form(job: SealJob) -> SealForm:
         channels=job.channels,
         padded_channels=padded_channels,
         block_c=min(32, padded_channels),
-        block_l=32,
+        block_l=16,
         panel=PANEL,
         weighted=weighted,
         exponent=float(fit.exponent),

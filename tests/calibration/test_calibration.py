@@ -9,6 +9,7 @@ import torch
 from click.testing import Result
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import rotatek_cache
@@ -64,6 +65,31 @@ def test_moments_are_those_within_images_and_add_up():
     basis = total.basis()
     assert basis["spectrum"][0, :3].tolist() == [2, 0.5, 0]
     assert basis["encoder"][0, :2, :2].abs().tolist() == [[0, 1], [1, 0]]
+
+
+def test_a_seal_with_a_basis_file_sums_no_scatter(basis_file):
+    """What it multiplies states by is the file's basis: no product of states with states, no eigenproblem."""
+
+    class Products(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.shapes = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            assert "linalg" not in func.__name__ and "eig" not in func.__name__
+            if any(word in func.__name__ for word in ("mm", "matmul", "einsum")):
+                self.shapes.append(tuple(out.shape[-2:]))
+            return out
+
+    sealer = Sealer(FitOptions(rank=8, key_bits=4, value_sparsity=0.5, basis=str(basis_file)), 0)
+    heads, width = sealer.calibrated.state(0, "key").encoder.shape[:2]
+    keys, values = torch.randn(2, heads, 100, width)
+    sealer.store_keys(keys, [(0, 100)], None, None)  # makes what the model's requests share
+    with Products() as products:
+        sealer.store_keys(keys, [(0, 100)], None, None)
+        sealer.store_values(values, [(0, 100)])
+    assert products.shapes and all(shape[0] in (1, 100) for shape in products.shapes), products.shapes
 
 
 def test_static_selection_ranks_channels_by_query_times_key_power():
