@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.cache.coordinator import Coordinator
@@ -292,10 +292,14 @@ class RotateKCache(Cache):
         """Build the layers that `config` asks for, once: RotateK for full attention, the stock ones for the rest."""
         if self.layers:
             return
-        stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
-        layers = [self._new_layer(index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(stock)]
+        text = config.get_text_config(decoder=True)
+        stock, readers = DynamicCache(config=text).layers, _readers(text)
+        layers = [
+            self._new_layer(index, readers.get(index, 1)) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(stock)
+        ]
         # All checks come before the layers are kept: a cache that was refused once must be refused again.
-        linear = [index for index, layer in enumerate(layers) if not isinstance(layer, CacheLayerMixin)]
+        linear = [index for index, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)]
         if linear and isinstance(self.tokens, FeatureMethod):
             raise ValueError(
                 f"tokens={self.tokens} leave visual tokens out before the language model, and layers {linear} of this "
@@ -330,8 +334,8 @@ class RotateKCache(Cache):
                 "of each prompt, bits that are a number, and tokens chosen from image features (divprune, visionzip)"
             )
 
-    def _new_layer(self, index: int) -> RotateKLayer:
-        return RotateKLayer(LayerKV(self.options, self.positions, index), self.coordinator)
+    def _new_layer(self, index: int, readers: int = 1) -> RotateKLayer:
+        return RotateKLayer(LayerKV(self.options, self.positions, index, readers), self.coordinator)
 
     def counts_before(
         self, config: PreTrainedConfig, dtype: torch.dtype, lengths: Sequence[int]
@@ -443,8 +447,11 @@ class RotateKCache(Cache):
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
         count, held = int(tokens_to_remove), self.get_seq_length()  # transformers 5.17 passes a tensor
         count = count if count <= 0 else min(0, count - held)
-        linear = (index for index, layer in enumerate(self.layers) if not isinstance(layer, CacheLayerMixin))
-        states = [index for index in linear if any(self.layers[index].is_recurrent_states_initialized.values())]
+        states = [
+            index
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.is_recurrent_states_initialized.values())
+        ]
         if count and states:
             raise ValueError(
                 f"the state of linear attention in layers {states} cannot be taken back to before a token, so this "
@@ -554,6 +561,18 @@ class RotateKCache(Cache):
         given = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
         held = f"{len(self.layers)} layers, {self.get_seq_length()} tokens, {self.nbytes():,} bytes"
         return f"<RotateKCache({given}): {held}>"
+
+
+def _readers(text: PreTrainedConfig) -> dict[int, int]:
+    """Count the layers that attend to the Keys of each layer, where the last layers of a model have none of their own.
+
+    These read those of the last layer of their kind before them (Gemma 3n, Gemma 4).
+    """
+    shared = getattr(text, "num_kv_shared_layers", None) or 0
+    kinds = list(text.layer_types) if shared else []
+    own = kinds[: len(kinds) - shared]
+    last = {kind: index for index, kind in enumerate(own)}
+    return {last[kind]: 1 + kinds[len(own) :].count(kind) for kind in last}
 
 
 def _rank(stored: Stored, width: int) -> int:

@@ -36,6 +36,8 @@ FAMILIES: dict[str, Family] = {
     "aya_vision": _TOWER,
     "cohere2_vision": _TOWER,
     "gemma3": _TOWER,
+    "gemma3n": Family(None),  # a timm encoder, whose attention weights cannot be read
+    "gemma4": Family(None, IMAGE_AND_VIDEO),
     "glm46v": _QWEN,
     "glm4v": _QWEN,
     "glm4v_moe": _QWEN,
@@ -43,6 +45,7 @@ FAMILIES: dict[str, Family] = {
     "idefics3": _IDEFICS,
     "internvl": _TOWER,
     "lighton_ocr": Family(Encoder("vision_encoder", by_image_size)),
+    "llama4": Family(None),  # its encoder shuffles pixels before and behind its class token
     "llava": Family(Encoder("vision_tower", in_order)),
     "llava_next": Family(_ANYRES),
     "llava_next_video": Family(_ANYRES, IMAGE_AND_VIDEO),
