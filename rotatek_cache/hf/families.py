@@ -30,6 +30,7 @@ _BY_SIZE = Family(Encoder("vision_tower", by_image_size))
 _IDEFICS = Family(Encoder("vision_model"))
 _MINICPM = Family(None, IMAGE_AND_VIDEO)  # halfway through, its encoder merges windows of patches into fewer
 _QWEN = Family(Encoder("visual", in_order), IMAGE_AND_VIDEO, mrope=True)
+_QWEN_HYBRID = replace(_QWEN, encoder=None)  # no token can be left out before layers of linear attention
 
 # model_type -> facts; the tests run each family here through generate.
 FAMILIES: dict[str, Family] = {
@@ -58,8 +59,8 @@ FAMILIES: dict[str, Family] = {
     "perception_lm": Family(None, IMAGE_AND_VIDEO),  # a timm encoder, whose attention weights cannot be read
     "qwen2_5_vl": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
     "qwen2_vl": _QWEN,
-    "qwen3_5": _QWEN,
-    "qwen3_5_moe": _QWEN,
+    "qwen3_5": _QWEN_HYBRID,
+    "qwen3_5_moe": _QWEN_HYBRID,
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
     "smolvlm": _IDEFICS,
