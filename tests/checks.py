@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache
 
-M_ROPE = {name for name, tiny in FAMILIES.items() if tiny.token_types == "mm_token_type_ids"}
-NO_EMBEDDINGS = {"gemma3", "paligemma"}
-
+M_ROPE = {name for name, tiny in FAMILIES.items() if tiny.token_types == "mm_token_type_ids" and tiny.grids}
+NO_EMBEDDINGS = {"gemma3", "gemma4", "gemma4_shared", "paligemma"}
+LLAMA4 = {"llama4"} & set(FAMILIES)
 LINEAR = {name for name, tiny in EVERY.items() if tiny.linear}
 
 # What transformers 5.24 cannot do with its own DynamicCache either.
@@ -22,12 +22,14 @@ NOT_POSSIBLE = {
     "forward_loop": M_ROPE,  # a 2D mask in a decode step of one's own: positions of the whole length come out
     "merged_embeddings": NO_EMBEDDINGS,
     "embeddings_and_pixels": NO_EMBEDDINGS,
-    "beams": {"fuyu"},  # it repeats the ids, and not the patches
+    "beams": {"fuyu"} | LLAMA4,  # they repeat the ids, and not the patches or features
+    "sampled_sequences": LLAMA4,
     # Features of more than the placeholders come from the encoder; they are not where chunks look for them.
-    "chunked_prefill": {"ovis2", "granite4_vision"},
-    "chunked_prefill_padded": {"ovis2", "granite4_vision", "phi4_multimodal", "fuyu"},
+    "chunked_prefill": {"ovis2", "granite4_vision"} | LLAMA4,
+    "chunked_prefill_padded": {"ovis2", "granite4_vision", "phi4_multimodal", "fuyu"} | LLAMA4,
     "prompt_lookup": LINEAR,  # the state of linear attention cannot be taken back
     "assistant_model": LINEAR,
+    "forward_with_embeddings": {"gemma4_shared"},  # each layer looks up an embedding of the ids
     "forward_in_pieces": LINEAR,  # its layers cannot repeat rows
 }
 

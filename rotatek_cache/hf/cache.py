@@ -373,10 +373,14 @@ class RotateKCache(Cache):
         """Build the layers that `config` asks for, once: RotateK for full attention, the stock ones for the rest."""
         if self.layers:
             return
-        stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
-        layers = [self._new_layer(index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(stock)]
+        text = config.get_text_config(decoder=True)
+        stock, readers = DynamicCache(config=text).layers, _readers(text)
+        layers = [
+            self._new_layer(index, readers.get(index, 1)) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(stock)
+        ]
         # All checks come before the layers are kept: a cache that was refused once must be refused again.
-        linear = [index for index, layer in enumerate(layers) if not isinstance(layer, CacheLayerMixin)]
+        linear = [index for index, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)]
         if linear and isinstance(self.tokens, FeatureMethod):
             raise ValueError(
                 f"tokens={self.tokens} leave visual tokens out before the language model, and layers {linear} of this "
@@ -421,9 +425,15 @@ class RotateKCache(Cache):
                 "of each prompt, bits that are a number, and tokens chosen from image features (divprune, visionzip)"
             )
 
-    def _new_layer(self, index: int) -> RotateKLayer:
-        kind = CodedKV if self.options.codes_text else LayerKV
-        return RotateKLayer(kind(self.options, self.positions, index), self.coordinator)
+    def _new_layer(self, index: int, readers: int = 1) -> RotateKLayer:
+        if not self.options.codes_text:
+            return RotateKLayer(LayerKV(self.options, self.positions, index, readers), self.coordinator)
+        if readers > 1:
+            raise ValueError(
+                f"text='coded': {readers} layers of this model read the Keys of layer {index}, which would be coded once "
+                "the first has: leave out text"
+            )
+        return RotateKLayer(CodedKV(self.options, self.positions, index), self.coordinator)
 
     def counts_before(
         self, config: PreTrainedConfig, dtype: torch.dtype, lengths: Sequence[int]
@@ -673,8 +683,11 @@ class RotateKCache(Cache):
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
         count, held = int(tokens_to_remove), self.get_seq_length()  # transformers 5.17 passes a tensor
         count = count if count <= 0 else min(0, count - held)
-        linear = (index for index, layer in enumerate(self.layers) if not isinstance(layer, CacheLayerMixin))
-        states = [index for index in linear if any(self.layers[index].is_recurrent_states_initialized.values())]
+        states = [
+            index
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.is_recurrent_states_initialized.values())
+        ]
         if count and states:
             raise ValueError(
                 f"the state of linear attention in layers {states} cannot be taken back to before a token, so this "
@@ -944,6 +957,18 @@ def _checked_questions(questions: Tensor, mask: Tensor | None) -> tuple[Tensor, 
             'processor.tokenizer(..., padding=True, padding_side="left")'
         )
     return questions, seen
+
+
+def _readers(text: PreTrainedConfig) -> dict[int, int]:
+    """Count the layers that attend to the Keys of each layer, where the last layers of a model have none of their own.
+
+    These read those of the last layer of their kind before them (Gemma 3n, Gemma 4).
+    """
+    shared = getattr(text, "num_kv_shared_layers", None) or 0
+    kinds = list(text.layer_types) if shared else []
+    own = kinds[: len(kinds) - shared]
+    last = {kind: index for index, kind in enumerate(own)}
+    return {last[kind]: 1 + kinds[len(own) :].count(kind) for kind in last}
 
 
 def _rank(stored: Stored, width: int) -> int:
