@@ -1,7 +1,7 @@
 """`attach(model)`: one call that wires a vision-language model."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -138,10 +138,12 @@ def _check(top: PreTrainedModel, inner: Any, ids: Sequence[int] | None) -> tuple
     return family_of(config), placeholder_ids(config)
 
 
-def _checked_ids(ids: object) -> list[int]:
-    if not isinstance(ids, Sequence) or not all(type(token) is int for token in ids):
+def _checked_ids(ids: Sequence[int]) -> list[int]:
+    given: Any = ids  # what a caller may have passed
+    listed = list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
         raise TypeError(f"visual_token_ids must be a list of ints, got {ids!r}")
-    return sorted(set(ids))
+    return sorted(set(listed))
 
 
 def _cache_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotateKCache | None:

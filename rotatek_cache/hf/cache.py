@@ -430,8 +430,8 @@ class RotateKCache(Cache):
             return RotateKLayer(LayerKV(self.options, self.positions, index, readers), self.coordinator)
         if readers > 1:
             raise ValueError(
-                f"text='coded': {readers} layers of this model read the Keys of layer {index}, which would be coded once "
-                "the first has: leave out text"
+                f"text='coded': {readers} layers of this model read the Keys of layer {index}, which would be coded "
+                "once the first has: leave out text"
             )
         return RotateKLayer(CodedKV(self.options, self.positions, index), self.coordinator)
 

@@ -53,7 +53,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_vl_hybrid": Family(Encoder("vision_model")),
     "emu3": Family(None),  # its encoder gives ids of the vocabulary
     "ernie4_5_vl_moe": Family(Encoder("vision_tower", in_order), IMAGE_AND_VIDEO, mrope=True),
-    "exaone4_5": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO),
+    "exaone4_5": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),  # an offset that stays None
     "fast_vlm": Family(None),
     "fuyu": Family(None, features=False),  # it has no encoder
     "gemma3": Family(Encoder("vision_tower"), two_ways=True),

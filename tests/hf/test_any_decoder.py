@@ -133,7 +133,7 @@ def test_a_vision_tower_below_the_text_config_keeps_its_attention():
     assert model.config.vision_config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("ids", ["190", [1.0], [True], [[1]]])
+@pytest.mark.parametrize("ids", ["190", 190, [1.0], [True], [[1]]])
 def test_ids_of_the_wrong_kind(ids):
     with pytest.raises(TypeError, match="visual_token_ids must be a list of ints, got"):
         attach(FAMILIES["llava"].build(), visual_token_ids=ids)
