@@ -77,7 +77,7 @@ def _prepare_inputs(original: Original, *args: Any, **kwargs: Any) -> dict[str, 
 def _holds_another_prompt(cache: RotateKCache, ids: Tensor) -> bool:
     prompt = cache.positions.prompt
     return prompt is not None and (
-        prompt.shape[0] == ids.shape[0] and not torch.equal(prompt, ids[:, : prompt.shape[1]])
+        prompt.shape[0] == ids.shape[0] and not torch.equal(prompt.to(ids.device), ids[:, : prompt.shape[1]])
     )
 
 
