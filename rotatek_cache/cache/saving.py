@@ -144,6 +144,7 @@ def write(
     Raises:
         TypeError: an object's class is neither of this package's rooms nor registered.
         ValueError: states that codecs have stored were not finite.
+        FileNotFoundError: there is no folder for the file.
     """
     from safetensors.torch import save_file  # noqa: PLC0415 (a cache that is not saved needs torch alone)
 
@@ -168,6 +169,10 @@ def write(
     text = json.dumps({"storages": kept, "state": description}, separators=(",", ":"))
     metadata = {"format": FORMAT, "state": text, "checksum": _checksum(text, list(tensors.values()))}
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"path: there is no folder '{target.parent}' for the file '{target.name}': make it first"
+        )
     handle, part = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)
     try:
@@ -240,19 +245,27 @@ class SavedFile:
         self.objects: dict[int, Any] = {}
         self.resolve: Resolve | None = None
         self.given: dict[str, Any] = {}
-        self.storages = [
-            self._storage(part, **facts) for part, facts in zip(stored, described["storages"], strict=True)
-        ]
+        self.packed = list(zip(stored, described["storages"], strict=True))
+        self.storages: dict[tuple[int, torch.device], Tensor] = {}
+        self.on_host = False  # whether what is made now goes to the CPU in any case
+        for place in sorted({facts["device"] for facts in described["storages"]}):
+            self._place(place)  # raises where it is not there
 
-    def _storage(self, packed: Tensor, *, bytes: int, device: str, plane: int) -> Tensor:  # noqa: A002
-        data = _inflated(packed, bytes, plane) if plane else packed
-        if data.nbytes != bytes:
-            raise ValueError(f"{WHAT} {self.path} has a storage of {data.nbytes} bytes that should be {bytes}")
-        place = self._place(device)
-        # Copied also on the CPU: what was read is one piece of memory, the file's.
-        return data.clone() if place.type == "cpu" else data.to(place)
+    def _storage(self, number: int) -> Tensor:
+        """Return the bytes of a storage where it goes, uint8 ``[n]``; one for each place."""
+        packed, facts = self.packed[number]
+        place, size = self._place(facts["device"]), facts["bytes"]
+        if (number, place) not in self.storages:
+            data = _inflated(packed, size, facts["plane"]) if facts["plane"] else packed
+            if data.nbytes != size:
+                raise ValueError(f"a storage has {data.nbytes} bytes that should have {size}")
+            # Copied also on the CPU: what was read is one piece of memory, the file's.
+            self.storages[number, place] = data.clone() if place.type == "cpu" else data.to(place)
+        return self.storages[number, place]
 
     def _place(self, device: str) -> torch.device:
+        if self.on_host:
+            return torch.device("cpu")
         place = torch.device(device) if self.device is None else self.device
         try:
             torch.empty(0, device=place)
@@ -273,8 +286,14 @@ class SavedFile:
             raise ValueError(f"{WHAT} {self.path} has other parts than this version knows: make it anew")
         return dict(found)
 
-    def part(self, description: Any) -> Any:
-        """Make what a description stands for; a ValueError where this version has nothing like it."""
+    def part(self, description: Any, *, on_host: bool = False) -> Any:
+        """Make what a description stands for; a ValueError where this version has nothing like it.
+
+        Args:
+            description: a part of the file's.
+            on_host: whether its tensors go to the CPU, whatever the device.
+        """
+        self.on_host = on_host
         try:
             return self._made(description)
         except (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -319,7 +338,7 @@ class SavedFile:
             _, device, how = storage
             flat = self.resolve(self._made(how), self._place(device))
         else:
-            data, number_type = self.storages[storage], _dtype(dtype)
+            data, number_type = self._storage(storage), _dtype(dtype)
             flat = data[: data.nbytes // number_type.itemsize * number_type.itemsize].view(number_type)
         return flat.as_strided(shape, stride, offset)  # raises where that is more than the storage has
 

@@ -597,7 +597,7 @@ class RotateKCache(Cache):
 
         Args:
             path: of the file.
-            device: where it goes; by default where it was.
+            device: where it goes; by default where it was. What only the host looks at stays there.
             basis: where the basis file is now that it was made with, if it has been moved.
 
         Raises:
@@ -649,7 +649,7 @@ class RotateKCache(Cache):
         expect_fields(type(self), rest.keys() & own, own)
         for name, value in rest.items():  # with what `generate` has noted on it
             setattr(self, name, value)
-        restore(self.positions, file.part(parts["positions"]))
+        restore(self.positions, file.part(parts["positions"], on_host=True))  # it decides on shapes
         for index, described in enumerate(parts["layers"][1:]):
             if described[0] != "dict":
                 self.layers.append(file.part(described))

@@ -83,7 +83,7 @@ def _holds_another_prompt(cache: RotateKCache, ids: Tensor) -> bool:
     if ids.shape[1] == 0:
         return False  # a turn given as embeddings
     return prompt is not None and (
-        prompt.shape[0] == ids.shape[0] and not torch.equal(prompt, ids[:, : prompt.shape[1]])
+        prompt.shape[0] == ids.shape[0] and not torch.equal(prompt.to(ids.device), ids[:, : prompt.shape[1]])
     )
 
 

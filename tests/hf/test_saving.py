@@ -455,6 +455,11 @@ def test_a_class_from_elsewhere_has_to_be_registered(tmp_path, monkeypatch):
     assert file.part(file.parts(["x"])["x"]).number == 3
 
 
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder '.*nowhere' for the file 'one': make it first"):
+        RotateKCache(sparsity=0.5).save(tmp_path / "nowhere" / "one")
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(llava: Host, tmp_path, monkeypatch):
     path = tmp_path / "one"
     RotateKCache(sparsity=0.5).save(path)
