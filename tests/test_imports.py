@@ -131,7 +131,7 @@ BELOW = {
     "token_pruning": {"core"},
     "cache": {"core", "codecs", "token_pruning", "options", "report"},
     "hf": {"core", "codecs", "token_pruning", "cache", "options", "report"},
-    "calibration": {"core", "codecs", "options", "hf"},
+    "calibration": {"core", "codecs", "cache", "options", "hf"},
     "cli": {"core", "codecs", "options", "report", "hf", "calibration"},
     "__main__": {"cli"},
 }
