@@ -173,7 +173,8 @@ def sinks_for(allocator: CodedAllocator, tree_cache: Any, count: int, held: int 
     does this wait for the device.
     """
     sinks = allocator.sinks
-    if count <= sinks.free():
+    # The exact number before anything else is asked: processes that share a model must come to the same answer.
+    if count <= sinks.free() or count <= sinks.free(wait=True):
         return True
     if count > sinks.total - held:
         return False
