@@ -42,6 +42,11 @@ class CodedLedger:
     def alloc_to_lengths(self, *, req_pool_indices_cpu: Tensor, target_seq_lens_cpu: Tensor) -> None:
         """The next batch holds these requests: nothing is kept of that."""
 
+    @property
+    def sinks(self) -> int:
+        """Sinks that the requests brought themselves."""
+        return sum(max(0, SINK_TOKENS - start) for start in self.ring_start.values())
+
     def free(self, request: int) -> None:
         """The request is over, or retracted."""
         self.ring_start.pop(int(request), None)
@@ -161,14 +166,18 @@ class CodedAllocator(PagedTokenToKVPoolAllocator):
         return slots and sinks_for(self, tree_cache, early)
 
 
-def sinks_for(allocator: CodedAllocator, tree_cache: Any, count: int) -> bool:
+def sinks_for(allocator: CodedAllocator, tree_cache: Any, count: int, held: int = 0) -> bool:
     """Whether so many sinks are free, once cached prefixes that are not in use had to go if they are not.
 
-    Only where they are short does this wait for the device.
+    Nothing goes where that could not be enough, seeing that running requests hold `held`. Only where sinks are short
+    does this wait for the device.
     """
     sinks = allocator.sinks
-    if count <= sinks.free():
+    # The exact number before anything else is asked: processes that share a model must come to the same answer.
+    if count <= sinks.free() or count <= sinks.free(wait=True):
         return True
+    if count > sinks.total - held:
+        return False
     while count > sinks.free(wait=True):
         least = EvictParams(num_tokens=allocator.page_size)
         if tree_cache is None or not tree_cache.evict(least).num_tokens_evicted:

@@ -22,8 +22,10 @@ def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> 
     count = sinks_ahead(req) + sum(map(sinks_ahead, adder.can_run_list))
     if adder.running_batch is not None:
         count += sum(max(0, SINK_TOKENS - running.seqlen + 1) for running in adder.running_batch.reqs)
+    allocator = adder.token_to_kv_pool_allocator
+    held = allocator.get_kvcache().ledger.sinks
     with adder._lock_node(req.last_node):  # noqa: SLF001 (what is cached of this request must stay)
-        if not sinks_for(adder.token_to_kv_pool_allocator, adder.tree_cache, count):
+        if not sinks_for(allocator, adder.tree_cache, count, held):
             return AddReqResult.NO_TOKEN
     return add_one_req(adder, req, *args, **kwargs)
 

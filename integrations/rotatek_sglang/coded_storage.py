@@ -164,7 +164,7 @@ class CodedLayer:
         self.key_rows, self.value_rows = keys, values
         self.key_codes = _empty_codes(keys, slots, dtype, device)
         self.value_codes = _empty_codes(values, slots, dtype, device)
-        where = torch.device(device)
+        where = self.key_codes.device  # with its number, by which bases are remembered
         self.key_basis, self.value_basis = keys.basis(dtype, where), values.basis(dtype, where)
 
         def dense(count: int) -> tuple[Tensor, Tensor]:
