@@ -105,6 +105,8 @@ class CodedKV:
         index: of the layer in the model, from 0.
     """
 
+    readers = 1  # the one layer that attends to what it stores
+
     def __init__(self, options: FitOptions, positions: VisualPositions, index: int) -> None:
         self.options, self.positions, self.index = options, positions, index
         self.codecs = token_rows(options, index, "key"), token_rows(options, index, "value")
