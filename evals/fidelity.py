@@ -20,8 +20,9 @@ A row of the methods file holds options of RotateKCache, or names another cache 
 `{cache: quantized, backend: quanto, nbits: 4}` for transformers' QuantizedCache. Such a cache is filled with the same
 states and read through the model's own sdpa. It knows nothing of images: it compresses the text too, every position
 alike, so that the visual tokens' share of the prompt is their share of its bytes, and its ratio that of the whole
-prompt. QuantizedCache compresses a whole prompt at once; its window of full precision (`residual_length`) holds what
-comes later, here both answers and the second question. Its fp8 backend has one scale a layer for a whole batch.
+prompt; so it is with ``text="coded"``, where all tokens are coded and the last 64 are dense. QuantizedCache compresses
+a whole prompt at once; its window of full precision (`residual_length`) holds what comes later, here both answers and
+the second question. Its fp8 backend has one scale a layer for a whole batch.
 """
 
 import argparse
@@ -202,7 +203,8 @@ def new_cache(options: dict[str, Any], config: Any) -> Cache:
     options = dict(options)
     if "cache" not in options:
         # Also where the basis costs more bytes than it saves: what is asked here is what a method loses.
-        return RotateKCache.for_study(**{"always_compress": True, **options})
+        always = {} if options.get("text") == "coded" else {"always_compress": True}
+        return RotateKCache.for_study(**{**always, **options})
     name = options.pop("cache")
     if name not in OTHER_CACHES:
         raise ValueError(f"cache must be one of {', '.join(OTHER_CACHES)}, or left out for RotateKCache, got {name!r}")
@@ -232,8 +234,12 @@ def visual_bytes(cache: Cache, visual: Tensor) -> tuple[float, float]:
         ]
         keys, values = (storage_bytes(stored_tensors(held)) for held in of_kind)
         return share * keys, share * values
-    layers = [layer for layer in cache.layers if isinstance(layer, RotateKLayer)]
-    segments = [segment for layer in layers for segment in layer.kv.segments]
+    layers = [layer.kv for layer in cache.layers if isinstance(layer, RotateKLayer)]
+    if cache.options.codes_text:
+        share = visual.double().mean().item()
+        held = [[tensor for kv in layers for tensor in (kv.dense_states[i], kv.codes[i].data)] for i in (0, 1)]
+        return share * storage_bytes(held[0]), share * storage_bytes(held[1])
+    segments = [segment for layer in layers for segment in layer.segments]
     keys = storage_bytes([t for segment in segments for t in segment.keys.tensors()])
     values = storage_bytes([t for segment in segments for t in segment.values.tensors()])
     return keys, values

@@ -2,7 +2,7 @@
 
 Start the server first (a CUDA machine; `make demo-sglang` shows one with a tiny model on a CPU):
 
-    python -m rotatek_sglang.launch --model-path Qwen/Qwen2.5-VL-7B-Instruct --basis pca --sparsity 0.75 --port 30000
+    python -m rotatek_sglang.launch --model-path Qwen/Qwen2.5-VL-7B-Instruct --basis basis.safetensors --bits 4
     python examples/serve.py --image photo.jpg --question "What is on the table?"
 
 It needs nothing but Python; any client of the OpenAI API does as well.

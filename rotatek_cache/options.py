@@ -14,9 +14,12 @@ from typing import Any, Literal, NamedTuple, TypeVar
 Bits = Literal[8, 4, 2, "fp8", "auto"] | None
 Solver = Literal["subspace", "eigh"]
 Worth = Literal["gain", "variance", "relative"]
+RowBits = float | tuple[float, float] | None
 T = TypeVar("T")
 
 BIT_CHOICES: tuple[Bits, ...] = (None, 8, 4, 2, "fp8", "auto")
+ROW_BITS = 4.0  # of a channel, where all tokens are coded
+WHOLE_BITS = 16  # coefficients are kept as numbers of the model's dtype
 STUDY_OPTIONS = ("solver", "always_compress")  # those that `RotateKCache` takes only through `for_study`
 
 
@@ -205,16 +208,40 @@ class FitOptions:
             "since a basis for each chunk would cost more than it saves",
         ),
     )
+    text: Literal["dense", "coded"] = field(
+        default="dense",
+        metadata=about(
+            "coded stores Keys and Values of all tokens, text and images alike, as codes in the basis of a file that "
+            "was calibrated with text, but for each row's first 4 tokens and its last 64; what a token is stored as "
+            "follows from that token alone. dense compresses visual tokens only",
+            choices=("dense", "coded"),
+        ),
+    )
+    bits: RowBits = field(
+        default=None,
+        metadata=about(
+            "with text='coded', bits of a token per channel, spent on coefficients by reverse water-filling: a number "
+            "for Keys and Values alike, or (Keys, Values); 16 keeps whole coefficients. None is 4",
+            takes="a number up to 8, 16, or a pair of them",
+        ),
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "basis", _basis_name(self.basis))
         object.__setattr__(self, "allocation", Allocation.of(self.allocation))
+        for described in fields(self):
+            if described.name != "bits":
+                check_option(described, getattr(self, described.name))
+        if self.codes_text:
+            object.__setattr__(self, "bits", _row_bits(ROW_BITS if self.bits is None else self.bits))
+            self._check_coded_text()
+            return
+        if self.bits is not None:
+            raise ValueError(f"bits needs text='coded'; visual tokens take key_bits and value_bits, got {self.bits!r}")
         amounts = {name: getattr(self, name) for name in ("sparsity", "rank", "energy")}
         given = ", ".join(f"{name}={value}" for name, value in amounts.items() if value is not None)
         if sum(value is not None for value in amounts.values()) != 1:
             raise ValueError(f"exactly one of sparsity, rank and energy sets the rank; got {given or 'none of them'}")
-        for described in fields(self):
-            check_option(described, getattr(self, described.name))
         for name, share in (("key_bits", "sparsity"), ("value_bits", "value_sparsity")):
             if getattr(self, name) == "auto" and getattr(self, share) is None:
                 raise ValueError(f"{name}='auto' needs {share}, which sets the bits to spend")
@@ -230,6 +257,21 @@ class FitOptions:
         for name, chosen in (("streaming", self.streaming), ("allocation", self.allocation.over != "uniform")):
             if chosen:
                 raise ValueError(f"{name} needs a calibrated basis (a .safetensors file), got basis={self.basis!r}")
+
+    def _check_coded_text(self) -> None:
+        """Raise a ValueError for what does not go with codes of all tokens."""
+        if not self.is_calibrated:
+            raise ValueError(
+                "text='coded' needs a basis file (.safetensors) that `rotatek calibrate --text` has made, got "
+                f"basis={self.basis!r}"
+            )
+        together = ("basis", "text", "bits", "allocation")
+        others = [f.name for f in fields(self) if f.name not in together and getattr(self, f.name) != f.default]
+        if others:
+            raise ValueError(
+                f"text='coded' is set by bits alone, for all tokens, and takes no {listed(others)}: leave out what "
+                f"concerns visual tokens only, got {self}"
+            )
 
     def __str__(self) -> str:
         """Name the options that differ from their defaults."""
@@ -252,6 +294,17 @@ class FitOptions:
         return not self.is_calibrated and (self.energy is not None or "auto" in (self.key_bits, self.value_bits))
 
     @property
+    def codes_text(self) -> bool:
+        """Whether all tokens are coded, text too."""
+        return self.text == "coded"
+
+    @property
+    def row_bits(self) -> tuple[float, float]:
+        """Bits per channel of Keys and of Values where all tokens are coded."""
+        assert isinstance(self.bits, tuple)
+        return self.bits
+
+    @property
     def codes_values(self) -> bool:
         """Whether Values are stored as coefficients too."""
         return self.value_sparsity is not None or self.value_bits is not None
@@ -266,6 +319,19 @@ class FitOptions:
         if self.rank > head_width:
             raise ValueError(f"rank must be at most the head width {head_width}, got {self.rank}")
         return self.rank
+
+
+def _row_bits(given: object) -> tuple[float, float]:
+    """Make the bits of Keys and Values of a number or a pair; errors name what was expected."""
+    pair = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given, given)
+    if len(pair) != 2:
+        raise ValueError(f"bits must be a number or (Keys, Values), got {given!r}")
+    for bits in pair:
+        if isinstance(bits, bool) or not isinstance(bits, int | float):
+            raise TypeError(f"bits must be a number or two, got {given!r}")
+        if not (0 < bits <= max(b for b in BIT_CHOICES if isinstance(b, int)) or bits == WHOLE_BITS):
+            raise ValueError(f"bits must be above 0 and at most 8, or {WHOLE_BITS} for whole coefficients, got {bits}")
+    return float(pair[0]), float(pair[1])  # type: ignore[arg-type]
 
 
 def rank_of_share(sparsity: float, head_width: int) -> int:

@@ -115,6 +115,27 @@ class CacheReport:
         return lines
 
 
+@dataclass(frozen=True)
+class SavedBytes:
+    """What a saved cache takes.
+
+    Attributes:
+        path: of the file.
+        on_disk: bytes of the file, its description included.
+        in_memory: bytes of the storages in it, not compressed.
+        compressed: whether they were to be compressed.
+    """
+
+    path: str
+    on_disk: int
+    in_memory: int
+    compressed: bool
+
+    def __str__(self) -> str:
+        how = "compressed, " if self.compressed else ""
+        return f"{self.path}: {readable_bytes(self.on_disk)} on disk ({how}{readable_bytes(self.in_memory)} in memory)"
+
+
 def readable_bytes(count: int) -> str:
     """`count` bytes in B, KiB, MiB or GiB."""
     size = float(count)

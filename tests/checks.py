@@ -1,9 +1,68 @@
 """What tests of several folders share: a fixed continuation, what a cache reaches, what it keeps."""
 
+import functools
+
+import pytest
 import torch
-from hosts import Host
+import ways
+from hosts import Host, build_host
+from tiny_models import FAMILIES, TRANSFORMERS
+from tiny_more import EVERY
+from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache
+
+M_ROPE = {name for name, tiny in FAMILIES.items() if tiny.token_types == "mm_token_type_ids" and tiny.grids}
+NO_EMBEDDINGS = {"gemma3", "gemma4", "gemma4_shared", "paligemma"}
+LLAMA4 = {"llama4"} & set(FAMILIES)
+LINEAR = {name for name, tiny in EVERY.items() if tiny.linear}
+
+# What transformers 5.24 cannot do with its own DynamicCache either.
+NOT_POSSIBLE = {
+    "forward_loop": M_ROPE,  # a 2D mask in a decode step of one's own: positions of the whole length come out
+    "merged_embeddings": NO_EMBEDDINGS,
+    "embeddings_and_pixels": NO_EMBEDDINGS,
+    "beams": {"fuyu"} | LLAMA4,  # they repeat the ids, and not the patches or features
+    "sampled_sequences": LLAMA4,
+    # Features of more than the placeholders come from the encoder; they are not where chunks look for them.
+    "chunked_prefill": {"ovis2", "granite4_vision"} | LLAMA4,
+    "chunked_prefill_padded": {"ovis2", "granite4_vision", "phi4_multimodal", "fuyu"} | LLAMA4,
+    "prompt_lookup": LINEAR,  # the state of linear attention cannot be taken back
+    "assistant_model": LINEAR,
+    "forward_with_embeddings": {"gemma4_shared"},  # each layer looks up an embedding of the ids
+    "forward_in_pieces": LINEAR,  # its layers cannot repeat rows
+}
+
+
+@functools.cache
+def dense_result(family, way):
+    """What the plain model does with DynamicCache; the error where an older transformers cannot do it."""
+    host = build_host(family)
+    config = host.plain.config.get_text_config(decoder=True)
+    try:
+        return ways.WAYS[way](host.tiny, host.plain, lambda visual_mask=None: DynamicCache(config=config))
+    except Exception as error:  # whatever it is, it is not ours
+        if TRANSFORMERS >= (5, 23):
+            raise
+        return error
+
+
+def possible(family, way):
+    """What DynamicCache gives; skips the test where this transformers cannot do it."""
+    found = dense_result(family, way)
+    if isinstance(found, Exception):
+        pytest.skip(f"not possible with DynamicCache either: {type(found).__name__}: {found}")
+    return found
+
+
+def same(got, wanted):
+    """Check that tensors are the same, numbers within rounding."""
+    assert len(got) == len(wanted)
+    for ours, theirs in zip(got, wanted, strict=True):
+        if theirs.is_floating_point():
+            torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-5)
+        else:
+            assert torch.equal(ours, theirs)
 
 
 def decode(host: Host, inputs: dict[str, torch.Tensor], cache: RotateKCache, tokens: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ import base64
 import http.server
 import importlib.util
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -77,6 +79,25 @@ def test_a_budget(run):
     assert "budget" in "\n".join(report)
     fewer = run("budget", "--budget", "100")
     assert fewer[1:] != report
+
+
+def test_many_questions(run):
+    *answers, held = run("many_questions")
+    questions = ("row 1?", "colours row 2?", "column B?", "glyph A2?")
+    assert answers == [f"{question} {truth('page1_easy.png', question)}" for question in questions]
+    prompt, more = (int(part.split()[0].replace(",", "")) for part in (held, held.partition("prompt, ")[2]))
+    assert more < prompt / 4  # the image is not in it
+
+
+def test_a_saved_prompt_in_a_new_process(run, tmp_path):
+    questions = ("row 1?", "column B?")
+    (stored,) = run("saved_prompt", "--file", tmp_path / "one", "--image", PAGES / "page1_easy.png", "--compress")
+    assert "on disk (compressed" in stored
+    command = [sys.executable, EXAMPLES / "saved_prompt.py", "--file", tmp_path / "one", "--questions", *questions]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    expected = [f"{question} {truth('page1_easy.png', question)}" for question in questions]
+    assert done.stdout.splitlines() == expected
+    assert run("saved_prompt", "--file", tmp_path / "one", "--questions", *questions) == expected
 
 
 def test_calibrate_and_reuse(run, tmp_path):

@@ -49,6 +49,7 @@ def test_the_maths_needs_torch_alone():
             "core.basis",
             "core.quantization",
             "core.row_layout",
+            "core.seal",
             "options",
             "report",
             "core.segments",
@@ -131,7 +132,7 @@ BELOW = {
     "token_pruning": {"core"},
     "cache": {"core", "codecs", "token_pruning", "options", "report"},
     "hf": {"core", "codecs", "token_pruning", "cache", "options", "report"},
-    "calibration": {"core", "codecs", "options", "hf"},
+    "calibration": {"core", "codecs", "cache", "options", "hf"},
     "cli": {"core", "codecs", "options", "report", "hf", "calibration"},
     "__main__": {"cli"},
 }
@@ -166,6 +167,16 @@ def test_arrows_go_one_way(folder):
         assert not tops & {"rotatek_kernels", "rotatek_sglang", "rotatek_lmms_eval", "evals", "triton"}, name
         if folder not in ("hf", "cli"):
             assert "transformers" not in tops, name
+
+
+def test_kernels_are_imported_by_name_where_core_dispatches_to_them():
+    by_name = {
+        path.relative_to(ROOT / "rotatek_cache").parts[0]
+        for path in library().values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("rotatek_kernels")
+    }
+    assert by_name == {"core"}
 
 
 def test_the_library_has_no_import_cycle():

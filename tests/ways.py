@@ -13,6 +13,7 @@ from tiny_models import IMAGE, PAD, VOCAB, Prompt, Tiny, visual_positions, words
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
+from rotatek_cache.hf.attachment import inner_model
 from rotatek_cache.hf.calls import cache_argument
 
 Make = Callable[..., Cache]
@@ -141,8 +142,9 @@ def second_turn_with_an_image(tiny: Tiny, model: PreTrainedModel, make: Make) ->
     second = follow_up(tiny, inputs, first.sequences, [*words(3, 1), *ids, *words(4, 2)])
     new = tiny.collate([[content]])
     if tiny.token_types == "mm_token_type_ids":
-        # Positions need the grids of all images; of the features, those of the new one are wanted.
         second[tiny.token_types] = (second["input_ids"] == IMAGE).int()
+    if tiny.token_types == "mm_token_type_ids" and tiny.grids in new:
+        # Positions need the grids of all images; of the features, those of the new one are wanted.
         second[tiny.grids] = tiny.collate([[*prompt.images, content]])[tiny.grids]
         new = {"mm_encoder_outputs": {"image": model.model.get_image_features(**new, return_dict=True)}}
     answer = generate(model, second | new, cache)
@@ -274,6 +276,8 @@ def forward_loop_of_one(tiny: Tiny, model: PreTrainedModel, make: Make) -> list[
     """Without an attention mask, and with ids by position."""
     inputs, cache = one(tiny), make()
     del inputs["attention_mask"]
+    if hasattr(model.model, "rope_deltas"):  # Qwen Omni leaves it as another conversation left it, without a mask
+        model.model.rope_deltas = None
     first = model(inputs.pop("input_ids"), **inputs, past_key_values=cache).logits[:, -1]
     return [torch.stack([first, *_decode(model, cache, first[:, :IMAGE].argmax(-1, keepdim=True), 4)])]
 
@@ -283,8 +287,8 @@ def forward_with_embeddings(tiny: Tiny, model: PreTrainedModel, make: Make) -> l
     inputs = one(tiny)
     embeds = _merged_embeddings(model, inputs)
     cache = make(visual_mask=visual_positions(inputs["input_ids"]))
-    if hasattr(model.model, "rope_deltas"):
-        model.model.rope_deltas = None
+    if hasattr(inner_model(model), "rope_deltas"):
+        inner_model(model).rope_deltas = None
     first = model(inputs_embeds=embeds, past_key_values=cache).logits[:, -1]
     return [torch.stack([first, *_decode(model, cache, first[:, :IMAGE].argmax(-1, keepdim=True), 4)])]
 
@@ -325,8 +329,8 @@ def interleaved_conversations(tiny: Tiny, model: PreTrainedModel, make: Make) ->
 def interleaved_forwards(tiny: Tiny, model: PreTrainedModel, make: Make) -> list[Tensor]:
     """As before, one of them without an image: what another conversation left on the model must not reach it."""
     alone = not hasattr(make(), "positions")
-    if alone and hasattr(model.model, "rope_deltas"):
-        model.model.rope_deltas = None
+    if alone and hasattr(inner_model(model), "rope_deltas"):
+        inner_model(model).rope_deltas = None
     prompts = [tiny.inputs(tiny.prompt(7, images=(0, 1))), tiny.inputs(tiny.prompt(8, images=(), text=4))]
     caches = [make(), make()]
     token = torch.tensor([[20]])

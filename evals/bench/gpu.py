@@ -14,6 +14,7 @@ The parts, each with a budget of seconds: an item that a part has no time left f
     call       the host's time for one call of the kernel
     host       the host's time for a token, in `generate` and in a plain loop, with a model too narrow to take any other
     seal       the seals of an 8B model by their parts, and their share of its prefill (in pairs, no wait inside)
+    seals      the seal of one layer by its parts: online and calibrated bases, codes or not (`evals.bench.seal`)
     token      a token of `generate` with an 8B model: GEMMs, small kernels, attention; gain and its bound by bytes
     compiled   the same beside StaticCache as transformers compiles it; only where it is asked for
 
@@ -55,6 +56,7 @@ BUDGETS = {
     "call": 5.0,
     "host": 20.0,
     "seal": 40.0,
+    "seals": 15.0,
     "token": 90.0,
     "compiled": 400.0,
 }
@@ -81,6 +83,7 @@ class Extent:
         rank: of the model's methods.
         prefills: prompt lengths.
         rounds: of a prefill.
+        sealed: visual tokens and batch of the seals by their parts.
         settings: batch and context of a token.
         compiled: the same of compiled steps.
         text, tokens: of a prompt, and timed.
@@ -109,6 +112,7 @@ class Extent:
     rank: int = 32
     prefills: Sequence[int] = (4096, 16384)
     rounds: int = 3
+    sealed: Sequence[tuple[int, int]] = ((4096, 1), (16384, 1), (16384, 8))
     settings: Sequence[tuple[int, int]] = ((1, 16384), (1, 65536), (8, 16384), (32, 16384), (1, 4096))
     compiled: Sequence[tuple[int, int]] = ((1, 16384), (1, 65536), (1, 4096))
     text: int = 64
@@ -132,6 +136,7 @@ REHEARSAL = Extent(
     rank=8,
     prefills=(96,),
     rounds=1,
+    sealed=((96, 2),),
     settings=((2, 96),),
     compiled=(),
     text=16,
@@ -246,6 +251,15 @@ class Run:
             if part == "splits":
                 return kernel.split_items(extent.swept, common, clock, extent.most_splits)
             return kernel.call_items(extent.called, extent.kinds, common, clock)
+        if part == "seals":
+            seal = importlib.import_module("evals.bench.seal")
+            heads = (self.extent.common.get("q_heads", 32), self.extent.common.get("kv_heads", 8), 128)
+            items: Iterable[tuple[str, Callable[[], dict[str, Any]]]] = seal.items(
+                seal.Heads(*heads, extent.device, extent.model_dtype),
+                seal.grid([extent.rank], extent.sealed),
+                extent.rounds,
+            )
+            return items
         model = importlib.import_module("evals.bench.gpu_model")
         if part == "host":
             return [("tokens", functools.partial(model.host_row, extent.device, model.HOST_METHODS, *extent.host))]
@@ -525,6 +539,11 @@ def seal_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def layer_seal_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    line = importlib.import_module("evals.bench.seal").seal_line
+    return [f"  {line(row)}" for row in rows]
+
+
 def token_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     title = f"{'ms':>8} {'GEMMs':>7} {'small':>7} {'attn.':>7} {'MiB':>8} {'gain':>6} {'bound':>6}"
     lines = [f"  {'':58}{title}"]
@@ -550,6 +569,7 @@ LINES: dict[str, Callable[[Sequence[Mapping[str, Any]]], list[str]]] = {
     "call": call_lines,
     "host": host_lines,
     "seal": seal_lines,
+    "seals": layer_seal_lines,
     "token": token_lines,
     "compiled": token_lines,
 }

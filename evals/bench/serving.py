@@ -140,6 +140,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help=f"name, path, or a tiny random one: {', '.join(MODELS)}")
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--text-share", type=float, default=0.25)
+    parser.add_argument("--basis", help="a basis file that was calibrated with text: all tokens are coded in it")
+    parser.add_argument("--bits", default="4", help="with --basis")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--mem-fraction-static", default="0.8")
     parser.add_argument("--max-total-tokens", type=int, help="of the compressed server; needed on a CPU")
@@ -171,13 +173,15 @@ def main() -> None:
         dense = [] if on_gpu else ["--device", "cpu", "--attention-backend", "torch_native"]
         platform_name = {} if on_gpu else {"SGLANG_PLATFORM": "rotatek"}
         options = ["--sparsity", str(given.sparsity), "--text-share", str(given.text_share)]
+        if given.basis is not None:
+            options = ["--basis", given.basis, "--bits", given.bits]
         limit = [] if given.max_total_tokens is None else ["--max-total-tokens", str(given.max_total_tokens)]
         servers: dict[str, tuple[list[str], dict[str, str]]] = {
             "compressed": (["rotatek_sglang.launch", *common, *options, *limit], {}),
             "dense, defaults": (["sglang.launch_server", *common, *dense], platform_name),
             "dense, features off": (["sglang.launch_server", *common, *dense, *FEATURES_OFF], platform_name),
         }
-        if on_gpu:  # off by default, since they have not been run yet
+        if on_gpu and given.basis is None:  # off by default where text is dense
             servers["compressed, CUDA graphs"] = (
                 ["rotatek_sglang.launch", *common, *options, *limit, "--cuda-graphs"],
                 {},
@@ -191,7 +195,7 @@ def main() -> None:
                 figures |= burst(port, given, log)
             rows[label] = {**figures, "tokens_that_fit": info["max_total_num_tokens"]}
             if label == "compressed" and given.max_total_tokens is not None:
-                (fits,) = re.findall(r"where a dense cache would hold ([\d,]+)", log.read_text(encoding="utf-8"))
+                fits = re.findall(r"where a dense cache would hold ([\d,]+)", log.read_text(encoding="utf-8"))[0]
                 for kind, (other, _) in servers.items():
                     if kind.startswith("dense"):
                         other += ["--max-total-tokens", fits.replace(",", "")]

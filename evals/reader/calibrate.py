@@ -4,7 +4,8 @@
 
 writes runs/reader_basis.safetensors (PCA of Keys and Values), runs/reader_oblique.safetensors (Keys weighted by
 queries, Values by the output projection) and runs/reader_leank.safetensors (static channels), the files that
-evals/settings/fidelity.yaml names.
+evals/settings/fidelity.yaml names, and, from fewer pages with the rest of a conversation, runs/reader_rows.safetensors,
+by which all tokens are coded (evals/settings/fidelity_coded.yaml).
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 from tqdm import trange
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from evals.fidelity import make_batch
 from evals.reader.pages import ADDRESS_KINDS, LEVELS, TRAIN_SEEDS, ask, make_page
 from rotatek_cache import attach
 from rotatek_cache.calibration.gather import calibrate
@@ -38,14 +40,29 @@ def prompts(processor: Any, pages: int, levels: Sequence[str]) -> Iterator[dict[
         yield dict(processor(images=[page.image], text=f"<image>\n{question.text}", return_tensors="pt"))
 
 
+def conversations(processor: Any, pages: int, levels: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield one page after the other with two questions and their answers, as model inputs."""
+    for index in trange(pages, desc="conversations"):
+        batch = make_batch(processor, [TRAIN_SEEDS[-1 - index]], levels[index % len(levels)], ADDRESS_KINDS)
+        ids = torch.cat([batch.prompt["input_ids"], batch.rest], 1)
+        yield {**batch.prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pages", type=int, default=768)
+    parser.add_argument("--conversations", type=int, default=192, help="pages of runs/reader_rows.safetensors")
     parser.add_argument("--levels", nargs="+", choices=sorted(LEVELS), default=sorted(LEVELS))
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder")
     args = parser.parse_args()
     processor = AutoProcessor.from_pretrained(READER)
     model = attach(AutoModelForImageTextToText.from_pretrained(READER, dtype=torch.float32).eval())
+    if args.conversations:
+        rows = Calibration(fingerprint(model), model.config.model_type)
+        calibrate(model, conversations(processor, args.conversations, args.levels), rows, text=True)
+        rows.write_basis(args.out / "reader_rows.safetensors", source=f"{args.conversations} conversations")
+    if not args.pages:
+        return
     state = Calibration(fingerprint(model), model.config.model_type)
     calibrate(model, prompts(processor, args.pages, args.levels), state)
     source = f"{args.pages} drawn pages, levels {' '.join(args.levels)}"

@@ -38,6 +38,7 @@ class PromptPart:
         waiting: int64, text rows of visual tokens of earlier chunks, compressed with them.
         basis: the number of their basis.
         prefix: the tokens that are stored already; None if there are none.
+        own: how its tokens see each other where there are some.
         prompt: the prompt of which this is a chunk; None if this is all of it.
     """
 
@@ -49,6 +50,7 @@ class PromptPart:
     waiting: Tensor | None = None
     basis: int = 0
     prefix: SegmentTable | None = None
+    own: "OwnTokens | None" = None
     prompt: ChunkedPrompt | None = None
 
 
@@ -91,7 +93,7 @@ class RotateKBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Find the rows of the forward's tokens; once per forward, for all layers."""
-        self._report()
+        self.unanswered = report_unanswered(self.unanswered)
         mode = forward_batch.forward_mode
         if mode.is_decode():
             if self.can_run_graph(forward_batch):
@@ -165,13 +167,14 @@ class RotateKBackend(AttentionBackend):
     def _prompt_part(self, request: int, prefix: int, count: int, tokens: slice) -> PromptPart:
         prompt = self.ledger.chunked.get(request)
         is_last = prompt is not None and prompt.is_last
-        before = waiting = None
+        before = waiting = own = None
         first = prefix
         if prefix:
             if not is_last:  # then the slots have new rows already, and the chunk before has read the old ones
                 self._read_slots(request, prefix)
             index = torch.tensor([request], device=self.rows_of.device)
             before = table_of(self.rows_of, index, [self.ledger.segments.get(request, [])], [prefix])
+            own = OwnTokens.of(count, self.rows_of.device)
         if prompt is not None and is_last:
             assert before is not None
             first = prompt.first
@@ -182,7 +185,7 @@ class RotateKBackend(AttentionBackend):
         rows = self.pool.table.rows[self.slots_of[request, first : prefix + count].long()].long()
         new = rows[prefix - first :]
         if not bool((rows < 0).any()):
-            return PromptPart(tokens, None, new, prefix=before, prompt=prompt)
+            return PromptPart(tokens, None, new, prefix=before, own=own, prompt=prompt)
         is_visual = new < 0
         return PromptPart(
             tokens,
@@ -193,19 +196,9 @@ class RotateKBackend(AttentionBackend):
             waiting=waiting,
             basis=self.ledger.segments[request][-1].basis,
             prefix=before,
+            own=own,
             prompt=prompt,
         )
-
-    def _report(self) -> None:
-        """Say what is known by now of states that were not finite."""
-        waiting = []
-        for check in self.unanswered:
-            try:
-                if not check.passed():
-                    waiting.append(check)
-            except ValueError as error:
-                log.error("%s", error)  # noqa: TRY400 (where it was found out says nothing)
-        self.unanswered = waiting
 
     def _read_slots(self, request: int, length: int) -> None:
         """Find the rows of a request's first tokens, from its slots."""
@@ -231,8 +224,8 @@ class RotateKBackend(AttentionBackend):
         Returns:
             ``[tokens, H_q * D_v]``.
         """
-        _refuse_extras(kwargs)
-        q, k, v = _heads(q, k, v, layer)
+        refuse_extras(kwargs)
+        q, k, v = heads_of(q, k, v, layer)
         output = q.new_empty(q.shape[0], q.shape[1], layer.v_head_dim)
         storage = self.pool.layer(layer.layer_id)
         sealer = self.pool.sealers[layer.layer_id - self.pool.start_layer]
@@ -242,7 +235,8 @@ class RotateKBackend(AttentionBackend):
                 output[part.tokens] = attend_prompt(q_part, k_part, v_part, layer.scaling)
             else:
                 views = storage.views(part.prefix)
-                output[part.tokens] = attend_continuation(q_part, k_part, v_part, views, layer.scaling)
+                assert part.own is not None
+                output[part.tokens] = attend_continuation(q_part, k_part, v_part, views, part.own, layer.scaling)
             self._store(part, storage, sealer, q_part, k_part, v_part)
         return output.flatten(1)
 
@@ -296,8 +290,8 @@ class RotateKBackend(AttentionBackend):
         **kwargs: Any,
     ) -> Tensor:
         """Store one token of each request and attend to all that it has. Returns ``[B, H_q * D_v]``."""
-        _refuse_extras(kwargs)
-        q, k, v = _heads(q, k, v, layer)
+        refuse_extras(kwargs)
+        q, k, v = heads_of(q, k, v, layer)
         storage = self.pool.layer(layer.layer_id)
         storage.write_text(self.new_rows, k, v)
         assert self.table is not None
@@ -309,13 +303,26 @@ class RotateKBackend(AttentionBackend):
         return bool(self.rows_of.is_cuda)
 
 
-def _refuse_extras(extras: dict[str, Any]) -> None:
+def report_unanswered(checks: list[FiniteCheck]) -> list[FiniteCheck]:
+    """Say what is known by now of states that were not finite; returns the checks whose answers are on their way."""
+    waiting = []
+    for check in checks:
+        try:
+            if not check.passed():
+                waiting.append(check)
+        except ValueError as error:
+            log.error("%s", error)  # noqa: TRY400 (where it was found out says nothing)
+    return waiting
+
+
+def refuse_extras(extras: dict[str, Any]) -> None:
+    """Raise for what SGLang asks of attention beyond the plain kind."""
     for name, value in extras.items():
         if value is not None:
             raise NotImplementedError(f"the attention backend 'rotatek' does not support {name!r}")
 
 
-def _heads(q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention) -> tuple[Tensor, Tensor, Tensor]:
+def heads_of(q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention) -> tuple[Tensor, Tensor, Tensor]:
     """Rows as heads: ``[tokens, H, D]`` each."""
     return (
         q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
@@ -331,16 +338,38 @@ def attend_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return output[0].transpose(0, 1)
 
 
-def attend_continuation(q: Tensor, k: Tensor, v: Tensor, stored: list[SegmentView], scale: float) -> Tensor:
+@dataclass(frozen=True)
+class OwnTokens:
+    """The way `count` new tokens of one request see each other: causally; made once for all layers.
+
+    Attributes:
+        starts, lengths: of their segment, ``[1]`` each.
+        mask: bool ``[1, count, count]``.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, count: int, device: torch.device) -> "OwnTokens":
+        """Make it on the device, which nobody waits for."""
+        starts = torch.zeros(1, dtype=torch.int64, device=device)
+        lengths = torch.full((1,), count, dtype=torch.int32, device=device)
+        return cls(starts, lengths, torch.ones(count, count, dtype=torch.bool, device=device).tril_()[None])
+
+
+def attend_continuation(
+    q: Tensor, k: Tensor, v: Tensor, stored: list[SegmentView], own: OwnTokens, scale: float
+) -> Tensor:
     """Attention of new tokens ``[n, H, D]`` of one request to what is stored of it, and causally to themselves."""
-    count = len(q)
-    own = SegmentView(
+    view = SegmentView(
         keys=k.transpose(0, 1),
         values=v.transpose(0, 1),
-        starts=torch.zeros(1, dtype=torch.int64, device=q.device),
-        lengths=torch.tensor([count], dtype=torch.int32, device=q.device),
-        max_length=count,
-        mask=torch.ones(count, count, dtype=torch.bool, device=q.device).tril()[None],
+        starts=own.starts,
+        lengths=own.lengths,
+        max_length=len(q),
+        mask=own.mask,
     )
-    output, _ = attend(q.transpose(0, 1)[None], [*stored, own], scale, return_lse=False)
+    output, _ = attend(q.transpose(0, 1)[None], [*stored, view], scale, return_lse=False)
     return output[0]

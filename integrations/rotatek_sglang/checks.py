@@ -29,8 +29,10 @@ def check_model(model: torch.nn.Module, on_gpu: bool) -> None:
     for what, has in REFUSED_ATTENTION.items():
         if any(has(layer) for layer in layers):
             raise ValueError(f"rotatek_sglang does not serve models with {what} ({name})")
-    sources = {type(module).__module__ for module in model.modules()}
-    if on_gpu and any(hasattr(sys.modules[source], "create_fused_set_kv_buffer_arg") for source in sources):
+    # Those that ask `enable_fused_set_kv_buffer` first are told no (see `plugin.register`).
+    sources = [sys.modules[type(module).__module__] for module in model.modules()]
+    writers = [source for source in sources if hasattr(source, "create_fused_set_kv_buffer_arg")]
+    if on_gpu and not all(hasattr(source, "enable_fused_set_kv_buffer") for source in writers):
         raise ValueError(f"rotatek_sglang does not serve models that write into the KV pool themselves ({name})")
 
 
@@ -42,6 +44,12 @@ def check_basis(fit: FitOptions, model: torch.nn.Module, heads: HeadShape) -> No
     """
     if not fit.is_calibrated:
         return
+    reason = (
+        f"The weights cannot be updated: the basis {fit.basis} was calibrated on those that are served. Calibrate one "
+        "on the new weights and start a server with both, or serve without a calibrated basis."
+    )
+    # SGLang's name for what forbids other weights, however they come.
+    model._derived_weight_cache_error = reason  # type: ignore[assignment]  # noqa: SLF001
     samples = {}
     for module in model.modules():
         attention, fused = getattr(module, "attn", None), getattr(module, "qkv_proj", None)

@@ -16,7 +16,8 @@ def main() -> None:
     """Read our flags, then hand over to SGLang."""
     parser = argparse.ArgumentParser(
         prog="python -m rotatek_sglang.launch",
-        description="Start an SGLang server whose visual Keys (and Values) are stored as coefficients.",
+        description="Start an SGLang server with a compressed KV cache: of all tokens (--basis and --bits), or of "
+        "images alone (--sparsity, --rank or --energy).",
         epilog="All other flags are those of sglang.launch_server. It can be started itself, with these options in the "
         "environment: ROTATEK_SPARSITY=0.75, ROTATEK_ALWAYS_COMPRESS=1.",
         allow_abbrev=False,

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from rotatek_sglang.coded_layout import CodedPlan
+from rotatek_sglang.coded_storage import Sinks
 from rotatek_sglang.layout import CacheLayout
 from rotatek_sglang.rows import SlotTable
 
@@ -32,10 +34,44 @@ def values(table: SlotTable, layout: CacheLayout, requests_with_basis: int) -> d
     }
 
 
+CODED_DESCRIPTIONS = {
+    "rotatek_rows": "Rows for tokens in the KV pool",
+    "rotatek_rows_used": "Rows in use, cached prefixes included",
+    "rotatek_sinks": "Dense rows for the first tokens of prompts",
+    "rotatek_sinks_used": "Those in use, at most",
+    "rotatek_rings": "Requests whose last tokens can be held dense",
+    "rotatek_rings_used": "Requests whose last tokens are",
+    "rotatek_compression_ratio": "Bytes of a dense cache over bytes stored for the tokens held now; 1 while none are",
+}
+
+
+def coded_values(rows: int, used: int, sinks: Sinks, running: int, plan: CodedPlan) -> dict[str, float]:
+    """The metrics' values where all tokens are coded, by name.
+
+    Args:
+        rows: of the pool.
+        used: of them, with cached prefixes.
+        sinks: who has which.
+        running: requests.
+        plan: what each takes.
+    """
+    sunk = sinks.total - sinks.free()
+    stored = used * plan.slot_bytes + sunk * plan.dense_bytes + running * plan.ring_bytes
+    return {
+        "rotatek_rows": rows,
+        "rotatek_rows_used": used,
+        "rotatek_sinks": sinks.total,
+        "rotatek_sinks_used": sunk,
+        "rotatek_rings": plan.requests,
+        "rotatek_rings_used": running,
+        "rotatek_compression_ratio": used * plan.dense_bytes / stored if used else 1.0,
+    }
+
+
 class Gauges:
     """The metrics of one scheduler process."""
 
-    def __init__(self, labels: dict[str, str]) -> None:
+    def __init__(self, labels: dict[str, str], descriptions: dict[str, str] = DESCRIPTIONS) -> None:
         # Not earlier: SGLang sets the folder in which processes share their metrics before the first import.
         import prometheus_client  # noqa: PLC0415
 
@@ -43,7 +79,7 @@ class Gauges:
             made = prometheus_client.Gauge(name, description, list(labels), multiprocess_mode="mostrecent")
             return made.labels(**labels)
 
-        self.gauges = {name: gauge(name, description) for name, description in DESCRIPTIONS.items()}
+        self.gauges = {name: gauge(name, description) for name, description in descriptions.items()}
 
     def set(self, current: dict[str, float]) -> None:
         """Publish."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.codecs.registry import BASES, codecs_for
+from rotatek_cache.codecs.token_rows import token_rows
 from rotatek_cache.options import FitOptions, about, check_option, listed
 
 PREFIX = "ROTATEK_"
@@ -35,15 +36,28 @@ class ServingOptions:
             least=1,
         ),
     )
+    beginnings: int | None = field(
+        default=None,
+        metadata=about(
+            "with bits, prompts without first tokens in common that can be held, in use or cached: the first 4 tokens "
+            "of each stay dense; by default 4 times the requests that run at once",
+            least=1,
+        ),
+    )
     cuda_graphs: bool = field(
         default=False,
-        metadata=about("decode in CUDA graphs; off by default, since they have not been run on a GPU yet"),
+        metadata=about(
+            "decode in CUDA graphs where text is dense; where all tokens are coded, SGLang's own flags say so, and "
+            "they are on by default"
+        ),
     )
 
     @classmethod
     def of(cls, **given: Any) -> "ServingOptions":
         """Make the options from all of them by name."""
         own = {described.name for described in fields(cls)}
+        if given.get("bits") is not None:
+            given = {"text": "coded", **given}
         fit = FitOptions(**{name: value for name, value in given.items() if name not in own})
         return cls(fit, **{name: value for name, value in given.items() if name in own})
 
@@ -51,6 +65,11 @@ class ServingOptions:
         for described in _own_fields():
             check_option(described, getattr(self, described.name))
         fit = self.fit
+        idle = ("text_share", "bases", "cuda_graphs") if fit.codes_text else ("beginnings",)
+        for described in _own_fields():
+            if described.name in idle and getattr(self, described.name) != described.default:
+                other = "text dense" if fit.codes_text else "all tokens coded (bits)"
+                raise ValueError(f"{described.name} is for a server with {other}: leave it out")
         if fit.is_calibrated:
             return
         if fit.basis not in BASES:
@@ -73,8 +92,12 @@ class ServingOptions:
 
     def check_basis_file(self) -> None:
         """Raise a ValueError if a basis file is asked for and cannot be read; later checks need the model."""
-        if self.fit.is_calibrated:
-            load_basis(self.fit.basis)
+        if not self.fit.is_calibrated:
+            return
+        layers = load_basis(self.fit.basis).layers
+        if self.fit.codes_text:
+            for kind in ("key", "value"):
+                token_rows(self.fit, min(layers), kind)
 
     def environment(self) -> dict[str, str]:
         """Name the variables that ask for this."""
@@ -82,8 +105,15 @@ class ServingOptions:
         for name, described in OPTIONS.items():
             value = getattr(self if name in self.__dict__ else self.fit, name)
             if value != described.default:
-                chosen[PREFIX + name.upper()] = value.over if name == "allocation" else str(value)
+                chosen[PREFIX + name.upper()] = _written(name, value)
         return chosen
+
+
+def _written(name: str, value: Any) -> str:
+    """Write the value of an option as `parser_of` reads it."""
+    if name == "bits":
+        return ",".join(f"{bits:g}" for bits in value)
+    return str(value.over if name == "allocation" else value)
 
 
 def _own_fields() -> "list[Field[Any]]":
@@ -98,6 +128,8 @@ OPTIONS: "dict[str, Field[Any]]" = {
 def parser_of(described: "Field[Any]") -> Callable[[str], Any]:
     """Make the function that reads an option's value from text; it raises a ValueError where it cannot."""
     limits = described.metadata
+    if described.name == "bits":
+        return _bits
     if limits["choices"]:
         known = {str(c): c for c in limits["choices"] if c is not None and c not in NOT_SERVED_BITS}
         return lambda text: _chosen(known, text)
@@ -106,6 +138,12 @@ def parser_of(described: "Field[Any]") -> Callable[[str], Any]:
     if limits["interval"] is not None:
         return float
     return int if limits["least"] is not None else str
+
+
+def _bits(text: str) -> float | tuple[float, ...]:
+    """Read a number, or one for Keys and one for Values."""
+    numbers = tuple(float(part) for part in text.split(","))
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _chosen(known: Mapping[str, Any], text: str) -> Any:
@@ -157,6 +195,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Offer every option as a flag; those not given stay out of the namespace."""
     for name, described in OPTIONS.items():
         flag, text = "--" + name.replace("_", "-"), described.metadata["help"]
+        if described.default not in (None, False):
+            text += f" (default: {_written(name, described.default)})"
         if isinstance(described.default, bool):
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         else:

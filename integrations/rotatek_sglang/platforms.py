@@ -16,9 +16,9 @@ from rotatek_sglang.plugin import BACKEND
 log = logging.getLogger(__name__)
 
 PAGE_SIZE = 2  # the smallest for which SGLang lets a platform choose the allocator; rows are given out singly anyway
-MAX_RUNNING_REQUESTS = 32  # each has a row of the request table and, with an online basis, a basis
-
-CPU_DEFAULT = "intel_amx"  # filled in by SGLang before a platform is asked
+# Each has a row of the request table and, with an online basis, a basis; where all tokens are coded, a ring.
+MAX_RUNNING_REQUESTS = 32
+MAX_RUNNING_REQUESTS_CODED = 64
 
 # Field of ServerArgs, what it may be, and what it stands for.
 REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
@@ -53,22 +53,39 @@ REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("attn_cp_size", (1,), "context parallelism"),
     ("prefill_attention_backend", (None, BACKEND), "another attention backend for prefill"),
     ("decode_attention_backend", (None, BACKEND), "another attention backend for decoding"),
-    ("attention_backend", (None, BACKEND, CPU_DEFAULT), "another attention backend"),
+    ("attention_backend", (None, BACKEND), "another attention backend"),
 )
+
+
+SERVED_CODED = ("enable_mixed_chunk",)  # where all tokens are coded
 
 
 def refuse_unsupported(args: Any) -> None:
     """Raise a ValueError that names what is asked for and not supported."""
+    from sglang.srt.environ import envs  # noqa: PLC0415 (both need a platform)
+    from sglang.srt.utils import is_host_cpu_arm64  # noqa: PLC0415
+
+    if envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
+        raise ValueError(
+            "rotatek_sglang does not support sizing the KV pool after CUDA graphs were captured "
+            "(SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=1 in the environment)"
+        )
+    # On a CPU SGLang has filled in its own before it asks a platform.
+    filled_in = "torch_native" if is_host_cpu_arm64() else "intel_amx"
+    coded = options.from_environment().fit.codes_text
     for field, allowed, what in REFUSED:
+        if field in SERVED_CODED and coded:
+            continue
         value = getattr(args, field)
-        if value not in allowed:
+        if value not in allowed and (field, args.device, value) != ("attention_backend", "cpu", filled_in):
             raise ValueError(f"rotatek_sglang does not support {what} (--{field.replace('_', '-')} {value})")
 
 
 def switch_off(args: Any) -> None:
     """Switch off what is on by default and not supported, and say so."""
     off = []
-    graphs = options.from_environment().cuda_graphs and torch.cuda.is_available()
+    asked = options.from_environment()
+    graphs = (asked.cuda_graphs or asked.fit.codes_text) and torch.cuda.is_available()
     config = args.cuda_graph_config
     for phase in (Phase.DECODE, Phase.PREFILL):
         if getattr(config, phase).backend != Backend.DISABLED and not (graphs and phase == Phase.DECODE):
@@ -89,22 +106,28 @@ def apply_defaults(args: Any) -> None:
             log.warning("RotateK: pages have %s tokens, the fewest that are supported, not 1", PAGE_SIZE)
         args.page_size = PAGE_SIZE
     if args.max_running_requests is None:
-        args.max_running_requests = MAX_RUNNING_REQUESTS
-        log.warning("RotateK: --max-running-requests was not given; %s are served at once", MAX_RUNNING_REQUESTS)
+        coded = options.from_environment().fit.codes_text
+        args.max_running_requests = MAX_RUNNING_REQUESTS_CODED if coded else MAX_RUNNING_REQUESTS
+        log.warning("RotateK: --max-running-requests was not given; %s are served at once", args.max_running_requests)
 
 
 def pool_class(kind: str) -> type | None:
     """Our pool, for the one kind of attention that it serves (SGLang asks for all of them, whatever the model)."""
-    from rotatek_sglang.pool import RotateKPool  # noqa: PLC0415 (needs SGLang's runtime, which needs a platform)
+    # Not earlier: they need SGLang's runtime, which needs a platform.
+    from rotatek_sglang.coded_pool import CodedPool  # noqa: PLC0415
+    from rotatek_sglang.pool import RotateKPool  # noqa: PLC0415
 
-    return RotateKPool if kind == "mha" else None
+    if kind != "mha":
+        return None
+    return CodedPool if options.from_environment().fit.codes_text else RotateKPool
 
 
 def allocator_class() -> type:
     """Our slot allocator."""
-    from rotatek_sglang.pool import RotateKAllocator  # noqa: PLC0415 (as above)
+    from rotatek_sglang.coded_pool import CodedAllocator  # noqa: PLC0415 (as above)
+    from rotatek_sglang.pool import RotateKAllocator  # noqa: PLC0415
 
-    return RotateKAllocator
+    return CodedAllocator if options.from_environment().fit.codes_text else RotateKAllocator
 
 
 def _as_it_is(tensor: torch.Tensor, device: object = None) -> torch.Tensor:

@@ -16,6 +16,7 @@ STASH_CHUNK = "sglang.srt.managers.scheduler.Scheduler.stash_chunked_request"
 WRITE_SLOTS = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.write"
 CAN_RUN_GRAPH = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph"
 BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
+FUSED_WRITE = "sglang.srt.models.utils.enable_fused_set_kv_buffer"
 LIMIT_REQUEST = "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens"
 
 
@@ -62,16 +63,24 @@ def register() -> None:
     @register_attention_backend(BACKEND)
     def _create(runner: object) -> object:
         from rotatek_sglang.backend import RotateKBackend  # noqa: PLC0415
+        from rotatek_sglang.coded_backend import CodedBackend  # noqa: PLC0415
+        from rotatek_sglang.coded_pool import CodedPool  # noqa: PLC0415
 
-        return RotateKBackend(runner)
+        coded = isinstance(runner.token_to_kv_pool, CodedPool)  # type: ignore[attr-defined]
+        return CodedBackend(runner) if coded else RotateKBackend(runner)
 
     HookRegistry.register(POOL_CONFIGURATOR + ".__init__", _plan_memory, HookType.AFTER)
+    HookRegistry.register(BEAM_SEARCH, _refuse_beams, HookType.REPLACE)
+    HookRegistry.register(FUSED_WRITE, _write_through_us, HookType.REPLACE)
+    if options.from_environment().fit.codes_text:
+        HookRegistry.register(ADD_REQUEST, _admit_coded, HookType.AROUND)
+        HookRegistry.register(ALLOCATE_PROMPT, _assign_coded_prompt, HookType.AFTER)
+        return
     HookRegistry.register(ADD_REQUEST, _admit, HookType.AROUND)
     HookRegistry.register(ALLOCATE_PROMPT, _assign_prompt, HookType.AFTER)
     HookRegistry.register(STASH_CHUNK, _stash_chunk, HookType.AROUND)
     HookRegistry.register(WRITE_SLOTS, _note_new_slots, HookType.AFTER)
     HookRegistry.register(CAN_RUN_GRAPH, _can_run_graph, HookType.AROUND)
-    HookRegistry.register(BEAM_SEARCH, _refuse_beams, HookType.REPLACE)
     HookRegistry.register(LIMIT_REQUEST, _refuse_too_large, HookType.AFTER)
 
 
@@ -79,7 +88,7 @@ def register() -> None:
 
 
 def _plan_memory(result: object, *args: object, **kwargs: object) -> None:
-    from rotatek_sglang.pool import plan_memory  # noqa: PLC0415
+    from rotatek_sglang.planning import plan_memory  # noqa: PLC0415
 
     plan_memory(*args, **kwargs)
 
@@ -94,6 +103,23 @@ def _assign_prompt(allocated: object, *args: object, **kwargs: object) -> None:
     from rotatek_sglang.requests import assign_prompt  # noqa: PLC0415
 
     assign_prompt(allocated, *args, **kwargs)
+
+
+def _admit_coded(add_one_req: object, *args: object, **kwargs: object) -> object:
+    from rotatek_sglang.coded_requests import admit  # noqa: PLC0415
+
+    return admit(add_one_req, *args, **kwargs)
+
+
+def _assign_coded_prompt(allocated: object, *args: object, **kwargs: object) -> None:
+    from rotatek_sglang.coded_requests import assign_prompt  # noqa: PLC0415
+
+    assign_prompt(allocated, *args, **kwargs)
+
+
+def _write_through_us(forward_batch: object) -> bool:
+    """Whether a model writes into the KV pool itself, from a fused kernel: never, the backend does."""
+    return False
 
 
 def _stash_chunk(stash: object, *args: object, **kwargs: object) -> None:

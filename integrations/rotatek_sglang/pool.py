@@ -8,68 +8,35 @@ import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.runtime_context import get_parallel, get_schedule
 from torch import Tensor
 
-from rotatek_cache.codecs.sealing import Sealer
-from rotatek_sglang import metrics, options
-from rotatek_sglang.layout import HeadShape, Plan, Worth, find_layout
+from rotatek_sglang import metrics
+from rotatek_sglang.layout import Plan, Worth
 from rotatek_sglang.metrics import Gauges
 from rotatek_sglang.rows import Need, RequestLedger, SlotTable
 from rotatek_sglang.storage import LayerStorage, build_storage
 
 log = logging.getLogger(__name__)
 
-BASES_PER_REQUEST = 2  # half of them for images that are only cached
+LEAST_TEXT_ROWS = 64
 NO_DENSE_KEYS = (
     "the KV pool holds coefficients, which only the attention backend 'rotatek' reads; start the server with "
     "--attention-backend rotatek and without what reads or moves dense Keys"
 )
 
 
-def plan_for(configurator: Any) -> Plan:
-    """The plan for a model whose pool SGLang is about to size (a `KVCacheConfigurator`)."""
-    model, layers = configurator.model_config, configurator.layer_info
-    asked = options.from_environment()
-    if configurator.kv_cache_dtype != model.dtype:
-        raise ValueError(
-            f"rotatek_sglang keeps the KV cache in the model's dtype, {model.dtype}; --kv-cache-dtype or the model's "
-            f"files ask for {configurator.kv_cache_dtype}: start the server with --dtype bfloat16 --kv-cache-dtype "
-            "bfloat16"
-        )
-    parallel = get_parallel()
-    if asked.fit.allocation.over == "heads" and parallel.attn_tp_size > 1:
-        raise ValueError(
-            "rotatek_sglang does not serve allocation='heads' with tensor parallelism: a token would take more bytes "
-            "in one process than in another; use 'layers' or 'uniform'"
-        )
-    heads = HeadShape.of_rank(
-        model.num_attention_heads,
-        model.get_total_num_kv_heads(),
-        model.head_dim,
-        model.v_head_dim,
-        parallel.attn_tp_rank,
-        parallel.attn_tp_size,
-    )
-    sealers = [Sealer(asked.fit, index, heads.kv_slice) for index in range(layers.start_layer, layers.end_layer)]
-    layout = find_layout(sealers, heads, model.dtype, configurator.device)
-    requests = get_schedule().max_running_requests
-    bases = asked.bases or BASES_PER_REQUEST * requests
-    tables = 2 if asked.cuda_graphs else 1  # graphs read a table of their own
-    return Plan.make(sealers, layout, asked.text_share, bases, requests, model.context_len, tables)
+class NoDenseKeys(MHATokenToKVPool):
+    """A KV pool without dense Keys: whatever reads, writes or moves them by slot must not find any."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(NO_DENSE_KEYS)
+
+    get_key_buffer = get_value_buffer = get_kv_buffer = set_kv_buffer = get_raw_kv_buffer = _refuse
+    _get_key_buffer = _get_value_buffer = move_kv_cache = get_cpu_copy = load_cpu_copy = _refuse
+    get_contiguous_buf_infos = get_device_pool_infos = host_pool_decls = _refuse
 
 
-def plan_memory(configurator: Any, sizes: Any) -> None:
-    """Let SGLang size the pool with our bytes; runs after `DefaultPoolConfigurator.__init__`."""
-    if sizes.use_mla_backend:
-        raise ValueError("rotatek_sglang does not serve models with multi-head latent attention (MLA)")
-    plan = plan_for(sizes)
-    RotateKPool.plan = plan
-    configurator._cell_size = plan.slot_bytes  # noqa: SLF001 (no seam for it)
-    configurator._fixed_overhead_bytes += plan.fixed_bytes  # noqa: SLF001
-
-
-class RotateKPool(MHATokenToKVPool):
+class RotateKPool(NoDenseKeys):
     """Takes the place of the dense pool. Slots are its tokens; rows are given to them by `table`."""
 
     plan: Plan | None = None  # of this process, set when SGLang sizes the pool
@@ -81,6 +48,12 @@ class RotateKPool(MHATokenToKVPool):
         if self.layer_num != len(plan.layout.layers):
             raise RuntimeError(f"{self.layer_num} layers in this pool, {len(plan.layout.layers)} were planned for")
         text, visual = plan.rows(self.size)
+        if text < LEAST_TEXT_ROWS:
+            raise ValueError(
+                f"the KV pool has {text} text rows at --text-share {plan.text_share:g}, which no prompt with its chat "
+                f"template fits into; at least {LEAST_TEXT_ROWS} are needed: raise --text-share, or give the pool more "
+                "memory (--mem-fraction-static, --max-total-tokens)"
+            )
         self.table = SlotTable(self.size + self.page_size, text, visual, plan.bases, self.device)
         # Row 0 of the text takes what padding writes.
         self.layers = build_storage(plan.layout, text + 1, visual, plan.bases, self.device)
@@ -91,6 +64,14 @@ class RotateKPool(MHATokenToKVPool):
         self.k_buffer: list[Tensor] = []
         self.v_buffer: list[Tensor] = []
         log.info("%s", describe(plan, self))
+        dense = dense_tokens(plan, self)
+        if self.size <= dense:
+            log.warning(
+                "RotateK: %s tokens fit, where a dense cache would hold %s: lower --text-share or --bases, or "
+                "compress more",
+                f"{self.size:,}",
+                f"{dense:,}",
+            )
 
     @property
     def longest_in_chunks(self) -> int:
@@ -111,21 +92,20 @@ class RotateKPool(MHATokenToKVPool):
         sizes = [layer.tensors_bytes() for layer in self.layers]
         return sum(keys for keys, _ in sizes), sum(values for _, values in sizes)
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(NO_DENSE_KEYS)
 
-    # Whatever reads, writes or moves dense Keys by slot must not find any.
-    get_key_buffer = get_value_buffer = get_kv_buffer = set_kv_buffer = get_raw_kv_buffer = _refuse
-    _get_key_buffer = _get_value_buffer = move_kv_cache = get_cpu_copy = load_cpu_copy = _refuse
-    get_contiguous_buf_infos = get_device_pool_infos = host_pool_decls = _refuse
+def held_bytes(plan: Plan, pool: RotateKPool) -> int:
+    """Count the bytes of the pool with all its tables."""
+    return sum(pool.get_kv_size_bytes()) + plan.fixed_bytes - plan.bases * plan.layout.basis_bytes
+
+
+def dense_tokens(plan: Plan, pool: RotateKPool) -> int:
+    """Count the tokens that a dense cache holds in as many bytes."""
+    return held_bytes(plan, pool) // plan.layout.text_bytes
 
 
 def describe(plan: Plan, pool: RotateKPool) -> str:
     """Describe the pool for the start-up log."""
-    layout = plan.layout
-    keys, values = pool.get_kv_size_bytes()
-    held = keys + values + plan.fixed_bytes - plan.bases * layout.basis_bytes
-    dense = held // layout.text_bytes
+    layout, held, dense = plan.layout, held_bytes(plan, pool), dense_tokens(plan, pool)
     return (
         f"RotateK (process {os.getpid()}): ranks {layout.ranks()}; a text token takes {layout.text_bytes:,} bytes, a "
         f"visual one {layout.visual_bytes:,}, a basis {layout.basis_bytes:,}; {pool.table.text_rows:,} text rows, "
@@ -136,12 +116,19 @@ def describe(plan: Plan, pool: RotateKPool) -> str:
     )
 
 
-def make_room(allocator: Any, tree_cache: Any, need: Need) -> bool:
-    """Whether so many rows and bases are free, once cached prefixes that are not in use had to go if they are not."""
+def make_room(allocator: Any, tree_cache: Any, need: Need, held: Need) -> bool:
+    """Whether so many rows and bases are free, once cached prefixes that are not in use had to go if they are not.
+
+    Nothing goes where that could not be enough, seeing what running requests hold (`held`, at least).
+    """
     table: SlotTable = allocator.table
+    if table.fits(need):
+        return True
+    if tree_cache is None or not table.could_fit(need, held, tree_cache.evictable_size()):
+        return False
     while not table.fits(need):
         short = max(need.text - table.text.available, need.visual - table.visual.available, allocator.page_size)
-        if tree_cache is None or not tree_cache.evict(EvictParams(num_tokens=short)).num_tokens_evicted:
+        if not tree_cache.evict(EvictParams(num_tokens=short)).num_tokens_evicted:
             return False
     return True
 
@@ -186,4 +173,5 @@ class RotateKAllocator(PagedTokenToKVPoolAllocator):
         slots = super().check_decode_capacity(
             num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
         )
-        return slots and make_room(self, tree_cache, Need(text=num_tokens if requests is None else len(requests)))
+        # A text row a step and request: what they hold beside that is not asked for.
+        return slots and make_room(self, tree_cache, Need(num_tokens if requests is None else len(requests)), Need())

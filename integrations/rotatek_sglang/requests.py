@@ -1,13 +1,18 @@
 """What a request asks of the pools: which of its tokens are stored as visual ones, and whether it fits."""
 
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
+from sglang.srt.runtime_context import get_serving
 from torch import Tensor
 
 from rotatek_sglang.pool import RotateKPool, make_room
 from rotatek_sglang.rows import Need, SlotTable
+
+log = logging.getLogger(__name__)
 
 
 def visual_tokens(req: Any, begin: int, end: int) -> Tensor:
@@ -16,7 +21,10 @@ def visual_tokens(req: Any, begin: int, end: int) -> Tensor:
     inputs = req.multimodal_inputs
     for item in inputs.mm_items if inputs is not None else ():
         if item.is_image() or item.is_video():
-            for first, last in item.offsets:  # both inclusive
+            if item.offsets is None:  # SGLang's LLaVA: known by the ids that stand in for this image
+                ids = torch.tensor(req.origin_input_ids[begin:end], dtype=torch.int64, device="cpu")
+                mask[: len(ids)] |= ids == item.pad_value
+            for first, last in item.offsets or ():  # both inclusive
                 mask[max(0, first - begin) : max(0, last + 1 - begin)] = True
     return mask
 
@@ -55,8 +63,31 @@ def need_of_prompt(pool: RotateKPool, req: Any, *, in_chunks: bool = False, pref
     return Need(max(text, tokens) if in_chunks else text, visual, int(visual > 0))
 
 
+def held_by(pool: RotateKPool, req: Any) -> Need:
+    """Count what a running request holds, at least, for tokens that were not cached when it came: its own alone."""
+    first, end = req.prefix_len, req.seqlen - 1  # the last has no row yet
+    compressed = int(compressed_tokens(pool, req, first, end).sum())
+    text = end - first - int(visual_tokens(req, first, end).sum())
+    return Need(max(0, text), compressed, int(compressed > 0))
+
+
+def added(needs: Iterable[Need]) -> Need:
+    """Add up what several need."""
+    return Need(*map(sum, zip(Need(), *needs, strict=True)))
+
+
+def generate_nothing_if_refused(req: Any) -> None:
+    """Have a request that was refused on its way here, and is let in to be told so, wait for no room to answer in.
+
+    SGLang leaves the tokens it asked for where they were, and others would wait behind it.
+    """
+    if req.to_finish is not None:
+        req.sampling_params.max_new_tokens = req.sampling_params.min_new_tokens = 0
+
+
 def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a request wait while rows for its prompt and its answer are short; runs around `PrefillAdder.add_one_req`."""
+    generate_nothing_if_refused(req)
     allocator, running = adder.token_to_kv_pool_allocator, adder.running_batch
     pool = allocator.get_kvcache()
     fits, at_once = fits_beside_others(adder, req)
@@ -64,7 +95,7 @@ def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> 
         # Nobody to wait for, so what is cached of its own prompt is in the way: each turn of a chat has a basis of its
         # own, and images too small for one in text rows. All of the prompt fits, or it would have been refused.
         whole = need_of_prompt(pool, req, prefix=0)
-        make_room(allocator, adder.tree_cache, whole)
+        make_room(allocator, adder.tree_cache, whole, Need())
         req.init_next_round_input(adder.tree_cache)
         fits, at_once = fits_beside_others(adder, req)
     if not fits:
@@ -97,13 +128,15 @@ def fits_beside_others(adder: Any, req: Any) -> tuple[bool, bool]:
         need = need_of_prompt(pool, other)
         # A prompt that goes on has what is left of it reserved.
         needs.append(Need(text=need.text) if other.kv.req_pool_idx in pool.ledger.chunked else need)
-    if adder.running_batch is not None:
+    running = [] if adder.running_batch is None else adder.running_batch.reqs
+    if running:
         # What SGLang expects running requests to decode yet, and a row for the step in flight.
         offset = adder._get_running_request_total_token_offset  # noqa: SLF001 (its own estimate, not a second one)
-        needs += [Need(text=1 + max(0, int(offset(running)))) for running in adder.running_batch.reqs]
+        needs += [Need(text=1 + max(0, int(offset(other)))) for other in running]
     with adder._lock_node(req.last_node):  # noqa: SLF001 (what is cached of this request must stay)
-        total = Need(*map(sum, zip(*needs, strict=True)))
-        return make_room(adder.token_to_kv_pool_allocator, adder.tree_cache, total), at_once
+        total = added(needs)
+        held = added([held_by(pool, other) for other in running])
+        return make_room(adder.token_to_kv_pool_allocator, adder.tree_cache, total, held), at_once
 
 
 def keep_to_itself(stash: Any, scheduler: Any, req: Any) -> None:
@@ -136,6 +169,11 @@ def refuse_too_large(scheduler: Any, req: Any) -> None:
     free = table.text_rows - (tokens - int(compressed_tokens(pool, req, 0, tokens).sum())) - 1
     if free < 1:
         visual = int(visual_tokens(req, 0, tokens).sum())
+        if get_serving().allow_auto_truncate and not visual:  # a prompt with images SGLang does not truncate either
+            req.origin_input_ids = req.origin_input_ids[: table.text_rows - 2]
+            log.warning("A prompt of %s tokens was cut to the %s text rows", tokens, table.text_rows)
+            free = 1
+    if free < 1:
         req.set_finish_with_abort(
             f"The prompt has {visual} visual tokens and {tokens - visual} others; the KV pool has {table.visual_rows} "
             f"visual rows and {table.text_rows} text rows, two of which the answer takes at least: shorten it, use a "

@@ -107,6 +107,19 @@ class SlotTable:
         """Whether so much is free."""
         return all(count <= kind.available for count, kind in zip(need, self._kinds(), strict=True))
 
+    def could_fit(self, need: Need, held: Need, evictable: int) -> bool:
+        """Whether so much might be free once cached prefixes are gone.
+
+        Args:
+            need: what is asked for.
+            held: of what is in use, what requests hold that no prefix cache may give away, at least.
+            evictable: tokens of cached prefixes that nobody uses.
+        """
+        return all(
+            count - kind.available <= min(evictable, kind.used - own)
+            for count, own, kind in zip(need, held, self._kinds(), strict=True)
+        )
+
     def reserve(self, need: Need) -> None:
         """Promise rows and bases to somebody who takes them later; `unreserve` first."""
         for count, kind in zip(need, self._kinds(), strict=True):

@@ -26,7 +26,9 @@ class StatePool:
             for name, (shape, dtype) in layout.tables.items()
         }
         shared = {} if layout.shared is None else {"B": layout.shared.expand(-1, bases, -1, -1)}
-        self.basis = KeyBasis(**self.tables, **shared, fitted_rank=max(layout.ranks), shared=bool(shared))
+        self.basis = KeyBasis(
+            **self.tables, **shared, fitted_rank=max(layout.ranks), shared=bool(shared), delta_shared=False
+        )
 
     @property
     def stored(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The compiled part of the CPU attention: built from the sources in `cpu`, for this processor, when first needed."""
+"""The compiled part for CPUs: built from the sources in `cpu`, for this processor, when first needed."""
 
 import ctypes
 import functools
@@ -19,6 +19,13 @@ from rotatek_kernels import cpu_layout
 
 SOURCES = Path(__file__).with_name("cpu")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+# Arguments of the functions of `cpu/seal.cpp`: places and numbers.
+STEPS = {
+    "rotatek_moments": "pnnnnnnppn",
+    "rotatek_encode": "pnnnnnnppnpn",
+    "rotatek_directions": "pnnnnpn",
+    "rotatek_codes": "pnnnnpnpnpnppn",
+}
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -37,8 +44,7 @@ def load() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, ValueError, AttributeError) as error:
         reason = str(error)
     warnings.warn(
-        "the attention of rotatek_kernels on CPUs could not be compiled or opened; torch does its work, slower. "
-        + reason,
+        "the code of rotatek_kernels for CPUs could not be compiled or opened; torch does its work, slower. " + reason,
         RuntimeWarning,
         stacklevel=2,
     )
@@ -46,10 +52,14 @@ def load() -> ctypes.CDLL | None:
 
 
 def opened(path: Path) -> ctypes.CDLL:
-    """Open the library and declare the types of its function."""
+    """Open the library and declare the types of its functions."""
     library = ctypes.CDLL(str(path))
     library.rotatek_attend.argtypes = (ctypes.c_void_p,)
     library.rotatek_attend.restype = ctypes.c_int64
+    for name, types in STEPS.items():
+        step = getattr(library, name)
+        step.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in types]
+        step.restype = None
     return library
 
 
@@ -88,7 +98,8 @@ def build(compiler: list[str], flags: tuple[str, ...]) -> Path:
         made = Path(place) / "made.so"
         (Path(place) / "layout.h").write_text(layout)
         libraries = [_openmp()] if _openmp() else []
-        call = [*command, "-I", place, str(SOURCES / "attend.cpp"), *libraries, "-o", str(made)]
+        units = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+        call = [*command, "-I", place, *units, *libraries, "-o", str(made)]
         subprocess.run(call, check=True, capture_output=True, text=True, errors="replace")  # noqa: S603
         # At once, so that processes that compile at the same time do not meet half a file.
         return made.replace(folder / f"{name}-{_digest(made)}.so")

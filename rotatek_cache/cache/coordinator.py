@@ -74,13 +74,16 @@ class Coordinator:
 
         Args:
             layer: the layer.
-            query: queries of this forward ``[B, H_q, Q, D]``.
+            query: queries of this forward ``[B, H_q, Q, D]``; layers that share Keys come one after the other.
             mask: the model's, bool ``[B or 1, 1, Q, T]`` or additive; None is causal.
             scale: factor on the logits, ``D ** -0.5`` by default.
         """
         if layer.pending is None:
             return
-        layer.keep_queries(query)
+        first = layer.keep_queries(query, mask)
+        if first is None:
+            return  # other layers will attend to the same Keys
+        query, mask = first
         plan = self.positions.plan(layer.pending.begin, layer.length, mask, wait=not layer.options.streaming)
         if plan is None:
             return
@@ -96,6 +99,28 @@ class Coordinator:
             self._set_options()
         for index, part in ready:
             self._seal(self.layers[index], part)
+
+    @without_autocast
+    def seal_waiting(self, layers: Sequence[LayerKV]) -> None:
+        """Seal what waits for text behind an image without it, and so without the weight of any query.
+
+        Raises:
+            ValueError: tokens are to be chosen by the attention of that text.
+        """
+        waiting = [layer for layer in layers if layer.pending is not None]
+        if waiting and self.selection is not None:
+            raise ValueError(
+                f"tokens={self.selection.method} are chosen by the attention of text behind the image, which this "
+                "prompt has none of yet: let text follow the image, or choose tokens by features (divprune, visionzip)"
+            )
+        for layer in waiting:
+            assert layer.pending is not None
+            layer.pending.window = None
+            plan = self.positions.plan(layer.pending.begin, layer.length, None, wait=False)
+            assert plan is not None
+            self._divide_budget(layer, plan)
+            self._seal(layer, plan)
+        self.positions.end_forward()
 
     def _divide_budget(self, layer: LayerKV, plan: SealPlan) -> None:
         """Divide the budget for the prompt that seals by `plan`, once for all layers."""

@@ -130,6 +130,7 @@ class LayerStep:
             and layer.text is text
             and text.keys is self.keys
             and text.values is self.values
+            and not text.lent
             and text.length == self.cursor.text.length < text.capacity
             and len(layer.segments) == len(self.segments)
             and all(now is then for now, then in zip(layer.segments, self.segments, strict=True))
@@ -294,8 +295,9 @@ class DecodeStep:
 
     @property
     def is_private(self) -> bool:
-        """Whether no copy of the cache shares what its segments store."""
-        return not any(segment.shared for layer in self.layers for segment in layer.segments)
+        """Whether no copy of the cache shares what it stores."""
+        lent = any(layer.text.lent for layer in self.layers)
+        return not lent and not any(segment.shared for layer in self.layers for segment in layer.segments)
 
 
 def _form(stored: Stored) -> Hashable:

@@ -14,12 +14,14 @@ class ExpectedPrompt:
         begin: its first logical position.
         visual, visible: bool ``[B, n]``.
         repeats: how often generate is going to repeat each row (beams, several answers).
+        padding_known: whether `visible` says all that the masks of its forwards hide of it.
     """
 
     begin: int
     visual: Tensor
     visible: Tensor
     repeats: int = 1
+    padding_known: bool = False
 
     @property
     def rows(self) -> int:
@@ -39,6 +41,11 @@ class ExpectedPrompt:
         if visual is None:
             return not bool(expected.any())
         return visual.shape[0] == expected.shape[0] and torch.equal(visual[:, : expected.shape[1]], expected)
+
+    def shown(self, end: int) -> Tensor:
+        """Return bool ``[B, end]``, False for padding among all positions up to `end`; those before it are shown."""
+        visible = self.visible[:, : end - self.begin].repeat_interleave(self.repeats, 0)
+        return torch.nn.functional.pad(visible, (self.begin, 0), value=True)
 
     def counts(self, begin: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Count the visual tokens and the others of each row from position `begin` on."""

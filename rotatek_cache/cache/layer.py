@@ -6,8 +6,9 @@ others into the *text* segment, which stays dense and grows in place. A layer do
 what options and which tokens it keeps, is decided by the coordinator of its cache.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.core.attention import reference_attention
 from rotatek_cache.core.basis import compute_dtype
-from rotatek_cache.core.row_layout import LENGTH, integers, row_index
-from rotatek_cache.core.segments import SegmentView, TextSegment, VisualSegment, join_segments
+from rotatek_cache.core.forward_tables import TextForm
+from rotatek_cache.core.row_layout import RowLayout, row_index
+from rotatek_cache.core.seal import Places
+from rotatek_cache.core.segments import SegmentView, Stored, TextSegment, VisualSegment, join_segments
 from rotatek_cache.options import FitOptions
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # Keys and Values [B, H, P, D] to those that are stored
@@ -31,7 +34,8 @@ class Pending:
     keys: Tensor
     values: Tensor
     begin: int  # logical position of the first
-    window: Tensor | None = None  # the last queries, [B, H_q, <= W, D]
+    window: Tensor | None = None  # the last queries, [B, H_q, <= W, D]; where layers share these Keys, of all of them
+    reads: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)  # of this forward: queries and masks
 
 
 class LayerKV:
@@ -41,11 +45,13 @@ class LayerKV:
         options: how it stores them.
         positions: which positions are visual, shared by the layers of a cache.
         index: of the layer in the model, from 0.
+        readers: how many layers attend to what it stores: itself, and those that have no Keys of their own.
     """
 
-    def __init__(self, options: FitOptions, positions: VisualPositions, index: int) -> None:
+    def __init__(self, options: FitOptions, positions: VisualPositions, index: int, readers: int = 1) -> None:
         self.positions = positions
         self.index = index
+        self.readers = readers
         self.use(options)
         self._empty()
 
@@ -77,6 +83,7 @@ class LayerKV:
         if self.pending is not None:
             self.pending.keys = torch.cat([self.pending.keys, keys], 2)
             self.pending.values = torch.cat([self.pending.values, values], 2)
+            self.pending.reads = []
         elif self.positions.has_visual(begin, self.length):
             self.pending = Pending(keys, values, begin)
         else:
@@ -128,27 +135,51 @@ class LayerKV:
 
     def _pending_view(self, pending: Pending, mask: Tensor | None) -> SegmentView:
         batch, _, tokens, _ = pending.keys.shape
-        device = pending.keys.device
+        starts, lengths = self.positions.forward.text_rows(TextForm(None, batch, tokens, tokens, pending.keys.device))
         if mask is not None:
             mask = mask[:, 0, :, pending.begin :].expand(batch, -1, -1)
         return SegmentView(
             keys=pending.keys.transpose(0, 1).flatten(1, 2),
             values=pending.values.transpose(0, 1).flatten(1, 2),
-            starts=torch.arange(batch, device=device) * tokens,
-            lengths=torch.full((batch,), tokens, dtype=LENGTH, device=device),
+            starts=starts,
+            lengths=lengths,
             max_length=tokens,
             row_stride=tokens,
             batched=True,
             mask=mask,
         )
 
-    def keep_queries(self, query: Tensor) -> None:
-        """Keep the last of a forward's queries ``[B, H_q, Q, D]``, by which pending Keys are weighed at their seal."""
+    def keep_queries(self, query: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """Keep the last of a forward's queries, by which pending Keys are weighed at their seal.
+
+        Where layers share these Keys, each brings its own, and those of all count as heads of their group. A layer may
+        attend with a prompt's last positions alone, whose queries are left out then.
+
+        Args:
+            query: ``[B, H_q, Q, D]``.
+            mask: of the model.
+
+        Returns:
+            Queries and mask of the layer that attended first, once every layer has in this forward; None before.
+        """
         pending = self.pending
         assert pending is not None
-        window = query if pending.window is None else torch.cat([pending.window, query], 2)
+        pending.reads.append((query, mask))
+        if len(pending.reads) < self.readers:
+            return None
+        reads, pending.reads = pending.reads, []
+        heads, width = pending.keys.shape[1], self.options.query_window
+        queries = [one[:, :, -width:].unflatten(1, (heads, -1)) for one, _ in reads]
+        query = torch.cat([one for one in queries if one.shape[3] == queries[0].shape[3]], 2).flatten(1, 2)
+        if pending.window is not None:
+            groups = query.shape[1] // heads, pending.window.shape[1] // heads
+            query, held = (
+                one.unflatten(1, (heads, -1))[:, :, : min(groups)].flatten(1, 2) for one in (query, pending.window)
+            )
+            query = torch.cat([held, query], 2)
         # Cloned, or a view would keep the whole prompt's queries alive until the seal.
-        pending.window = window[:, :, -self.options.query_window :].clone()
+        pending.window = query[:, :, -width:].clone()
+        return reads[0]
 
     def pending_attention(self, query: Tensor, visible: Tensor, scale: float) -> Tensor:
         """Compute what attention a few queries ``[B, H_q, q, D]`` pay to the pending tokens: ``[B, H_q, q, P]``.
@@ -175,7 +206,7 @@ class LayerKV:
         pending = self.pending
         assert pending is not None
         if plan.dropped is not None:
-            self.dropped.append((plan.begin, plan.dropped.sum(1)))
+            self.dropped.append((plan.begin, plan.dropped_counts(pending.keys.device)))
         if merge is not None:
             pending.keys, pending.values = merge(pending.keys, pending.values)
         compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
@@ -213,19 +244,15 @@ class LayerKV:
 
     def _compress(self, pending: Pending, plan: SealPlan, rows: tuple[int, ...]) -> VisualSegment:
         layout = plan.layout(rows, pending.keys.device)
-        keys = pending.keys.transpose(0, 1)[:, layout.token_rows, layout.token_columns]  # [H, N, D]
-        values = pending.values.transpose(0, 1)[:, layout.token_rows, layout.token_columns]
-        index = integers(rows, keys.device)
         window, valid = pending.window, None
         if window is not None:
-            valid = plan.visible_tail(window.shape[2], window.device)
-            valid = None if valid is None else valid[index]
-            window = window[index]
-        stored_keys = self.sealer.store_keys(keys, layout.storage_ranges, window, valid)
-        stored_values = self.sealer.store_values(values, layout.storage_ranges)
+            valid = plan.visible_tail(rows, window.shape[2], window.device)
+            window = window if len(rows) == len(window) else window[layout.rows]
+        keys, values, places = _placed(pending, layout)
+        stored_keys, stored_values = self.sealer.store(keys, values, places, window, valid)
         return VisualSegment(
-            keys=stored_keys,
-            values=stored_values,
+            keys=_own(stored_keys, pending.keys),
+            values=_own(stored_values, pending.values),
             positions=layout.positions,
             starts=layout.starts,
             lengths=layout.lengths,
@@ -261,6 +288,11 @@ class LayerKV:
             self.pending = Pending(pending.keys[index], pending.values[index], pending.begin, window)
         self.shape = (len(index), *self.shape[1:])
 
+    def follow(self, padding: Tensor) -> None:
+        """Begin an empty text behind all that is held, with so many columns of padding, int64 ``[B]``."""
+        self.text = TextSegment()
+        self.text.follow(self.length, padding)
+
     def truncate(self, length: int) -> None:
         """Forget the logical positions from `length` on."""
         if length >= self.length:
@@ -287,7 +319,7 @@ class LayerKV:
         """Count the tokens held dense, over all rows: text, what waits for its seal, and images below break-even."""
         if self.shape is None:
             return 0
-        text = self.text.length * self.shape[0]
+        text = self.text.length * self.shape[0] + sum(int(s.lengths.sum()) for s in self.segments if s.is_text)
         if self.text.alignment is not None and self.text.alignment.first is not None:
             text -= int(self.text.alignment.first.sum())
         return text + (0 if self.pending is None else self.pending.keys.shape[2] * self.shape[0])
@@ -299,3 +331,19 @@ class LayerKV:
             window = [] if self.pending.window is None else [self.pending.window]
             held += [self.pending.keys, self.pending.values, *window]
         return held + [counts for _, counts in self.dropped]
+
+
+def _placed(pending: Pending, layout: RowLayout) -> tuple[Tensor, Tensor, Places]:
+    """Give Keys and Values with the places of a layout's tokens in them; of a run of one row, that run alone."""
+    if layout.run is None:
+        return pending.keys, pending.values, Places(layout.storage_ranges, layout.token_rows, layout.token_columns)
+    row, begin, end = layout.run
+    keys, values = (states[row : row + 1, :, begin:end] for states in (pending.keys, pending.values))
+    return keys, values, Places(layout.storage_ranges)
+
+
+def _own(stored: Stored, given: Tensor) -> Stored:
+    """Copy what is stored where it still lies among the states that were given, which are to be freed."""
+    if stored.data.untyped_storage().data_ptr() != given.untyped_storage().data_ptr():
+        return stored
+    return dataclasses.replace(stored, data=stored.data.clone(memory_format=torch.contiguous_format))

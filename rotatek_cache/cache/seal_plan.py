@@ -11,8 +11,10 @@ from rotatek_cache.core.row_layout import (
     POSITION,
     Alignment,
     RowLayout,
+    TextOrder,
     align_right,
     column_positions,
+    moved,
     own_columns,
 )
 
@@ -23,10 +25,11 @@ Compressed = tuple[tuple["SealPlan", tuple[int, ...]], ...]
 class SealPlan:
     """The pending positions ``begin : end`` as visual tokens, text and padding.
 
-    Layers share it, and what one of them derives from it is kept for the others.
+    Layers share it, and what one of them derives from it is kept for the others. All of it is found on the host, and
+    sent to the layers' device without waiting for that.
 
     Args:
-        visual, visible: bool ``[B, P]``.
+        visual, visible: bool ``[B, P]`` on the host.
         begin, end: the positions.
         dropped: bool ``[B, P]``, visual tokens that are to be left out; None: none.
         prompt_end: where guesses at the answer begin; None: there are none.
@@ -56,11 +59,25 @@ class SealPlan:
         self._keeping: dict[Tensor, SealPlan] = {}
         self._last_dense: dict[int, SealPlan] = {}
         self._layouts: dict[tuple[tuple[int, ...], torch.device], RowLayout] = {}
-        self._texts: dict[tuple[Compressed, Alignment | None, int, torch.device], tuple[Tensor, Alignment]] = {}
+        self._dropped_counts: dict[torch.device, Tensor] = {}
+        self._tails: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
+        self._texts: dict[object, tuple[TextOrder, Alignment]] = {}
 
-    def visible_tail(self, window: int, device: torch.device) -> Tensor | None:
-        """Return bool ``[B, window]`` for the last positions; None if none of them is padding."""
-        return None if self.all_visible else self.visible[:, -window:].to(device)
+    def dropped_counts(self, device: torch.device) -> Tensor:
+        """Count the visual tokens that are left out of each row, ``[B]``."""
+        assert self.dropped is not None
+        if device not in self._dropped_counts:
+            (self._dropped_counts[device],) = moved([self.dropped.sum(1)], device)
+        return self._dropped_counts[device]
+
+    def visible_tail(self, rows: tuple[int, ...], window: int, device: torch.device) -> Tensor | None:
+        """Return bool ``[len(rows), window]`` for the last positions of `rows`; None if nothing is padding."""
+        if self.all_visible:
+            return None
+        key = (rows, window, device)
+        if key not in self._tails:
+            (self._tails[key],) = moved([self.visible[list(rows), -window:]], device)
+        return self._tails[key]
 
     def keeping(self, kept: Tensor | None) -> "SealPlan":
         """Return the plan of a layer that keeps only the visual tokens of bool ``[B, P]``; the same for one `kept`."""
@@ -122,13 +139,31 @@ class SealPlan:
             starts[row], lengths[row], basis_rows[row] = offset, self.counts[row], basis_row
             ranges.append((offset, self.counts[row]))
             offset += self.counts[row]
+        run = None
+        if len(rows) == 1 and int(token_columns[-1] - token_columns[0]) == offset - 1:
+            run = (rows[0], int(token_columns[0]), int(token_columns[-1]) + 1)
+        kept = [
+            (token_columns + self.begin).to(POSITION),
+            torch.tensor(starts, dtype=INDEX, device="cpu"),
+            torch.tensor(lengths, dtype=LENGTH, device="cpu"),
+            torch.tensor(basis_rows, dtype=INDEX, device="cpu"),
+        ]
+        # Those that the segment keeps lie apart from those that it does not.
+        used = [torch.tensor(rows, dtype=INDEX, device="cpu"), token_rows, token_columns]
+        positions, table_starts, table_lengths, table_basis_rows = moved(kept, device)
+        if run is None:
+            index, token_rows, token_columns = moved(used, device)
+        else:
+            (index,) = moved(used[:1], device)
         return RowLayout(
-            token_rows=token_rows.to(device),
-            token_columns=token_columns.to(device),
-            positions=(token_columns + self.begin).to(POSITION).to(device),
-            starts=torch.tensor(starts, dtype=INDEX, device=device),
-            lengths=torch.tensor(lengths, dtype=LENGTH, device=device),
-            basis_rows=torch.tensor(basis_rows, dtype=INDEX, device=device),
+            rows=index,
+            token_rows=token_rows,
+            token_columns=token_columns,
+            run=run,
+            positions=positions,
+            starts=table_starts,
+            lengths=table_lengths,
+            basis_rows=table_basis_rows,
             storage_ranges=tuple(ranges),
             max_length=max(lengths),
             uniform=len(set(lengths)) == 1,
@@ -136,32 +171,32 @@ class SealPlan:
 
     def text_alignment(
         self, compressed: Compressed, previous: Alignment | None, columns: int, device: torch.device
-    ) -> tuple[Tensor, Alignment]:
+    ) -> tuple[TextOrder, Alignment]:
         """Lay out the text: `columns` old columns that lay as `previous`, then the pending ones that stay dense.
 
         `compressed` are this plan or parts of it; visual tokens of other rows stay dense. Returns what `align_right`
         does, over the concatenation of old and pending columns.
         """
-        key = (compressed, previous, columns, device)
+        # Parts are this plan or held by it; named by what they are, or the plan would hold itself.
+        key = (tuple((id(part), rows) for part, rows in compressed), previous, columns, device)
         if key not in self._texts:
-            self._texts[key] = self._text_alignment(*key)
+            self._texts[key] = self._text_alignment(compressed, previous, columns, device)
         return self._texts[key]
 
     def _text_alignment(
         self, compressed: Compressed, previous: Alignment | None, columns: int, device: torch.device
-    ) -> tuple[Tensor, Alignment]:
+    ) -> tuple[TextOrder, Alignment]:
         keep = self.visible.clone()
         for part, rows in compressed:
             chosen = torch.zeros(len(self.counts), 1, dtype=torch.bool, device="cpu")
             chosen[list(rows)] = True
             keep &= ~(part.visual & chosen.to(part.visual.device))
-        where = device if columns else keep.device  # the flags' own, where no column of the layer is involved
-        keep = keep.to(where)
-        batch = keep.shape[0]
-        positions = (torch.arange(keep.shape[1], device=where) + self.begin).expand(batch, -1)
+        batch, host = keep.shape[0], keep.device
+        positions = (torch.arange(keep.shape[1], device=host) + self.begin).expand(batch, -1)
         if columns:
-            old_positions = column_positions(previous, columns, batch, device)
-            keep = torch.cat([own_columns(previous, columns, batch, device), keep], 1)
+            previous = None if previous is None else previous.on_host()
+            old_positions = column_positions(previous, columns, batch, host)
+            keep = torch.cat([own_columns(previous, columns, batch, host), keep], 1)
             positions = torch.cat([old_positions, positions], 1)
         order, alignment = align_right(keep, positions, self.end)
-        return order.to(device), alignment.to(device)
+        return TextOrder(*moved(order, device)), alignment.on(device)

@@ -1,28 +1,48 @@
 """Which logical positions of a cache are visual, padding or dropped, and the seal that follows from it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rotatek_cache.cache.expected_prompt import ExpectedPrompt
 from rotatek_cache.cache.seal_plan import SealPlan
+from rotatek_cache.cache.token_counts import TokenCounts
 from rotatek_cache.core.forward_tables import ForwardTables
 
 PROMPT_ID = torch.int64  # dtype of the ids of a prompt
 
 
+@dataclass
+class Flags:
+    """What is known of each position and row, on the host: it decides on shapes, and a GPU is not asked for it.
+
+    Attributes:
+        visual: (begin, end, bool ``[B, end - begin]``, or None where none is visual) of what was announced, in order.
+        dropped: the same of visual tokens that were left out before the language model.
+        visible: bool ``[B, T]``; None while nothing is known to be padding.
+    """
+
+    visual: list[tuple[int, int, Tensor | None]] = field(default_factory=list)
+    dropped: list[tuple[int, int, Tensor]] = field(default_factory=list)
+    visible: Tensor | None = None
+
+    def select_rows(self, index: Tensor) -> "Flags":
+        """Return the flags in which row b is what row ``index[b]`` was."""
+        visual = [(begin, end, None if known is None else known[index]) for begin, end, known in self.visual]
+        dropped = [(begin, end, known[index]) for begin, end, known in self.dropped]
+        return Flags(visual, dropped, None if self.visible is None else self.visible[index])
+
+
 class VisualPositions:
     """The visual positions announced so far, shared by the layers of one cache.
 
-    The hooks of a host tell it what comes (`expect`, `begin_prompt`, `set_prompt_end`, `announce`, `drop`); layers and
-    coordinator ask.
+    The hooks of a host tell it what comes (`expect`, `begin_prompt`, `set_prompt_end`, `announce`, `learn_padding`,
+    `drop`); layers and coordinator ask.
 
     Attributes:
         given: the mask given at construction, which wins where it reaches.
-        flags: (begin, end, bool ``[B, end - begin]``, or None where none is visual) of what was announced, in order.
-        dropped: the same of visual tokens that were left out before the language model.
-        visible: bool ``[B, T]``; None while nothing is known to be padding.
         prompt: ids ``[B, n]`` of the first forward, where they are known.
         forward: what the layers of the current forward share.
     """
@@ -30,14 +50,13 @@ class VisualPositions:
     def __init__(self, visual_mask: Tensor | None = None) -> None:
         if visual_mask is not None:
             check_visual_mask(visual_mask)
-        self.given = visual_mask
+        self.given = None if visual_mask is None else visual_mask.cpu()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the mask given at construction."""
-        self.flags: list[tuple[int, int, Tensor | None]] = []
-        self.dropped: list[tuple[int, int, Tensor]] = []
-        self.visible: Tensor | None = None
+        self._known = Flags()
+        self._order: Tensor | None = None  # rows of `_known` that the rows are now, selected on a device
         self.prompt: Tensor | None = None
         self.forward = ForwardTables()
         self._expected: ExpectedPrompt | None = None
@@ -48,8 +67,33 @@ class VisualPositions:
     def end_forward(self) -> None:
         """Drop what was derived for the layers of one forward."""
         self._plan: tuple[tuple[int, int], SealPlan | None] | None = None
+        self._looked: tuple[tuple[int, int], Tensor | None] | None = None
+        self._nothing: TokenCounts | None = None
+        self._own_first: tuple[Tensor, Tensor] | None = None  # positions that are no padding, then the others
         self._checked: Tensor | None = None
+        self._shown: tuple[Tensor | None] | None = None  # what `learn_padding` was told
         self.forward.clear()
+
+    def _settled(self) -> Flags:
+        """Return the flags of the rows as they are now; waits for a device that rows were selected on, once."""
+        if self._order is not None:
+            self._known, self._order = self._known.select_rows(self._order.cpu()), None
+        return self._known
+
+    @property
+    def flags(self) -> list[tuple[int, int, Tensor | None]]:
+        """Positions that are visual, see `Flags.visual`."""
+        return self._settled().visual
+
+    @property
+    def dropped(self) -> list[tuple[int, int, Tensor]]:
+        """Positions dropped before the language model, see `Flags.dropped`."""
+        return self._settled().dropped
+
+    @property
+    def visible(self) -> Tensor | None:
+        """Positions that are no padding, see `Flags.visible`."""
+        return self._settled().visible
 
     @property
     def expected(self) -> ExpectedPrompt | None:
@@ -77,12 +121,17 @@ class VisualPositions:
     @property
     def end(self) -> int:
         """First position that nothing is known of."""
-        return self.flags[-1][1] if self.flags else 0
+        return self._known.visual[-1][1] if self._known.visual else 0
 
     @property
     def informed(self) -> bool:
         """Whether it is known which positions are visual."""
-        return self.given is not None or bool(self.flags)
+        return self.given is not None or bool(self._known.visual)
+
+    @property
+    def unsealed(self) -> bool:
+        """Whether visual positions wait for their seal."""
+        return self.has_visual(self._sealed, self.end)
 
     @property
     def reach(self) -> int:
@@ -102,18 +151,33 @@ class VisualPositions:
         return torch.nn.functional.pad(flags, (0, end - begin - flags.shape[1]))
 
     def announce(self, begin: int, end: int, visual: Tensor | None) -> None:
-        """Learn which of the positions ``begin : end`` are visual: bool ``[B, end - begin]``, None for none."""
+        """Learn which of the positions ``begin : end`` are visual: bool ``[B, end - begin]``, None for none.
+
+        They are read here, before the forward has given a GPU anything that could be waited for.
+        """
         if visual is not None:
             if visual.dtype != torch.bool or visual.ndim != 2 or visual.shape[1] != end - begin:
                 raise ValueError(
                     f"visual must be a bool tensor [rows, {end - begin}], got {visual.dtype} {list(visual.shape)}"
                 )
+            visual = visual.cpu()
             if not bool(visual.any()):
                 visual = None
         self.truncate(begin)
-        if visual is None and self.flags and self.flags[-1][2] is None and self.flags[-1][1] == begin:
-            begin, _, _ = self.flags.pop()  # or every decoded token would lengthen the list
-        self.flags.append((begin, end, visual))
+        known = (self._known if visual is None else self._settled()).visual
+        if visual is None and known and known[-1][2] is None and known[-1][1] == begin:
+            begin, _, _ = known.pop()  # or every decoded token would lengthen the list
+        known.append((begin, end, visual))
+
+    def learn_padding(self, seen: Tensor | None) -> None:
+        """Learn the padding that the masks of the forward to come hide, so that none of them has to be read.
+
+        Args:
+            seen: bool ``[B, end]``, False for padding; None if nothing is.
+        """
+        self._shown = (None if seen is None else seen.cpu(),)
+        if seen is not None:
+            self._check_seen(self._shown[0])
 
     def drop(self, kept: Tensor) -> None:
         """Learn which visual tokens of the positions announced last stay: bool ``[n]``, row after row."""
@@ -123,15 +187,17 @@ class VisualPositions:
             raise ValueError(f"{len(kept)} image features were chosen from, but the prompt has {found} visual tokens")
         dropped = torch.zeros_like(visual)
         dropped[visual] = ~kept.to(visual.device)
-        self.dropped = [entry for entry in self.dropped if entry[0] < begin]
-        self.dropped.append((begin, end, dropped))
+        known = self._settled()
+        known.dropped = [entry for entry in known.dropped if entry[0] < begin]
+        known.dropped.append((begin, end, dropped))
 
     @property
     def undecided(self) -> bool:
         """Whether visual tokens were announced last for which no `drop` has come."""
-        if not self.flags or self.flags[-1][2] is None:
+        visual, dropped = self._known.visual, self._known.dropped
+        if not visual or visual[-1][2] is None:
             return False
-        return not self.dropped or self.dropped[-1][:2] != self.flags[-1][:2]
+        return not dropped or dropped[-1][:2] != visual[-1][:2]
 
     def dropped_of(self, begin: int, end: int) -> Tensor | None:
         """Return bool ``[B, end - begin]``: positions dropped before the language model; None: none."""
@@ -148,13 +214,16 @@ class VisualPositions:
 
     def has_visual(self, begin: int, end: int) -> bool:
         """Return whether any of the positions is visual in any row."""
-        return any(visual is not None for first, last, visual in self.flags if first < end and last > begin)
+        return any(visual is not None for first, last, visual in self._known.visual if first < end and last > begin)
 
     def rows_with_visual(self, begin: int, end: int) -> Tensor | None:
         """Return bool ``[B]``: rows with visual tokens among the positions; None if there are none."""
-        if not self.has_visual(begin, end):
-            return None
-        return self._flags_of(begin, end).any(1)
+        visual = self.visual(begin, end)
+        return None if visual is None else visual.any(1)
+
+    def visual(self, begin: int, end: int) -> Tensor | None:
+        """Return bool ``[B, end - begin]``: which of the positions are visual; None if none is."""
+        return self._flags_of(begin, end) if self.has_visual(begin, end) else None
 
     def rows_cut_at(self, position: int) -> Tensor:
         """Return bool ``[B]``: rows with visual tokens on both sides of a position."""
@@ -180,12 +249,14 @@ class VisualPositions:
         return None if self._plan is None else self._plan[1]
 
     def _make_plan(self, begin: int, end: int, mask: Tensor | None, wait: bool) -> SealPlan | None:
-        visual = self._flags_of(begin, end)
-        if mask is not None:
-            seen = seen_by_mask(mask[:, 0]).any(1).to(visual.device).expand(visual.shape[0], -1)
-            if self.visible is not None:
-                seen = torch.cat([seen[:, : self.visible.shape[1]] | self.visible, seen[:, self.visible.shape[1] :]], 1)
-            self.visible = seen
+        visual, known = self._flags_of(begin, end), self._settled()
+        seen = self._seen(mask, end)
+        if seen is not None:
+            seen = seen.expand(visual.shape[0], -1)
+            if known.visible is not None:
+                reach = known.visible.shape[1]
+                seen = torch.cat([seen[:, :reach] | known.visible, seen[:, reach:]], 1)
+            known.visible = seen
         visible = torch.ones_like(visual) if self.visible is None else self.visible[:, begin:end]
         if visible.shape[1] < visual.shape[1]:
             # Later forwards without a mask see everything.
@@ -199,6 +270,77 @@ class VisualPositions:
         self._sealed = end
         return SealPlan(visual, visible, begin, end, self.dropped_of(begin, end), self._prompt_end)
 
+    def _seen(self, mask: Tensor | None, end: int) -> Tensor | None:
+        """Return bool ``[B or 1, end]``: positions that are no padding in this forward; None if that is nothing new."""
+        if mask is None:
+            return None
+        if self._shown is None:
+            return seen_by_mask(mask[:, 0]).any(1).cpu()
+        if self._shown[0] is None and self.visible is not None:
+            return torch.ones(1, end, dtype=torch.bool, device="cpu")
+        return self._shown[0]
+
+    def counts_of_nothing(self, batch: int, device: torch.device) -> TokenCounts:
+        """Return the counts of an empty cache of `batch` rows, the same for the layers of a forward."""
+        if self._nothing is None or len(self._nothing.rows) != batch or self._nothing.device != device:
+            self._nothing = TokenCounts((0,) * batch, device)
+        return self._nothing
+
+    def see(self, begin: int, end: int, batch: int, mask: Tensor | None) -> Tensor | None:
+        """Learn which of the positions ``begin : end`` are padding, and return the others: bool ``[B, end - begin]``.
+
+        The same for the layers of a forward; None if none of them is padding.
+
+        Args:
+            begin, end: the positions of the current forward.
+            batch: rows.
+            mask: its mask, bool ``[B or 1, 1, Q, end]`` or additive: what no query sees is padding. None hides nothing.
+        """
+        if self._looked is None or self._looked[0] != (begin, end):
+            self._looked = ((begin, end), self._look(begin, end, batch, mask))
+        return self._looked[1]
+
+    def _look(self, begin: int, end: int, batch: int, mask: Tensor | None) -> Tensor | None:
+        seen = self._seen(mask, end)
+        if seen is None:
+            return None
+        seen = seen[:, begin:end].expand(batch, -1)
+        self._sealed = end
+        if bool(seen.all()):
+            return None
+        before = seen.new_ones(batch, begin)
+        known = self._settled()
+        if known.visible is not None:
+            before[:, : known.visible.shape[1]] = known.visible[:, :begin]
+        known.visible = torch.cat([before, seen], 1)
+        return seen
+
+    def places_of(self, tokens: Tensor) -> Tensor:
+        """Find the logical positions of tokens ``[B, n]`` that are counted without their row's padding."""
+        if self.visible is None:
+            return tokens
+        if self._own_first is None or self._own_first[0] is not self.visible:
+            # A stable sort of the flags moves a row's own positions to the front, in their order.
+            self._own_first = self.visible, (~self.visible).int().argsort(dim=1, stable=True)
+        order, known = self._own_first[1].to(tokens.device), self.visible.shape[1]
+        own = self.visible.sum(1, keepdim=True).to(tokens.device)
+        return torch.where(tokens < own, order.gather(1, tokens.clamp(max=known - 1)), known + tokens - own)
+
+    def shows_own(self, mask: Tensor) -> bool:
+        """Whether bool `mask` ``[B, T]`` shows all positions that are not padding. Waits for the device."""
+        if self.visible is None:
+            return bool(mask.all())
+        known = self.visible.to(mask.device)[:, : mask.shape[1]]
+        own = torch.nn.functional.pad(known, (0, mask.shape[1] - known.shape[1]), value=True)
+        return bool((mask | ~own).all())
+
+    def own_before(self, length: int, batch: int) -> tuple[int, ...]:
+        """Count the positions before `length` that are not padding, of each of `batch` rows."""
+        if self.visible is None:
+            return (length,) * batch
+        known = self.visible[:, :length]
+        return tuple((known.sum(1) + (length - known.shape[1])).tolist())
+
     def _flags_of(self, begin: int, end: int) -> Tensor:
         flags = _overlaid([(b, e, visual) for b, e, visual in self.flags if visual is not None], begin, end)
         if flags is None:
@@ -210,11 +352,18 @@ class VisualPositions:
         if self._checked is mask:
             return
         self._checked = mask
-        if self.visible is None or (mask.is_cuda and mask.shape[2] == 1):
+        if self._known.visible is None or (mask.is_cuda and mask.shape[2] == 1):
             return  # reading the mask of every decode step would make the host wait for the GPU
-        known = min(self.visible.shape[1], self._sealed)
-        seen = seen_by_mask(mask[:, 0, :, :known])
-        if bool((seen.any(1) & ~self.visible[:, :known].to(mask.device)).any()):
+        if self._shown is None or self._shown[0] is None:
+            self._check_seen(seen_by_mask(mask[:, 0, :, : self._sealed]).any(1).cpu())
+
+    def _check_seen(self, seen: Tensor | None) -> None:
+        """Raise if bool ``[B or 1, T]`` shows a position that was dropped at a seal."""
+        visible = self.visible
+        if visible is None or seen is None:
+            return
+        known = min(visible.shape[1], self._sealed)
+        if bool((seen[:, :known] & ~visible[:, :known]).any()):
             raise ValueError(
                 "attention_mask shows positions that it hid from the whole prompt: a RotateKCache drops such as padding"
             )
@@ -223,26 +372,25 @@ class VisualPositions:
         """Forget positions from `length` on."""
         self._sealed = min(self._sealed, length)
         self.end_forward()
-        kept: list[tuple[int, int, Tensor | None]] = []
-        for begin, end, visual in self.flags:
+        known, kept = self._known, []  # whatever the rows are now
+        for begin, end, visual in known.visual:
             if begin < length:
                 shortened = None if visual is None else visual[:, : length - begin]
                 kept.append((begin, min(end, length), shortened))
-        self.flags = kept
-        self.dropped = [(b, min(e, length), d[:, : length - b]) for b, e, d in self.dropped if b < length]
+        known.visual = kept
+        known.dropped = [(b, min(e, length), d[:, : length - b]) for b, e, d in known.dropped if b < length]
         if length == 0:
-            self.visible = self.prompt = None
-        if self.visible is not None:
-            self.visible = self.visible[:, :length]
+            known.visible = self.prompt = None
+        if known.visible is not None:
+            known.visible = known.visible[:, :length]
         if self.prompt is not None:
             self.prompt = self.prompt[:, :length]
 
     def select_rows(self, index: Tensor) -> None:
         """Let batch row b be what row ``index[b]`` was."""
         self.end_forward()
-        self.flags = [(b, e, None if v is None else v[index.to(v.device)]) for b, e, v in self.flags]
-        self.dropped = [(b, e, d[index.to(d.device)]) for b, e, d in self.dropped]
-        self.visible = None if self.visible is None else self.visible[index.to(self.visible.device)]
+        # Read when the flags are: beams select rows in every step.
+        self._order = index if self._order is None else self._order[index.to(self._order.device)]
         self.prompt = None if self.prompt is None else self.prompt[index.to(self.prompt.device)]
 
     def tensors(self) -> list[Tensor]:
@@ -252,8 +400,8 @@ class VisualPositions:
 
     def __deepcopy__(self, memo: dict) -> "VisualPositions":
         copy = VisualPositions(self.given)
-        copy.flags, copy.dropped = list(self.flags), list(self.dropped)
-        copy.visible, copy.prompt, copy._sealed = self.visible, self.prompt, self._sealed
+        copy._known = Flags(list(self.flags), list(self.dropped), self.visible)
+        copy.prompt, copy._sealed = self.prompt, self._sealed
         copy._expected, copy._prompt_end = self._expected, self._prompt_end
         return copy
 

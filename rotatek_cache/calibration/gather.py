@@ -1,4 +1,4 @@
-"""One pass over images: a model runs, and codecs that store everything as it is gather moments on the way."""
+"""One pass over images and texts: a model runs, and what stores everything as it is gathers moments on the way."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,21 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotatek_cache.cache.coordinator import Coordinator
+from rotatek_cache.cache.layer import LayerKV
+from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.dense import Dense
 from rotatek_cache.codecs.interface import Ranges, StateOptions
+from rotatek_cache.codecs.token_rows import SINK_TOKENS
 from rotatek_cache.core.fitting import KeyStatistics
 from rotatek_cache.core.segments import Stored
 
 
 @torch.no_grad()
-def calibrate(model: torch.nn.Module, prompts: Iterable[dict[str, Any]], state: Calibration) -> Calibration:
+def calibrate(
+    model: torch.nn.Module, prompts: Iterable[dict[str, Any]], state: Calibration, *, text: bool = False
+) -> Calibration:
     """Run the prompts (what a processor returns, one image each) through an attached model and gather moments.
 
     Args:
         model: a model prepared by `attach`.
-        prompts: model inputs with a batch of one.
+        prompts: model inputs with a batch of one and no padding.
         state: what was gathered before, added to.
+        text: whether these prompts show the text that will be cached, so that all of their tokens are taken for rows
+            of all tokens (``text="coded"``), besides the visual ones for bases of images. Prompts may be text alone
+            then, and should be as long as those to come: a Key depends on its position.
 
     Returns:
         `state`.
@@ -32,14 +41,23 @@ def calibrate(model: torch.nn.Module, prompts: Iterable[dict[str, Any]], state: 
     projections = output_projections(model)
     for prompt in prompts:
         cache = RotateKCache(sparsity=0)
+        if text:
+            cache.coordinator = TokenGatherer(cache.positions, state, projections)
         cache.learn_config(model.config)  # type: ignore[arg-type]
         for index, layer in enumerate(cache.layers):
-            if isinstance(layer, RotateKLayer):
+            if isinstance(layer, RotateKLayer) and isinstance(layer.kv, LayerKV):
                 sealer = layer.kv.sealer
                 sealer.keys = KeyMoments(sealer.keys.wanted, state)
                 sealer.values = ValueMoments(sealer.values.wanted, state, projections.get(index))
+        if text:
+            # A model of text alone has no hook that says so; one with images says more.
+            ids = prompt["input_ids"]
+            cache.positions.announce(0, ids.shape[1], None)
         model(**prompt, **cache_argument(model, cache), use_cache=True)
-        state.images += 1
+        if text and not cache.positions.has_visual(0, cache.positions.end):
+            state.texts += 1
+        else:
+            state.images += 1
     return state
 
 
@@ -51,6 +69,50 @@ def output_projections(model: torch.nn.Module) -> dict[int, Tensor]:
         if isinstance(layer, int) and isinstance(projection, torch.nn.Linear) and "vis" not in name:
             found[layer] = projection.weight.detach()
     return found
+
+
+class TokenGatherer(Coordinator):
+    """A coordinator that gives all tokens of a prompt of one row to a calibration before its layers seal."""
+
+    def __init__(self, positions: VisualPositions, state: Calibration, projections: dict[int, Tensor]) -> None:
+        super().__init__(positions)
+        self.state, self.projections = state, projections
+
+    def observe(self, layer: LayerKV, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
+        """Gather the states of a layer, but for the first tokens, which no cache codes."""
+        dense = layer.dense()
+        assert dense is not None  # nothing of a prompt read at once is sealed yet
+        keys, values = (states[0, :, SINK_TOKENS:] for states in dense)
+        visual = self.positions.visual(SINK_TOKENS, layer.length)
+        visual = torch.zeros(keys.shape[1], dtype=torch.bool) if visual is None else visual[0].cpu()
+        for kind, picked in (("text", ~visual), ("image", visual)):
+            index = picked.nonzero()[:, 0].to(keys.device)
+            for which, states, cost in (
+                ("key", keys, query_cost(query[:, :, SINK_TOKENS:], keys.shape[0])),
+                ("value", values, output_cost(self.projections.get(layer.index), values)),
+            ):
+                self.state.add_tokens(layer.index, which, kind, states[:, index], cost)
+        super().observe(layer, query, mask, scale)
+
+
+def query_cost(queries: Tensor, heads: int, valid: Tensor | None = None) -> Tensor | None:
+    """Find the second moment ``[H, D, D]`` of one row's queries ``[1, H_q, W, D]``; None where there are none."""
+    if not queries.shape[2]:
+        return None
+    # Mean and scatter are not asked for: only the queries' part of the statistics.
+    nothing = queries.new_zeros(heads, 1, queries.shape[-1], dtype=torch.float32)
+    count = queries.new_ones(1, dtype=torch.float32)
+    found = KeyStatistics(nothing, nothing, count, queries.float(), valid).query_moment()
+    return None if found is None else found[:, 0]
+
+
+def output_cost(projection: Tensor | None, values: Tensor) -> Tensor | None:
+    """Find what the output projection ``[hidden, H_q * D_v]`` makes of errors of Values ``[H, S, D_v]``."""
+    heads, _, width = values.shape
+    if projection is None or projection.shape[1] % (heads * width):
+        return None
+    columns = projection.float().unflatten(1, (heads, -1, width))  # [hidden, H, G, D_v]
+    return torch.einsum("ohgd,ohge->hde", columns, columns)
 
 
 class KeyMoments(Dense):
@@ -67,14 +129,8 @@ class KeyMoments(Dense):
         for row, (start, length) in enumerate(ranges):
             cost = None
             if queries is not None:
-                # Mean and scatter are not asked for: only the queries' part of the statistics.
-                nothing = states.new_zeros(states.shape[0], 1, states.shape[-1], dtype=torch.float32)
                 row_valid = None if valid is None else valid[row : row + 1]
-                stats = KeyStatistics(
-                    nothing, nothing, states.new_ones(1, dtype=torch.float32), queries[row : row + 1].float(), row_valid
-                )
-                found = stats.query_moment()
-                cost = None if found is None else found[:, 0]
+                cost = query_cost(queries[row : row + 1], states.shape[0], row_valid)
             self.state.add(self.wanted.layer, "key", states[:, start : start + length], cost)
         return super().store(states, ranges, queries, valid)
 
@@ -91,11 +147,7 @@ class ValueMoments(Dense):
         self, states: Tensor, ranges: Ranges, queries: Tensor | None = None, valid: Tensor | None = None
     ) -> Stored:
         """Gather the Values of each row."""
-        heads, _, width = states.shape
-        cost = None
-        if self.projection is not None and self.projection.shape[1] % (heads * width) == 0:
-            columns = self.projection.float().unflatten(1, (heads, -1, width))  # [hidden, H, G, D_v]
-            cost = torch.einsum("ohgd,ohge->hde", columns, columns)
+        cost = output_cost(self.projection, states)
         for start, length in ranges:
             self.state.add(self.wanted.layer, "value", states[:, start : start + length], cost)
         return super().store(states, ranges, queries, valid)

@@ -1,4 +1,4 @@
-"""Calibration from a folder of images or a dataset: what `rotatek calibrate` does."""
+"""Calibration from a folder of images or a dataset, and from texts: what `rotatek calibrate` does."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,11 +20,26 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
-class ImageCounts:
-    """The number of images that went into a basis file, and of those that could not be read."""
+class Counts:
+    """The number of images that went into a basis file, of those that could not be read, and of passages of text."""
 
     images: int
     skipped: int
+    texts: int
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Passages of text as ids, each of a prompt of its own."""
+
+    passages: Sequence[Sequence[int]]
+    description: str
+
+    def __len__(self) -> int:
+        return len(self.passages)
+
+
+NO_TEXTS = Texts((), "no text")
 
 
 class Images(Protocol):
@@ -84,6 +100,9 @@ class DatasetImages:
         return converted
 
 
+NO_IMAGES = ImageFiles(Path(), ())
+
+
 def find_images(folder: Path) -> list[Path]:
     """List the image files below `folder`, in the order of their names."""
     if not folder.is_dir():
@@ -92,6 +111,34 @@ def find_images(folder: Path) -> list[Path]:
     if not found:
         raise InputError(f"no image below '{folder}' (looked for {', '.join(sorted(SUFFIXES))})")
     return found
+
+
+def open_texts(source: Path, tokenizer: Any, length: int, most: int | None = None) -> Texts:
+    """Read a text file, or those of a folder, and cut them into passages of `length` tokens, at least half as many.
+
+    Args:
+        source: file, or folder whose ``.txt`` files are read with its subfolders in the order of their names.
+        tokenizer: of the model.
+        length: tokens of a passage: as long as what will be cached, since a Key depends on its position.
+        most: the first so many passages only.
+    """
+    files = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
+    passages: list[list[int]] = []
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--text '{file}' cannot be read as UTF-8 text: {error}") from error
+        digest.update(text.encode())
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        parts = [ids[at : at + length - len(begin)] for at in range(0, len(ids), length - len(begin))]
+        passages += [begin + part for part in parts if len(part) >= length // 2]
+    if not passages:
+        raise InputError(f"--text '{source}' holds no .txt file with a passage of {length // 2} tokens or more")
+    passages = passages[:most]
+    return Texts(passages, f"{len(passages)} passages of up to {length} tokens, {digest.hexdigest()[:16]}")
 
 
 def open_images(source: str, split: str = "train", most: int | None = None) -> Images:
@@ -139,9 +186,10 @@ def calibrate_images(
     method: str,
     value_method: str,
     save_every: int,
+    texts: Texts = NO_TEXTS,
     advance: Callable[[int], None] = lambda _: None,
-) -> ImageCounts:
-    """Calibrate on `images`, the questions asked in turn, and write the basis file `out`.
+) -> Counts:
+    """Calibrate on `images`, the questions asked in turn, then on `texts`, and write the basis file `out`.
 
     The state is saved beside it every `save_every` images, and taken up again; it goes when the basis is written.
 
@@ -151,8 +199,9 @@ def calibrate_images(
         questions: at least one.
         out: the basis file.
         method, value_method: of `rotatek_cache.calibration.moments.KEY_METHODS` and `VALUE_METHODS`.
-        save_every: images between two saves.
-        advance: called with the number of images done.
+        save_every: images and passages between two saves.
+        texts: with any, all tokens are taken, those of the images' prompts too, and the file serves ``text="coded"``.
+        advance: called with the number of images and passages done.
 
     Raises:
         InputError: the saved state cannot be used, or no image gave a visual token.
@@ -160,7 +209,7 @@ def calibrate_images(
     mark = fingerprint(chat.model)
     saved = out.with_name(out.name + ".state")
     try:
-        source = f"{images.description}; asked {json.dumps(list(questions))}"
+        source = f"{images.description}; asked {json.dumps(list(questions))}; {texts.description}"
         if saved.exists():
             state = _resumed(saved, mark, source)
         else:
@@ -172,17 +221,24 @@ def calibrate_images(
             except InputError:
                 state.skipped += 1
             else:
-                calibrate(chat.model, [chat.prompt([image], questions[number % len(questions)])], state)
+                prompt = chat.prompt([image], questions[number % len(questions)])
+                calibrate(chat.model, [prompt], state, text=len(texts) > 0)
             if (number + 1) % save_every == 0:
                 state.save(saved)
             advance(number + 1)
+        for number in range(state.texts, len(texts)):
+            ids = torch.tensor([texts.passages[number]], device=chat.model.device)
+            calibrate(chat.model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], state, text=True)
+            if (number + 1) % save_every == 0:
+                state.save(saved)
+            advance(len(images) + number + 1)
         state.write_basis(out, source=source, method=method, value_method=value_method)
     except ValueError as error:
         raise InputError(str(error)) from error
     except OSError as error:
         raise InputError(f"'{out}' cannot be written: {error}") from error
     saved.unlink(missing_ok=True)
-    return ImageCounts(state.images, state.skipped)
+    return Counts(state.images, state.skipped, state.texts)
 
 
 def _resumed(saved: Path, mark: Tensor, source: str) -> Calibration:
@@ -190,7 +246,7 @@ def _resumed(saved: Path, mark: Tensor, source: str) -> Calibration:
     state = Calibration.load(saved, mark)
     if state.source != source:
         raise ValueError(
-            f"'{saved}' was begun with other images or questions ({state.source}; now {source}): delete it, or give "
-            "another --out"
+            f"'{saved}' was begun with other images, questions or texts ({state.source}; now {source}): delete it, or "
+            "give another --out"
         )
     return state

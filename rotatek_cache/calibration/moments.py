@@ -1,8 +1,9 @@
-"""Moments of visual Keys and Values over many images, and the basis file made of them."""
+"""Moments of visual Keys and Values over many images, of all tokens over texts too, and the basis file made of them."""
 
 import datetime
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from rotatek_cache.codecs.basis_file import FORMAT, read_tensors
 from rotatek_cache.codecs.fingerprint import same_fingerprint
 from rotatek_cache.core.fitting import key_moments, matrix_roots
 from rotatek_cache.core.precision import without_autocast
-from rotatek_cache.core.quantization import BITS, CodeLayout, quantise
+from rotatek_cache.core.quantization import BITS, CLIP_GRID, FINE_CLIP_GRID, CodeLayout, quantise
 
-STATE_FORMAT = "rotatek-calibration-2"
+STATE_FORMAT = "rotatek-calibration-3"
 KEY_METHODS = ("pca", "oblique", "leank")
 VALUE_METHODS = ("pca", "output")
 SAMPLE_PER_IMAGE = 32  # tokens per image kept to find clip ranges
 SAMPLE_MOST = 8192  # tokens kept in all
+SAMPLE_PER_TEXT = 256  # tokens per prompt kept where all tokens are coded
+KINDS = ("text", "image")
 
 
 @dataclass
@@ -58,10 +61,11 @@ class Moments:
         return Moments(self.scatter + other.scatter, self.tokens + other.tokens, sample, cost)
 
     @without_autocast
-    def basis(self, method: str = "pca") -> dict[str, Tensor]:
+    def basis(self, method: str = "pca", shares: Sequence[float] = CLIP_GRID) -> dict[str, Tensor]:
         """Make the tensors that a basis file holds of it.
 
         Args:
+            shares: clip ranges to try for codes, as shares of the full range of a coefficient.
             method: "pca"; "oblique" (weighted by the cost, shrunk by half; "output" is its name for Values); or "leank"
                 (static selection of channels by query times Key power; a dropped one reads as its mean). Without a cost
                 all are "pca".
@@ -92,9 +96,64 @@ class Moments:
             tensors["decoder"] = decoder.float()
         coefficients = self.sample @ encoder.float()
         for bits in BITS:
-            _, low, step = quantise(coefficients, CodeLayout(((bits, coefficients.shape[-1]),)))
+            _, low, step = quantise(coefficients, CodeLayout(((bits, coefficients.shape[-1]),)), shares)
             tensors[f"low{bits}"], tensors[f"step{bits}"] = low, step
         return tensors
+
+
+@dataclass
+class TokenMoments:
+    """Sums over prompts for the text tokens, or the visual ones, of the Keys or Values of one layer.
+
+    Attributes:
+        tokens: how many were seen.
+        total: sum of the states, ``[H, D]`` float64.
+        square: sum of their outer products, ``[H, D, D]`` float64.
+        sample: some of them as they are, ``[H, n, D]`` float32.
+        cost: as in `Moments`, over the queries of the prompts.
+    """
+
+    tokens: int
+    total: Tensor
+    square: Tensor
+    sample: Tensor
+    cost: Tensor | None = None
+
+    @classmethod
+    def of(cls, states: Tensor, seed: int, cost: Tensor | None = None) -> "TokenMoments":
+        """Take the moments of states ``[H, S, D]`` of one prompt; `seed` picks the sample."""
+        tokens = states.shape[1]
+        mean, scatter = (part.double().cpu() for part in key_moments(states.float()))
+        square = scatter + tokens * mean[..., :, None] * mean[..., None, :]
+        generator = torch.Generator().manual_seed(seed)
+        picked = torch.randperm(tokens, generator=generator, device="cpu")[:SAMPLE_PER_TEXT].to(states.device)
+        cost = None if cost is None else cost.double().cpu()
+        return cls(tokens, mean * tokens, square, states[:, picked].float().cpu(), cost)
+
+    def __add__(self, other: "TokenMoments") -> "TokenMoments":
+        sample = torch.cat([self.sample, other.sample], 1)[:, :SAMPLE_MOST]
+        cost = None if self.cost is None or other.cost is None else self.cost + other.cost
+        return TokenMoments(
+            self.tokens + other.tokens, self.total + other.total, self.square + other.square, sample, cost
+        )
+
+    @staticmethod
+    def basis(
+        kinds: Sequence["TokenMoments"], method: str = "pca", shares: Sequence[float] = CLIP_GRID
+    ) -> dict[str, Tensor]:
+        """Make the tensors that a basis file holds for rows of all tokens.
+
+        Each kind of token weighs as much as the other, however many of it were seen: a basis serves any share of text.
+        """
+        means = torch.stack([kind.total / kind.tokens for kind in kinds])
+        mean = means.mean(0)
+        second = torch.stack([kind.square / kind.tokens for kind in kinds]).mean(0)
+        covariance = second - mean[..., :, None] * mean[..., None, :]
+        size = min(kind.sample.shape[1] for kind in kinds)
+        sample = torch.cat([kind.sample[:, :size] for kind in kinds], 1) - mean.float()[:, None]
+        costs = [kind.cost for kind in kinds if kind.cost is not None]
+        whole = Moments(covariance, 1, sample, sum(costs[1:], costs[0]) if costs else None)
+        return {**whole.basis(method, shares), "mean": mean.float()}
 
 
 class Calibration:
@@ -106,13 +165,22 @@ class Calibration:
         self.source = source  # what the images are, for whoever goes on
         self.images = 0
         self.skipped = 0  # images that could not be read
+        self.texts = 0  # prompts of text alone
         self.moments: dict[tuple[int, str], Moments] = {}
+        self.token_moments: dict[tuple[int, str, str], TokenMoments] = {}  # by layer, state and kind of token
 
     def add(self, layer: int, which: str, states: Tensor, cost: Tensor | None = None) -> None:
         """Take the visual states ``[H, S, D]`` of one image at one layer, and what their errors cost."""
         new = Moments.of(states, self.images, cost)
         old = self.moments.get((layer, which))
         self.moments[layer, which] = new if old is None else old + new
+
+    def add_tokens(self, layer: int, which: str, kind: str, states: Tensor, cost: Tensor | None = None) -> None:
+        """Take states ``[H, S, D]`` of tokens of one of `KINDS` of a prompt at one layer, for rows of all tokens."""
+        if states.shape[1]:
+            new = TokenMoments.of(states, self.images + self.texts, cost)
+            old = self.token_moments.get((layer, which, kind))
+            self.token_moments[layer, which, kind] = new if old is None else old + new
 
     def save(self, path: str | Path) -> None:
         """Write the state, so that a later run can go on from it."""
@@ -123,10 +191,16 @@ class Calibration:
             tensors[f"layers.{layer}.{which}.tokens"] = torch.tensor(moments.tokens, device="cpu")
             if moments.cost is not None:
                 tensors[f"layers.{layer}.{which}.cost"] = moments.cost
+        for (layer, which, kind), token_moments in self.token_moments.items():
+            for name in ("total", "square", "sample", "cost"):
+                if getattr(token_moments, name) is not None:
+                    tensors[f"tokens.{layer}.{which}.{kind}.{name}"] = getattr(token_moments, name).contiguous()
+            tensors[f"tokens.{layer}.{which}.{kind}.tokens"] = torch.tensor(token_moments.tokens, device="cpu")
         tensors["fingerprint"] = self.fingerprint
         provenance = {
             "model_type": self.model_type,
             "images": self.images,
+            "texts": self.texts,
             "skipped": self.skipped,
             "source": self.source,
         }
@@ -139,9 +213,13 @@ class Calibration:
         if not same_fingerprint(tensors.pop("fingerprint"), fingerprint):
             raise ValueError(f"calibration state {path} belongs to another model ({provenance['model_type']})")
         state = cls(fingerprint, provenance["model_type"], provenance["source"])
-        state.images, state.skipped = provenance["images"], provenance["skipped"]
+        state.images, state.skipped, state.texts = (provenance[name] for name in ("images", "skipped", "texts"))
         for name, tensor in tensors.items():
-            _, layer, which, part = name.split(".")
+            of, layer, which, *kind, part = name.split(".")
+            if of == "tokens" and part == "tokens":
+                prefix = name.removesuffix("tokens")
+                parts = (tensors.get(prefix + name) for name in ("total", "square", "sample", "cost"))
+                state.token_moments[int(layer), which, kind[0]] = TokenMoments(int(tensor), *parts)  # type: ignore[arg-type]
             if part == "scatter":
                 prefix = f"layers.{layer}.{which}."
                 state.moments[int(layer), which] = Moments(
@@ -158,11 +236,12 @@ class Calibration:
             raise ValueError(f"method must be one of {', '.join(KEY_METHODS)}, got {method!r}")
         if value_method not in VALUE_METHODS:
             raise ValueError(f"value_method must be one of {', '.join(VALUE_METHODS)}, got {value_method!r}")
-        if not self.moments:
+        layers = sorted({layer for layer, _, kind in self.token_moments if kind == "text"})
+        if not self.moments and not layers:
             raise ValueError("no visual token was seen: the images or prompts hold none")
-        if value_method == "output" and any(
-            moments.cost is None for (_, which), moments in self.moments.items() if which == "value"
-        ):
+        costs = [moments.cost for (_, which), moments in self.moments.items() if which == "value"]
+        costs += [moments.cost for (_, which, _), moments in self.token_moments.items() if which == "value"]
+        if value_method == "output" and any(cost is None for cost in costs):
             raise ValueError("value_method='output' needs the output projections, and this model has no `o_proj`")
         methods = {"key": method, "value": value_method}
         tensors = {
@@ -170,10 +249,19 @@ class Calibration:
             for (layer, which), moments in self.moments.items()
             for name, tensor in moments.basis(methods[which]).items()
         }
+        for layer in layers:
+            for which, chosen in methods.items():
+                kinds = [self.token_moments[layer, which, k] for k in KINDS if (layer, which, k) in self.token_moments]
+                # A Value that is clipped costs its error; a Key that is, perhaps the one that a query looks for.
+                shares = FINE_CLIP_GRID if which == "value" else CLIP_GRID
+                for name, tensor in TokenMoments.basis(kinds, chosen, shares).items():
+                    tensors[f"layers.{layer}.token_{which}.{name}"] = tensor.contiguous()
         tensors["fingerprint"] = self.fingerprint
         provenance = {
             "model_type": self.model_type,
             "images": self.images,
+            "texts": self.texts,
+            "text_tokens": max((m.tokens for (_, _, k), m in self.token_moments.items() if k == "text"), default=0),
             "method": method,
             "value_method": value_method,
             "source": source,

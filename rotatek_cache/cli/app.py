@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from rotatek_cache import FitOptions, __version__
-from rotatek_cache.calibration.images import calibrate_images, open_images
+from rotatek_cache.calibration.images import NO_IMAGES, NO_TEXTS, calibrate_images, open_images, open_texts
 from rotatek_cache.calibration.moments import KEY_METHODS, VALUE_METHODS
 from rotatek_cache.cli.demo import (
     ANY_QUESTION,
@@ -37,7 +37,8 @@ from rotatek_cache.cli.demo import (
 )
 from rotatek_cache.cli.demo_figure import draw
 from rotatek_cache.cli.estimate import default_caches, dtype_named, estimates, load_config, notes, options_of, table
-from rotatek_cache.hf.chat import Chat, InputError
+from rotatek_cache.hf.chat import Chat, InputError, open_image, user_turn
+from rotatek_cache.hf.identity import Identity, check_identity
 
 app = typer.Typer(
     help="RotateK: a KV cache for vision-language models that keeps visual Keys as a few coefficients.",
@@ -141,12 +142,19 @@ def demo(
 def calibrate(
     *,
     images: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Folder of images, read with its subfolders in the order of their names, or a dataset: its name "
             "(owner/name or owner/name/configuration), or a folder that `save_to_disk` wrote."
         ),
-    ],
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, or folder of .txt files, like the text to come: the file then serves text='coded' too, "
+            "which codes all tokens. Without --images it serves that alone."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Basis file to write (.safetensors).")],
     model: Annotated[
         str | None, typer.Option(help="Vision-language model, by name or path; by default the package's reader.")
@@ -159,22 +167,27 @@ def calibrate(
         str, typer.Option(help=f"Basis of Values: {', '.join(VALUE_METHODS)} (weighted by the output projection).")
     ] = VALUE_METHODS[0],
     most: Annotated[int | None, typer.Option(min=1, help="Use the first so many images only.")] = None,
+    text_tokens: Annotated[
+        int, typer.Option(min=128, help="Tokens of a passage of --text: about as many as prompts will have.")
+    ] = 1024,
+    most_text: Annotated[int | None, typer.Option(min=1, help="Use the first so many passages only.")] = 64,
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
     save_every: Annotated[int, typer.Option(min=1, help="Images between two saves of the state.")] = 64,
     device: Annotated[str, typer.Option(help="Device of torch; auto takes CUDA where there is one.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Dtype of torch for the weights; auto takes the checkpoint's.")] = "auto",
 ) -> None:
-    """Fit bases for Keys and Values to many images, once per model, for RotateKCache(basis="...").
+    """Fit bases for Keys and Values to many images, or to images and text, once per model, for RotateKCache(basis=...).
 
     A run that is stopped goes on where it was last saved when it is started again with the same --out.
     """
     try:
-        _check_calibration(out, method, value_method, question or [])
-        found = open_images(images, split, most)
+        _check_calibration(out, method, value_method, question or [], given=images is not None or text is not None)
+        found = NO_IMAGES if images is None else open_images(images, split, most)
         with err.status("loading the model"):
             chat = _load(model, device, dtype)
+        texts = NO_TEXTS if text is None else open_texts(text, chat.processor.tokenizer, text_tokens, most_text)
         with _progress() as progress:
-            task = progress.add_task("calibrating", total=len(found))
+            task = progress.add_task("calibrating", total=len(found) + len(texts))
             calibrated = calibrate_images(
                 chat,
                 found,
@@ -183,12 +196,60 @@ def calibrate(
                 method=method,
                 value_method=value_method,
                 save_every=save_every,
+                texts=texts,
                 advance=lambda done: progress.update(task, completed=done),
             )
         Console().print(
-            Text(f"{out}: {out.stat().st_size:,} bytes from {calibrated.images} images ({calibrated.skipped} skipped)"),
+            Text(
+                f"{out}: {out.stat().st_size:,} bytes from {calibrated.images} images ({calibrated.skipped} skipped)"
+                + (f" and {calibrated.texts} passages of text" if calibrated.texts else "")
+            ),
             soft_wrap=True,
         )
+    except InputError as error:
+        _fail(str(error))
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Vision-language model, by name or path.")],
+    *,
+    image: Annotated[
+        Path | None, typer.Option(help="Image to ask about; by default a page that comes with the package.")
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Questions about it, the rows of a batch; may be given several times.")
+    ] = None,
+    visual_token_id: Annotated[
+        list[int] | None,
+        typer.Option(help="Id that stands for visual tokens, if the family is not known; may be given several times."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 8,
+    device: Annotated[str, typer.Option(help="Device of torch; auto takes CUDA where there is one.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of torch for the weights; in float32 the smallest fault shows.")
+    ] = "float32",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Check that a model works with a RotateKCache: with nothing removed it must give what the dense cache gives.
+
+    Asks one question, then all of them as one batch, padded on the left. Ends with 0 if all logits are the same but for
+    rounding, with 1 if not, and with 2 if the model cannot be checked, saying why.
+    """
+    try:
+        questions = question or list(CHECK_QUESTIONS)
+        shown = open_image(READER_PAGE if image is None else image)
+        with err.status("loading the model"):
+            chat = _load(model, device, dtype, visual_token_ids=visual_token_id, trust_remote_code=trust_remote_code)
+        batches = [chat.prompt([shown], questions[0])]
+        if chat.has_template and len(questions) > 1:
+            batches.append(chat.inputs([[user_turn(text, [shown])] for text in questions]))
+        with err.status("generating with both caches"):
+            found = [_identity(chat, inputs, tokens) for inputs in batches]
+        for identity in found:
+            typer.echo(str(identity))
+        if not all(identity.holds for identity in found):
+            raise typer.Exit(1)
     except InputError as error:
         _fail(str(error))
 
@@ -232,7 +293,19 @@ def estimate(
         _fail(str(error))
 
 
-def _check_calibration(out: Path, method: str, value_method: str, questions: list[str]) -> None:
+CHECK_QUESTIONS = ("What is in this image?", "Describe it, and say where in the image each thing is.")
+
+
+def _identity(chat: Chat, inputs: Any, tokens: int) -> Identity:
+    try:
+        return check_identity(chat.model, inputs, tokens=tokens)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"'{chat.name}' cannot be checked: {error}") from error
+
+
+def _check_calibration(out: Path, method: str, value_method: str, questions: list[str], *, given: bool) -> None:
+    if not given:
+        raise InputError("--images or --text must be given: what is calibrated on")
     if not all(text.strip() for text in questions):
         raise InputError("--question must not be empty: a cache seals an image once text follows it")
     if out.suffix != ".safetensors":
@@ -248,9 +321,9 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _load(model: str | None, device: str, dtype: str) -> Chat:
+def _load(model: str | None, device: str, dtype: str, **options: Any) -> Chat:
     disable_progress_bar()
-    return Chat.load(model, device=device, dtype=dtype, template_needed=False)
+    return Chat.load(model, device=device, dtype=dtype, template_needed=False, **options)
 
 
 def _settings(given: list[float] | None) -> list[Setting]:

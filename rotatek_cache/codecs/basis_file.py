@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from rotatek_cache.codecs.shared_basis import CalibratedBasis, StateBasis
 from rotatek_cache.core.quantization import BITS
 
 FORMAT = "rotatek-basis-2"
-STATES = ("key", "value")
+VISUAL_STATES = ("key", "value")
+TOKEN_STATES = ("token_key", "token_value")  # in files that were calibrated with text
 
 
-def read_tensors(path: str | Path, expected: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and provenance of a file; a ValueError where it is unreadable or of another format."""
+def read_file(path: str | os.PathLike[str], expected: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata of a file; a ValueError where it is unreadable or of another format."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (bases fitted online need torch alone)
 
     try:
@@ -26,6 +28,12 @@ def read_tensors(path: str | Path, expected: str, what: str) -> tuple[dict[str, 
         raise ValueError(f"{what} {path} cannot be read (truncated, or no safetensors file): {error}") from None
     if metadata.get("format") != expected:
         raise ValueError(f"{path} is no {what} of this version: expected {expected!r}, got {metadata.get('format')!r}")
+    return tensors, metadata
+
+
+def read_tensors(path: str | Path, expected: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and provenance of a file; a ValueError where it is unreadable or of another format."""
+    tensors, metadata = read_file(path, expected, what)
     return tensors, json.loads(metadata.get("provenance", "{}"))
 
 
@@ -52,19 +60,28 @@ def _layers(path: str, tensors: dict[str, Tensor], provenance: dict[str, Any]) -
     layers: dict[int, dict[str, StateBasis]] = {}
     for index in sorted({int(name.split(".")[1]) for name in tensors}):
         layers[index] = {}
-        for which in STATES:
-            part = f"layers.{index}.{which}."
-            encoder = tensors[part + "encoder"]
-            heads, width, _ = encoder.shape
-            for name in ("spectrum", "gain", *(f"{range_}{bits}" for range_ in ("low", "step") for bits in BITS)):
-                if tensors[part + name].shape != (heads, width):
-                    raise ValueError(f"{part}{name} has shape {tuple(tensors[part + name].shape)}")
-            layers[index][which] = StateBasis(
-                encoder,
-                tensors.get(part + "decoder", encoder),
-                tensors[part + "spectrum"],
-                tensors[part + "gain"],
-                {bits: tensors[f"{part}low{bits}"] for bits in BITS},
-                {bits: tensors[f"{part}step{bits}"] for bits in BITS},
-            )
+        for states in (VISUAL_STATES, TOKEN_STATES):
+            if any(f"layers.{index}.{which}.encoder" in tensors for which in states):
+                layers[index] |= {which: _state(tensors, f"layers.{index}.{which}.") for which in states}
+        if not layers[index]:
+            raise ValueError(f"layer {index} has no encoder")
     return CalibratedBasis(path, fingerprint, provenance["model_type"], provenance["images"], layers)
+
+
+def _state(tensors: dict[str, Tensor], part: str) -> StateBasis:
+    encoder = tensors[part + "encoder"]
+    heads, width, _ = encoder.shape
+    around = ("mean",) if part.split(".")[2] in TOKEN_STATES else ()
+    ranges = (f"{name}{bits}" for name in ("low", "step") for bits in BITS)
+    for name in ("spectrum", "gain", *around, *ranges):
+        if tensors[part + name].shape != (heads, width):
+            raise ValueError(f"{part}{name} has shape {tuple(tensors[part + name].shape)}")
+    return StateBasis(
+        encoder,
+        tensors.get(part + "decoder", encoder),
+        tensors[part + "spectrum"],
+        tensors[part + "gain"],
+        {bits: tensors[f"{part}low{bits}"] for bits in BITS},
+        {bits: tensors[f"{part}step{bits}"] for bits in BITS},
+        tensors[part + "mean"] if around else None,
+    )

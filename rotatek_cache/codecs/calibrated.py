@@ -8,7 +8,8 @@ from rotatek_cache.codecs.coefficients import delta_bytes, encode_row, kept_of_t
 from rotatek_cache.codecs.interface import KeyCodec, Ranges, StateOptions
 from rotatek_cache.codecs.shared_basis import HeadBudget
 from rotatek_cache.core.basis import KeyBasis, coded_delta_dtype, compute_dtype
-from rotatek_cache.core.quantization import CodeLayout, HeadCodes, Numbers, join_tokens, middle_codes, pack_coefficients
+from rotatek_cache.core.quantization import CodeLayout, HeadCodes, Numbers, join_tokens, pack_coefficients
+from rotatek_cache.core.seal import Sealed, SealJob, Shared
 from rotatek_cache.core.segments import Stored
 from rotatek_cache.options import BIT_CHOICES
 
@@ -51,19 +52,40 @@ class Calibrated(KeyCodec):
         dtype, device = basis.delta.dtype, basis.delta.device
         if isinstance(code, Numbers) and bits is None:
             return Stored(torch.cat(coefficients, 1), basis.sealed())
-        low, step = state.ranges(code, device)
+        low, step, decoder, shift = state.codes(code, bits, dtype, device)
         if bits == "fp8":
-            step = state.float8_scale(code.channels, device)
             coefficients = [to_float8(part, step) for part in coefficients]
         stored = join_tokens([pack_coefficients(part, low, step, code) for part in coefficients], code)
-        decoder, shift = state.scaled_decoder((code, bits), low, step, middle_codes(code, device), dtype)
-        shared = KeyBasis(
-            B=decoder[:, None].expand(-1, mean.shape[1], -1, -1),
-            delta=(basis.delta.float() + shift[:, None]).to(coded_delta_dtype(dtype)),
-            fitted_rank=code.channels,
-            shared=True,
-        )
-        return Stored(stored, shared, None if isinstance(code, Numbers) else code)
+        delta = (basis.delta.float() + shift[:, None]).to(coded_delta_dtype(dtype))
+        return Stored(stored, _coded_basis(decoder, delta, code), None if isinstance(code, Numbers) else code)
+
+    def seal_job(self, states: Tensor, queries: Tensor | None = None, valid: Tensor | None = None) -> SealJob | str:
+        """Tell a kernel which of the file's directions to encode with, and the ranges of their codes."""
+        bits, code = self.wanted.bits, self._code(states.shape[-1])
+        if isinstance(code, HeadCodes) or bits == "fp8":
+            return "a width of its own for each head, and float8, are stored by torch alone"
+        state = self.file.state(self.wanted.layer, self.wanted.kind)
+        encoder = state.directions(code.channels, states.dtype, states.device)[0]
+        name = f"{self.wanted.kind}s"
+        if isinstance(code, Numbers):
+            return SealJob(name, states, code.channels, Shared(encoder))
+        low, step, _, shift = state.codes(code, self.wanted.bits, states.dtype, states.device)
+        return SealJob(name, states, code.channels, Shared(encoder, low, step, shift), code)
+
+    def take(self, job: SealJob, sealed: Sealed) -> Stored:
+        """Take coefficients around the row's own mean."""
+        self.expect_finite(sealed.finite)
+        state = self.file.state(self.wanted.layer, self.wanted.kind)
+        if job.code is None:
+            return Stored(sealed.data, state.basis(sealed.delta, job.channels, job.states.dtype).sealed())
+        decoder = state.codes(job.code, self.wanted.bits, job.states.dtype, job.states.device)[2]
+        return Stored(sealed.data, _coded_basis(decoder, sealed.delta, job.code), job.code)
+
+
+def _coded_basis(decoder: Tensor, delta: Tensor, code: CodeLayout | HeadCodes | Numbers) -> KeyBasis:
+    """Make the basis that reads codes by a decoder ``[H, D, channels]`` that all requests share."""
+    rows = decoder[:, None].expand(-1, delta.shape[1], -1, -1)
+    return KeyBasis(B=rows, delta=delta, fitted_rank=code.channels, shared=True)
 
 
 def _mean(states: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rotatek_cache.codecs.interface import StateOptions
 from rotatek_cache.core.basis import KeyBasis, coded_delta_dtype, compute_dtype, padded_rank
-from rotatek_cache.core.quantization import CHANNEL_BLOCK, FP8, FP8_MOST, CodeLayout, middle_codes, quantise
+from rotatek_cache.core.quantization import CHANNEL_BLOCK, FP8, FP8_MOST, CodeLayout, middle_codes, quantise_packed
 from rotatek_cache.core.segments import Stored
 from rotatek_cache.options import Bits
 
@@ -58,10 +58,9 @@ def to_float8(coefficients: Tensor, scale: Tensor) -> Tensor:
 def store_codes(coefficients: list[Tensor], basis: KeyBasis, layout: CodeLayout) -> Stored:
     """Store codes with ranges of this segment's own coefficients ``[H, S, r]`` of each row."""
     dtype = coefficients[0].dtype
-    coded = [quantise(part.to(compute_dtype(dtype)), layout) for part in coefficients]
-    packed = torch.cat([layout.pack(codes) for codes, _, _ in coded], 1)
-    low, step = (torch.stack([part[i] for part in coded], 1).to(dtype) for i in (1, 2))
-    return Stored(packed, basis.for_codes(low, step, middle_codes(layout, packed.device)), layout)
+    packed, low, step = quantise_packed([part.to(compute_dtype(dtype)) for part in coefficients], layout)
+    basis = basis.for_codes(low.to(dtype), step.to(dtype), middle_codes(layout, packed.device))
+    return Stored(packed, basis, layout)
 
 
 def kept_of_token(wanted: StateOptions, width: int, dtype: torch.dtype, rank: int | None) -> tuple[int, int]:

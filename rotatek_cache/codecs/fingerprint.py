@@ -1,4 +1,6 @@
-"""Fingerprints of models: a basis file belongs to one, and is refused by others."""
+"""Fingerprints of models: basis files and caches belong to one, and are refused by others."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +14,43 @@ def fingerprint(model: torch.nn.Module) -> Tensor:
     picked = []
     for name, parameter in sorted(model.named_parameters()):
         if name.endswith(("k_proj.weight", "v_proj.weight", "qkv_proj.weight")) and "vision" not in name:
-            picked.append(sample_weight(parameter))
+            picked.append(sample_weight(parameter) if not parameter.is_meta else _unknown(parameter))
     return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.float32, device="cpu")
+
+
+@dataclass(frozen=True)
+class ModelMark:
+    """What a cache knows of the model that filled it.
+
+    Attributes:
+        model_type: of its config.
+        numbers: its fingerprint.
+    """
+
+    model_type: str
+    numbers: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, model_type: str) -> "ModelMark":
+        """Mark a model."""
+        return cls(model_type, tuple(fingerprint(model).tolist()))
+
+    def fingerprint(self) -> Tensor:
+        """Give the fingerprint as `fingerprint` does."""
+        return torch.tensor(self.numbers, dtype=torch.float32, device="cpu")
+
+    def agrees(self, other: "ModelMark") -> bool:
+        """Tell whether both are of one model, in any dtype."""
+        if self.model_type != other.model_type:
+            return False
+        mine, theirs = self.fingerprint(), other.fingerprint()
+        return same_fingerprint(mine, theirs) or same_fingerprint(theirs, mine)
+
+
+def _unknown(parameter: Tensor) -> Tensor:
+    """Stand for a weight that is not in memory (offloaded); NaN agrees with any."""
+    count = min(64, -(-parameter.numel() // max(1, parameter.numel() // 64)))
+    return torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")
 
 
 def sample_weight(part: Tensor, first: int = 0, total: int | None = None) -> Tensor:

@@ -7,14 +7,19 @@ from torch import Tensor
 
 
 class FiniteCheck:
-    """The answer to whether states are finite, on its way from the device: a GPU is not waited for."""
+    """The answer to whether states are finite, on its way from the device: a GPU is not waited for.
+
+    Args:
+        states: of any shape; bool are answers, all of which have to be True.
+        message: of the error if they are not.
+    """
 
     def __init__(self, states: Tensor, message: str) -> None:
         self.message = message
-        self.finite = torch.isfinite(states).all()
+        self.finite = states if states.dtype == torch.bool else torch.isfinite(states).all()
         self.arrived: torch.cuda.Event | None = None
         if self.finite.is_cuda:
-            self.finite = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(
+            self.finite = torch.empty(self.finite.shape, dtype=torch.bool, device="cpu", pin_memory=True).copy_(
                 self.finite, non_blocking=True
             )
             self.arrived = torch.cuda.Event()
@@ -24,9 +29,13 @@ class FiniteCheck:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        self.wait()
+        return self.__dict__ | {"arrived": None}
+
+    def wait(self) -> None:
+        """Wait until the answer has arrived."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.__dict__ | {"arrived": None}
 
     def passed(self) -> bool:
         """Look whether the answer has arrived; a ValueError if the states are not finite."""
@@ -34,6 +43,6 @@ class FiniteCheck:
             return False
         if self.finite.is_meta:
             return True  # shapes without numbers, of which bytes are estimated
-        if not bool(self.finite):
+        if not bool(self.finite.all()):
             raise ValueError(self.message)
         return True

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rotatek_cache.codecs.bases.rotatek import RotateK
 from rotatek_cache.codecs.coefficients import (
     delta_bytes,
     encode_row,
@@ -14,10 +15,11 @@ from rotatek_cache.codecs.coefficients import (
     store_coefficients,
 )
 from rotatek_cache.codecs.interface import KeyCodec, Ranges, StateOptions
-from rotatek_cache.core.basis import KeyBasis, compute_dtype
+from rotatek_cache.core.basis import KeyBasis, compute_dtype, padded_rank
 from rotatek_cache.core.fitting import KeyStatistics, key_moments, rank_for_energy
 from rotatek_cache.core.quantization import CodeLayout, allocate_bits
 from rotatek_cache.core.row_layout import integers
+from rotatek_cache.core.seal import Fit, Sealed, SealJob
 from rotatek_cache.core.segments import Stored
 from rotatek_cache.options import BIT_CHOICES, Solver
 
@@ -67,7 +69,8 @@ class Fitted(KeyCodec):
         wanted, width = self.wanted, states.shape[-1]
         rank = wanted.rank_for(width)
         mean, scatter = _moments(states, ranges)
-        self.expect_finite(scatter)
+        # What is not finite in a channel of the states is not finite on the diagonal.
+        self.expect_finite(scatter.diagonal(dim1=-2, dim2=-1))
         tokens = integers([length for _, length in ranges], states.device)
         stats = KeyStatistics(mean, scatter, tokens, queries, valid)
         if rank is None:
@@ -86,6 +89,31 @@ class Fitted(KeyCodec):
         if layout is not None:
             return store_codes(coefficients, basis, layout)
         return store_coefficients(coefficients, basis, wanted.bits)
+
+    def seal_job(self, states: Tensor, queries: Tensor | None = None, valid: Tensor | None = None) -> SealJob | str:
+        """Tell a kernel how to fit a centred orthogonal basis and to store its coefficients."""
+        wanted, options = self.wanted, self.wanted.options
+        rank = wanted.rank_for(states.shape[-1])
+        if not isinstance(self.method, RotateK):
+            return f"a basis of {type(self.method).__name__} is fitted by torch alone"
+        if options.solver != "subspace":
+            return f"solver={options.solver!r} runs in torch alone"
+        if rank is None or wanted.bits == "auto":
+            return "the shape of storage follows from the states, which the host has to read"
+        if wanted.bits == "fp8" or options.basis_bits is not None:
+            return "float8 coefficients and bases of 8 bits are stored by torch alone"
+        channels = padded_rank(rank)
+        code = None if wanted.bits is None else CodeLayout(((int(wanted.bits), channels),))
+        fit = Fit(rank, self.method.exponent, queries, valid)
+        return SealJob(f"{wanted.kind}s", states, channels, fit, code)
+
+    def take(self, job: SealJob, sealed: Sealed) -> Stored:
+        """Take coefficients with the basis that was fitted."""
+        assert isinstance(job.basis, Fit)
+        self.expect_finite(sealed.finite)
+        encoder = sealed.decoder if job.code is None else None  # an orthogonal basis is both
+        basis = KeyBasis(encoder, sealed.decoder, delta=sealed.delta, fitted_rank=job.basis.rank)
+        return Stored(sealed.data, basis, job.code)
 
 
 def _moments(states: Tensor, ranges: Ranges) -> tuple[Tensor, Tensor]:

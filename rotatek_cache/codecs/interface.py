@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rotatek_cache.codecs.finite import FiniteCheck
 from rotatek_cache.core.quantization import CHANNEL_BLOCK, PLAIN_BITS
+from rotatek_cache.core.seal import Sealed, SealJob
 from rotatek_cache.core.segments import Stored
 from rotatek_cache.options import Bits, FitOptions, rank_of_share
 
@@ -115,8 +116,21 @@ class KeyCodec(abc.ABC):
             valid: bool ``[R, W]``, False for padding; None if nothing is.
         """
 
+    def seal_job(self, states: Tensor, queries: Tensor | None = None, valid: Tensor | None = None) -> SealJob | str:
+        """Tell a kernel how to do what `store` does, or say why none can.
+
+        Args:
+            states: ``[B, H, P, D]``, some of whose tokens are to be stored.
+            queries, valid: as for `store`.
+        """
+        return f"{type(self).__name__} is stored by torch alone"
+
+    def take(self, job: SealJob, sealed: Sealed) -> Stored:
+        """Take what a kernel has made of a `seal_job`."""
+        raise NotImplementedError
+
     def expect_finite(self, states: Tensor) -> None:
-        """Have `check_finite` raise a ValueError if `states`, or sums over them, are not finite."""
+        """Have `check_finite` raise a ValueError if `states` are not finite; see `FiniteCheck` for what they may be."""
         what = "Keys" if self.wanted.kind == "key" else "Values"
         message = (
             f"the visual {what} of layer {self.wanted.layer} hold NaN or infinity, so no basis can be fitted to them: "
@@ -125,10 +139,12 @@ class KeyCodec(abc.ABC):
         self.unanswered.append(FiniteCheck(states, message))
         self.check_finite()
 
-    def check_finite(self) -> None:
+    def check_finite(self, *, wait: bool = False) -> None:
         """Raise a ValueError if states that were stored are known not to have been finite.
 
-        On a CPU that is known at once. A GPU is not waited for: there the error comes with the layer's next tokens,
-        before which the host has read the token that the prefill gave.
+        On a CPU that is known at once. A GPU is not waited for, unless asked to `wait`: there the error comes with the
+        layer's next tokens, before which the host has read the token that the prefill gave.
         """
+        for check in self.unanswered if wait else ():
+            check.wait()
         self.unanswered = [check for check in self.unanswered if not check.passed()]

@@ -13,6 +13,7 @@ from rotatek_cache.codecs.fitted import BasisMethod, Fitted
 from rotatek_cache.codecs.interface import KeyCodec, StateOptions
 from rotatek_cache.codecs.quantized import ChannelCodes, TokenCodes
 from rotatek_cache.codecs.spark import SparKCodec
+from rotatek_cache.codecs.token_rows import token_rows
 from rotatek_cache.options import FitOptions, listed
 
 BASES: dict[str, BasisMethod] = {
@@ -39,6 +40,8 @@ def codecs_for(options: FitOptions, layer: int = 0, heads: slice | None = None) 
         layer: of the model, from 0.
         heads: which of the layer's KV heads come; None if all do.
     """
+    if options.codes_text:
+        return token_rows(options, layer, "key", heads), token_rows(options, layer, "value", heads)
     keys = _key_codec(StateOptions(options, "key", layer, heads))
     values = _value_codec(StateOptions(options, "value", layer, heads))
     _check_support(keys, f"basis={options.basis!r}")

@@ -1,8 +1,10 @@
 """Bases that all requests of a model share, and how a budget is dealt out to its layers and heads."""
 
-from collections.abc import Sequence
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +20,14 @@ from rotatek_cache.core.quantization import (
     HeadCodes,
     Numbers,
     allocate_bits,
+    middle_codes,
 )
 from rotatek_cache.options import Allocation, Bits
+
+T = TypeVar("T")
+
+
+Code = CodeLayout | HeadCodes | Numbers
 
 
 class HeadBudget(NamedTuple):
@@ -45,6 +53,8 @@ class StateBasis:
         spectrum: what each coefficient is worth (its mean variance within an image), ``[H, D]``, falling.
         gain: what a unit of its distortion adds to the squared error of logits (Keys) or outputs (Values), ``[H, D]``.
         low, step: of the codes of each width in `BITS`, ``[H, D]``, for coefficients of states less their image's mean.
+        mean: ``[H, D]`` around which all tokens are coded, whose spectrum and ranges are then around it too; None for
+            a basis of visual tokens, each image of which has a mean of its own.
     """
 
     encoder: Tensor
@@ -53,7 +63,8 @@ class StateBasis:
     gain: Tensor
     low: dict[int, Tensor]
     step: dict[int, Tensor]
-    _memo: dict[object, Any] = field(default_factory=dict, repr=False)
+    mean: Tensor | None = None
+    _memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "StateBasis":
         return self  # of the model, never changed: copies of a cache share it
@@ -68,28 +79,48 @@ class StateBasis:
             self.gain[heads],
             {bits: low[heads] for bits, low in self.low.items()},
             {bits: step[heads] for bits, step in self.step.items()},
+            None if self.mean is None else self.mean[heads],
         )
 
     def tensors(self) -> list[Tensor]:
         """List what the file holds of it."""
         matrices = [self.encoder] if self.decoder is self.encoder else [self.encoder, self.decoder]
-        return [*matrices, self.spectrum, self.gain, *self.low.values(), *self.step.values()]
+        mean = [] if self.mean is None else [self.mean]
+        return [*matrices, self.spectrum, self.gain, *self.low.values(), *self.step.values(), *mean]
 
     def basis(self, mean: Tensor, rank: int, dtype: torch.dtype) -> KeyBasis:
         """Take the first `rank` directions (padded), shared by all requests, around the image's mean ``[H, R, D]``."""
-        key = ("basis", rank, dtype, mean.device)
-        if key not in self._memo:
-            encoder = self._columns(self.encoder, rank, dtype, mean.device)
-            same = self.decoder is self.encoder
-            self._memo[key] = encoder, encoder if same else self._columns(self.decoder, rank, dtype, mean.device)
-        encoder, decoder = (matrix[:, None].expand(-1, mean.shape[1], -1, -1) for matrix in self._memo[key])
+        directions = self.directions(rank, dtype, mean.device)
+        encoder, decoder = (matrix[:, None].expand(-1, mean.shape[1], -1, -1) for matrix in directions)
         mean = mean.to(dtype).contiguous()
         return KeyBasis(encoder, encoder if self.decoder is self.encoder else decoder, mean, mean, rank, shared=True)
+
+    def directions(self, rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give the first `rank` columns (padded) of encoder and decoder, ``[H, D, r]``; one tensor where they agree."""
+        key = ("basis", rank, dtype, device)
+        if key not in self._memo:
+            encoder = self._columns(self.encoder, rank, dtype, device)
+            same = self.decoder is self.encoder
+            self._memo[key] = encoder, encoder if same else self._columns(self.decoder, rank, dtype, device)
+        return self._memo[key]
 
     @staticmethod
     def _columns(matrix: Tensor, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         columns = torch.nn.functional.pad(matrix[..., :rank], (0, padded_rank(rank) - rank))
         return columns.to(device, dtype).contiguous()
+
+    def encoder_around(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give the encoder ``[H, D, D]`` and the mean ``[H, D]`` of a basis of all tokens, as they are in the file."""
+        mean = self.mean
+        assert mean is not None
+        return self.remembered(("around", device), lambda: (self.encoder.to(device), mean.to(device)))
+
+    def remembered(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """Return what `make` makes, made once for each `key`, which must say all that it follows from."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        found: T = self._memo[key]
+        return found
 
     def worth(self, kind: str) -> Tensor:
         """Price the distortion of each coefficient, ``[H, D]``; see `Allocation`."""
@@ -135,22 +166,49 @@ class StateBasis:
             self._memo[key] = (torch.where(most > 0, most, torch.ones_like(most)) / FP8_MOST).to(device)
         return self._memo[key]
 
-    def scaled_decoder(
-        self, key: object, low: Tensor, step: Tensor, middle: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Fold `step` into the decoder ``[H, D, channels]``; also give what `low` adds to delta, ``[H, D]``.
+    def coded_ranges(self, code: Code, bits: Bits, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give ``low`` and ``step`` ``[H, channels]`` of what is stored: codes, or float8."""
+        low, step = self.ranges(code, device)
+        return low, self.float8_scale(code.channels, device) if bits == "fp8" else step
 
-        They belong to all requests and are made once for each `key`, which must say what `low` and `step` are. See
-        `KeyBasis.for_codes`.
+    def codes(
+        self, code: Code, bits: Bits, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give what `coded_ranges` and `scaled_decoder` do."""
+        return *self.coded_ranges(code, bits, device), *self.scaled_decoder(code, bits, dtype, device)
+
+    def scaled_decoder(self, code: Code, bits: Bits, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Fold the steps into the decoder ``[H, D, channels]``; also give what the low ends add to delta, ``[H, D]``.
+
+        They belong to all requests and are made once. See `KeyBasis.for_codes`.
         """
-        memo = ("decoder", key, dtype, low.device)
+        memo = ("decoder", code, bits, dtype, device)
         if memo not in self._memo:
-            columns = self.decoder[..., : low.shape[-1]].to(low.device)
+            low, step = self.coded_ranges(code, bits, device)
+            columns = self.decoder[..., : low.shape[-1]].to(device)
             exact = columns * step[:, None]
             scaled = exact.to(dtype).contiguous()
-            shift = columns @ low[..., None] + (exact - scaled.float()) @ middle[..., None]
+            shift = columns @ low[..., None] + (exact - scaled.float()) @ middle_codes(code, device)[..., None]
             self._memo[memo] = scaled, shift[..., 0]
         return self._memo[memo]
+
+    def derived(self) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+        """Yield the tensors that requests share, each with what `derive` makes it of."""
+        for key, made in list(self._memo.items()):
+            how = key[1:-1]  # without the device
+            if key[0] == "basis":
+                yield ("encoder", *how), made[0]
+                yield ("decoder", *how), made[1]
+            elif key[0] == "decoder":
+                yield ("scaled", *how), made[0]
+
+    def derive(self, how: tuple[Any, ...], device: torch.device) -> Tensor:
+        """Make a tensor that requests share, as `derived` names it, or find it made."""
+        if how[0] == "scaled":
+            _, code, bits, dtype = how
+            return self.scaled_decoder(code, bits, dtype, device)[0]
+        kind, rank, dtype = how
+        return self.directions(rank, dtype, device)[kind == "decoder"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,9 +231,21 @@ class CalibratedBasis:
         return _Part(self.path, self.fingerprint, self.model_type, self.images, layers, whole=self, heads=heads)
 
     def state(self, layer: int, which: str) -> StateBasis:
-        """Look up the basis of ``which`` ("key" or "value") of a layer; a ValueError if the file has none."""
+        """Look up a basis of a layer; a ValueError if the file has none.
+
+        Args:
+            layer: of the model, from 0.
+            which: "key" or "value" of visual tokens around each image's mean; "token_key" or "token_value" of all
+                tokens around the file's.
+        """
         if layer not in self.layers:
             raise ValueError(f"basis file {self.path} has no layer {layer}; it holds {sorted(self.layers)}")
+        if which not in self.layers[layer]:
+            lacks = "text: it codes visual tokens only" if which.startswith("token") else "images: it codes all tokens"
+            flag, option = ("--text", "") if which.startswith("token") else ("--images", ", or use text='coded'")
+            raise ValueError(
+                f"basis file {self.path} was calibrated without {lacks}. Run `rotatek calibrate {flag}` anew{option}"
+            )
         return self.layers[layer][which]
 
     def code(
@@ -224,6 +294,31 @@ class CalibratedBasis:
         else:
             shared = [allocate_bits(mean[None], each, widths)[0] for mean in means]
         return {layer: _code(channel_bits) for layer, channel_bits in zip(states, shared, strict=True)}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that it holds, by which a saved cache knows the basis that it was made with."""
+        found = hashlib.sha256()
+        for layer, parts in sorted(self.layers.items()):
+            for which, state in sorted(parts.items()):
+                found.update(f"{layer} {which}".encode())
+                for tensor in state.tensors():
+                    found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def derived(self) -> dict[int, tuple[Any, ...]]:
+        """Name the tensors that requests share, by the address of their storage, as `derive` takes them."""
+        return {
+            tensor.untyped_storage().data_ptr(): (layer, which, *how)
+            for layer, parts in self.layers.items()
+            for which, state in parts.items()
+            for how, tensor in state.derived()
+        }
+
+    def derive(self, how: tuple[Any, ...], device: torch.device) -> Tensor:
+        """Make a tensor that requests share, as `derived` names it."""
+        layer, which, *rest = how
+        return self.state(layer, which).derive(tuple(rest), device)
 
     def nbytes(self) -> int:
         """Count the bytes of its tensors as they are read from the file."""

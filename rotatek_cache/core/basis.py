@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rotatek_cache.core.compiled import steps_for
+
 RANK_MULTIPLE = 8  # 8 half-precision numbers are one 16-byte load
 INT8_MOST = 127
 
@@ -30,6 +32,7 @@ class KeyBasis:
         delta: ``[H, R, D]`` added back through the query; None is zero.
         fitted_rank: columns that carry something; the rest of ``r`` is zero padding.
         shared: A and B belong to the model (a calibrated basis), not to the request; `tensors` leaves them out.
+        delta_shared: delta does, too.
     """
 
     A: Tensor | None = None
@@ -39,6 +42,7 @@ class KeyBasis:
     fitted_rank: int | None = field(default=None, compare=False)
     shared: bool = False
     scale: Tensor | None = None
+    delta_shared: bool = False
 
     @property
     def is_identity(self) -> bool:
@@ -53,7 +57,8 @@ class KeyBasis:
     def tensors(self) -> list[Tensor]:
         """List the distinct tensors that this basis holds for its request."""
         matrices = () if self.shared else (self.A, self.B)
-        held = [t for t in (*matrices, self.scale, self.offset, self.delta) if t is not None]
+        delta = () if self.delta_shared else (self.delta,)
+        held = [t for t in (*matrices, self.scale, self.offset, *delta) if t is not None]
         return list({id(t): t for t in held}.values())
 
     def encode(self, keys: Tensor) -> Tensor:
@@ -63,6 +68,9 @@ class KeyBasis:
         if self.A is None:
             raise ValueError("this basis has no encoder left: it belongs to a segment that is sealed")
         wide = compute_dtype(keys.dtype)
+        steps = steps_for(keys)
+        if steps is not None and self.offset is not None and self.A.shape[:-2] == keys.shape[:-2]:
+            return steps.encode(keys, self.A.to(wide), self.offset.to(wide))
         if self.A.dtype == keys.dtype != wide:
             # Products of half precisions are exact in float32, so that there is no need for a wide copy of the Keys.
             coefficients = wide_product(keys, self.A)

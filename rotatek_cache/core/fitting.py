@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.core.basis import KeyBasis, compute_dtype, padded_rank, wide_product
+from rotatek_cache.core.compiled import steps_for
 from rotatek_cache.options import Solver
 
 
@@ -16,6 +17,9 @@ def key_moments(keys: Tensor) -> tuple[Tensor, Tensor]:
     Half precisions are centred by the rounded mean and rounded, for tensor cores to multiply; what the mean lost to
     rounding is made good.
     """
+    steps = steps_for(keys)
+    if steps is not None:
+        return steps.moments(keys)
     wide = compute_dtype(keys.dtype)
     mean = keys.mean(-2, dtype=wide)
     rounded = mean.to(keys.dtype)
@@ -79,6 +83,9 @@ def principal_directions(matrix: Tensor, rank: int, solver: Solver = "subspace",
     """
     if solver == "eigh":
         return torch.linalg.eigh(matrix).eigenvectors[..., -rank:].flip(-1).contiguous()
+    steps = steps_for(matrix)
+    if steps is not None:
+        return steps.directions(matrix, rank, iterations)
     width = matrix.shape[-1]
     # Start from the channels of largest variance: deterministic, and the identity at full rank.
     channels = matrix.diagonal(dim1=-2, dim2=-1).topk(rank, dim=-1).indices

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rotatek_cache.core.row_layout import Alignment
+from rotatek_cache.core.row_layout import LENGTH, Alignment
 
 RowTable = tuple[Tensor, Tensor]  # first token and number of tokens of each row, [B] each
 
 # The places of a segment's tokens, compared by identity: positions and first tokens of visual ones, alignment and
-# number of columns of text.
-Places = tuple[Tensor, Tensor] | tuple[Alignment | None, int]
+# number of columns of text, counts of the rows' tokens and which of them where all are coded.
+Places = tuple[object, object]
 
 
 class TextForm(NamedTuple):
@@ -38,7 +38,7 @@ class ForwardTables:
         """Drop all of it: the forward has ended, or rows or positions have changed."""
         self._mask: Tensor | None = None
         self._columns: dict[Places, Tensor] = {}
-        self._text_rows: tuple[TextForm, RowTable] | None = None
+        self._text_rows: dict[TextForm, RowTable] = {}
 
     def mask_columns(self, mask: Tensor, places: Places, positions: Callable[[], Tensor]) -> Tensor:
         """Gather the columns of the model's mask for a segment.
@@ -60,8 +60,20 @@ class ForwardTables:
             self._columns[places] = rows.gather(2, index[:, None].expand(-1, mask.shape[2], -1))
         return self._columns[places]
 
-    def text_rows(self, form: TextForm, make: Callable[[], RowTable]) -> RowTable:
-        """Return the row table of text in this form, made by `make` where the layer before had another form."""
-        if self._text_rows is None or self._text_rows[0] != form:
-            self._text_rows = form, make()
-        return self._text_rows[1]
+    def text_rows(self, form: TextForm) -> RowTable:
+        """Return the row table of text in this form."""
+        if form not in self._text_rows:
+            self._text_rows[form] = row_table(form)
+        return self._text_rows[form]
+
+
+def row_table(form: TextForm) -> RowTable:
+    """Make the row table of text in this form."""
+    batch, capacity, device = form.batch, form.capacity, form.device
+    starts = torch.arange(0, batch * capacity, capacity, device=device)
+    lengths = torch.full((batch,), form.length, dtype=LENGTH, device=device)
+    first = None if form.alignment is None else form.alignment.first
+    if first is None:
+        return starts, lengths
+    first = first.clamp(max=form.length)  # part of the padding may be to come
+    return starts + first, lengths - first.to(LENGTH)

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rotatek_cache.core.compiled import steps_for
+
 BITS = (8, 4, 2)
 PLAIN_BITS = 16  # what a number that is not coded counts for in a budget: that of half precision
 FP8 = torch.float8_e4m3fn
@@ -21,6 +23,8 @@ FP8_MOST = 448.0  # largest finite number of FP8
 CHANNEL_BLOCK = 8  # channels of one width come in multiples of this
 # Shares of the full range tried as clip range; a few outliers should not cost everyone else their resolution.
 CLIP_GRID = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+# Of many tokens the full range is one of outliers, and few levels serve best within one and a half deviations.
+FINE_CLIP_GRID = (*CLIP_GRID, 0.42, 0.35, 0.3, 0.25)
 
 
 class Code(Protocol):
@@ -221,12 +225,15 @@ def allocate_bits(
     return [[width for width in blocks for _ in range(CHANNEL_BLOCK)] for blocks in bits]
 
 
-def quantise(coefficients: Tensor, layout: CodeLayout) -> tuple[Tensor, Tensor, Tensor]:
+def quantise(
+    coefficients: Tensor, layout: CodeLayout, shares: Sequence[float] = CLIP_GRID
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise one row's coefficients, with the clip range of least squared error per channel.
 
     Args:
         coefficients: ``[H, S, channels]``, finite.
         layout: widths of the codes.
+        shares: clip ranges to try, as shares of the full range.
 
     Returns:
         uint8 codes ``[H, S, channels]``, ``low`` and ``step`` ``[H, channels]`` in the coefficients' dtype; constant
@@ -237,7 +244,7 @@ def quantise(coefficients: Tensor, layout: CodeLayout) -> tuple[Tensor, Tensor, 
     centre, half = (least + most) / 2, (most - least) / 2
     best_error = torch.full_like(half, torch.inf)
     best = torch.ones_like(half)
-    for share in CLIP_GRID:
+    for share in shares:
         low, step = centre - share * half, 2 * share * half / levels
         codes = _codes(coefficients, low, step, levels)
         error = (codes * step[:, None] + low[:, None] - coefficients).square().sum(1)
@@ -245,6 +252,26 @@ def quantise(coefficients: Tensor, layout: CodeLayout) -> tuple[Tensor, Tensor, 
         best, best_error = torch.where(better, share, best), torch.where(better, error, best_error)
     low, step = centre - best * half, 2 * best * half / levels
     return _codes(coefficients, low, step, levels).to(torch.uint8), low, step
+
+
+def quantise_packed(rows: Sequence[Tensor], layout: CodeLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise the coefficients ``[H, S, channels]`` of each row as `quantise` does, and pack the codes.
+
+    Returns:
+        Bytes ``[H, N, token_bytes]``, row after row; ``low`` and ``step`` ``[H, R, channels]``.
+    """
+    steps = None if rows[0].dtype != torch.float32 else steps_for(rows[0])
+    if steps is None:
+        coded = [quantise(row, layout) for row in rows]
+        packed = [layout.pack(codes) for codes, _, _ in coded]
+        low, step = (torch.stack([part[i] for part in coded], 1) for i in (1, 2))
+        return packed[0] if len(packed) == 1 else torch.cat(packed, 1), low, step
+    tokens = [row.shape[1] for row in rows]
+    stored = torch.empty(len(rows[0]), sum(tokens), layout.token_bytes, dtype=torch.uint8, device="cpu")
+    parts = zip(rows, stored.split(tokens, 1), strict=True)
+    ranges = [steps.codes(row, layout.blocks, CLIP_GRID, part) for row, part in parts]
+    low, step = (torch.stack(part, 1) for part in zip(*ranges, strict=True))
+    return stored, low, step
 
 
 def encode_codes(coefficients: Tensor, low: Tensor, step: Tensor, layout: CodeLayout) -> Tensor:
@@ -274,16 +301,25 @@ def pack_coefficients(
     if isinstance(code, Numbers):
         return coefficients[..., : code.channels]
     if isinstance(code, CodeLayout):
-        return code.pack(encode_codes(coefficients[..., : code.channels], low, step, code))
+        return _pack_within(coefficients[..., : code.channels], low, step, code)
     packed = []
     for head, part in enumerate(code.parts):
         own, n = coefficients[head : head + 1, :, : part.channels], part.channels
         if isinstance(part, Numbers):
             packed.append(own.flatten())
         else:
-            codes = encode_codes(own, low[head : head + 1, :n], step[head : head + 1, :n], part)
-            packed.append(part.pack(codes).flatten())
+            packed.append(_pack_within(own, low[head : head + 1, :n], step[head : head + 1, :n], part).flatten())
     return torch.cat(packed)
+
+
+def _pack_within(coefficients: Tensor, low: Tensor, step: Tensor, layout: CodeLayout) -> Tensor:
+    """Pack coefficients ``[H, S, channels]`` as codes of given ranges."""
+    steps = None if coefficients.dtype != torch.float32 else steps_for(coefficients)
+    if steps is None:
+        return layout.pack(encode_codes(coefficients, low, step, layout))
+    packed = torch.empty(*coefficients.shape[:2], layout.token_bytes, dtype=torch.uint8, device="cpu")
+    steps.codes_within(coefficients, low.to(coefficients), step.to(coefficients), layout.blocks, packed)
+    return packed
 
 
 def join_tokens(runs: Sequence[Tensor], code: Code | None) -> Tensor:

@@ -8,14 +8,22 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotatek_cache.core.basis import KeyBasis
-from rotatek_cache.core.forward_tables import ForwardTables, RowTable, TextForm
+from rotatek_cache.core.forward_tables import ForwardTables, TextForm, row_table
 from rotatek_cache.core.quantization import Code, HeadCodes, join_tokens
-from rotatek_cache.core.row_layout import LENGTH, Alignment, align_right, column_positions, own_columns
+from rotatek_cache.core.row_layout import (
+    POSITION,
+    Alignment,
+    TextOrder,
+    align_right,
+    column_positions,
+    own_columns,
+)
 
 # Free text columns after the segment had to grow: enough to make growing rare, few enough not to eat what is saved.
 LEAST_FREE = 8
@@ -155,6 +163,12 @@ class Stored:
         """Coefficients of a token, padding included."""
         return self.data.shape[-1] if self.code is None else self.code.channels
 
+    @property
+    def basis_count(self) -> int:
+        """Sequences that have a basis here."""
+        held = (self.basis.B, self.basis.delta) if self.basis is not None else ()
+        return next((tensor.shape[1] for tensor in held if tensor is not None), 0)
+
     def tensors(self) -> list[Tensor]:
         """List everything held."""
         return [self.data, *(self.basis.tensors() if self.basis is not None else [])]
@@ -164,10 +178,13 @@ class Stored:
 class VisualSegment:
     """Sealed visual tokens of a layer. The storage never changes; selecting rows permutes the three row vectors.
 
+    Text that several rows go on from (`TextSegment.lend`) is stored as one too.
+
     Attributes:
         keys, values: their storage; rows of their bases are the sequences that were compressed at the seal.
         positions: int32 ``[N]``, logical position of each token (shared by the layers).
         starts, lengths, basis_rows: the row table, ``[B]`` each.
+        is_text: whether it holds text.
     """
 
     keys: "Stored"
@@ -178,7 +195,9 @@ class VisualSegment:
     basis_rows: Tensor
     max_length: int
     uniform: bool
-    shared: bool = False  # whether a copy of the cache reads the same storage
+    is_text: bool = False
+    # Whether a copy of the cache reads the same storage.
+    shared: bool = field(default=False, metadata={"saved": False})
     _unmasked: SegmentView | None = field(default=None, init=False, repr=False)
 
     def view(self, forward: ForwardTables, mask: Tensor | None) -> SegmentView:
@@ -259,7 +278,7 @@ def _joined(segments: list[VisualSegment]) -> VisualSegment:
         lengths = torch.where(owned, segment.lengths, lengths)
         basis_rows = torch.where(owned, segment.basis_rows + rows, basis_rows)
         tokens += len(segment.positions)
-        rows += _basis_rows(segment)
+        rows += max(segment.keys.basis_count, segment.values.basis_count)
     return VisualSegment(
         keys=_joined_states([segment.keys for segment in segments]),
         values=_joined_states([segment.values for segment in segments]),
@@ -270,12 +289,6 @@ def _joined(segments: list[VisualSegment]) -> VisualSegment:
         max_length=max(segment.max_length for segment in segments),
         uniform=False,
     )
-
-
-def _basis_rows(segment: VisualSegment) -> int:
-    """Count the rows of a segment's bases."""
-    bases = [basis for basis in (segment.keys.basis, segment.values.basis) if basis is not None]
-    return max((tensor.shape[1] for basis in bases for tensor in basis.tensors()), default=0)
 
 
 def _joined_states(parts: list[Stored]) -> Stored:
@@ -306,6 +319,7 @@ class TextSegment:
         self.values: Tensor | None = None  # [H, B, capacity, D_v]
         self.length = 0
         self.reserved = 0  # the capacity that `reserve` has made, if it did
+        self.lent = False  # whether another cache reads the columns, which are copied before they are written again
         self.alignment: Alignment | None = None  # None: column c is logical position c
 
     @property
@@ -321,6 +335,7 @@ class TextSegment:
             self.keys, self.values = _reserved(keys, end), _reserved(values, end)
         elif end > self.capacity or self._frozen():
             self.keys, self.values = _reserved(self.keys, end, self.length), _reserved(self.values, end, self.length)
+            self.lent = False
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
@@ -334,9 +349,49 @@ class TextSegment:
         wanted = self.length + max(RESERVED, self.length // FILLED_PER_FREE)
         self.reserved = -(-wanted // RESERVED_STEP) * RESERVED_STEP
         self.keys, self.values = (_buffer(held, self.reserved, self.length) for held in (self.keys, self.values))
+        self.lent = False
+
+    def lend(self, tables: dict[Any, Any]) -> VisualSegment | None:
+        """Return a segment that reads the columns where they lie, for others to go on from; None if there are none.
+
+        `tables` keeps row tables for layers whose text lies alike.
+        """
+        if self.length == 0 or self.keys is None or self.values is None:
+            return None
+        self.lent = True
+        batch = self.keys.shape[1]
+        key = (self.alignment, batch, self.capacity, self.length, self.keys.device)
+        if key not in tables:
+            positions = column_positions(self.alignment, self.length, batch, self.keys.device).to(POSITION)
+            positions = torch.nn.functional.pad(positions, (0, self.capacity - self.length)).flatten()
+            starts, lengths = row_table(TextForm(*key))
+            tables[key] = positions, starts, lengths, torch.zeros_like(starts)
+        positions, starts, lengths, basis_rows = tables[key]
+        return VisualSegment(
+            keys=Stored(self.keys.flatten(1, 2)),
+            values=Stored(self.values.flatten(1, 2)),
+            positions=positions,
+            starts=starts,
+            lengths=lengths,
+            basis_rows=basis_rows,
+            max_length=self.length,
+            uniform=False,
+            is_text=True,
+            shared=True,
+        )
+
+    def follow(self, position: int, padding: Tensor) -> None:
+        """Begin, while empty, at a logical position, with so many columns of padding first, int64 ``[B]``."""
+        first = padding if bool(padding.any()) else None
+        self.alignment = Alignment(padding.new_zeros(len(padding), 0, dtype=POSITION), first, position)
 
     def _frozen(self) -> bool:
-        """Whether the buffers come from an inference mode that has ended, and so cannot be written to any more."""
+        """Whether the buffers must not be written to any more.
+
+        They are lent, or come from an inference mode that has ended.
+        """
+        if self.lent:
+            return True
         return self.keys is not None and self.keys.is_inference() and not torch.is_inference_mode_enabled()
 
     def view(self, forward: ForwardTables, mask: Tensor | None) -> SegmentView | None:
@@ -344,7 +399,7 @@ class TextSegment:
         if self.length == 0 or self.keys is None or self.values is None:
             return None
         form = TextForm(self.alignment, self.keys.shape[1], self.capacity, self.length, self.keys.device)
-        starts, lengths = forward.text_rows(form, self._row_table)
+        starts, lengths = forward.text_rows(form)
         columns = None
         if mask is not None:
             columns = forward.mask_columns(mask, (self.alignment, self.length), self.token_positions)
@@ -358,15 +413,6 @@ class TextSegment:
             batched=self.alignment is None or self.alignment.first is None,
             mask=columns,
         )
-
-    def _row_table(self) -> RowTable:
-        assert self.keys is not None
-        _, batch, capacity, _ = self.keys.shape
-        starts = torch.arange(0, batch * capacity, capacity, device=self.keys.device)
-        lengths = torch.full((batch,), self.length, dtype=LENGTH, device=self.keys.device)
-        if self.alignment is not None and self.alignment.first is not None:
-            starts, lengths = starts + self.alignment.first, lengths - self.alignment.first.to(LENGTH)
-        return starts, lengths
 
     def token_positions(self) -> Tensor:
         """Return logical positions ``[B, length]``, a row's own tokens first; entries past them are arbitrary."""
@@ -383,13 +429,12 @@ class TextSegment:
         assert self.values is not None
         return self.keys.transpose(0, 1)[:, :, : self.length], self.values.transpose(0, 1)[:, :, : self.length]
 
-    def realign(self, keys: Tensor, values: Tensor, order: Tensor, alignment: Alignment) -> None:
-        """Replace the contents by columns `order` ``[B, width]`` of ``keys [B, H, P, D]`` and `values`."""
-        rows = torch.arange(order.shape[0], device=order.device)[:, None]
+    def realign(self, keys: Tensor, values: Tensor, order: TextOrder, alignment: Alignment) -> None:
+        """Replace the contents by the tokens `order` of ``keys [B, H, P, D]`` and `values`."""
         width = alignment.width
-        self.keys = _reserved(keys.transpose(0, 1)[:, rows, order], width, width)
-        self.values = _reserved(values.transpose(0, 1)[:, rows, order], width, width)
-        self.length, self.alignment = width, alignment
+        self.keys = _reserved(keys.transpose(0, 1)[:, order.rows, order.columns], width, width)
+        self.values = _reserved(values.transpose(0, 1)[:, order.rows, order.columns], width, width)
+        self.length, self.alignment, self.lent = width, alignment, False
 
     def select_rows(self, index: Tensor) -> None:
         """Let batch row b be what row ``index[b]`` was (copies: rows go on differently)."""
@@ -401,11 +446,14 @@ class TextSegment:
                     filled.copy_(filled[:, index])
             else:
                 self.keys, self.values = self.keys[:, index], self.values[:, index]
+                self.lent = False
         self.alignment = None if self.alignment is None else self.alignment.select_rows(index)
 
     def truncate(self, length: int) -> None:
         """Forget tokens at logical positions from `length` on."""
         if self.keys is None or self.values is None:
+            if self.alignment is not None and length < self.alignment.next_position:
+                self.alignment = dataclasses.replace(self.alignment, next_position=length)
             return
         aligned, linear_from = (
             (0, 0) if self.alignment is None else (self.alignment.width, self.alignment.next_position)
@@ -420,7 +468,10 @@ class TextSegment:
 
     def tensors(self) -> list[Tensor]:
         """List everything held."""
-        layout = [] if self.alignment is None else [self.alignment.positions, self.alignment.first]
+        layouts = [] if self.alignment is None else [self.alignment, self.alignment.origin]
+        if self.keys is not None and self.keys.is_meta:
+            layouts = layouts[:1]  # a prompt of shapes alone stands for one on the CPU, where both are the same
+        layout = [t for known in layouts if known is not None for t in (known.positions, known.first)]
         return [t for t in (self.keys, self.values, *layout) if t is not None]
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rotatek_cache.codecs.fingerprint import fingerprint
+from rotatek_cache.codecs.fingerprint import ModelMark
 from rotatek_cache.hf import attention as hf_attention
 from rotatek_cache.hf.cache import RotateKCache
 from rotatek_cache.hf.decode_graphs import DecodeGraphs
@@ -29,18 +28,21 @@ class Attachment:
     Args:
         family: the model's.
         configs: the text configs that the attention layers read their implementation from.
+        below: configs of other parts that stand below one of these (a family without a text config of its own), which
+            transformers changes with it, and which keep what they have.
         placeholders: ids that stand for visual tokens in `input_ids`.
         processes: over how many the heads of a layer are divided.
     """
 
     family: Family
     configs: list[PreTrainedConfig]
+    below: list[PreTrainedConfig]
     placeholders: list[int]
     processes: int = 1
     handles: list[Any] = field(default_factory=list)
     previous: list[str | None] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)  # that are in a forward with a RotateKCache
-    fingerprint: Tensor | None = None  # of the model, once a calibrated basis asks
+    mark: ModelMark | None = None  # of the model, once it has met a cache
     choosing: dict[int, RotateKCache] = field(default_factory=dict)  # by thread: chooses from what is encoded now
     filling: dict[int, tuple[RotateKCache, int]] = field(
         default_factory=dict
@@ -48,11 +50,11 @@ class Attachment:
     graphs: DecodeGraphs = field(default_factory=DecodeGraphs)
     taps: dict[int, EncoderTap] = field(default_factory=dict)  # by thread: listens to what is encoded now
 
-    def fingerprint_of(self, module: torch.nn.Module) -> Tensor:
-        """Take the fingerprint of the attached model, once."""
-        if self.fingerprint is None:
-            self.fingerprint = fingerprint(module)
-        return self.fingerprint
+    def mark_of(self, module: Any) -> ModelMark:
+        """Mark the attached model, once."""
+        if self.mark is None:
+            self.mark = ModelMark.of(module, module.config.model_type)
+        return self.mark
 
     def select(self) -> None:
         """Begin a forward with a `RotateKCache`."""
@@ -115,7 +117,8 @@ class Attachment:
                 self._set(self.previous)
 
     def _set(self, implementations: Sequence[str | None]) -> None:
-        for config, implementation in zip(self.configs, implementations, strict=True):
+        kept = [config._attn_implementation for config in self.below]
+        for config, implementation in zip([*self.configs, *self.below], [*implementations, *kept], strict=True):
             config._attn_implementation = implementation
 
 

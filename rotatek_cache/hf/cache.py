@@ -1,34 +1,52 @@
 """`RotateKCache`, a transformers `Cache`, and its layers: thin shells over `LayerKV`."""
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Self
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, cache_utils
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
+from rotatek_cache.cache.coded_layer import CodedKV
+from rotatek_cache.cache.coded_step import CodedLayerStep
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.decode_step import LayerStep
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.rope_offsets import RopeOffsets
+from rotatek_cache.cache.saving import SavedFile, expect_fields, parts_given, register, restore, write
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.basis_file import load_basis
+from rotatek_cache.codecs.fingerprint import ModelMark
 from rotatek_cache.codecs.registry import codecs_for
 from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
 from rotatek_cache.core.row_layout import row_index
-from rotatek_cache.core.segments import SegmentView, Stored
+from rotatek_cache.core.segments import SegmentView, Stored, TextSegment
 from rotatek_cache.hf.config_shapes import kv_shape
 from rotatek_cache.hf.estimate import CacheEstimate, estimate_bytes, tokens_of
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
-from rotatek_cache.options import Allocation, Bits, FitOptions, with_option_docs
-from rotatek_cache.report import CacheReport, LayerReport, SegmentReport
+from rotatek_cache.options import Allocation, Bits, FitOptions, RowBits, with_option_docs
+from rotatek_cache.report import CacheReport, LayerReport, SavedBytes, SegmentReport
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
+
+# Layers that are not ours are saved as they are.
+for _found in vars(cache_utils).values():
+    if isinstance(_found, type) and issubclass(_found, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
+        register(_found)
+
+# The parts of a saved cache; `rest` are the attributes that are not in the other parts and that `load` does not make.
+SAVED = (
+    *("options", "tokens", "budget", "basis", "model", "transformers", "method", "planned", "knows_layers"),
+    *("rest", "positions", "layers"),
+)
+MADE_BY_LOAD = {"options", "tokens", "calibrated", "coordinator", "filled_by", "positions", "layers", "decoding"}
 
 HOW_TO_SWITCH = (
     "either call `rotatek_cache.attach(model)` once after loading the model, or load it with "
@@ -45,16 +63,19 @@ class LayerHandle:
 
     __slots__ = ("coordinator", "kv")
 
-    def __init__(self, kv: LayerKV, coordinator: Coordinator) -> None:
+    def __init__(self, kv: LayerKV | CodedKV, coordinator: Coordinator) -> None:
         self.kv, self.coordinator = kv, coordinator
 
     def hidden(self) -> Tensor | None:
         """Return bool ``[B, T]``: tokens that a token method has dropped, not to be attended to in this forward."""
-        return self.coordinator.hidden(self.kv)
+        return None if isinstance(self.kv, CodedKV) else self.coordinator.hidden(self.kv)
 
     def observe(self, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         """Note that the layer has attended with these queries ``[B, H_q, Q, D]``, after which it may seal."""
-        self.coordinator.observe(self.kv, query, mask, scale)
+        if isinstance(self.kv, CodedKV):
+            self.kv.settle(mask)
+        else:
+            self.coordinator.observe(self.kv, query, mask, scale)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -99,7 +120,7 @@ class RotateKLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, kv: LayerKV, coordinator: Coordinator) -> None:
+    def __init__(self, kv: LayerKV | CodedKV, coordinator: Coordinator) -> None:
         super().__init__()
         self.kv, self.coordinator = kv, coordinator
 
@@ -182,7 +203,8 @@ class RotateKCache(Cache):
     """A KV cache that stores visual Keys rotated into a fitted basis and truncated (RotateK, arXiv 2605.19218).
 
     Text Keys and all Values stay dense: at ``sparsity=0.75`` the visual Keys shrink to a quarter (plus basis), the
-    whole visual KV to 5/8. Use it with a model prepared by `attach`::
+    whole visual KV to 5/8. With a basis file and ``text="coded"`` the Keys and Values of all tokens are coded. Use it
+    with a model prepared by `attach`::
 
         model = attach(model)
         model.generate(**inputs, past_key_values=RotateKCache(sparsity=0.5))
@@ -216,6 +238,8 @@ class RotateKCache(Cache):
         basis_bits: Literal[8] | None = None,
         allocation: Allocation | str = "uniform",
         streaming: bool = False,
+        text: Literal["dense", "coded"] = "dense",
+        bits: RowBits = None,
         tokens: TokenMethod | str | None = None,
         budget: str | int | None = None,
         graphs: bool = True,
@@ -235,6 +259,8 @@ class RotateKCache(Cache):
             "basis_bits": basis_bits,
             "allocation": allocation,
             "streaming": streaming,
+            "text": text,
+            "bits": bits,
         }
         self._begin(chosen, tokens, budget, visual_mask, config)
         if not isinstance(graphs, bool):
@@ -267,14 +293,22 @@ class RotateKCache(Cache):
         config: PreTrainedConfig | None,
     ) -> None:
         """Check the options and make an empty cache."""
+        if chosen.get("text") == "coded":
+            for name, value in (("tokens", tokens), ("budget", budget)):
+                if value is not None:
+                    raise ValueError(
+                        f"text='coded' keeps all tokens, in as many bytes as bits says: leave out {name}={value!r}, "
+                        "or use text='dense'"
+                    )
         rank_open = budget is not None and all(chosen.get(name) is None for name in ("sparsity", "rank", "energy"))
         self.options = FitOptions(**{**chosen, "sparsity": DEFAULT_SPARSITY} if rank_open else chosen)
         if tokens is not None and self.options.streaming:
             raise ValueError("tokens cannot be chosen with streaming=True, which seals an image before its end is seen")
-        codecs_for(self.options)  # raises where options do not go together
         self.calibrated: CalibratedBasis | None = None
         if self.options.is_calibrated:
             self.calibrated = load_basis(self.options.basis)
+        known = [] if self.calibrated is None else sorted(self.calibrated.layers)
+        codecs_for(self.options, known[0] if known else 0)  # raises where options do not go together
         self.tokens = None if tokens is None else token_method(tokens)
         if self.tokens is not None and self.tokens.keep is None:
             name = type(self.tokens).__name__
@@ -285,11 +319,12 @@ class RotateKCache(Cache):
         self.coordinator = Coordinator(self.positions, self.tokens, planner)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self.coming_deltas: tuple[int, Tensor] | None = None  # the same of a turn that is yet to be read, and its begin
+        self.filled_by: ModelMark | None = None  # the model that it holds states of, where that is known
         self.offsets = RopeOffsets()  # the same behind each image
         self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
         self.graphs = True
-        self.stepping: list[LayerStep] | None = None  # while a decode step is captured
+        self.stepping: list[LayerStep] | list[CodedLayerStep] | None = None  # while a decode step is captured
         self.decoding = ""  # how the last decode step was run
         super().__init__(layers=[])
         if config is not None:
@@ -338,20 +373,34 @@ class RotateKCache(Cache):
         """Build the layers that `config` asks for, once: RotateK for full attention, the stock ones for the rest."""
         if self.layers:
             return
-        stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
-        layers = [self._new_layer(index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(stock)]
+        text = config.get_text_config(decoder=True)
+        stock, readers = DynamicCache(config=text).layers, _readers(text)
+        layers = [
+            self._new_layer(index, readers.get(index, 1)) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(stock)
+        ]
         # All checks come before the layers are kept: a cache that was refused once must be refused again.
-        linear = [index for index, layer in enumerate(layers) if not isinstance(layer, CacheLayerMixin)]
+        linear = [index for index, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)]
         if linear and isinstance(self.tokens, FeatureMethod):
             raise ValueError(
                 f"tokens={self.tokens} leave visual tokens out before the language model, and layers {linear} of this "
                 "model take every token into a state (linear attention), the left out ones too: use a method that "
                 "chooses by attention (VLCache, FastV)"
             )
-        self.coordinator.learn_layers([layer.kv if isinstance(layer, RotateKLayer) else None for layer in layers])
+        self._introduce_layers(layers)
         self.layers: list[Any] = layers
         if self._record_past:
             super().activate_past_recording()
+
+    def meet_model(self, mark: ModelMark) -> None:
+        """Learn which model fills the cache; a ValueError if that is another than before."""
+        if self.filled_by is not None and self.filled_by is not mark and not self.filled_by.agrees(mark):
+            raise ValueError(
+                f"this RotateKCache holds states of another model ('{self.filled_by.model_type}') than the one that it "
+                f"is given to ('{mark.model_type}', or other weights): use the model that it was filled by, or call "
+                "cache.reset() for a new prompt"
+            )
+        self.filled_by = mark
 
     def check_local_heads(self, processes: int) -> None:
         """Raise a ValueError for options that are settled by all heads of a layer, which `processes` processes share.
@@ -376,8 +425,15 @@ class RotateKCache(Cache):
                 "of each prompt, bits that are a number, and tokens chosen from image features (divprune, visionzip)"
             )
 
-    def _new_layer(self, index: int) -> RotateKLayer:
-        return RotateKLayer(LayerKV(self.options, self.positions, index), self.coordinator)
+    def _new_layer(self, index: int, readers: int = 1) -> RotateKLayer:
+        if not self.options.codes_text:
+            return RotateKLayer(LayerKV(self.options, self.positions, index, readers), self.coordinator)
+        if readers > 1:
+            raise ValueError(
+                f"text='coded': {readers} layers of this model read the Keys of layer {index}, which would be coded "
+                "once the first has: leave out text"
+            )
+        return RotateKLayer(CodedKV(self.options, self.positions, index), self.coordinator)
 
     def counts_before(
         self, config: PreTrainedConfig, dtype: torch.dtype, lengths: Sequence[int]
@@ -425,7 +481,7 @@ class RotateKCache(Cache):
             self.layers.append(self._new_layer(len(self.layers)))
         layer = self.layers[layer_idx]
         if isinstance(layer, RotateKLayer):
-            if not self.positions.informed:
+            if not self.positions.informed and not self.options.codes_text:
                 raise RuntimeError(f"this RotateKCache was not told which positions are visual: {HOW_TO_SWITCH}")
             self.positions.complete(layer.kv.length + key_states.shape[2], key_states.shape[0])
             if isinstance(self.tokens, FeatureMethod) and self.positions.undecided:
@@ -474,22 +530,164 @@ class RotateKCache(Cache):
             self.positions.announce(begin, end, visual)
         elif visual is not None and end > reach:
             given = self.positions.given_flags(begin, reach, visual.shape[0])
-            self.positions.announce(begin, end, torch.cat([given.to(visual.device), visual[:, reach - begin :]], 1))
+            self.positions.announce(begin, end, torch.cat([given, visual[:, reach - begin :].cpu()], 1))
 
     def reset(self) -> None:
         """Forget all tokens, for a new prompt; the layers and the options stay."""
         super().reset()
         self.positions.reset()
-        self.rope_deltas = self.coming_deltas = None
+        self.rope_deltas = self.coming_deltas = self.filled_by = None
         self.offsets = RopeOffsets()
         self.coordinator.reset()
+
+    def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> SavedBytes:
+        """Write all that the cache holds to one file, which `load` reads in any process.
+
+        The file is safetensors with a checksum; a calibrated basis is not in it but named. To save a prompt, read it by
+        `model.generate(**inputs, past_key_values=cache, max_new_tokens=1)`, and `seal` it if it ends in an image.
+
+        Args:
+            path: of the file; an existing one is replaced once the new one is whole.
+            compress: whether to compress without loss, by zlib: smaller, and slower to save and load.
+
+        Returns:
+            The bytes on disk and in memory; `print` shows both.
+
+        Raises:
+            TypeError: it holds an object of a class from elsewhere that was not given to
+                `rotatek_cache.cache.saving.register`.
+            ValueError: it holds states that are not finite.
+        """
+        planner, selection = self.coordinator.planner, self.coordinator.selection
+        self.positions.end_forward()
+        stock = any(stock_tensors(layer) for layer in self.layers if not isinstance(layer, RotateKLayer))
+        state = {
+            "options": self.options,
+            "tokens": self.tokens,
+            "budget": None if planner is None else (planner.budget.given, planner.rank_open),
+            "basis": None if self.calibrated is None else self.calibrated.digest,
+            "model": None if self.filled_by is None else (self.filled_by.model_type, self.filled_by.fingerprint()),
+            "transformers": transformers.__version__ if stock else None,
+            "method": None if selection is None else selection.method,
+            "planned": None if planner is None else (planner.made, planner.share),
+            "knows_layers": bool(self.coordinator.layers),
+            "rest": {name: value for name, value in vars(self).items() if name not in MADE_BY_LOAD},
+            "positions": dict(vars(self.positions)),
+            "layers": [dict(vars(layer.kv)) if isinstance(layer, RotateKLayer) else layer for layer in self.layers],
+        }
+        given: dict[str, Any] = {}
+        for layer in self._compressed_layers():
+            given |= parts_given(str(layer.kv.index), layer.kv)
+        assert tuple(state) == SAVED
+        references = {} if self.calibrated is None else self.calibrated.derived()
+        return write(path, state, references, given, compress=compress)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        basis: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Read a cache that `save` wrote; it goes on, bit for bit, as the one that was saved.
+
+        A model that is attached has to be the one that filled it, in any dtype. To ask about its prompt, see
+        `ask_many`.
+
+        Args:
+            path: of the file.
+            device: where it goes; by default where it was. What only the host looks at stays there.
+            basis: where the basis file is now that it was made with, if it has been moved.
+
+        Raises:
+            ValueError: the file is truncated, edited, foreign or of another version, its device is not there, or its
+                basis file is missing or another one.
+        """
+        file = SavedFile(path, device)
+        parts = file.parts(SAVED)
+        options, digest = file.part(parts["options"]), parts["basis"]
+        if basis is not None and digest is None:
+            raise ValueError(f"saved cache {path} was made without a basis file: leave out basis={str(basis)!r}")
+        if basis is not None:
+            options = dataclasses.replace(options, basis=os.fspath(basis))
+        cache = cls.__new__(cls)
+        budget, rank_open = file.part(parts["budget"]) or (None, False)
+        chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        try:
+            cache._begin(
+                {**chosen, "sparsity": None} if rank_open else chosen, file.part(parts["tokens"]), budget, None, None
+            )
+        except ValueError as error:
+            if digest is None:
+                raise
+            raise ValueError(
+                f"saved cache {path} needs the basis file that it was made with: {error}; say where it is now, as in "
+                'RotateKCache.load(..., basis="basis.safetensors")'
+            ) from error
+        if cache.calibrated is not None:
+            if cache.calibrated.digest != digest:
+                raise ValueError(
+                    f"saved cache {path} was made with another basis than {cache.calibrated.path} holds now: give the "
+                    "file that it was made with, as basis=..."
+                )
+            file.resolve = cache.calibrated.derive
+        cache._restore(file, parts)
+        return cache
+
+    def _restore(self, file: SavedFile, parts: dict[str, Any]) -> None:
+        """Take on the state in a file; `parts` describe what of it `save` names."""
+        made_by = parts["transformers"]
+        if made_by is not None and made_by.split(".")[:2] != transformers.__version__.split(".")[:2]:
+            raise ValueError(
+                f"saved cache {file.path} holds cache layers of transformers {made_by}, this is "
+                f"{transformers.__version__}, whose layers may differ: use that version, or save the prompt anew"
+            )
+        model = file.part(parts["model"])
+        self.filled_by = None if model is None else ModelMark(model[0], tuple(model[1].tolist()))
+        rest, own = file.part(parts["rest"]), vars(self).keys() - MADE_BY_LOAD
+        expect_fields(type(self), rest.keys() & own, own)
+        for name, value in rest.items():  # with what `generate` has noted on it
+            setattr(self, name, value)
+        restore(self.positions, file.part(parts["positions"], on_host=True))  # it decides on shapes
+        for index, described in enumerate(parts["layers"][1:]):
+            if described[0] != "dict":
+                self.layers.append(file.part(described))
+                continue
+            layer = self._new_layer(index)
+            file.given |= parts_given(str(index), layer.kv)
+            part = file.part(described)
+            # A calibrated basis may lie elsewhere now; ranks that a budget has settled stay.
+            own = dataclasses.replace(part["options"], basis=self.options.basis)
+            part["options"] = self.options if own == self.options else own
+            restore(layer.kv, part)
+            if isinstance(layer.kv, LayerKV):
+                layer.kv.use(layer.kv.options)
+            held = layer.kv.tensors()
+            if layer.kv.dtype is not None and held:
+                layer.dtype, layer.device, layer.is_initialized = layer.kv.dtype, held[0].device, True
+            self.layers.append(layer)
+        if parts["knows_layers"]:
+            self._introduce_layers(self.layers)
+        if self.coordinator.selection is not None:
+            self.coordinator.selection.method = file.part(parts["method"])
+        if self.coordinator.planner is not None:
+            self.coordinator.planner.made, self.coordinator.planner.share = file.part(parts["planned"])
+
+    def _introduce_layers(self, layers: Sequence[Any]) -> None:
+        """Tell the coordinator which of the layers seal."""
+        held = [layer.kv if isinstance(layer, RotateKLayer) else None for layer in layers]
+        self.coordinator.learn_layers([kv if isinstance(kv, LayerKV) else None for kv in held])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
         count, held = int(tokens_to_remove), self.get_seq_length()  # transformers 5.17 passes a tensor
         count = count if count <= 0 else min(0, count - held)
-        linear = (index for index, layer in enumerate(self.layers) if not isinstance(layer, CacheLayerMixin))
-        states = [index for index in linear if any(self.layers[index].is_recurrent_states_initialized.values())]
+        states = [
+            index
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.is_recurrent_states_initialized.values())
+        ]
         if count and states:
             raise ValueError(
                 f"the state of linear attention in layers {states} cannot be taken back to before a token, so this "
@@ -548,6 +746,133 @@ class RotateKCache(Cache):
             self.rope_deltas = deltas[index.to(deltas.device)]
             self.offsets.select_rows(index.tolist())
 
+    def seal(self) -> None:
+        """Compress an image that a prompt ends in now, instead of when text has followed it.
+
+        What was read so far decides alone: channels are not weighted by queries, which `basis="pca"` and calibrated
+        bases never do. It does nothing where no image waits.
+
+        Raises:
+            ValueError: tokens are to be chosen by the attention of that text.
+        """
+        self.coordinator.seal_waiting(list(self._sealed_by_images()))
+
+    def ask_many(
+        self,
+        questions: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rows: Sequence[int] | Tensor | None = None,
+        conversation: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Prepare a batch of questions about what the cache holds, which is stored once for all of them.
+
+        The answers go to a cache of their own, whose rows point at what this one stores, images and text alike; this
+        one stays as it is, to be asked again. Drop what is returned when the questions are answered::
+
+            cache = RotateKCache(sparsity=0.75, basis="pca")
+            model.generate(**prompt, past_key_values=cache, max_new_tokens=1)  # read once, without a question
+            cache.seal()  # if nothing follows the image
+            asked = cache.ask_many(**processor.tokenizer(questions, padding=True, padding_side="left", ...))
+            output = model.generate(**asked, max_new_tokens=32)
+            answers = output[:, asked["input_ids"].shape[1] :]
+
+        Leave out the images: they are in the cache.
+
+        Args:
+            questions: ids ``[N, n]`` that follow the prompt, padded on the left.
+            attention_mask: ``[N, n]``, 0 on padding; None where there is none.
+            rows: which row of the cache each question is about; by default all are about its only one, or question i
+                is about row i.
+            conversation: ids ``[B, >= cached tokens]`` of what the cache holds, and maybe of tokens behind it, which
+                then begin each question; by default those of the prompt that it read in one forward. `generate`
+                returns them: ``conversation=output`` asks on after an answer.
+
+        Returns:
+            Arguments of `generate`: `input_ids` (the whole conversation), `attention_mask` and `past_key_values`.
+
+        Raises:
+            ValueError: nothing is cached, or it is not sealed; questions are padded on the right, or at all where the
+                model has layers with a sliding window; it is not clear which rows they are about, or the ids of the
+                conversation are not known.
+        """
+        length, batch = self.get_seq_length(), self.batch_size
+        if not length or batch < 1:
+            raise ValueError("this RotateKCache holds no prompt to ask about: read one first, with the model")
+        if any(kv.pending is not None for kv in self._sealed_by_images()):
+            raise ValueError(
+                "the prompt ends in an image, which is compressed when text follows it, for each question anew: call "
+                "cache.seal() first, so that it is stored once for all of them"
+            )
+        ids, seen = _checked_questions(questions, attention_mask)
+        index = self._rows_asked(len(ids), rows)
+        known = self.positions.prompt if conversation is None else conversation
+        if known is None or known.shape[0] != batch or known.shape[1] < length:
+            found = "none are known" if known is None else f"those known are {list(known.shape)}"
+            raise ValueError(
+                f"conversation: expected ids [{batch}, at least {length}] of what the cache holds, {found}: pass them, "
+                "such as the output of the last generate"
+            )
+        known = known.to(ids.device)[index.to(ids.device)]
+        new = torch.cat([known[:, length:], ids], 1)
+        seen = torch.cat([torch.ones_like(known[:, length:], dtype=torch.bool), seen], 1)
+        order = seen.int().argsort(dim=1, stable=True)  # padding first
+        new, seen = new.gather(1, order), seen.gather(1, order)
+        padding = (~seen).sum(1)
+        stock = [number for number, layer in enumerate(self.layers) if not isinstance(layer, RotateKLayer)]
+        if stock and bool(padding.any()):
+            raise ValueError(
+                f"questions of different lengths: layers {stock} have transformers' own cache layer (sliding window or "
+                "linear), in which padding between prompt and question takes the place of tokens: ask questions of one "
+                "length together, those of another length by another call"
+            )
+        many = self._branch(index, padding)
+        visible = many.positions.visible
+        before = torch.ones_like(known[:, :length], dtype=torch.bool)
+        if visible is not None:
+            before[:, : visible.shape[1]] = visible[:, :length].to(before.device)
+        return {
+            "input_ids": torch.cat([known[:, :length], new], 1),
+            "attention_mask": torch.cat([before, seen], 1).long(),
+            "past_key_values": many,
+        }
+
+    def _rows_asked(self, questions: int, rows: Sequence[int] | Tensor | None) -> Tensor:
+        """Say which row each of so many questions is about: int64 ``[questions]``."""
+        batch = self.batch_size
+        if rows is None:
+            if batch not in (1, questions):
+                raise ValueError(
+                    f"rows: the cache holds {batch} rows and there are {questions} questions: say which row each is "
+                    "about, as in rows=[0, 0, 1]"
+                )
+            rows = range(batch) if batch == questions else [0] * questions
+        index = torch.as_tensor(list(rows), dtype=torch.int64, device="cpu")
+        if len(index) != questions or bool(((index < 0) | (index >= batch)).any()):
+            raise ValueError(
+                f"rows: expected {questions} numbers from 0 to {batch - 1}, one for each question, got {index.tolist()}"
+            )
+        return index
+
+    def _branch(self, index: Tensor, padding: Tensor) -> Self:
+        """Make a cache whose row b goes on from row ``index[b]``, with so many columns of padding first."""
+        tables: dict[Any, Any] = {}
+        memo: dict[int, Any] = {}
+        lent = {}
+        for kv in self._sealed_by_images():
+            lent[kv.index] = kv.text.lend(tables)
+            memo[id(kv.text)] = TextSegment()  # not copied
+        many = copy.deepcopy(self, memo)
+        for kv in many._sealed_by_images():
+            text = lent[kv.index]
+            if text is not None:
+                kv.segments.append(text)
+        many.batch_select_indices(index)
+        for layer in many._compressed_layers():
+            if isinstance(layer.kv, LayerKV):
+                layer.kv.follow(padding.to(layer.device))
+        return many
+
     @property
     def batch_size(self) -> int:
         """Rows, -1 before the first update."""
@@ -562,6 +887,9 @@ class RotateKCache(Cache):
     def _compressed_layers(self) -> Iterable[RotateKLayer]:
         return (layer for layer in self.layers if isinstance(layer, RotateKLayer))
 
+    def _sealed_by_images(self) -> Iterable[LayerKV]:
+        return (layer.kv for layer in self._compressed_layers() if isinstance(layer.kv, LayerKV))
+
     def tensors(self) -> list[Tensor]:
         """List every tensor held; layers share some."""
         held: list[Tensor] = []
@@ -570,12 +898,15 @@ class RotateKCache(Cache):
         held += self.positions.tensors()
         return held if self.rope_deltas is None else [*held, self.rope_deltas]
 
-    def nbytes(self) -> int:
+    def nbytes(self, *, beside: "RotateKCache | None" = None) -> int:
         """Count the bytes of the storage held, everything once.
 
         Coefficients, Values, text and its free columns, bases, deltas, row tables, positions and flags.
+
+        Args:
+            beside: another cache; what it holds too is left out.
         """
-        return storage_bytes(self.tensors())
+        return storage_bytes(self.tensors(), () if beside is None else beside.tensors())
 
     def shared_nbytes(self) -> int:
         """Count the bytes of the calibrated basis, which requests share and `nbytes` leaves out; 0 without one."""
@@ -610,6 +941,36 @@ class RotateKCache(Cache):
         return f"<RotateKCache({given}): {held}>"
 
 
+def _checked_questions(questions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ids ``[N, n]`` and bool ``[N, n]``, False on padding, which has to be on the left."""
+    if not isinstance(questions, Tensor) or questions.ndim != 2 or questions.is_floating_point():
+        what = list(questions.shape) if isinstance(questions, Tensor) else type(questions).__name__
+        raise ValueError(f"questions: expected a tensor of ids [questions, tokens], got {what}")
+    seen = torch.ones_like(questions, dtype=torch.bool) if mask is None else mask.bool().to(questions.device)
+    if seen.shape != questions.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of questions {list(questions.shape)}, got {list(seen.shape)}"
+        )
+    if not bool(seen[:, -1:].all()) or bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+        raise ValueError(
+            "attention_mask hides tokens behind others: expected questions padded on the left, as by "
+            'processor.tokenizer(..., padding=True, padding_side="left")'
+        )
+    return questions, seen
+
+
+def _readers(text: PreTrainedConfig) -> dict[int, int]:
+    """Count the layers that attend to the Keys of each layer, where the last layers of a model have none of their own.
+
+    These read those of the last layer of their kind before them (Gemma 3n, Gemma 4).
+    """
+    shared = getattr(text, "num_kv_shared_layers", None) or 0
+    kinds = list(text.layer_types) if shared else []
+    own = kinds[: len(kinds) - shared]
+    last = {kind: index for index, kind in enumerate(own)}
+    return {last[kind]: 1 + kinds[len(own) :].count(kind) for kind in last}
+
+
 def _rank(stored: Stored, width: int) -> int:
     fitted = None if stored.basis is None else stored.basis.fitted_rank
     return width if fitted is None else fitted
@@ -627,6 +988,8 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         return LayerReport(index, "RotateKLayer", 0, [], 0, stored, 0, [])
     batch, heads, width, value_width = kv.shape
     dense = batch * heads * kv.length * (width + value_width) * kv.dtype.itemsize
+    if isinstance(kv, CodedKV):
+        return _coded_report(kv, index, stored, dense)
     segments = [
         SegmentReport(
             tokens=int(segment.lengths.sum()),
@@ -640,6 +1003,7 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
             ),
         )
         for segment in kv.segments
+        if not segment.is_text
     ]
     return LayerReport(
         index,
@@ -652,3 +1016,13 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         list(kv.kept_dense),
         sum(int(counts.sum()) for _, counts in kv.dropped),
     )
+
+
+def _coded_report(kv: CodedKV, index: int, stored: int, dense: int) -> LayerReport:
+    tokens = 0 if kv.counts is None else sum(kv.counts.coded)
+    segments = []
+    if tokens:
+        keys, values = (storage_bytes([codes.data]) for codes in kv.codes)
+        channels = kv.codecs[0].code.channels
+        segments = [SegmentReport(tokens, channels, channels, kv.codecs[0].width, keys, values, 0)]
+    return LayerReport(index, "RotateKLayer", kv.length, segments, kv.dense_tokens(), stored, dense, [])

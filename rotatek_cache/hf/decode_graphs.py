@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rotatek_cache.cache.coded_step import CodedLayerStep, CodedStep
 from rotatek_cache.cache.decode_step import DecodeStep, LayerStep
 from rotatek_cache.hf.cache import RotateKCache, RotateKLayer
 from rotatek_cache.hf.calls import CACHE_NAMES, arguments_of, cache_argument, cache_in
@@ -94,7 +95,7 @@ class Captured:
     cache: Callable[[], RotateKCache | None]
     signature: dict[str, Any]
     inputs: dict[str, Tensor]
-    step: DecodeStep
+    step: DecodeStep | CodedStep
     graph: Graph
     output: Any = None
     replays: int = 0
@@ -240,13 +241,14 @@ class DecodeGraphs:
         if stock:
             raise Eager(f"layers {stock} have transformers' own cache layer (sliding window or linear attention)")
         layers = [layer.kv for layer in cache.layers]
-        if any(layer.pending is not None or layer.text.keys is None for layer in layers):
+        coded = cache.options.codes_text
+        if not coded and any(layer.pending is not None or layer.text.keys is None for layer in layers):
             raise Eager("an image waits for its end")
         begin = layers[0].length
         cache.positions.complete(begin + 1, cache.batch_size)
         if cache.positions.has_visual(begin, begin + 1):
             raise Eager("the token is visual")
-        if not any(layer.segments for layer in layers):
+        if not coded and not any(layer.segments for layer in layers):
             raise Eager("nothing is compressed")
         if given.get("position_ids") is None:
             raise Eager("the call gives no position_ids")
@@ -262,7 +264,7 @@ class DecodeGraphs:
             raise Eager("its shapes change too often")
 
     @staticmethod
-    def _check_mask(known: Conversation, step: DecodeStep, mask: Any) -> None:
+    def _check_mask(known: Conversation, step: DecodeStep | CodedStep, mask: Any) -> None:
         """Raise `Eager` where a mask hides more than padding; within one `generate` that is read once."""
         if mask is None:
             return
@@ -293,7 +295,7 @@ class DecodeGraphs:
             known.short = known.short + 1 if previous.replays < SHORT else 0
         layers = [layer.kv for layer in cache.layers]
         try:
-            step = DecodeStep(layers)
+            step = CodedStep(layers) if cache.options.codes_text else DecodeStep(layers)
         except torch.OutOfMemoryError as error:
             raise self._failed(known, error) from error
         self._check_mask(known, step, mask)
@@ -340,7 +342,7 @@ class DecodeGraphs:
         logger.warning("RotateKCache: decoding without a CUDA graph: %s", known.failure)
         return Eager(known.failure)
 
-    def _idle(self, step: DecodeStep, signature: dict[str, Any]) -> Captured | None:
+    def _idle(self, step: DecodeStep | CodedStep, signature: dict[str, Any]) -> Captured | None:
         """Find a graph of the same form whose cache is gone."""
         form = step.form()
         for held in self.captured:
@@ -444,7 +446,7 @@ def _own_forward(module: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _stepping(cache: RotateKCache, layers: list[LayerStep]) -> Iterator[None]:
+def _stepping(cache: RotateKCache, layers: list[LayerStep] | list[CodedLayerStep]) -> Iterator[None]:
     """Let the cache take and give what a step of fixed addresses does."""
     cache.stepping = layers
     try:

@@ -83,7 +83,7 @@ def _holds_another_prompt(cache: RotateKCache, ids: Tensor) -> bool:
     if ids.shape[1] == 0:
         return False  # a turn given as embeddings
     return prompt is not None and (
-        prompt.shape[0] == ids.shape[0] and not torch.equal(prompt, ids[:, : prompt.shape[1]])
+        prompt.shape[0] == ids.shape[0] and not torch.equal(prompt.to(ids.device), ids[:, : prompt.shape[1]])
     )
 
 
@@ -125,7 +125,9 @@ def _maybe_prepare_encoder_kwargs(original: Original, *args: Any, **kwargs: Any)
             check_content_is_new(visual, None, begin)
         repeats = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         known = seen.shape == visual.shape
-        cache.positions.expect(ExpectedPrompt(begin, visual, seen.bool().to(visual.device), repeats) if known else None)
+        told = mask is None or mask.ndim == 2
+        expected = ExpectedPrompt(begin, visual, seen.bool().cpu(), repeats, padding_known=told) if known else None
+        cache.positions.expect(expected)
     return original(*args, **kwargs)
 
 
@@ -279,7 +281,8 @@ def replace_methods(top: Any, inner: Any, family: Family) -> None:
         if isinstance(top, GenerationMixin):
             for replacement in GENERATE_METHODS:
                 replacement.install(top)
-        ENCODING.install(inner)
+        if family.features:
+            ENCODING.install(inner)
         FORWARD.install(inner)
         if family.encoder is not None and family.encoder.layout is packed:
             PACKING.install(inner)

@@ -13,6 +13,7 @@ from rotatek_cache.hf.cache import RotateKCache
 CONTENT = (
     "pixel_values",
     "pixel_values_videos",
+    "image_pixel_values",
     "mm_encoder_outputs",
     "image_hidden_states",
     "image_embeds",
@@ -53,8 +54,8 @@ def check_content_is_new(visual: Tensor | None, encoded: Mapping[str, Any] | Non
 
 
 def placeholder_positions(ids: Tensor, placeholders: list[int]) -> Tensor:
-    """Find the placeholders among `ids` ``[B, n]``: bool ``[B, n]``."""
-    return torch.isin(ids, torch.tensor(placeholders, device=ids.device))
+    """Find the placeholders among `ids` ``[B, n]``: bool ``[B, n]``, on the host, which decides by them."""
+    return torch.isin(ids.cpu(), torch.tensor(placeholders, device="cpu"))
 
 
 def visual_positions(module: Any, cache: RotateKCache, given: dict[str, Any], begin: int) -> Tensor | None:

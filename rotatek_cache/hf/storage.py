@@ -3,14 +3,22 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Count the bytes of the distinct storages behind `tensors`; those of meta tensors have no address."""
-    held = [tensor.untyped_storage() for tensor in tensors]
-    storages = {(part.device, part.data_ptr() or part._cdata): part.nbytes() for part in held}
-    return sum(storages.values())
+def storage_bytes(tensors: Iterable[Tensor], beside: Iterable[Tensor] = ()) -> int:
+    """Count the bytes of the distinct storages behind `tensors` that are not behind those `beside`."""
+    others, storages = (
+        {_place(tensor): tensor.untyped_storage().nbytes() for tensor in held} for held in (beside, tensors)
+    )
+    return sum(size for place, size in storages.items() if place not in others)
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, int]:
+    """Name the storage behind a tensor; that of a meta tensor has no address."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr() or storage._cdata
 
 
 def stock_tensors(layer: Any) -> list[Tensor]:

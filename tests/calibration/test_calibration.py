@@ -9,6 +9,7 @@ import torch
 from click.testing import Result
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import rotatek_cache
@@ -64,6 +65,31 @@ def test_moments_are_those_within_images_and_add_up():
     basis = total.basis()
     assert basis["spectrum"][0, :3].tolist() == [2, 0.5, 0]
     assert basis["encoder"][0, :2, :2].abs().tolist() == [[0, 1], [1, 0]]
+
+
+def test_a_seal_with_a_basis_file_sums_no_scatter(basis_file):
+    """What it multiplies states by is the file's basis: no product of states with states, no eigenproblem."""
+
+    class Products(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.shapes = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            assert "linalg" not in func.__name__ and "eig" not in func.__name__
+            if any(word in func.__name__ for word in ("mm", "matmul", "einsum")):
+                self.shapes.append(tuple(out.shape[-2:]))
+            return out
+
+    sealer = Sealer(FitOptions(rank=8, key_bits=4, value_sparsity=0.5, basis=str(basis_file)), 0)
+    heads, width = sealer.calibrated.state(0, "key").encoder.shape[:2]
+    keys, values = torch.randn(2, heads, 100, width)
+    sealer.store_keys(keys, [(0, 100)], None, None)  # makes what the model's requests share
+    with Products() as products:
+        sealer.store_keys(keys, [(0, 100)], None, None)
+        sealer.store_values(values, [(0, 100)])
+    assert products.shapes and all(shape[0] in (1, 100) for shape in products.shapes), products.shapes
 
 
 def test_static_selection_ranks_channels_by_query_times_key_power():
@@ -337,7 +363,7 @@ def test_a_stopped_command_refuses_other_images_and_questions(pages, tmp_path, m
     for arguments in (["--images", pages], ["--images", pages, "--question", "row 1?"]):
         result = run(*arguments, "--out", out)
         assert result.exit_code == 2
-        assert "was begun with other images or questions" in result.output.replace("\n", " ")
+        assert "was begun with other images, questions or texts" in result.output.replace("\n", " ")
     out.with_name("basis.safetensors.state").unlink()
     assert run("--images", pages, "--out", out).exit_code == 0
 
@@ -485,3 +511,40 @@ def test_the_report_names_what_all_requests_share(llava, basis_file):
     assert cache.shared_nbytes() == sum(tensor.nbytes for tensor in tensors.values())
     assert "once per model, shared by all requests and not counted above" in str(cache.report())
     assert RotateKCache(rank=8).shared_nbytes() == 0
+
+
+def test_the_command_takes_text_as_well_as_images(pages, tmp_path):
+    """The words of the reader's own questions, which its tokenizer knows."""
+    words = tmp_path / "text"
+    (words / "more").mkdir(parents=True)
+    (words / "a.txt").write_text("row 1, column 2? " * 120)
+    (words / "more" / "b.txt").write_text("column 3, row 1? " * 120)
+    (words / "short.txt").write_text("row 1?")
+    out = tmp_path / "basis.safetensors"
+    result = run("--images", pages, "--text", words, "--out", out, "--text-tokens", 128, "--most-text", 3)
+    assert result.exit_code == 0, result.output
+    assert "from 3 images (1 skipped) and 3 passages of text" in result.output.replace("\n", " ")
+    with safe_open(str(out), framework="pt") as file:
+        assert '"texts": 3' in file.metadata()["provenance"]
+    for which in ("key", "value", "token_key", "token_value"):
+        assert load_basis(out).state(0, which).encoder.shape[-1] == 128
+    assert RotateKCache(basis=out, text="coded", bits=3).options.row_bits == (3, 3)
+    alone = tmp_path / "alone.safetensors"
+    assert run("--text", words / "a.txt", "--out", alone, "--text-tokens", 128).exit_code == 0
+    assert RotateKCache(basis=alone, text="coded")
+    with pytest.raises(ValueError, match="calibrated without images"):
+        RotateKCache(basis=alone, rank=8, visual_mask=torch.ones(1, 9, dtype=torch.bool)).update(
+            torch.randn(1, 1, 9, 128), torch.randn(1, 1, 9, 128), 0
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--images or --text must be given"),
+        (["--text", "nowhere.txt"], "--text 'nowhere.txt' cannot be read"),
+    ],
+)
+def test_the_command_names_bad_texts(arguments, words, tmp_path):
+    result = run(*arguments, "--out", tmp_path / "x.safetensors")
+    assert result.exit_code == 2 and words in result.output.replace("\n", " ")

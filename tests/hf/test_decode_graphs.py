@@ -7,15 +7,21 @@ import torch
 import ways
 from hosts import Host
 from recorded_graph import RecordedGraph, attend_on_device
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, words
 
 from rotatek_cache import RotateKCache, attach, detach
 from rotatek_cache.cache.decode_step import DecodeStep
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.core.segments import TextSegment
+from rotatek_cache.hf.attachment import inner_model
 
 # Decoded step by step in every family, with the reason.
-STEPPED = {"sliding window": ("gemma3", "aya_vision", "cohere2_vision")}
+STEPPED = {
+    "sliding window": (
+        *("gemma3", "aya_vision", "cohere2_vision", "gemma3n", "gemma4", "gemma4_shared", "llama4"),
+        *(name for name, tiny in FAMILIES.items() if tiny.linear),
+    )
+}
 # Ways without steps of one token of the attached model, and those whose calls give no position_ids, as a graph needs.
 NO_STEPS = {"assistant_model", "text_only"}
 NO_POSITIONS = {
@@ -33,6 +39,7 @@ PAIRS = [
     for family in sorted(FAMILIES)
     for name in sorted(ways.WAYS)
     if name in WAYS or family in ("llava", "qwen2_5_vl")
+    if not FAMILIES[family].like
 ]
 
 
@@ -43,8 +50,7 @@ def recorded(monkeypatch):
     RecordedGraph.made.clear()
 
     def graphs_of(model):
-        inner = getattr(model, model.base_model_prefix) if model.base_model_prefix else model
-        held = inner._rotatek.graphs
+        held = inner_model(model)._rotatek.graphs
         held.new_graph = RecordedGraph
         held.forget()
         return held
@@ -134,6 +140,35 @@ def test_a_conversation_is_captured_once_and_again_when_it_outgrows_its_text(lla
     found = ways.generate(model, inputs, long, max_new_tokens=340, min_new_tokens=340)
     assert len(RecordedGraph.made) == 3
     assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_questions_about_one_prompt_are_replayed_and_leave_its_text_alone(llava, model):
+    """Also when the prompt's own cache has a graph, and when it is gone and another prompt could take the graph."""
+    prompt, cache = ways.padded(llava.tiny), RotateKCache(rank=8)
+    first = ways.generate(model, prompt, cache)
+    ids = torch.tensor([[0, 0, *words(4, 1)], words(6, 2), words(6, 3)])
+    mask = (ids > 0).long()
+
+    def answers(held):
+        asked = held.ask_many(ids, mask, rows=[0, 1, 0], conversation=first.sequences)
+        many = asked.pop("past_key_values")
+        return many, lambda: torch.stack(ways.generate(model, asked, many).logits)
+
+    graphs = model.model._rotatek.graphs
+    graphs.limit = 0
+    expected = answers(copy.deepcopy(cache))[1]()
+    graphs.limit = 4
+    before = replayed()
+    many, ask = answers(cache)
+    torch.testing.assert_close(ask(), expected, rtol=1e-4, atol=1e-5)
+    assert replayed() > before and many.decoding == "from a captured graph"
+    many, ask = answers(cache)
+    cache.crop(-2)
+    ways.generate(model, ways.follow_up(llava.tiny, prompt, first.sequences, words(4, 9)), cache)  # writes its text
+    del cache
+    gc.collect()
+    ways.generate(model, prompt, RotateKCache(rank=8))
+    torch.testing.assert_close(ask(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_beams_reorder_without_a_capture_a_step(llava, model):

@@ -151,6 +151,48 @@ SHAPES = {  # targets, arguments of `plan`
         {"width": 128, "group": 4, "dtype": "bfloat16", "visual": FOUR_BIT, "queries": 64, "mask": "bool"},
     ),
     "float32": (["sm_90"], {"width": 128, "group": 4, "dtype": "float32", "visual": {"rank": 32}}),
+    # Qwen3.5 and the sliding layers of Gemma have heads of 256 channels, full layers of Gemma 4 of 512.
+    "rank128-width256": (
+        ["sm_80", "sm_90", "sm_100", "gfx942"],
+        {"width": 256, "group": 4, "dtype": "bfloat16", "visual": {"rank": 128}},
+    ),
+    "rank64-width256-group16": (["sm_90"], {"width": 256, "group": 16, "dtype": "float16", "visual": {"rank": 64}}),
+    "4-bit-width256": (
+        ["sm_80", "sm_90", "sm_100"],
+        {
+            "width": 256,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_code": [[4, 64]], "value_code": [[4, 64]]},
+        },
+    ),
+    "queries-width256": (
+        ["sm_80", "sm_90", "sm_100"],
+        {"width": 256, "group": 4, "dtype": "bfloat16", "visual": {"rank": 128}, "queries": 64, "mask": "bool"},
+    ),
+    "float32-width256": (["sm_90", "sm_100"], {"width": 256, "group": 4, "dtype": "float32", "visual": {"rank": 64}}),
+    "rank256-width512": (
+        ["sm_80", "sm_90", "sm_100"],  # on gfx942 it spills
+        {"width": 512, "group": 4, "dtype": "bfloat16", "visual": {"rank": 256}},
+    ),
+    "rank128-width512-group8-masked": (
+        ["sm_90"],
+        {"width": 512, "group": 8, "dtype": "bfloat16", "visual": {"rank": 128}, "mask": "bool"},
+    ),
+    "4-bit-width512": (
+        ["sm_80", "sm_90", "sm_100"],
+        {
+            "width": 512,
+            "group": 8,
+            "dtype": "bfloat16",
+            "visual": {"key_code": [[4, 128]], "value_code": [[4, 128]]},
+        },
+    ),
+    "queries-width512": (
+        ["sm_80", "sm_90", "sm_100"],
+        {"width": 512, "group": 8, "dtype": "bfloat16", "visual": {"rank": 256}, "queries": 64, "mask": "bool"},
+    ),
+    "float32-width512": (["sm_90"], {"width": 512, "group": 8, "dtype": "float32", "visual": {"rank": 128}}),
 }
 
 
@@ -314,3 +356,109 @@ def test_importing_the_kernel_touches_no_cuda():
 def test_the_folder_is_no_package():
     # transformers probes for a package named `kernels` and would run ours in its place.
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+SEAL = """
+import dataclasses, json, sys
+
+import torch
+
+from rotatek_cache.core.quantization import CodeLayout
+from rotatek_cache.core.seal import Fit, Places, SealJob, Shared
+from rotatek_kernels import seal
+from rotatek_kernels.resources import resources
+
+target, width, dtype, ranks, bits, shared = json.loads(sys.argv[1])
+seal._precision = lambda device: "ieee" if target.startswith("gfx") else "tf32x3"
+torch.set_default_device("meta")
+heads, tokens, dtype = 8, 4096, getattr(torch, dtype)
+jobs = []
+for name, rank in zip(("keys", "values"), ranks):
+    code = None if bits is None else CodeLayout(((bits, rank),))
+    if shared:
+        ranges = () if code is None else (torch.empty(heads, rank), torch.empty(heads, rank), torch.empty(heads, width))
+        basis = Shared(torch.empty(heads, width, rank, dtype=dtype), *ranges)
+    else:
+        basis = Fit(rank, 1.0, torch.empty(1, 4 * heads, 32, width, dtype=dtype) if name == "keys" else None)
+    jobs.append(SealJob(name, torch.empty(1, heads, 5000, width, dtype=dtype), rank, basis, code))
+index = torch.empty(tokens, dtype=torch.int64)
+launches, _ = seal.plan(jobs, Places(((0, tokens),), index, index))
+print(json.dumps([[launch.kernel.__name__, launch.options["num_warps"], dataclasses.asdict(resources(launch, target))]
+                  for launch in launches]))
+"""
+
+ONLINE, CODED = ["sum_moments", "solve", "encode"], ["sum_moments", "solve", "find_ranges", "find_ranges", "encode"]
+SEALS = {  # target, width, dtype, ranks of Keys and Values, bits, whether the basis is given; kernels; spills
+    "rank32": (["sm_90", 128, "bfloat16", [32, 64], None, False], ONLINE, 0),
+    "4-bit": (["sm_90", 128, "bfloat16", [32, 32], 4, False], CODED, 0),
+    "calibrated-4-bit": (["sm_90", 128, "bfloat16", [32, 32], 4, True], ["sum_moments", "encode"], 0),
+    "sm_100": (["sm_100", 128, "bfloat16", [32, 32], None, False], ONLINE, 0),
+    "width64": (["sm_90", 64, "float16", [16], 8, False], CODED, 0),
+    # A basis of 256 channels does not quite fit into the registers of a program.
+    "width256": (["sm_90", 256, "bfloat16", [64], None, False], ONLINE, 400),
+    "float32": (["sm_90", 128, "float32", [32], None, False], ONLINE, 0),
+    "gfx942": (["gfx942", 128, "bfloat16", [32], None, False], ONLINE, 150),
+}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "kernels", "spills"), SEALS.values(), ids=SEALS)
+def test_a_seal_compiles_into_few_launches(shape, kernels, spills):
+    compiled = json.loads(run(SEAL, json.dumps(shape)))
+    assert [kernel for kernel, _, _ in compiled] == kernels
+    for kernel, warps, found in compiled:
+        print(f"{kernel} {shape[0]}: {warps} warps, {found}")  # noqa: T201 - `pytest -s` reports what a kernel takes
+        assert found["spills"] <= spills, (kernel, found)
+        assert found["shared"] <= 227 << 10
+
+
+# A driver that launches nothing notes what Triton gives it and what a direct launch does.
+DIRECT_SEAL = """
+import json
+
+import torch
+
+from rotatek_cache.core.quantization import CodeLayout
+from rotatek_cache.core.seal import Fit, Places, SealJob
+from rotatek_kernels import seal
+from rotatek_kernels.resources import pretend
+
+
+def plain(arguments):
+    if isinstance(arguments, torch.Tensor):
+        return arguments.data_ptr()
+    return [plain(one) for one in arguments] if isinstance(arguments, (tuple, list)) else arguments
+
+
+seal._precision = lambda device: "tf32x3"
+kept, allocate = {}, seal._empty
+states = torch.empty(2, 2, 100, 64, dtype=torch.float16)
+queries, index = torch.empty(2, 4, 8, 64, dtype=torch.float16), torch.zeros(90, dtype=torch.int64)
+
+
+def launched(gpu, states, tokens):
+    order = iter(range(1000))
+    # The same addresses for both ways.
+    seal._empty = lambda shape, dtype, device: kept.setdefault((next(order), shape), allocate(shape, dtype, device))
+    gpu.launched = []
+    jobs = [SealJob("keys", states, 16, Fit(16, 1.0, queries), CodeLayout(((4, 16),))),
+            SealJob("values", states, 16, Fit(16))]
+    places = Places(((0, tokens), (tokens, 90 - tokens)), index, index)
+    seal._run(seal.plan(jobs, places)[0])
+    return [(grid, kernel, plain(arguments)) for grid, kernel, arguments in gpu.launched]
+
+
+with pretend("sm_90") as gpu:
+    found = [launched(gpu, states, 30), launched(gpu, states, 30), launched(gpu, states.clone(), 30)]
+    count = len(seal._COMPILED)
+    launched(gpu, states, 40)
+    print(json.dumps([len(found[0]), found[1] == found[0], found[2] == found[0], count, len(seal._COMPILED)]))
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_a_direct_launch_of_a_seal_gives_the_kernels_what_triton_gives_them():
+    # Five launches; the same with all addresses the same; other lengths make no other kernels.
+    assert json.loads(run(DIRECT_SEAL)) == [5, True, False, 1, 1]

@@ -66,6 +66,29 @@ def test_generate_through_the_kernel_gives_what_torch_gives(host, options, dtype
         assert torch.equal(ours.sequences, expected.sequences)
 
 
+def test_a_saved_prompt_moves_between_devices(llava, tmp_path):
+    model = copy.deepcopy(llava.attached).to("cuda")
+    inputs = on(
+        "cuda", torch.float32, llava.tiny.inputs(llava.tiny.prompt(0, (0,)), llava.tiny.prompt(1, (0,), text=3))
+    )
+    cache = RotateKCache(rank=16, basis="pca")
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=1)
+    questions = torch.tensor([[20, 21, 22], [30, 31, 32], [40, 41, 42]], device="cuda")
+
+    def logits(held):
+        asked = held.ask_many(questions, rows=[0, 1, 1])
+        options = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+        return torch.stack(model.generate(**asked, **options).logits)
+
+    expected = logits(cache)
+    cache.save(tmp_path / "one")
+    assert torch.equal(logits(RotateKCache.load(tmp_path / "one")), expected)
+    there = RotateKCache.load(tmp_path / "one", device="cpu")
+    assert {tensor.device.type for tensor in there.tensors()} == {"cpu"}
+    there.save(tmp_path / "two", compress=True)
+    assert torch.equal(logits(RotateKCache.load(tmp_path / "two", device="cuda")), expected)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_layers_may_lie_on_two_devices(llava):
     from accelerate import dispatch_model, infer_auto_device_map

@@ -65,13 +65,13 @@ def second_question_logprobs(folder, first, second, kept, tokens=10, **options):
     return _generate(model, {name: inputs[name] for name in ("input_ids", "attention_mask")}, cache, tokens)
 
 
-def calibrate_basis(folder, requests, path):
-    """Write a basis file for the model, from the images of the requests."""
+def calibrate_basis(folder, requests, path, *, text=False):
+    """Write a basis file for the model, from the images of the requests; with `text`, from all their tokens."""
     from rotatek_cache.calibration.gather import calibrate
     from rotatek_cache.calibration.moments import Calibration
     from rotatek_cache.codecs.fingerprint import fingerprint
 
     model, processor = _model(folder)
     state = Calibration(fingerprint(model), "tiny")
-    calibrate(model, (_inputs(processor, request) for request in requests), state)
+    calibrate(model, (_inputs(processor, request) for request in requests), state, text=text)
     state.write_basis(path)

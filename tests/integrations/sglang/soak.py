@@ -1,6 +1,6 @@
 """Random requests of all kinds, some of them dropped in mid-stream; then everything must be free again.
 
-    python tests/integrations/sglang/soak.py --requests 1000
+    python tests/integrations/sglang/soak.py --requests 1000 [--coded]
 
 starts a server of a tiny model with a small pool, sends them, and prints what became of them.
 """
@@ -105,6 +105,7 @@ def main():
     parser.add_argument("--requests", type=int, default=1000, help="of a round")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--coded", action="store_true", help="all tokens coded, at 4 bits")
     parser.add_argument("--dense", action="store_true", help="SGLang without compression, to compare its memory")
     given = parser.parse_args()
     from rotatek_sglang.tiny import save_model
@@ -112,6 +113,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         save_model("qwen2_5_vl", Path(folder) / "model")
         module, ours, environment = "rotatek_sglang.launch", ["--sparsity", "0.75", "--bases", "8"], {}
+        if given.coded:
+            from oracle import calibrate_basis
+
+            prompts = [message("what is in this image? " * (4 + seed), picture(seed)) for seed in range(3)]
+            calibrate_basis(f"{folder}/model", prompts, f"{folder}/basis.safetensors", text=True)
+            ours = ["--basis", f"{folder}/basis.safetensors", "--bits", "4"]
         if given.dense:
             module, ours = "sglang.launch_server", ["--device", "cpu", "--attention-backend", "torch_native"]
             environment = {"SGLANG_PLATFORM": "rotatek"}

@@ -7,6 +7,7 @@ each with codes of its own. Prompts come in chunks.
 import dataclasses
 import os
 import re
+import urllib.error
 
 import pytest
 from oracle import calibrate_basis, greedy_logprobs
@@ -70,6 +71,16 @@ def test_in_one_batch(server, setting):
 
 def test_each_process_has_heads_of_its_own(server, setting):
     assert server.log_text().count("RotateK (process ") == setting.processes
+
+
+def test_other_weights_are_refused(server, setting):
+    """The basis belongs to those that it was calibrated on."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        server.post("/update_weights_from_disk", {"model_path": setting.model})
+    assert "calibrated on those that are served" in caught.value.read().decode()
+    assert server.ask(message("hello")).logprobs == pytest.approx(
+        greedy_logprobs(setting.model, message("hello"), **setting.options), abs=5e-5
+    )
 
 
 def test_codes_take_few_bytes_and_a_basis_only_its_means(server, setting):

@@ -24,6 +24,11 @@ def test_options_survive_the_environment():
     variables = chosen.environment()
     assert variables["ROTATEK_KEY_BITS"] == "auto"
     assert options.from_environment({**variables, "PATH": "/bin"}) == chosen
+    coded = ServingOptions.of(basis="b.safetensors", bits=(4, 2.28), beginnings=9)
+    assert coded.fit.codes_text
+    assert coded.environment()["ROTATEK_BITS"] == "4,2.28"
+    assert options.from_environment(coded.environment()) == coded
+    assert options.from_environment({"ROTATEK_BASIS": "b.safetensors", "ROTATEK_TEXT": "coded"}).fit.bits == (4, 4)
     assert options.from_environment({"ROTATEK_RANK": "8", "ROTATEK_ALWAYS_COMPRESS": "1"}).fit.always_compress
 
 
@@ -34,6 +39,7 @@ def test_every_option_is_a_flag():
     assert vars(given) == {"rank": 8, "always_compress": True, "value_bits": 4}
     assert rest == ["--tp", "2"]
     assert "share of the Key channels removed" in parser.format_help()
+    assert "which memory is set aside (default: 0.25)" in " ".join(parser.format_help().split())
     assert {"energy", "solver", "basis_bits", "text_share", "cuda_graphs"} < set(options.OPTIONS)
     assert not {"fit", "streaming", "value_basis"} & set(options.OPTIONS)
 
@@ -72,6 +78,13 @@ def test_flags_go_before_the_environment(monkeypatch):
     [
         ({}, "exactly one of sparsity, rank and energy"),
         ({"ROTATEK_RANK": "8", "ROTATEK_SPARSITY": "0.5"}, "exactly one of sparsity, rank and energy"),
+        ({"ROTATEK_BITS": "four"}, "ROTATEK_BITS='four' in the environment: could not convert"),
+        ({"ROTATEK_BITS": "4,4,4", "ROTATEK_BASIS": "b.safetensors"}, r"bits must be a number or \(Keys, Values\)"),
+        ({"ROTATEK_BITS": "0", "ROTATEK_BASIS": "b.safetensors"}, "bits must be above 0 and at most 8, or 16"),
+        ({"ROTATEK_BITS": "4"}, "text='coded' needs a basis file"),
+        ({"ROTATEK_BITS": "4", "ROTATEK_BASIS": "b.safetensors", "ROTATEK_RANK": "8"}, "takes no 'rank'|no rank"),
+        ({"ROTATEK_BITS": "4", "ROTATEK_BASIS": "b.safetensors", "ROTATEK_BASES": "8"}, "bases is for a server with"),
+        ({"ROTATEK_RANK": "8", "ROTATEK_BEGINNINGS": "8"}, "beginnings is for a server with all tokens coded"),
         ({"ROTATEK_RANK": "eight"}, "ROTATEK_RANK='eight'"),
         ({"ROTATEK_RANK": "8", "ROTATEK_RANKS": "8"}, "unknown option ROTATEK_RANKS"),
         ({"ROTATEK_RANK": "8", "ROTATEK_KEY_BITS": "3"}, "ROTATEK_KEY_BITS='3'.*8, 4, 2 or auto"),

@@ -50,6 +50,29 @@ for name, options in layers.items():
         said[name] = "served"
     except ValueError as error:
         said[name] = str(error)
+
+import platform
+machine, platform.machine = platform.machine, lambda: "aarch64"
+args = prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu"])
+args.resolve_once()
+said["ARM"] = str(resolution_result(args, "attention_backend"))
+platform.machine = machine
+
+import os
+os.environ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"] = "1"
+try:
+    prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu"]).resolve_once()
+except Exception as error:
+    said["sizing"] = str(error)
+del os.environ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"]
+
+from types import SimpleNamespace
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
+from rotatek_sglang.requests import visual_tokens
+item = MultimodalDataItem(modality=Modality.IMAGE, pad_value=7777)
+ids = [1, 2, 7777, 7777, 3]
+request = SimpleNamespace(origin_input_ids=ids, multimodal_inputs=SimpleNamespace(mm_items=[item]))
+said["LLaVA"] = [visual_tokens(request, begin, 7).tolist() for begin in (0, 3)]
 print(json.dumps(said))
 """
 
@@ -77,6 +100,30 @@ def test_a_model_is_refused_by_what_it_has(said, kind):
 def test_all_else_is_served(said):
     assert said["nothing special"] == "served"
     assert said["no flags"] == {"attention_backend": "rotatek", "page_size": "2"}
+
+
+def test_another_way_to_size_the_pool_is_refused(said):
+    assert "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=1" in said["sizing"]
+
+
+def test_an_arm_processor_is_served(said):
+    """There SGLang fills in another attention backend of its own before it asks a platform."""
+    assert said["ARM"] == "rotatek"
+
+
+def test_images_that_sglang_gives_no_offsets_are_found_by_their_ids(said):
+    no, yes = False, True
+    assert said["LLaVA"] == [[no, no, yes, yes, no, no, no], [yes, no, no, no]]
+
+
+def test_a_text_share_that_no_prompt_fits_into_is_refused(tiny, logs):
+    arguments = ["--model-path", tiny("qwen2_5_vl"), "--rank", "16", "--mem-fraction-static", "0.3"]
+    arguments += ["--max-total-tokens", "1200", "--dtype", "float32", "--text-share", "0.01"]
+    with (
+        pytest.raises(RuntimeError, match=r"12 text rows at --text-share 0\.01.*raise --text-share"),
+        Server("rotatek_sglang.launch", *arguments, log=logs / "share.log"),
+    ):
+        pass
 
 
 def test_a_cache_in_another_dtype_than_the_model_is_refused(tiny, logs):

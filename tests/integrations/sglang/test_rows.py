@@ -50,6 +50,17 @@ def test_a_prompt_and_its_answer_worked_by_hand():
     assert (table.text.used, table.visual.used, table.bases.used) == (0, 0, 0)
 
 
+def test_what_could_be_free_once_cached_prefixes_are_gone():
+    """Six text rows and two visual ones of eight each are in use; requests hold four of the former."""
+    table = SlotTable(slots=20, text_rows=8, visual_rows=8, bases=2, device="cpu")
+    table.assign(torch.arange(8), mask("ttttttvv"))
+    held = Need(text=4)
+    assert table.could_fit(Need(text=4, visual=8, bases=2), held, evictable=4)
+    assert not table.could_fit(Need(text=5), held, evictable=4)  # though four cached tokens could go: two are text
+    assert not table.could_fit(Need(text=4), held, evictable=1)
+    assert not table.could_fit(Need(bases=3), held, evictable=4)
+
+
 def test_what_is_not_there_is_refused_and_nothing_is_lost():
     table = SlotTable(slots=10, text_rows=3, visual_rows=2, bases=1, device="cpu")
     with pytest.raises(OutOfRowsError, match=r"asked for are .*3 visual rows, 1 bases; free are 3 text rows, 2 visual"):

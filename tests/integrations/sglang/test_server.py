@@ -1,8 +1,11 @@
 """A compressed server: right answers, and alive whatever is sent to it."""
 
+import json
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -130,6 +133,38 @@ def test_a_prompt_larger_than_the_pool_is_an_error_for_it_alone(server, untouche
     assert "900 visual rows and 300 text rows" in answers[0].text
 
 
+REFUSED = {
+    "images beyond the pool": ("/v1/chat/completions", {"messages": message("?", HUGE, picture(98, 896, 896))}),
+    "an unknown session": ("/generate", {"text": "x", "session_params": {"id": "nope"}}),
+    "too long": ("/generate", {"text": "fox " * 4000}),
+    "a grammar that is none": ("/generate", {"text": "x", "sampling_params": {"regex": "(["}}),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refused_request_holds_up_nobody(server, untouched, what):
+    """Though it asks for a longer answer than there will ever be text rows for."""
+    path, body = REFUSED[what]
+    limits = {"max_new_tokens": 3000, **body.get("sampling_params", {})}
+    body = {"model": "tiny", **body, "sampling_params": limits} if path == "/generate" else {"model": "tiny", **body}
+
+    def refused(_):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(server.request(body, path), timeout=30)
+        return caught.value.code
+
+    with ThreadPoolExecutor(8) as threads:
+        codes = threads.map(refused, range(4))
+        answers = server.ask_all([((TEXT,), {"timeout": 30}), ((IMAGE,), {"timeout": 30})])
+        assert set(codes) == {400}
+    assert [answer.status for answer in answers] == [200, 200]
+
+
+def test_several_answers_to_one_prompt(server, untouched):
+    body = {"model": "tiny", "messages": IMAGE, "n": 3, "max_tokens": 4, "ignore_eos": True}
+    assert len(json.loads(server.post("/v1/chat/completions", body))["choices"]) == 3
+
+
 @pytest.mark.parametrize(
     "url",
     ["data:image/png;base64,iVBORw0KGgo=", picture(1)[:600], "data:image/png;base64,@@@", "data:text/plain,hello"],
@@ -146,10 +181,6 @@ def test_a_20000_by_20000_image_is_refused(server, untouched):
 
 
 def test_beam_search_is_refused(server, untouched):
-    import json
-    import urllib.error
-    import urllib.request
-
     body = {"text": "fox", "sampling_params": {"beam_width": 2, "max_new_tokens": 4}}
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(server.request(body, "/generate"), timeout=60)
@@ -158,9 +189,6 @@ def test_beam_search_is_refused(server, untouched):
 
 
 def test_truncated_json_is_an_error(server, untouched):
-    import urllib.error
-    import urllib.request
-
     body = b'{"model": "x", "messages": [{"role": "user", "content": [{"type": "image_url", "image_'
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(server.request(body), timeout=30)

@@ -1,0 +1,57 @@
+"""Perplexity and KL of coded text: whole coefficients change nothing, fewer bits more, on a tiny random model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import rotatek_cache
+from evals import text_fidelity
+
+READER = Path(rotatek_cache.__file__).parent / "reader"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model whose attention is peaked, so that codes are seen, with the tokenizer of the reader."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(READER / "tokenizer.json"))
+    tokenizer.save_pretrained(path)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, bos_token_id=None, eos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(path)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = [word for word in tokenizer.get_vocab() if word.isalpha()]
+    for name in ("book", "other"):
+        drawn = torch.randint(len(vocabulary), (4000,), generator=generator).tolist()
+        (path / f"{name}.txt").write_text(" ".join(vocabulary[word] for word in drawn))
+    return path
+
+
+def test_fewer_bits_predict_less_like_the_dense_cache(folder, tmp_path, capsys):
+    out = tmp_path / "found.json"
+    arguments = ["--model", folder, "--book", folder / "book.txt", "--other", folder / "other.txt", "--length", 160]
+    arguments += ["--passages", 2, "--calibrate", 3, "--step", 16, "--bits", 16, 4, "2,1", "--out", out]
+    text_fidelity.main([str(argument) for argument in arguments])
+    found = json.loads(out.read_text())["settings"]
+    assert list(found)[:2] == ["dense", "same book, 16.0 bit"] and "other text, 4.0 bit" in capsys.readouterr().out
+    exact, four, few = (found[f"same book, {bits} bit"] for bits in ("16.0", "4.0", "(2.0, 1.0)"))
+    assert exact["kl"] < 1e-6 < four["kl"] < few["kl"]
+    assert exact["perplexity"] == pytest.approx(found["dense"]["perplexity"], rel=1e-4)
+    assert exact["same_prediction"] == 1 and few["same_prediction"] < 1
+    assert exact["ratio"] < four["ratio"] < few["ratio"]
+
+
+def test_what_is_missing_is_named(folder, capsys):
+    with pytest.raises(SystemExit):
+        text_fidelity.main(["--model", str(folder), "--book", "nowhere.txt"])
+    assert "nowhere.txt" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"weights of the package nothing_here is not here: see"):
+        text_fidelity.in_package("nothing_here", "weights")
+    with pytest.raises(ValueError, match="2 passages of 9 tokens need a text of as many tokens, got 17"):
+        text_fidelity.passages(torch.arange(17), 9, 2)

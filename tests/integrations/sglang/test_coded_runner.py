@@ -1,0 +1,68 @@
+"""The coded pool under SGLang's batches, model runner and prefix cache, without a server: logits to the last digits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def basis(tiny, tmp_path_factory):
+    """A basis of drawn text."""
+    import transformers
+
+    from rotatek_cache.calibration.gather import calibrate
+    from rotatek_cache.calibration.moments import Calibration
+    from rotatek_cache.codecs.fingerprint import fingerprint
+    from rotatek_cache.hf.attention import NAME
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("qwen2"), dtype=torch.float32).eval()
+    model.set_attn_implementation(NAME)
+    state = Calibration(fingerprint(model), "qwen2")
+    generator = torch.Generator().manual_seed(5)
+    texts = ({"input_ids": torch.randint(0, 390, (1, 300), generator=generator)} for _ in range(4))
+    calibrate(model, texts, state, text=True)
+    path = tmp_path_factory.mktemp("basis") / "text.safetensors"
+    state.write_basis(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=[16, 4])
+def said(request, tiny, basis):
+    environment = {**os.environ, "ROTATEK_BASIS": basis, "ROTATEK_BITS": str(request.param), "HF_HUB_OFFLINE": "1"}
+    script = Path(__file__).with_name("runner.py")
+    done = subprocess.run(
+        [sys.executable, str(script), tiny("qwen2"), basis],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {"bits": request.param, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_answers(said):
+    """At full bits those of a dense cache, whatever is cached or cut; else those of the coded one, read at once."""
+    first = said["coded"][:3]  # three prompts in one batch, nothing cached
+    assert said["cached"] == [[0, 0, 0], [100], [100], [2, 60]]
+    assert max(first) < 2e-5
+    if said["bits"] == 16:
+        assert max(said["dense"]) < 2e-5
+    else:
+        assert max(said["dense"][:3]) > 0.1  # what four bits change in this model, and the coded cache changes alike
+
+
+def test_everything_comes_back(said):
+    slots, sinks, rings = said["start"]
+    assert (slots, sinks, rings) == (600, 128, 0)
+    # Four prompts without first tokens in common, but for two that begin with the same two tokens.
+    assert said["held"][1:] == [128 - 3 * 4 - 2, 0]
+    assert said["held"][0] < 400
+    assert said["end"] == said["start"]
