@@ -207,7 +207,7 @@ def _step(
         if shape is None:
             continue
         handle, _ = cache.update(*_states(shape, rows, count, dtype), index)
-        if hasattr(handle, "observe"):  # a layer of ours
+        for _ in range(handle.kv.readers if hasattr(handle, "observe") else 0):  # of a layer of ours
             handle.observe(torch.empty(rows, shape.query_heads, count, shape.width, dtype=dtype, device=META), mask)
     cache.positions.end_forward()
 
