@@ -236,7 +236,7 @@ def plan(jobs: Sequence[SealJob], places: Places) -> tuple[list[Launch], list[Se
     fitted = [index for index, form in enumerate(forms) if form.rank]
     if fitted:
         warps = max(forms[index].padded_width // 32 for index in fitted)  # a column is one number a thread
-        launches.append(_launch(solve, (pairs, len(fitted), 1), states, place, forms, min(8, warps), fitted))
+        launches.append(_launch(solve, (pairs, len(fitted), 1), states, place, forms, max(1, warps), fitted))
     ranged = [index for index in fitted if forms[index].blocks[0].bits]
     for errors in (False, True) if ranged else ():
         chunks = max(-(-forms[index].channels // forms[index].block_c) for index in ranged)
