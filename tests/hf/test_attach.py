@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache, GenerationMi
 
 from rotatek_cache import RotateKCache, attach, detach
 from rotatek_cache.hf import versions
+from rotatek_cache.hf.attachment import inner_model
 from rotatek_cache.hf.calls import CACHE_NAMES, cache_name
 from rotatek_cache.hf.families import FAMILIES as FAMILY_TABLE
 
@@ -220,7 +221,7 @@ def test_the_cache_is_found_by_position(llava: Host):
 
 @pytest.mark.parametrize("family", list(EVERY))
 def test_the_table_says_which_models_keep_an_offset_of_positions(family):
-    inner = build_host(family).plain.model
+    inner = inner_model(build_host(family).plain)
     assert hasattr(inner, "rope_deltas") == FAMILY_TABLE[inner.config.model_type].mrope
 
 
