@@ -138,6 +138,29 @@ CASES = {
     "queries-additive-codes": Case(
         ((63, 40),), (20, 9), queries=7, mask="additive", key_code=((4, 32),), value_code=((4, 8), (2, 24))
     ),
+    "width512-group8": Case(((40, 66),), (5, 2), heads=1, group=8, width=512, value_width=512, rank=128),
+    "width512-codes-masked": Case(
+        ((40, 17),),
+        (4, 0),
+        heads=1,
+        width=512,
+        value_width=512,
+        key_code=((4, 128),),
+        value_code=((4, 64),),
+        mask="bool",
+    ),
+    "width512-queries-value-coefficients": Case(
+        ((17, 30),),
+        (9, 2),
+        queries=3,
+        heads=1,
+        group=4,
+        width=512,
+        value_width=512,
+        rank=64,
+        value_rank=40,
+        mask="bool",
+    ),
     "queries-group16-width256": Case(
         ((17, 30),), (9, 2), queries=2, heads=1, group=16, width=256, value_width=256, value_rank=40
     ),

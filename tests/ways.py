@@ -13,6 +13,7 @@ from tiny_models import IMAGE, PAD, VOCAB, Prompt, Tiny, visual_positions, words
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
+from rotatek_cache.hf.attachment import inner_model
 from rotatek_cache.hf.calls import cache_argument
 
 Make = Callable[..., Cache]
@@ -48,9 +49,8 @@ def padded(tiny: Tiny) -> dict[str, Tensor]:
 
 def forget_positions(model: PreTrainedModel) -> None:
     """Take the offset of positions (M-RoPE) of the conversation that it last read off a model."""
-    for part in (model, model.model):
-        if hasattr(part, "rope_deltas"):
-            part.rope_deltas = None
+    if hasattr(inner_model(model), "rope_deltas"):
+        inner_model(model).rope_deltas = None
 
 
 def follow_up(tiny: Tiny, inputs: dict[str, Tensor], sequences: Tensor, more: list[int]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from rotatek_kernels.occupancy import CODE_WORK
 MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
 MERGE_SPLITS = 16  # states that it reads at once
 ONE_WARP = 128  # head width up to which one warp holds the output of text
+FOUR_WARPS = 256  # and up to which four warps do
 NARROW = 64  # channels of a head
 REMEMBERED = 1024  # tables of heads
 # Bytes of a block where each head has codes of its own and one warp reads them: the least of a matrix product, so that
@@ -63,6 +64,16 @@ BLOCK_SIZES = {
     "float32": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=None),
     # 64 queries by 64 tokens spill (976 instructions of it at D 128 with a mask), 64 by 32 do not.
     "queries": BlockSizes(warps=4, queries=64, tokens=32, tile=16 * 1024, stages=2, registers=None),
+    # Heads of more than `ONE_WARP` channels, codes, too. "plain" spills at rank 128 of 256 on sm_90, whatever registers
+    # it may take; half the tile takes 140, which lets three programs share a processor.
+    "wide": BlockSizes(warps=4, queries=16, tokens=64, tile=16 * 1024, stages=3, registers=None),
+    # 64 queries by 32 tokens spill with four warps, and take all registers with eight.
+    "wide queries": BlockSizes(warps=8, queries=32, tokens=32, tile=32 * 1024, stages=2, registers=None),
+    "wide float32": BlockSizes(warps=8, queries=16, tokens=64, tile=16 * 1024, stages=2, registers=None),
+    # Of more than `FOUR_WARPS`, where four warps spill, three blocks in flight, and 32 queries.
+    "wider": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=2, registers=None),
+    "wider queries": BlockSizes(warps=8, queries=16, tokens=32, tile=32 * 1024, stages=2, registers=None),
+    "wider float32": BlockSizes(warps=16, queries=16, tokens=64, tile=32 * 1024, stages=2, registers=None),
 }
 
 
@@ -181,13 +192,16 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
 
 def kind_of(query: Tensor, segments: Sequence[SegmentView]) -> str:
     """Choose the entry of `BLOCK_SIZES` for these arguments."""
-    if query.dtype == torch.float32:
-        return "float32"
-    if query.shape[2] > 1:
-        return "queries"
-    coded = [segment for segment in segments if _is_narrow(segment.key_code) and _is_narrow(segment.value_code)]
     widest = max(query.shape[3], *(segment.value_width for segment in segments))
-    if not coded or widest > ONE_WARP:
+    wide = "" if widest <= ONE_WARP else "wide" if widest <= FOUR_WARPS else "wider"
+    if query.dtype == torch.float32:
+        return f"{wide} float32".strip()
+    if query.shape[2] > 1:
+        return f"{wide} queries".strip()
+    if wide:
+        return wide
+    coded = [segment for segment in segments if _is_narrow(segment.key_code) and _is_narrow(segment.value_code)]
+    if not coded:
         return "plain"
     codes = [code for segment in coded for code in (segment.key_code, segment.value_code)]
     layouts = [code for code in codes if isinstance(code, CodeLayout)]

@@ -74,13 +74,16 @@ class Coordinator:
 
         Args:
             layer: the layer.
-            query: queries of this forward ``[B, H_q, Q, D]``.
+            query: queries of this forward ``[B, H_q, Q, D]``; layers that share Keys come one after the other.
             mask: the model's, bool ``[B or 1, 1, Q, T]`` or additive; None is causal.
             scale: factor on the logits, ``D ** -0.5`` by default.
         """
         if layer.pending is None:
             return
-        layer.keep_queries(query)
+        first = layer.keep_queries(query, mask)
+        if first is None:
+            return  # other layers will attend to the same Keys
+        query, mask = first
         plan = self.positions.plan(layer.pending.begin, layer.length, mask, wait=not layer.options.streaming)
         if plan is None:
             return

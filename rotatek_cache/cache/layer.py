@@ -7,7 +7,7 @@ what options and which tokens it keeps, is decided by the coordinator of its cac
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class Pending:
     keys: Tensor
     values: Tensor
     begin: int  # logical position of the first
-    window: Tensor | None = None  # the last queries, [B, H_q, <= W, D]
+    window: Tensor | None = None  # the last queries, [B, H_q, <= W, D]; where layers share these Keys, of all of them
+    reads: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)  # of this forward: queries and masks
 
 
 class LayerKV:
@@ -41,11 +42,13 @@ class LayerKV:
         options: how it stores them.
         positions: which positions are visual, shared by the layers of a cache.
         index: of the layer in the model, from 0.
+        readers: how many layers attend to what it stores: itself, and those that have no Keys of their own.
     """
 
-    def __init__(self, options: FitOptions, positions: VisualPositions, index: int) -> None:
+    def __init__(self, options: FitOptions, positions: VisualPositions, index: int, readers: int = 1) -> None:
         self.positions = positions
         self.index = index
+        self.readers = readers
         self.use(options)
         self._empty()
 
@@ -77,6 +80,7 @@ class LayerKV:
         if self.pending is not None:
             self.pending.keys = torch.cat([self.pending.keys, keys], 2)
             self.pending.values = torch.cat([self.pending.values, values], 2)
+            self.pending.reads = []
         elif self.positions.has_visual(begin, self.length):
             self.pending = Pending(keys, values, begin)
         else:
@@ -139,13 +143,37 @@ class LayerKV:
             mask=mask,
         )
 
-    def keep_queries(self, query: Tensor) -> None:
-        """Keep the last of a forward's queries ``[B, H_q, Q, D]``, by which pending Keys are weighed at their seal."""
+    def keep_queries(self, query: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """Keep the last of a forward's queries, by which pending Keys are weighed at their seal.
+
+        Where layers share these Keys, each brings its own, and those of all count as heads of their group. A layer may
+        attend with a prompt's last positions alone, whose queries are left out then.
+
+        Args:
+            query: ``[B, H_q, Q, D]``.
+            mask: of the model.
+
+        Returns:
+            Queries and mask of the layer that attended first, once every layer has in this forward; None before.
+        """
         pending = self.pending
         assert pending is not None
-        window = query if pending.window is None else torch.cat([pending.window, query], 2)
+        pending.reads.append((query, mask))
+        if len(pending.reads) < self.readers:
+            return None
+        reads, pending.reads = pending.reads, []
+        heads, width = pending.keys.shape[1], self.options.query_window
+        queries = [one[:, :, -width:].unflatten(1, (heads, -1)) for one, _ in reads]
+        query = torch.cat([one for one in queries if one.shape[3] == queries[0].shape[3]], 2).flatten(1, 2)
+        if pending.window is not None:
+            groups = query.shape[1] // heads, pending.window.shape[1] // heads
+            query, held = (
+                one.unflatten(1, (heads, -1))[:, :, : min(groups)].flatten(1, 2) for one in (query, pending.window)
+            )
+            query = torch.cat([held, query], 2)
         # Cloned, or a view would keep the whole prompt's queries alive until the seal.
-        pending.window = window[:, :, -self.options.query_window :].clone()
+        pending.window = query[:, :, -width:].clone()
+        return reads[0]
 
     def pending_attention(self, query: Tensor, visible: Tensor, scale: float) -> Tensor:
         """Compute what attention a few queries ``[B, H_q, q, D]`` pay to the pending tokens: ``[B, H_q, q, P]``.

@@ -68,6 +68,11 @@ def rotatek_attention_forward(
     if dropout:
         raise ValueError("RotateKCache is for inference: call model.eval() (attention dropout is on)")
     kv = key.kv
+    if getattr(module, "is_kv_shared_layer", False) and kv.readers == 1:
+        raise ValueError(
+            f"{type(module).__name__} attends to the Keys of layer {kv.index}, and this RotateKCache does not know the "
+            "model's layers: call `rotatek_cache.attach(model)`, or pass RotateKCache(..., config=model.config)"
+        )
     if attention_mask is not None and (attention_mask.ndim != 4 or attention_mask.shape[1] != 1):
         raise ValueError(
             f"attention_mask must be [rows, 1, queries, tokens] here, got {list(attention_mask.shape)}: the mask of "

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rotatek_cache.cache.budget import DEFAULT_SPARSITY, Budget, Planner
 from rotatek_cache.cache.coordinator import Coordinator
@@ -52,6 +52,16 @@ class LayerHandle:
         """Note that the layer has attended with these queries ``[B, H_q, Q, D]``, after which it may seal."""
         self.coordinator.observe(self.kv, query, mask, scale)
 
+    def to(self, device: torch.device, **kwargs: Any) -> Self:
+        """Stay where it is: layers that share Keys move them to their own device, which has to be the same."""
+        held = self.kv.text.keys if self.kv.pending is None else self.kv.pending.keys
+        if held is not None and torch.device(device) != held.device:
+            raise ValueError(
+                f"layers that share the Keys of layer {self.kv.index} lie on {held.device} and {device}: put the model "
+                "on one device, or use DynamicCache"
+            )
+        return self
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)  # asked by tools such as a compiler, not by an attention function
@@ -87,6 +97,10 @@ class MaskedStates:
 
     def __init__(self, keys: Tensor, values: Tensor, hidden: Tensor) -> None:
         self.keys, self.values, self.hidden = keys, values, hidden
+
+    def to(self, device: torch.device, **kwargs: Any) -> Self:
+        """Move to the device of a layer that shares these Keys, as transformers moves tensors."""
+        return type(self)(*(states.to(device, **kwargs) for states in (self.keys, self.values, self.hidden)))
 
 
 class RotateKLayer(CacheLayerMixin):
@@ -292,10 +306,14 @@ class RotateKCache(Cache):
         """Build the layers that `config` asks for, once: RotateK for full attention, the stock ones for the rest."""
         if self.layers:
             return
-        stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
-        layers = [self._new_layer(index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(stock)]
+        text = config.get_text_config(decoder=True)
+        stock, readers = DynamicCache(config=text).layers, _readers(text)
+        layers = [
+            self._new_layer(index, readers.get(index, 1)) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(stock)
+        ]
         # All checks come before the layers are kept: a cache that was refused once must be refused again.
-        linear = [index for index, layer in enumerate(layers) if not isinstance(layer, CacheLayerMixin)]
+        linear = [index for index, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)]
         if linear and isinstance(self.tokens, FeatureMethod):
             raise ValueError(
                 f"tokens={self.tokens} leave visual tokens out before the language model, and layers {linear} of this "
@@ -330,8 +348,8 @@ class RotateKCache(Cache):
                 "of each prompt, bits that are a number, and tokens chosen from image features (divprune, visionzip)"
             )
 
-    def _new_layer(self, index: int) -> RotateKLayer:
-        return RotateKLayer(LayerKV(self.options, self.positions, index), self.coordinator)
+    def _new_layer(self, index: int, readers: int = 1) -> RotateKLayer:
+        return RotateKLayer(LayerKV(self.options, self.positions, index, readers), self.coordinator)
 
     def counts_before(
         self, config: PreTrainedConfig, dtype: torch.dtype, lengths: Sequence[int]
@@ -443,8 +461,11 @@ class RotateKCache(Cache):
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (transformers 5.17)."""
         count, held = int(tokens_to_remove), self.get_seq_length()  # transformers 5.17 passes a tensor
         count = count if count <= 0 else min(0, count - held)
-        linear = (index for index, layer in enumerate(self.layers) if not isinstance(layer, CacheLayerMixin))
-        states = [index for index in linear if any(self.layers[index].is_recurrent_states_initialized.values())]
+        states = [
+            index
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.is_recurrent_states_initialized.values())
+        ]
         if count and states:
             raise ValueError(
                 f"the state of linear attention in layers {states} cannot be taken back to before a token, so this "
@@ -554,6 +575,18 @@ class RotateKCache(Cache):
         given = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
         held = f"{len(self.layers)} layers, {self.get_seq_length()} tokens, {self.nbytes():,} bytes"
         return f"<RotateKCache({given}): {held}>"
+
+
+def _readers(text: PreTrainedConfig) -> dict[int, int]:
+    """Count the layers that attend to the Keys of each layer, where the last layers of a model have none of their own.
+
+    These read those of the last layer of their kind before them (Gemma 3n, Gemma 4).
+    """
+    shared = getattr(text, "num_kv_shared_layers", None) or 0
+    kinds = list(text.layer_types) if shared else []
+    own = kinds[: len(kinds) - shared]
+    last = {kind: index for index, kind in enumerate(own)}
+    return {last[kind]: 1 + kinds[len(own) :].count(kind) for kind in last}
 
 
 def _rank(stored: Stored, width: int) -> int:

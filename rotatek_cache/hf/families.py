@@ -35,6 +35,7 @@ _BY_SIZE = Family(Encoder("vision_tower", by_image_size))
 _IDEFICS = Family(Encoder("vision_model"))
 _MINICPM = Family(None, IMAGE_AND_VIDEO)  # halfway through, its encoder merges windows of patches into fewer
 _QWEN = Family(Encoder("visual", in_order), IMAGE_AND_VIDEO, mrope=True)
+_QWEN_HYBRID = replace(_QWEN, encoder=None)  # no token can be left out before layers of linear attention
 
 # model_type -> facts; the tests run each family here through generate.
 FAMILIES: dict[str, Family] = {
@@ -54,6 +55,8 @@ FAMILIES: dict[str, Family] = {
     "fast_vlm": Family(None),
     "fuyu": Family(None, features=False),  # it has no encoder
     "gemma3": _TOWER,
+    "gemma3n": Family(None),  # a timm encoder, whose attention weights cannot be read
+    "gemma4": Family(None, IMAGE_AND_VIDEO),
     "glm46v": _QWEN,
     "glm4v": _QWEN,
     "glm4v_moe": _QWEN,
@@ -71,6 +74,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2_vl": Family(None),
     "lfm3_vl": Family(None, IMAGE_AND_VIDEO),
     "lighton_ocr": Family(Encoder("vision_encoder", by_image_size)),
+    "llama4": Family(None),  # its encoder shuffles pixels before and behind its class token
     "llava": Family(Encoder("vision_tower", in_order)),
     "llava_next": Family(_ANYRES),
     "llava_next_video": Family(_ANYRES, IMAGE_AND_VIDEO),
@@ -92,8 +96,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_omni_thinker": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
     "qwen2_5_vl": Family(Encoder("visual", in_windows), IMAGE_AND_VIDEO, mrope=True),
     "qwen2_vl": _QWEN,
-    "qwen3_5": _QWEN,
-    "qwen3_5_moe": _QWEN,
+    "qwen3_5": _QWEN_HYBRID,
+    "qwen3_5_moe": _QWEN_HYBRID,
     "qwen3_omni_moe_thinker": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,

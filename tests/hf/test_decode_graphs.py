@@ -13,9 +13,15 @@ from rotatek_cache import RotateKCache, attach, detach
 from rotatek_cache.cache.decode_step import DecodeStep
 from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.core.segments import TextSegment
+from rotatek_cache.hf.attachment import inner_model
 
 # Decoded step by step in every family, with the reason.
-STEPPED = {"sliding window": ("gemma3", "aya_vision", "cohere2_vision")}
+STEPPED = {
+    "sliding window": (
+        *("gemma3", "aya_vision", "cohere2_vision", "gemma3n", "gemma4", "gemma4_shared", "llama4"),
+        *(name for name, tiny in FAMILIES.items() if tiny.linear),
+    )
+}
 # Ways without steps of one token of the attached model, and those whose calls give no position_ids, as a graph needs.
 NO_STEPS = {"assistant_model", "text_only"}
 NO_POSITIONS = {
@@ -33,6 +39,7 @@ PAIRS = [
     for family in sorted(FAMILIES)
     for name in sorted(ways.WAYS)
     if name in WAYS or family in ("llava", "qwen2_5_vl")
+    if not FAMILIES[family].like
 ]
 
 
@@ -43,8 +50,7 @@ def recorded(monkeypatch):
     RecordedGraph.made.clear()
 
     def graphs_of(model):
-        inner = getattr(model, model.base_model_prefix) if model.base_model_prefix else model
-        held = inner._rotatek.graphs
+        held = inner_model(model)._rotatek.graphs
         held.new_graph = RecordedGraph
         held.forget()
         return held

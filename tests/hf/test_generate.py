@@ -14,8 +14,9 @@ from transformers import DynamicCache
 from rotatek_cache import RotateKCache
 
 EXACT = ({"sparsity": 0}, {"rank": 32, "always_compress": True})
-M_ROPE = {name for name, tiny in FAMILIES.items() if tiny.token_types == "mm_token_type_ids"}
-NO_EMBEDDINGS = {"gemma3", "paligemma"}
+M_ROPE = {name for name, tiny in FAMILIES.items() if tiny.token_types == "mm_token_type_ids" and tiny.grids}
+NO_EMBEDDINGS = {"gemma3", "gemma4", "gemma4_shared", "paligemma"}
+LLAMA4 = {"llama4"} & set(FAMILIES)
 
 LINEAR = {name for name, tiny in EVERY.items() if tiny.linear}
 SOME_WAYS = (
@@ -34,12 +35,14 @@ NOT_POSSIBLE = {
     "forward_loop": M_ROPE,  # a 2D mask in a decode step of one's own: positions of the whole length come out
     "merged_embeddings": NO_EMBEDDINGS,
     "embeddings_and_pixels": NO_EMBEDDINGS,
-    "beams": {"fuyu"},  # it repeats the ids, and not the patches
-    # Features of more than the placeholders come from the encoder; they are not where chunks look for them.
-    "chunked_prefill": {"ovis2", "granite4_vision"},
-    "chunked_prefill_padded": {"ovis2", "granite4_vision", "phi4_multimodal", "fuyu"},
+    # Features of more than the placeholders come from the encoder, or they are not where chunks look for them.
+    "chunked_prefill": {"ovis2", "granite4_vision"} | LLAMA4,
+    "chunked_prefill_padded": {"ovis2", "granite4_vision", "phi4_multimodal", "fuyu"} | LLAMA4,
+    "beams": {"fuyu"} | LLAMA4,  # features are not repeated with the rows
+    "sampled_sequences": LLAMA4,
     "prompt_lookup": LINEAR,  # the state of linear attention cannot be taken back
     "assistant_model": LINEAR,
+    "forward_with_embeddings": {"gemma4_shared"},  # each layer looks up an embedding of the ids
     "forward_in_pieces": LINEAR,  # its layers cannot repeat rows
 }
 CASES = [
@@ -102,10 +105,12 @@ def test_switched_with_a_mask_is_dynamic_cache(host: Host):
     inputs = ways.padded(host.tiny)
     expected = _possible(host.tiny.name, "padded_batch")
     for options in EXACT:
-        for config in (model.config,) if host.tiny.linear else (None, model.config):
+        for config in (model.config,) if host.tiny.needs_config else (None, model.config):
             cache = RotateKCache.for_study(**options, visual_mask=visual_positions(inputs["input_ids"]), config=config)
             output = ways.generate(model, inputs, cache)
             _same([output.sequences, torch.stack(output.logits)], expected)
+    if host.tiny.name in NOT_POSSIBLE["beams"]:
+        return
     mask = visual_positions(inputs["input_ids"])
     beams = ways.WAYS["beams"](host.tiny, model, lambda: RotateKCache(rank=32, visual_mask=mask, config=model.config))
     _same(beams, _expected(host.tiny.name, "beams"))

@@ -151,6 +151,48 @@ SHAPES = {  # targets, arguments of `plan`
         {"width": 128, "group": 4, "dtype": "bfloat16", "visual": FOUR_BIT, "queries": 64, "mask": "bool"},
     ),
     "float32": (["sm_90"], {"width": 128, "group": 4, "dtype": "float32", "visual": {"rank": 32}}),
+    # Qwen3.5 and the sliding layers of Gemma have heads of 256 channels, full layers of Gemma 4 of 512.
+    "rank128-width256": (
+        ["sm_80", "sm_90", "sm_100", "gfx942"],
+        {"width": 256, "group": 4, "dtype": "bfloat16", "visual": {"rank": 128}},
+    ),
+    "rank64-width256-group16": (["sm_90"], {"width": 256, "group": 16, "dtype": "float16", "visual": {"rank": 64}}),
+    "4-bit-width256": (
+        ["sm_80", "sm_90", "sm_100"],
+        {
+            "width": 256,
+            "group": 4,
+            "dtype": "bfloat16",
+            "visual": {"key_code": [[4, 64]], "value_code": [[4, 64]]},
+        },
+    ),
+    "queries-width256": (
+        ["sm_80", "sm_90", "sm_100"],
+        {"width": 256, "group": 4, "dtype": "bfloat16", "visual": {"rank": 128}, "queries": 64, "mask": "bool"},
+    ),
+    "float32-width256": (["sm_90", "sm_100"], {"width": 256, "group": 4, "dtype": "float32", "visual": {"rank": 64}}),
+    "rank256-width512": (
+        ["sm_80", "sm_90", "sm_100"],  # on gfx942 it spills
+        {"width": 512, "group": 4, "dtype": "bfloat16", "visual": {"rank": 256}},
+    ),
+    "rank128-width512-group8-masked": (
+        ["sm_90"],
+        {"width": 512, "group": 8, "dtype": "bfloat16", "visual": {"rank": 128}, "mask": "bool"},
+    ),
+    "4-bit-width512": (
+        ["sm_80", "sm_90", "sm_100"],
+        {
+            "width": 512,
+            "group": 8,
+            "dtype": "bfloat16",
+            "visual": {"key_code": [[4, 128]], "value_code": [[4, 128]]},
+        },
+    ),
+    "queries-width512": (
+        ["sm_80", "sm_90", "sm_100"],
+        {"width": 512, "group": 8, "dtype": "bfloat16", "visual": {"rank": 256}, "queries": 64, "mask": "bool"},
+    ),
+    "float32-width512": (["sm_90"], {"width": 512, "group": 8, "dtype": "float32", "visual": {"rank": 128}}),
 }
 
 
