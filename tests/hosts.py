@@ -5,7 +5,8 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from tiny_models import FAMILIES, Tiny
+from tiny_models import Tiny
+from tiny_more import EVERY
 
 from rotatek_cache import attach
 
@@ -22,6 +23,6 @@ class Host:
 @functools.cache
 def build_host(name: str) -> Host:
     """The `Host` of the family `name`; a test that changes a model takes a copy."""
-    tiny = FAMILIES[name]
+    tiny = EVERY[name]
     plain = tiny.build()
     return Host(tiny, plain, attach(copy.deepcopy(plain)))

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -106,8 +107,19 @@ def test_code_is_python_and_its_imports_work(page):
 def test_every_family_is_listed():
     from rotatek_cache import families
 
-    listed = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")))
+    listed = set(
+        re.findall(r"^\| `(\S+)` \| i", (ROOT / "docs" / "families.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     assert set(families()) <= listed
+
+
+@pytest.mark.skipif(version("transformers").split(".")[:2] != ["5", "24"], reason="the list is of transformers 5.24")
+def test_the_list_of_model_types_is_what_attach_does():
+    from rotatek_cache.hf.family_list import model_types, tables
+
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert tables() in page, "run python -m rotatek_cache.hf.family_list, and paste"
+    assert all(f"`{name}`" in page for name in model_types())
 
 
 def test_the_readme_is_one_page():

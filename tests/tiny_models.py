@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
 
 VOCAB = 200
 PAD, BOS = 0, 1
@@ -96,7 +96,7 @@ class Tiny:
             part.eos_token_id = None
         with torch.random.fork_rng():
             torch.manual_seed(0)  # for what `_draw_weights` leaves as it is
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
         _draw_weights(model)
         generation = model.generation_config
         generation.eos_token_id, generation.pad_token_id, generation.bos_token_id = None, PAD, BOS

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -36,7 +36,8 @@ from rotatek_cache.cli.demo import (
     steps,
 )
 from rotatek_cache.cli.demo_figure import draw
-from rotatek_cache.hf.chat import Chat, InputError
+from rotatek_cache.hf.chat import Chat, InputError, open_image, user_turn
+from rotatek_cache.hf.identity import Identity, check_identity
 
 app = typer.Typer(
     help="RotateK: a KV cache for vision-language models that keeps visual Keys as a few coefficients.",
@@ -192,6 +193,60 @@ def calibrate(
         _fail(str(error))
 
 
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Vision-language model, by name or path.")],
+    *,
+    image: Annotated[
+        Path | None, typer.Option(help="Image to ask about; by default a page that comes with the package.")
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Questions about it, the rows of a batch; may be given several times.")
+    ] = None,
+    visual_token_id: Annotated[
+        list[int] | None,
+        typer.Option(help="Id that stands for visual tokens, if the family is not known; may be given several times."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 8,
+    device: Annotated[str, typer.Option(help="Device of torch; auto takes CUDA where there is one.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of torch for the weights; in float32 the smallest fault shows.")
+    ] = "float32",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Check that a model works with a RotateKCache: with nothing removed it must give what the dense cache gives.
+
+    Asks one question, then all of them as one batch, padded on the left. Ends with 0 if all logits are the same but for
+    rounding, with 1 if not, and with 2 if the model cannot be checked, saying why.
+    """
+    try:
+        questions = question or list(CHECK_QUESTIONS)
+        shown = open_image(READER_PAGE if image is None else image)
+        with err.status("loading the model"):
+            chat = _load(model, device, dtype, visual_token_ids=visual_token_id, trust_remote_code=trust_remote_code)
+        batches = [chat.prompt([shown], questions[0])]
+        if chat.has_template and len(questions) > 1:
+            batches.append(chat.inputs([[user_turn(text, [shown])] for text in questions]))
+        with err.status("generating with both caches"):
+            found = [_identity(chat, inputs, tokens) for inputs in batches]
+        for identity in found:
+            typer.echo(str(identity))
+        if not all(identity.holds for identity in found):
+            raise typer.Exit(1)
+    except InputError as error:
+        _fail(str(error))
+
+
+CHECK_QUESTIONS = ("What is in this image?", "Describe it, and say where in the image each thing is.")
+
+
+def _identity(chat: Chat, inputs: Any, tokens: int) -> Identity:
+    try:
+        return check_identity(chat.model, inputs, tokens=tokens)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"'{chat.name}' cannot be checked: {error}") from error
+
+
 def _check_calibration(out: Path, method: str, value_method: str, questions: list[str]) -> None:
     if not all(text.strip() for text in questions):
         raise InputError("--question must not be empty: a cache seals an image once text follows it")
@@ -208,9 +263,9 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _load(model: str | None, device: str, dtype: str) -> Chat:
+def _load(model: str | None, device: str, dtype: str, **options: Any) -> Chat:
     disable_progress_bar()
-    return Chat.load(model, device=device, dtype=dtype, template_needed=False)
+    return Chat.load(model, device=device, dtype=dtype, template_needed=False, **options)
 
 
 def _settings(given: list[float] | None) -> list[Setting]:

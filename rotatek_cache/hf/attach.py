@@ -1,6 +1,7 @@
 """`attach(model)`: one call that wires a vision-language model."""
 
 import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,16 +17,17 @@ from rotatek_cache.hf.attachment import Attachment, attachment_of, inner_model
 from rotatek_cache.hf.cache import RotateKCache
 from rotatek_cache.hf.calls import CACHE_NAMES, arguments_of, cache_in, cache_name
 from rotatek_cache.hf.decode_graphs import GRAPHS, DecodeGraphs
-from rotatek_cache.hf.families import FAMILIES, REFUSED, Family, family_of, placeholder_ids
+from rotatek_cache.hf.families import FAMILIES, PARTS, Family, family_of, placeholder_ids, refusal
 from rotatek_cache.hf.feature_choice import kept_features
 from rotatek_cache.hf.generate_methods import replace_methods, restore_methods
 from rotatek_cache.hf.prompt import brings_content, check_content_is_new, visual_positions
+from rotatek_cache.hf.structure import obstacle_inside
 from rotatek_cache.token_pruning.interface import FeatureMethod
 
 M = TypeVar("M", bound=torch.nn.Module)
 
 
-def attach(model: M, *, graphs: int = GRAPHS) -> M:
+def attach(model: M, *, visual_token_ids: Sequence[int] | None = None, graphs: int = GRAPHS) -> M:
     """Make ``model.generate(..., past_key_values=RotateKCache(...))`` work for the rest of the model's life.
 
     From transformers 5.24 on the argument is also called `cache`.
@@ -35,25 +37,35 @@ def attach(model: M, *, graphs: int = GRAPHS) -> M:
     nothing.
 
     Args:
-        model: a vision-language model of transformers, or a PEFT wrapper around one.
+        model: a vision-language model of transformers, or a PEFT wrapper around one. Of a model that speaks (Qwen Omni)
+            the part that reads and thinks is attached.
+        visual_token_ids: ids that stand for visual tokens in `input_ids`; None: those of the model's family, by the
+            table. With ids any decoder whose layers are of the usual kind can be tried, of a known family or not: see
+            `rotatek_cache.hf.identity`.
         graphs: how many CUDA graphs of decode steps the model keeps, 0 for none (`rotatek_cache.hf.decode_graphs`).
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: `model` is no transformers model.
+        TypeError: `model` is no transformers model, or `visual_token_ids` are no ids.
         ValueError: its family is not known, or has what a `RotateKCache` cannot do.
         RuntimeError: this version of transformers lacks a method that attach replaces.
     """
     top = _host_model(model)
     _check_adapter(model)
-    family = _check(top)
     inner = inner_model(top)
-    if attachment_of(inner) is not None:
+    attachment = attachment_of(inner)
+    if attachment is not None:
+        if visual_token_ids is not None and attachment.placeholders != _checked_ids(visual_token_ids):
+            raise ValueError(
+                f"model is attached with the visual token ids {attachment.placeholders} already, got "
+                f"{list(visual_token_ids)}: call detach(model) first"
+            )
         return model
+    family, placeholders = _check(top, inner, visual_token_ids)
     replace_methods(top, inner, family)
-    attachment = Attachment(family, _text_configs(top), placeholder_ids(top.config), graphs=DecodeGraphs(graphs))
+    attachment = Attachment(family, *_text_configs(top), placeholders, graphs=DecodeGraphs(graphs))
     attachment.processes = getattr(top, "tp_size", None) or 1
     attachment.handles = [
         inner.register_forward_pre_hook(_before_forward, with_kwargs=True),
@@ -85,6 +97,8 @@ def detach(model: M) -> M:
 def _host_model(model: Any) -> PreTrainedModel:
     # PEFT wraps the model, and its own `forward` calls the wrapped one's without hooks; those below the head still run.
     host = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    part = PARTS.get(getattr(getattr(host, "config", None), "model_type", ""))
+    host = getattr(host, part) if part else host
     if not isinstance(host, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers PreTrainedModel (or a PEFT wrapper of one), got {type(model).__name__}"
@@ -103,35 +117,44 @@ def _check_adapter(model: Any) -> None:
         )
 
 
-def _text_configs(top: PreTrainedModel) -> list[PreTrainedConfig]:
-    """List the config of the text model, and copies of it that modules may hold."""
+def _text_configs(top: PreTrainedModel) -> tuple[list[PreTrainedConfig], list[PreTrainedConfig]]:
+    """List the config of the text model and copies of it that modules hold, and the configs of parts below those."""
     text_config = top.config.get_text_config(decoder=True)
     held = (getattr(module, "config", None) for module in top.modules())
-    same = [text_config, *(config for config in held if type(config) is type(text_config))]
-    return list({id(config): config for config in same}.values())
+    same = {id(text_config): text_config} | {id(c): c for c in held if type(c) is type(text_config)}
+    below = [getattr(config, name, None) for config in same.values() for name in config.sub_configs]
+    return list(same.values()), [config for config in below if config is not None]
 
 
-def _check(top: PreTrainedModel) -> Family:
+def _check(top: PreTrainedModel, inner: Any, ids: Sequence[int] | None) -> tuple[Family, list[int]]:
+    """Find what attach needs to know of a model, and the ids of its visual tokens; raise if it cannot be attached."""
     config = top.config
-    text_config = config.get_text_config(decoder=True)
-    text_key = next((key for key in config.sub_configs if getattr(config, key, None) is text_config), None)
-    if config.model_type not in FAMILIES.keys() | REFUSED and (text_key is None or len(config.sub_configs) < 2):
+    reason = refusal(config) or obstacle_inside(top.get_decoder())
+    if reason:
+        raise ValueError(
+            f"{type(top).__name__} ('{config.model_type}') cannot use RotateKCache: {reason}. It is left as it was, "
+            "and other caches (DynamicCache) go on working with it"
+        )
+    if ids is not None:
+        mrope = hasattr(inner, "rope_deltas")
+        return FAMILIES.get(
+            config.model_type, Family(None, (), mrope, hasattr(inner, "get_image_features"))
+        ), _checked_ids(ids)
+    if config.model_type not in FAMILIES and len(config.sub_configs) < 2:
         raise ValueError(
             f"model must be a vision-language model, got {type(top).__name__} ('{config.model_type}'), which has no "
-            "vision config: RotateKCache compresses visual Keys only"
+            "vision config: RotateKCache compresses visual Keys only. If some of its ids stand for visual tokens, name "
+            "them: attach(model, visual_token_ids=[...])"
         )
-    family = family_of(config)
-    if text_key is None:
-        raise ValueError(
-            f"'{config.model_type}' has no text sub-config of its own, so its attention cannot be selected"
-        )
-    for name in ("attn_logit_softcapping", "attention_sinks"):
-        if getattr(text_config, name, None):
-            raise ValueError(
-                f"{type(top).__name__} cannot use RotateKCache: its text model sets {name}="
-                f"{getattr(text_config, name)}, which the compressed decode does not do"
-            )
-    return family
+    return family_of(config), placeholder_ids(config)
+
+
+def _checked_ids(ids: Sequence[int]) -> list[int]:
+    given: Any = ids  # what a caller may have passed
+    listed: list[Any] = list(given) if isinstance(given, Iterable) else [given, None]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+        raise TypeError(f"visual_token_ids must be a list of ints, got {ids!r}")
+    return sorted(set(listed))
 
 
 def _cache_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotateKCache | None:
@@ -185,6 +208,11 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
         raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")
     if module.training and torch.is_grad_enabled():
         raise ValueError("RotateKCache is for inference: call model.eval() or use torch.no_grad()")
+    if isinstance(cache.tokens, FeatureMethod) and not attachment.family.features:
+        raise ValueError(
+            f"tokens={cache.tokens} are chosen from the features of each image, and {type(module).__name__} has none "
+            "that are handed to the language model as one: use a method that chooses by attention (VLCache, FastV)"
+        )
     cache.learn_config(config)
     if attachment.processes > 1:
         cache.check_local_heads(attachment.processes)
@@ -206,7 +234,8 @@ def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict
     if attachment.family.mrope:
         mrope.begin_forward(module, cache, begin, given.get("position_ids"))
     visual = visual_positions(module, cache, given, begin)
-    if begin and ids is not None and brings_content(given):
+    # A model without `get_image_features` is handed its images in every step, and looks at them where ids ask for it.
+    if begin and ids is not None and hasattr(module, "get_image_features") and brings_content(given):
         expected = cache.positions.expected
         check_content_is_new(visual if expected is None else expected.visual, given.get("mm_encoder_outputs"), begin)
     cache.announce_visual(visual, tokens)

@@ -29,12 +29,15 @@ class Attachment:
     Args:
         family: the model's.
         configs: the text configs that the attention layers read their implementation from.
+        below: configs of other parts that stand below one of these (a family without a text config of its own), which
+            transformers changes with it, and which keep what they have.
         placeholders: ids that stand for visual tokens in `input_ids`.
         processes: over how many the heads of a layer are divided.
     """
 
     family: Family
     configs: list[PreTrainedConfig]
+    below: list[PreTrainedConfig]
     placeholders: list[int]
     processes: int = 1
     handles: list[Any] = field(default_factory=list)
@@ -85,7 +88,8 @@ class Attachment:
                 self._set(self.previous)
 
     def _set(self, implementations: Sequence[str | None]) -> None:
-        for config, implementation in zip(self.configs, implementations, strict=True):
+        kept = [config._attn_implementation for config in self.below]
+        for config, implementation in zip([*self.configs, *self.below], [*implementations, *kept], strict=True):
             config._attn_implementation = implementation
 
 

@@ -13,7 +13,7 @@ from rotatek_cache.hf.cache import LayerHandle, MaskedStates, StepHandle
 
 NAME = "rotatek"
 
-# What other attention functions may be asked for and this one does not do, with the reason.
+# What other attention functions may be asked for, and neither this one nor sdpa does, with the reason.
 REFUSED = {
     "softcap": "a softcap bends the logits, which the compressed decode does not do",
     "s_aux": "attention sinks take part in the softmax, which the compressed decode does not do",
@@ -47,6 +47,9 @@ def rotatek_attention_forward(
     Returns:
         Output ``[B, Q, H_q, D_v]`` and None.
     """
+    for name, reason in REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"RotateKCache does not support `{name}` ({type(module).__name__}): {reason}")
     if isinstance(key, MaskedStates):
         if attention_mask is None:
             attention_mask = causal_mask(query.shape[2], key.keys.shape[2], query.device)
@@ -60,9 +63,6 @@ def rotatek_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    for name, reason in REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"RotateKCache does not support `{name}` ({type(module).__name__}): {reason}")
     if kwargs.get("output_attentions"):
         raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")
     if dropout:

@@ -96,6 +96,7 @@ class Chat:
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         template_needed: bool = True,
+        visual_token_ids: Sequence[int] | None = None,
     ) -> "Chat":
         """Load and attach a model by its name or path; None is the reader that comes with the package.
 
@@ -106,6 +107,7 @@ class Chat:
             attn_implementation: of the vision tower and of dense attention.
             trust_remote_code: run code that comes with a checkpoint.
             template_needed: as in `Chat`.
+            visual_token_ids: as in `attach`.
 
         Raises:
             InputError: transformers has no such vision-language model, `attach` does not know it, or there is no such
@@ -126,7 +128,7 @@ class Chat:
         except (OSError, ValueError, RuntimeError, TypeError, ImportError, KeyError, SafetensorError) as error:
             raise InputError(f"model '{source}' cannot be loaded: {_first_sentence(error)}") from error
         try:
-            attach(model)
+            attach(model, visual_token_ids=visual_token_ids)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
         return cls(model, processor, source, template_needed=template_needed)
@@ -146,7 +148,7 @@ class Chat:
     def prompt(self, images: Sequence[Image.Image], question: str) -> Any:
         """Render one question about `images`, which stand before it, to arguments of the model."""
         if self.has_template:
-            return self.inputs([[_user(question, images)]])
+            return self.inputs([[user_turn(question, images)]])
         placeholders = getattr(self.processor, "image_token", "<image>") * len(images)
         inputs = self.processor(images=list(images), text=[f"{placeholders}\n{question}"], return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
@@ -169,7 +171,7 @@ class Chat:
             max_new_tokens: longest answer.
             options: further arguments of `generate`; greedy unless they say otherwise.
         """
-        turns = [[_user(question, shown)] for question, shown in zip(questions, images, strict=True)]
+        turns = [[user_turn(question, shown)] for question, shown in zip(questions, images, strict=True)]
         return self.begin_with(self.inputs(turns), cache, max_new_tokens=max_new_tokens, **options)
 
     def begin_with(self, inputs: Any, cache: Cache, *, max_new_tokens: int, **options: Any) -> Conversations:
@@ -246,11 +248,11 @@ class Chat:
         """
         if not self.has_template:
             raise InputError(f"the processor of '{self.name}' has no chat template, so there are no later turns")
-        first = _user("?", ())
+        first = user_turn("?", ())
         answer = {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}
         template = self.processor.apply_chat_template
         before = template([first], add_generation_prompt=True, tokenize=False) + ANSWER
-        after: str = template([first, answer, _user(question, ())], add_generation_prompt=True, tokenize=False)
+        after: str = template([first, answer, user_turn(question, ())], add_generation_prompt=True, tokenize=False)
         if not after.startswith(before):
             raise InputError("the chat template rewrites earlier turns, so that a cache cannot go on with them")
         ids: list[int] = self.processor.tokenizer(after.removeprefix(before), add_special_tokens=False)["input_ids"]
@@ -276,7 +278,8 @@ def open_image(path: Path) -> Image.Image:
         raise InputError(f"'{path}' cannot be read as an image: {error}") from error
 
 
-def _user(text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+def user_turn(text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+    """Write a question about `images`, which stand before it, as a message for a chat template."""
     shown = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
 

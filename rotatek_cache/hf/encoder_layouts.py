@@ -17,11 +17,13 @@ class Encoding:
 
     Attributes:
         inner: the model below the language-modelling head.
+        tower: its vision encoder.
         given: arguments of the call, by name.
         lengths: visual tokens of each entry of the features.
     """
 
     inner: Any
+    tower: Any
     given: dict[str, Any]
     lengths: Sequence[int]
 
@@ -51,7 +53,7 @@ def in_windows(tap: EncoderTap, encoding: Encoding) -> Tensor:
     """Average as `in_order`, where the encoder sorts groups of patches by the windows that its layers attend in."""
     from transformers.vision_utils import get_vision_window_index  # noqa: PLC0415 (not there before 5.2x)
 
-    encoder = encoding.inner.visual
+    encoder = encoding.tower
     index, _ = get_vision_window_index(
         encoding.given["image_grid_thw"],
         spatial_merge_size=encoder.spatial_merge_size,

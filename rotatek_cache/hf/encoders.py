@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rotatek_cache.hf.encoder_layouts import Encoding
+from rotatek_cache.hf.encoder_layouts import Encoder, Encoding
 from rotatek_cache.hf.encoder_tap import EncoderTap, tapped
-from rotatek_cache.hf.families import FAMILIES, family_of
+from rotatek_cache.hf.families import FAMILIES
 from rotatek_cache.token_pruning.interface import FeatureMethod
 
 
@@ -27,7 +27,7 @@ def encoder_tap(inner: Any, method: FeatureMethod, given: dict[str, Any]) -> Ite
         yield None
         return
     config = inner.config
-    encoder = family_of(config).encoder
+    encoder = _encoder_of(inner)
     known = sorted(name for name, family in FAMILIES.items() if family.encoder)
 
     def setting(key: str) -> Any:
@@ -72,12 +72,17 @@ def token_signal(tap: EncoderTap | None, inner: Any, given: dict[str, Any], leng
     """Lay out what a tap heard by visual token ``[total, 2 + k]``; entry i of the features has ``lengths[i]``."""
     if tap is None:
         return None
-    encoder = family_of(inner.config).encoder
+    encoder = _encoder_of(inner)
     assert encoder is not None  # or there would be no tap
-    signal = encoder.layout(tap, Encoding(inner, given, lengths))
+    signal = encoder.layout(tap, Encoding(inner, getattr(inner, encoder.name), given, lengths))
     if len(signal) != sum(lengths):
         raise ValueError(
             f"{inner.config.model_type}: the vision encoder's patches show {len(signal)} visual tokens, the model has "
             f"{sum(lengths)}"
         )
     return signal
+
+
+def _encoder_of(inner: Any) -> Encoder | None:
+    family = FAMILIES.get(inner.config.model_type)
+    return None if family is None else family.encoder

@@ -255,7 +255,8 @@ def replace_methods(top: Any, inner: Any, family: Family) -> None:
         if isinstance(top, GenerationMixin):
             for replacement in GENERATE_METHODS:
                 replacement.install(top)
-        ENCODING.install(inner)
+        if family.features:
+            ENCODING.install(inner)
         FORWARD.install(inner)
         if family.encoder is not None and family.encoder.layout is packed:
             PACKING.install(inner)

@@ -13,6 +13,7 @@ from rotatek_cache.hf.cache import RotateKCache
 CONTENT = (
     "pixel_values",
     "pixel_values_videos",
+    "image_pixel_values",
     "mm_encoder_outputs",
     "image_hidden_states",
     "image_embeds",

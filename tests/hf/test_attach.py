@@ -15,7 +15,8 @@ import torch
 import transformers
 import ways
 from hosts import Host, build_host
-from tiny_models import FAMILIES, visual_positions
+from tiny_models import visual_positions
+from tiny_more import EVERY
 from transformers import AutoModelForImageTextToText, DynamicCache, GenerationMixin, LlavaModel, StaticCache
 
 from rotatek_cache import RotateKCache, attach, detach
@@ -218,7 +219,7 @@ def test_the_cache_is_found_by_position(llava: Host):
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(EVERY))
 def test_the_table_says_which_models_keep_an_offset_of_positions(family):
     inner = inner_model(build_host(family).plain)
     assert hasattr(inner, "rope_deltas") == FAMILY_TABLE[inner.config.model_type].mrope

@@ -8,6 +8,7 @@ import torch
 import ways
 from hosts import Host, build_host
 from tiny_models import FAMILIES, TRANSFORMERS, visual_positions
+from tiny_more import EVERY, MORE
 from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache
@@ -17,7 +18,7 @@ M_ROPE = {name for name, tiny in FAMILIES.items() if tiny.token_types == "mm_tok
 NO_EMBEDDINGS = {"gemma3", "gemma4", "gemma4_shared", "paligemma"}
 LLAMA4 = {"llama4"} & set(FAMILIES)
 
-LINEAR = {name for name, tiny in FAMILIES.items() if tiny.linear}
+LINEAR = {name for name, tiny in EVERY.items() if tiny.linear}
 SOME_WAYS = (
     "padded_batch",
     "batch_with_a_text_row",
@@ -25,6 +26,8 @@ SOME_WAYS = (
     "chunked_prefill_padded",
     "second_turn_padded",
     "second_turn_with_an_image",
+    "forward_loop_of_one",
+    "video",
 )  # for families like another, so that the suite stays short
 
 # What transformers 5.24 cannot do with its own DynamicCache either.
@@ -32,9 +35,10 @@ NOT_POSSIBLE = {
     "forward_loop": M_ROPE,  # a 2D mask in a decode step of one's own: positions of the whole length come out
     "merged_embeddings": NO_EMBEDDINGS,
     "embeddings_and_pixels": NO_EMBEDDINGS,
-    "chunked_prefill": {"ovis2"} | LLAMA4,  # features of more than the placeholders come from the encoder
-    "chunked_prefill_padded": {"ovis2"} | LLAMA4,
-    "beams": LLAMA4,  # features are not repeated with the rows
+    # Features of more than the placeholders come from the encoder, or they are not where chunks look for them.
+    "chunked_prefill": {"ovis2", "granite4_vision"} | LLAMA4,
+    "chunked_prefill_padded": {"ovis2", "granite4_vision", "phi4_multimodal", "fuyu"} | LLAMA4,
+    "beams": {"fuyu"} | LLAMA4,  # features are not repeated with the rows
     "sampled_sequences": LLAMA4,
     "prompt_lookup": LINEAR,  # the state of linear attention cannot be taken back
     "assistant_model": LINEAR,
@@ -43,11 +47,11 @@ NOT_POSSIBLE = {
 }
 CASES = [
     (family, way)
-    for family, tiny in FAMILIES.items()
+    for family, tiny in EVERY.items()
     for way in ways.WAYS
     if way != "video" or tiny.video is not None
     if family not in NOT_POSSIBLE.get(way, ())
-    if not tiny.like or way in SOME_WAYS
+    if way in SOME_WAYS or not (tiny.like or family in MORE)
 ]
 
 
@@ -131,7 +135,7 @@ def test_lower_ranks_run(family):
             assert ours.shape == theirs.shape
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(EVERY))
 def test_these_models_would_show_a_wrong_key(family):
     """Rank 8 of 32 is visible in the logits, so that equality at full rank says something."""
     (exact,) = _possible(family, "forward_loop_of_one")

@@ -11,6 +11,7 @@ import ways
 from checks import kept_positions, make
 from hosts import build_host
 from tiny_models import FAMILIES, visual_positions
+from tiny_more import EVERY
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -21,8 +22,8 @@ from rotatek_cache.hf.encoders import encoder_tap, token_signal
 from rotatek_cache.hf.feature_choice import choose
 
 # Families whose vision encoder a method can read.
-READABLE = [name for name in FAMILIES if families.FAMILIES[FAMILIES[name].model_type].encoder]
-PIXELS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask")
+READABLE = [name for name, tiny in EVERY.items() if families.FAMILIES[tiny.model_type].encoder]
+PIXELS = ("pixel_values", "high_res_pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask")
 
 
 def encode(model, inputs, **options):
@@ -246,7 +247,7 @@ def test_a_token_shows_the_patches_that_its_feature_is_made_of(family):
         spoilt = torch.cat(list(output.pooler_output)).isnan().any(-1)
         shown = token_signal(tap, host.attached.model, given, lengths)[:, 0] > 0
         assert spoilt.any() or packing  # unpadding may cut a patch away
-        if family == "got_ocr2":  # its convolutions overlap
+        if family in ("got_ocr2", "pp_chart2table"):  # its convolutions overlap
             assert (shown & ~spoilt).sum() == 0
             assert shown.any()
         else:
@@ -431,3 +432,36 @@ def test_an_encoder_that_attends_in_windows_only():
     layer.attn.use_rel_pos = False
     with pytest.raises(ValueError, match=r"got_ocr2: .* tiles of 64 patches .* are no squares"):
         model(**ways.one(build_host("got_ocr2").tiny), past_key_values=make(VisionZip(0.5))())
+
+
+# --- families with features of other forms ----------------------------------------------------------------------------
+
+FORMS = {
+    "hunyuan_vl": "placeholders for line breaks as well",
+    "molmo2": "features that are added to the placeholders' embeddings",
+    "deepseek_ocr2": "a list, with a separator behind each image",
+    "granite_docling": "features of the encoder's earlier layers as well",
+    "emu3": "embeddings of ids of the vocabulary",
+}
+
+
+@pytest.mark.parametrize("family", [name for name in FORMS if name in EVERY])
+def test_all_features_kept_change_nothing(family):
+    host = build_host(family)
+    inputs = ways.padded(host.tiny)
+    found = [
+        torch.stack(ways.generate(host.attached, inputs, make(method)()).logits) for method in (None, DivPrune(1.0))
+    ]
+    torch.testing.assert_close(*found, atol=5e-5, rtol=1e-5)
+    cache = make(DivPrune(0.5))()
+    host.attached(**inputs, past_key_values=cache)
+    visual = visual_positions(inputs["input_ids"])
+    kept = [len(kept_positions(cache, 0, row, visual)) for row in range(2)]
+    assert kept == (visual.sum(1) * 0.5).round().tolist()
+
+
+@pytest.mark.parametrize("family", [name for name in ("granite4_vision", "fuyu", "phi4_multimodal") if name in EVERY])
+def test_a_family_without_features_of_images_is_refused(family):
+    host = build_host(family)
+    with pytest.raises(ValueError, match=r"has none that are handed to the language model as one.*FastV"):
+        ways.generate(host.attached, ways.padded(host.tiny), make(DivPrune(0.5))())

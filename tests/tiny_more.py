@@ -1,0 +1,759 @@
+"""Tiny models of more families, run by the cheaper ways of calling; written like those of `tiny_models`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tiny_models import (
+    _CLIP,
+    _GRIDS,
+    _MIXED,
+    _PATCH,
+    _PINPOINTS,
+    _QWEN,
+    _QWEN_IDS,
+    _ROPE,
+    BREAK,
+    CLOSE,
+    END,
+    FAMILIES,
+    IMAGE,
+    OPEN,
+    TEXT,
+    TRANSFORMERS,
+    VIDEO,
+    VISION,
+    Tiny,
+    _anyres,
+    _anyres_collate,
+    _by_row,
+    _config,
+    _glm,
+    _grids,
+    _llava,
+    _minicpm,
+    _pack_patches,
+    _packed_patches,
+    _patch_grid,
+    _pixels,
+    _qwen3,
+    _square,
+    _stack,
+    _wrapped,
+)
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+_SIGLIP = {"image_size": 32, "patch_size": 4, "vision_use_head": False}
+_VIDEO_GRID = _grids("pixel_values_videos", "video_grid_thw")
+_GRID_VISION = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2}
+_FLAT = {"sizes": 3, "collate": _QWEN["collate"], "collate_video": _QWEN["collate_video"]}  # without token types
+_AUDIO = {"num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 1, "encoder_ffn_dim": 8, "d_model": 8}
+
+
+def _two_resolutions(size: int, generator: torch.Generator) -> tuple[list[int], tuple[Tensor, Tensor]]:
+    """DeepSeek-VL's hybrid: the image small and large."""
+    ids, low = _square(64, 32)(size, generator)
+    return ids, (low, _pixels(len(low), 3, 64, 64, generator=generator))
+
+
+def _stack_both(rows: list[list[Any]]) -> dict[str, Tensor]:
+    images = [image for row in rows for image in row]
+    return {
+        "pixel_values": torch.cat([low for low, _ in images]),
+        "high_res_pixel_values": torch.cat([high for _, high in images]),
+    }
+
+
+def _newlines_grid(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
+    """HunYuan-VL: placeholders of the image's begin, end and line breaks as well."""
+    _, height, width = _GRIDS[size]
+    tokens = height // 2 * (width // 2 + 1) + 2
+    return [OPEN, *[IMAGE] * tokens, CLOSE], (_pixels(height * width, 48, generator=generator), (1, height, width))
+
+
+def _unfolded(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
+    """PaddleOCR-VL: patches ``[n, 3, 4, 4]`` and their grid."""
+    _, height, width = _GRIDS[size]
+    patches = _pixels(height * width, 3, 4, 4, generator=generator)
+    return [OPEN, *[IMAGE] * (height * width // 4), CLOSE], (patches, (1, height, width))
+
+
+def _native(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
+    """LFM2-VL: SigLIP 2 patches ``[n, 48]`` of an image in its own shape."""
+    _, height, width = _GRIDS[size]
+    return [IMAGE] * (height * width // 4), (_pixels(height * width, 48, generator=generator), (height, width))
+
+
+def _pad_patches(rows: list[list[Any]]) -> dict[str, Tensor]:
+    images = [image for row in rows for image in row]
+    most = max(len(patches) for patches, _ in images)
+    return {
+        "pixel_values": torch.stack([torch.nn.functional.pad(p, (0, 0, 0, most - len(p))) for p, _ in images]),
+        "pixel_attention_mask": torch.stack([(torch.arange(most) < len(p)).int() for p, _ in images]),
+        "spatial_shapes": torch.tensor([shape for _, shape in images]),
+    }
+
+
+def _pooled_crops(size: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
+    """Molmo 2: one crop of 16 x 16 patches, each 2 x 2 of them pooled to a token, and a smaller view of 4 x 4."""
+    return [OPEN, *[IMAGE] * (64 + 16), CLOSE], _pixels(2, 256, 48, generator=generator)
+
+
+def _pool_indices(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    crops = torch.cat([image for row in rows for image in row])
+    patches = torch.arange(256).view(16, 16)
+    fine = patches.view(8, 2, 8, 2).transpose(1, 2).reshape(64, 4)
+    coarse = fine.view(8, 8, 4)[::2, ::2].reshape(16, 4)
+    images = len(crops) // 2
+    each = [index + 256 * (2 * n + part) for n in range(images) for part, index in enumerate((coarse, fine))]
+    return {
+        "pixel_values": crops,
+        "image_token_pooling": torch.cat(each),
+        "image_grids": torch.tensor([[4, 4, 8, 8]] * images),
+        "image_num_crops": torch.tensor([2] * images),
+    }
+
+
+def _global_view(tokens: int, side: int, more: int = 0) -> Callable[[int, torch.Generator], tuple[list[int], Tensor]]:
+    """One view of an image, `more` tokens beyond those of its patches."""
+    return lambda _, generator: ([IMAGE] * (tokens + more), _pixels(1, 3, side, side, generator=generator))
+
+
+def _tiles_by_row(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    """Granite Docling: ``[B, tiles, 3, H, W]`` and which tiles there are."""
+    given = _by_row(rows)
+    return {
+        "pixel_values": given["pixel_values"],
+        "pixel_attention_mask": (given["pixel_values"] != 0).flatten(2).any(-1),
+    }
+
+
+def _view_and_crop(_: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
+    """Phi-4: one crop and the whole, 4 x 4 tokens each, a token at the end of each line, and one between them."""
+    return [IMAGE] * (2 * 4 * 5 + 1), _pixels(2, 3, 32, 32, generator=generator)
+
+
+def _views_and_masks(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    images = torch.stack([image for row in rows for image in row])
+    return {
+        "image_pixel_values": images,
+        "image_sizes": torch.tensor([[32, 32]] * len(images)),
+        "image_attention_mask": torch.ones(len(images), 2, 8, 8),
+    }
+
+
+def _with_sizes(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    given = _stack(rows)
+    return given | {"image_sizes": torch.tensor([given["pixel_values"].shape[-2:]] * len(given["pixel_values"]))}
+
+
+def _merge_sizes(rows: list[list[Any]]) -> dict[str, Tensor]:
+    given = _grids("pixel_values", "image_grid_thw")(rows)
+    return given | {"image_merge_sizes": torch.full((len(given["image_grid_thw"]),), 2)}
+
+
+def _timed_video(rows: list[list[Any]]) -> dict[str, Tensor]:
+    given = _VIDEO_GRID(rows)
+    return given | {"video_second_per_grid": torch.ones(len(given["video_grid_thw"]))}
+
+
+def _thinker(model_type: str, vision: dict[str, Any], **text: Any) -> Callable[[], Any]:
+    ids = {"audio_token_id": END, "audio_start_token_id": BREAK, "image_token_id": IMAGE, "video_token_id": VIDEO}
+    ids |= {"vision_start_token_id": OPEN, "vision_end_token_id": CLOSE}
+    if model_type.startswith("qwen2_5"):
+        ids |= {"audio_token_index": END, "image_token_index": IMAGE, "video_token_index": VIDEO}
+    return lambda: _config(model_type, text=text, vision=_GRID_VISION | vision, audio_config=_AUDIO, **ids)
+
+
+MORE: dict[str, Tiny] = {
+    tiny.name: tiny
+    for tiny in (
+        Tiny(
+            "idefics2",
+            lambda: _config(
+                "idefics2",
+                "mistral",
+                text={"sliding_window": None},
+                vision={"image_size": 64, "patch_size": 8},
+                perceiver_config={
+                    "hidden_size": 128,
+                    "resampler_n_latents": 64,
+                    "resampler_depth": 1,
+                    "resampler_n_heads": 2,
+                    "resampler_head_dim": 16,
+                    "num_key_value_heads": 1,
+                },
+                image_token_id=IMAGE,
+            ),
+            _wrapped(_square(64, 64)),
+            _by_row,
+            sizes=2,
+        ),
+        Tiny(
+            "video_llava",
+            _llava("video_llava", video_token_index=VIDEO),
+            _square(64, 32),
+            _stack,
+            video=lambda number, generator: ([VIDEO] * 130, _pixels(2, 3, 32, 32, generator=generator)),
+            collate_video=lambda rows: {"pixel_values_videos": torch.stack([video for row in rows for video in row])},
+        ),
+        Tiny(
+            "deepseek_vl",
+            lambda: _config("deepseek_vl", "llama", "siglip_vision_model", vision=_SIGLIP, image_token_id=IMAGE),
+            _square(64, 32),
+            _stack,
+        ),
+        Tiny(
+            "deepseek_vl_hybrid",
+            lambda: _config(
+                "deepseek_vl_hybrid",
+                "llama",
+                "siglip_vision_model",
+                vision=_SIGLIP,
+                high_res_vision_config={
+                    "hidden_size": 32,
+                    "output_channels": 8,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "image_size": 64,
+                    "patch_size": 8,
+                    "window_size": 4,
+                    "global_attn_indexes": [1],
+                    "mlp_dim": 48,
+                },
+                image_token_id=IMAGE,
+            ),
+            _two_resolutions,
+            _stack_both,
+        ),
+        Tiny("glm_ocr", _glm("glm_ocr"), _patch_grid(_PATCH), **_QWEN),
+        Tiny(
+            "shieldgemma2",
+            lambda: _config(
+                "shieldgemma2",
+                "gemma3_text",
+                "siglip_vision_model",
+                text={"layer_types": _MIXED, "sliding_window": 32, "query_pre_attn_scalar": 32},
+                vision={"image_size": 32, "patch_size": 2},
+                mm_tokens_per_image=64,
+                image_token_index=IMAGE,
+                boi_token_index=OPEN,
+                eoi_token_index=CLOSE,
+            ),
+            _wrapped(_square(64, 32)),
+            _stack,
+            token_types="token_type_ids",
+        ),
+        Tiny("glmga", _glm("glmga"), _patch_grid(_PATCH), **_QWEN),
+        Tiny(
+            "paddleocr_vl",
+            lambda: _config(
+                "paddleocr_vl",
+                text={"rope_parameters": _ROPE},
+                vision={"image_size": 64, "patch_size": 4, "spatial_merge_size": 2},
+                **_QWEN_IDS,
+            ),
+            _unfolded,
+            **_QWEN | {"collate_video": None},
+        ),
+        Tiny(
+            "ernie4_5_vl_moe",
+            lambda: _config(
+                "ernie4_5_vl_moe",
+                text={
+                    "rope_parameters": {**_ROPE, "mrope_section": [6, 6, 4]},
+                    "moe_intermediate_size": [32, 16],
+                    "moe_k": 2,
+                    "moe_num_experts": 4,
+                    "moe_num_shared_experts": 1,
+                },
+                vision={"patch_size": 4, "depth": 2, "num_heads": 2, "temporal_merge_size": 2},
+                **_QWEN_IDS,
+            ),
+            _patch_grid(48),
+            **_QWEN,
+        ),
+        Tiny(
+            "hunyuan_vl",
+            lambda: _config(
+                "hunyuan_vl",
+                text={"rope_parameters": {**_ROPE, "mrope_section": [4, 4, 4, 4]}},
+                vision={"patch_size": 4, "max_image_size": 64, "out_hidden_size": 128},
+                image_token_id=IMAGE,
+            ),
+            _newlines_grid,
+            **_QWEN | {"collate_video": None},
+        ),
+        Tiny(
+            "granite4_vision",
+            lambda: _config(
+                "granite4_vision",
+                vision_type="clip_vision_model",
+                text={"attention_multiplier": 32**-0.5},
+                vision=_CLIP | {"hidden_size": 64, "patch_size": 2},
+                qformer_config={
+                    "model_type": "blip_2_qformer",
+                    "hidden_size": 64,
+                    "encoder_hidden_size": 64,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 1,
+                    "intermediate_size": 32,
+                },
+                image_token_index=IMAGE,
+                image_grid_pinpoints=_PINPOINTS,
+                downsample_rate="2/4",
+                deepstack_layer_map=[[-2, 0]],
+                spatial_target_layers=[0, 1, 1, 2],
+            ),
+            _anyres(False),
+            _anyres_collate,
+            sizes=3,
+        ),
+        Tiny(
+            "lfm2_vl",
+            lambda: _config(
+                "lfm2_vl",
+                "lfm2",
+                "siglip2_vision_model",
+                text={"layer_types": ["full_attention", "conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+                vision={"patch_size": 4, "num_patches": 64, "vision_use_head": False},
+                projector_hidden_size=64,
+                image_token_id=IMAGE,
+            ),
+            _native,
+            _pad_patches,
+            sizes=3,
+            linear=True,
+        ),
+        Tiny(
+            "qwen2_5_omni_thinker",
+            _thinker(
+                "qwen2_5_omni_thinker",
+                {"out_hidden_size": 128, "window_size": 16, "fullatt_block_indexes": [1]},
+                rope_parameters=_ROPE,
+            ),
+            _patch_grid(_PATCH),
+            video=_patch_grid(_PATCH, VIDEO, 2),
+            **_FLAT | {"collate_video": _timed_video},
+        ),
+        Tiny(
+            "qwen3_omni_moe_thinker",
+            _thinker(
+                "qwen3_omni_moe_thinker",
+                {"out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
+                rope_parameters={**_ROPE, "mrope_interleaved": True},
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=32,
+            ),
+            _patch_grid(_PATCH),
+            video=_patch_grid(_PATCH, VIDEO, 2),
+            **_FLAT | {"collate_video": _timed_video},
+        ),
+        Tiny(
+            "molmo2",
+            lambda: _config(
+                "molmo2",
+                text={"additional_vocab_size": 8},
+                vision={"head_dim": 16, "num_key_value_heads": 2, "image_size": [64, 64], "patch_size": 4},
+                adapter_config={
+                    "vision_feature_layer": [1, 0],
+                    "hidden_size": 32,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "head_dim": 16,
+                    "intermediate_size": 48,
+                    "text_hidden_size": 128,
+                },
+                image_patch_id=IMAGE,
+                image_start_token_id=OPEN,
+                image_end_token_id=CLOSE,
+                low_res_image_start_token_id=BREAK,
+            ),
+            _pooled_crops,
+            _pool_indices,
+            token_types="mm_token_type_ids",
+        ),
+        Tiny("cosmos3_omni", _qwen3("cosmos3_omni"), _patch_grid(_PATCH), **_QWEN),
+        Tiny(
+            "cosmos3_edge",
+            lambda: _config(
+                "cosmos3_edge",
+                text={"rope_parameters": _ROPE},
+                vision={"patch_size": 4, "num_patches": 64, "spatial_merge_size": 2},
+                projector_hidden_size=64,
+                **_QWEN_IDS,
+            ),
+            _patch_grid(48),
+            **_QWEN,
+        ),
+        Tiny(
+            "cohere_compass",
+            lambda: _config(
+                "cohere_compass",
+                text={"rope_parameters": {"full_attention": {**_ROPE, "mrope_interleaved": True}}, "logit_scale": 1.0},
+                vision=_GRID_VISION
+                | {"out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
+                **_QWEN_IDS,
+            ),
+            _patch_grid(_PATCH),
+            **_QWEN,
+        ),
+        Tiny(
+            "exaone4_5",
+            lambda: _config(
+                "exaone4_5",
+                "exaone4",
+                text={"layer_types": _MIXED, "sliding_window": 32},
+                vision=_GRID_VISION
+                | {"out_hidden_size": 128, "window_size": 16, "fullatt_block_indexes": [1], "num_key_value_heads": 1},
+                image_token_id=IMAGE,
+                video_token_id=VIDEO,
+            ),
+            _patch_grid(_PATCH),
+            video=_patch_grid(_PATCH, VIDEO, 2),
+            **_FLAT,
+        ),
+        Tiny(
+            "hyperclovax_vision_v2",
+            lambda: _config(
+                "hyperclovax_vision_v2",
+                "hyperclovax",
+                "qwen2_5_vl_vision",
+                vision=_GRID_VISION | {"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
+                image_token_id=IMAGE,
+                video_token_id=VIDEO,
+            ),
+            _patch_grid(_PATCH),
+            video=_patch_grid(_PATCH, VIDEO, 2),
+            **_FLAT,
+        ),
+        Tiny(
+            "video_llama_3",
+            lambda: _config(
+                "video_llama_3", "qwen2", vision={"patch_size": 4}, image_token_id=IMAGE, video_token_id=VIDEO
+            ),
+            _patch_grid(48),
+            sizes=3,
+            collate=_merge_sizes,
+        ),
+        Tiny(
+            "janus",
+            lambda: _config(
+                "janus",
+                "llama",
+                vision={"image_size": 32, "patch_size": 4, "projection_dim": 128, "num_image_tokens": 64},
+                vq_config={
+                    "base_channels": 32,
+                    "channel_multiplier": [1],
+                    "num_res_blocks": 1,
+                    "latent_channels": 8,
+                    "num_embeddings": 8,
+                    "projection_dim": 32,
+                    "image_token_embed_dim": 128,
+                },
+                image_token_id=IMAGE,
+            ),
+            _square(64, 32),
+            _stack,
+        ),
+        Tiny(
+            "aria",
+            lambda: _config(
+                "aria",
+                vision_type="idefics3_vision",
+                text={"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+                vision={"image_size": 40, "patch_size": 4},
+                projector_patch_to_query_dict={100: 64},
+                image_token_index=IMAGE,
+            ),
+            _square(64, 40),
+            _stack,
+        ),
+        Tiny(
+            "qianfan_ocr",
+            lambda: _config(
+                "qianfan_ocr",
+                "qwen3",
+                image_token_id=IMAGE,
+                image_seq_length=64,
+                vision={"image_size": [32, 32], "patch_size": [2, 2]},
+            ),
+            _wrapped(_square(64, 32)),
+            _stack,
+            sizes=3,
+        ),
+        Tiny(
+            "pp_chart2table",
+            lambda: _config(
+                "pp_chart2table",
+                "qwen2",
+                vision={
+                    "image_size": 64,
+                    "patch_size": 2,
+                    "window_size": 8,
+                    "global_attn_indexes": [1],
+                    "output_channels": 32,
+                    "mlp_dim": 48,
+                    "initializer_range": 0.02,
+                },
+                image_token_index=IMAGE,
+                image_seq_length=64,
+            ),
+            _wrapped(_square(64, 64)),
+            _stack,
+        ),
+        Tiny(
+            "deepseek_ocr2",
+            lambda: _config(
+                "deepseek_ocr2",
+                text={
+                    "n_routed_experts": 4,
+                    "num_experts_per_tok": 2,
+                    "n_shared_experts": 1,
+                    "moe_intermediate_size": 32,
+                    "mlp_layer_types": ["dense", "sparse", "sparse"],
+                },
+                vision={
+                    "sam_config": {
+                        "hidden_size": 32,
+                        "output_channels": 8,
+                        "num_hidden_layers": 2,
+                        "num_attention_heads": 2,
+                        "image_size": 64,
+                        "patch_size": 4,
+                        "window_size": 4,
+                        "global_attn_indexes": [1],
+                        "downsample_channels": [16, 32],
+                    },
+                    "encoder_config": {
+                        "hidden_size": 32,
+                        "intermediate_size": 48,
+                        "num_hidden_layers": 1,
+                        "num_attention_heads": 2,
+                        "num_key_value_heads": 2,
+                    },
+                },
+                image_token_id=IMAGE,
+            ),
+            _global_view(144, 64, more=1),
+            _stack,
+        ),
+        Tiny(
+            "granite_docling",
+            lambda: _config(
+                "granite_docling",
+                text={
+                    "attention_multiplier": 32**-0.5,
+                    "embedding_multiplier": 1.0,
+                    "residual_multiplier": 1.0,
+                    "logits_scaling": 1.0,
+                },
+                vision={
+                    "image_size": 32,
+                    "patch_size": 2,
+                    "scale_factor": 2,
+                    "out_hidden_size": 128,
+                    "deepstack_visual_indexes": [0, 1],
+                },
+                image_token_id=IMAGE,
+            ),
+            _square(64, 32),
+            _tiles_by_row,
+            sizes=2,
+        ),
+        Tiny(
+            "fast_vlm",
+            lambda: _config(
+                "fast_vlm",
+                "qwen2",
+                "resnet",  # its own, of the library timm, is not installed for the tests
+                vision={
+                    "embedding_size": 8,
+                    "hidden_sizes": [16, 32],
+                    "depths": [1, 1],
+                    "layer_type": "basic",
+                    "downsample_in_first_stage": False,
+                },
+                image_token_index=IMAGE,
+            ),
+            _square(64, 64),
+            _stack,
+        ),
+        Tiny(
+            "muse_glimmer",
+            lambda: _config(
+                "muse_glimmer",
+                text={"layer_types": _MIXED, "sliding_window": 32},
+                vision={"patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8, "max_position_embeddings": 64},
+                out_hidden_size=128,
+                projector_hidden_size=64,
+                image_token_id=IMAGE,
+                video_token_id=VIDEO,
+            ),
+            _patch_grid(_PATCH),
+            **_FLAT,
+        ),
+        Tiny(
+            "chameleon",
+            lambda: AutoConfig.for_model(
+                "chameleon",
+                **TEXT,
+                vq_config={
+                    "base_channels": 32,
+                    "channel_multiplier": [1, 1],
+                    "num_res_blocks": 1,
+                    "latent_channels": 8,
+                    "embed_dim": 8,
+                    "num_embeddings": 8,
+                    "resolution": 16,
+                },
+                vocabulary_map={"<image>": IMAGE}
+                | {f"IMGIMG{letter}Z": 180 + n for n, letter in enumerate("ABCDEFGH")},
+            ),
+            _square(64, 16),
+            _stack,
+        ),
+        Tiny(
+            "phi4_multimodal",
+            lambda: AutoConfig.for_model(
+                "phi4_multimodal",
+                **TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+                vision_config={**VISION, "image_size": 32, "patch_size": 4, "crop_size": 32, "image_token_id": IMAGE},
+                audio_config={
+                    "hidden_size": 8,
+                    "intermediate_size": 8,
+                    "num_blocks": 1,
+                    "num_attention_heads": 1,
+                    "ext_pw_out_channel": 8,
+                    "depthwise_separable_out_channel": 8,
+                    "nemo_conv_channels": 8,
+                    "input_size": 8,
+                    "audio_token_id": END,
+                },
+            ),
+            _view_and_crop,
+            _views_and_masks,
+        ),
+        Tiny(
+            "emu3",
+            lambda: AutoConfig.for_model(
+                "emu3",
+                text_config=TEXT,
+                vq_config={
+                    "base_channels": 32,
+                    "channel_multiplier": [1, 1],
+                    "num_res_blocks": 1,
+                    "codebook_size": 8,
+                    "temporal_downsample_factor": 2,
+                    "hidden_size": 32,
+                    "attn_resolutions": [],
+                },
+                vocabulary_map={"<image>": IMAGE, "<|extra_200|>": BREAK}
+                | {f"<|visual token {n:06d}|>": 180 + n for n in range(8)},
+            ),
+            _square(8 * 9, 16),
+            _with_sizes,
+        ),
+        Tiny(
+            "fuyu",
+            lambda: AutoConfig.for_model(
+                "fuyu",
+                text_config={**TEXT, "num_attention_heads": 4},
+                patch_size=4,
+                image_size=32,
+                image_token_id=IMAGE,
+            ),
+            lambda _, generator: ([IMAGE] * 64, _pixels(64, 48, generator=generator)),
+            lambda rows: {"pixel_values": torch.stack([image for row in rows for image in row])},
+        ),
+        Tiny(
+            "lfm3_vl",
+            lambda: _config(
+                "lfm3_vl",
+                "lfm3",
+                text={"layer_types": ["conv", "full_attention", "full_attention"], "sliding_window": 32},
+                vision={
+                    "patch_size": 4,
+                    "spatial_merge_size": 2,
+                    "temporal_patch_size": 2,
+                    "num_key_value_heads": 1,
+                    "layer_types": ["conv", "full_attention"],
+                },
+                projector_hidden_size=64,
+                **_QWEN_IDS,
+            ),
+            _patch_grid(_PATCH),
+            video=_patch_grid(_PATCH, VIDEO, 2),
+            **_FLAT,
+            linear=True,
+        ),
+        Tiny(
+            "minicpm_ocr",
+            _minicpm("minicpm_ocr", downsample_mode="16x"),
+            _packed_patches,
+            _pack_patches,
+            sizes=3,
+            linear=True,
+        ),
+        Tiny(
+            "muse_spark",
+            lambda: _config(
+                "muse_spark",
+                text={
+                    "layer_types": _MIXED,
+                    "sliding_window": 32,
+                    "moe_intermediate_size": 32,
+                    "moe_hidden_size": 64,
+                    "num_local_experts": 4,
+                    "num_experts_per_tok": 2,
+                },
+                vision={"patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8, "max_position_embeddings": 64},
+                audio_config={
+                    "patch_sizes": [4, 2],
+                    "hidden_sizes": [8, 16],
+                    "depths": [1, 1],
+                    "num_hidden_layers": 2,
+                    "out_hidden_size": 128,
+                },
+                out_hidden_size=128,
+                projector_hidden_size=64,
+                image_token_id=IMAGE,
+                video_token_id=VIDEO,
+                audio_token_id=END,
+            ),
+            _patch_grid(_PATCH),
+            **_FLAT,
+        ),
+        Tiny(
+            "step3p7",
+            lambda: _config(
+                "step3p7",
+                text={
+                    "n_routed_experts": 4,
+                    "num_local_experts": 4,
+                    "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 32,
+                    "share_expert_dim": 32,
+                    "layer_types": _MIXED,
+                    "sliding_window": 32,
+                },
+                vision={"image_size": 128, "patch_size": 4},
+                image_token_id=IMAGE,
+            ),
+            _global_view(64, 128),
+            _stack,
+        ),
+    )
+}
+
+for _name in MORE.keys() - CONFIG_MAPPING_NAMES.keys():  # families that an older transformers does not have
+    del MORE[_name]
+if TRANSFORMERS < (5, 23):
+    del MORE["video_llava"]  # its images have another name there
+if TRANSFORMERS < (5, 20):
+    del MORE["aria"]  # its text config stays a dict there
+
+EVERY = FAMILIES | MORE
