@@ -79,7 +79,7 @@ class LayerHandle:
 
     def to(self, device: torch.device, **kwargs: Any) -> Self:
         """Stay where it is: layers that share Keys move them to their own device, which has to be the same."""
-        held = self.kv.text.keys if self.kv.pending is None else self.kv.pending.keys
+        held = next(iter(self.kv.tensors()), None)
         if held is not None and torch.device(device) != held.device:
             raise ValueError(
                 f"layers that share the Keys of layer {self.kv.index} lie on {held.device} and {device}: put the model "
