@@ -47,6 +47,12 @@ def padded(tiny: Tiny) -> dict[str, Tensor]:
     return tiny.inputs(tiny.prompt(1, images=(0,)), tiny.prompt(2, images=(1,), text=2, tail=3))
 
 
+def forget_positions(model: PreTrainedModel) -> None:
+    """Take the offset of positions (M-RoPE) of the conversation that it last read off a model."""
+    if hasattr(inner_model(model), "rope_deltas"):
+        inner_model(model).rope_deltas = None
+
+
 def follow_up(tiny: Tiny, inputs: dict[str, Tensor], sequences: Tensor, more: list[int]) -> dict[str, Tensor]:
     """Arguments for a second turn: the whole conversation as ids, nothing visual."""
     new = torch.tensor([more], dtype=torch.long).expand(sequences.shape[0], -1)
@@ -276,8 +282,7 @@ def forward_loop_of_one(tiny: Tiny, model: PreTrainedModel, make: Make) -> list[
     """Without an attention mask, and with ids by position."""
     inputs, cache = one(tiny), make()
     del inputs["attention_mask"]
-    if hasattr(model.model, "rope_deltas"):  # Qwen Omni leaves it as another conversation left it, without a mask
-        model.model.rope_deltas = None
+    forget_positions(model)  # Qwen Omni keeps those of another conversation where it is given no mask
     first = model(inputs.pop("input_ids"), **inputs, past_key_values=cache).logits[:, -1]
     return [torch.stack([first, *_decode(model, cache, first[:, :IMAGE].argmax(-1, keepdim=True), 4)])]
 
@@ -287,8 +292,7 @@ def forward_with_embeddings(tiny: Tiny, model: PreTrainedModel, make: Make) -> l
     inputs = one(tiny)
     embeds = _merged_embeddings(model, inputs)
     cache = make(visual_mask=visual_positions(inputs["input_ids"]))
-    if hasattr(inner_model(model), "rope_deltas"):
-        inner_model(model).rope_deltas = None
+    forget_positions(model)
     first = model(inputs_embeds=embeds, past_key_values=cache).logits[:, -1]
     return [torch.stack([first, *_decode(model, cache, first[:, :IMAGE].argmax(-1, keepdim=True), 4)])]
 
@@ -329,8 +333,8 @@ def interleaved_conversations(tiny: Tiny, model: PreTrainedModel, make: Make) ->
 def interleaved_forwards(tiny: Tiny, model: PreTrainedModel, make: Make) -> list[Tensor]:
     """As before, one of them without an image: what another conversation left on the model must not reach it."""
     alone = not hasattr(make(), "positions")
-    if alone and hasattr(inner_model(model), "rope_deltas"):
-        inner_model(model).rope_deltas = None
+    if alone:
+        forget_positions(model)
     prompts = [tiny.inputs(tiny.prompt(7, images=(0, 1))), tiny.inputs(tiny.prompt(8, images=(), text=4))]
     caches = [make(), make()]
     token = torch.tensor([[20]])

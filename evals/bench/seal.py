@@ -429,30 +429,43 @@ def prefill_line(row: Mapping[str, Any]) -> str:
     return f"prefill of {row['prefill']}, {row['context']:,} tokens, {row['method']}: {' | '.join(told)}"
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all that the flags ask for."""
+def run(args: argparse.Namespace) -> None:
+    """Measure all that the flags ask for; what is found is kept row by row."""
     heads = ON_CPU if args.device == "cpu" else ON_GPU
     checkouts = {"here": ROOT} | ({"beside": args.beside} if args.beside else {})
-    result: dict[str, Any] = {"heads": asdict(heads), "prefills": [], "seals": []}
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "evals.bench.seal", *sys.argv[1:]]),
+        "hardware": hardware(args.device),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "heads": asdict(heads),
+        "prefills": [],
+        "seals": [],
+    }
+
+    def keep(row: dict[str, Any], rows: list[dict[str, Any]], line: str) -> None:
+        rows.append(row)
+        print(line, flush=True)
+        if args.out:
+            write_json(args.out, rounded(result))
+
     workers = {name: Worker(folder) for name, folder in checkouts.items()}
     try:
         prefills: Iterator[tuple[str, int]] = iter(())
         if args.device == "cpu" and not args.only:
-            prefills = iter([("reader", 400), ("four-layers", 1024), *([] if args.quick else [("four-layers", 4096)])])
+            prefills = iter([("reader", 400), ("four-layers", 1024)])
         for (shape, context), method in itertools.product(prefills, PREFILLS):
             row = prefill_row(workers, shape, context, method, args.rounds)
-            result["prefills"].append(row)
-            print(prefill_line(row), flush=True)
+            keep(row, result["prefills"], prefill_line(row))
         for case in cases(quick=args.quick, device=args.device):
             if args.only and not any(word in case.name for word in args.only):
                 continue
             row = seal_row(workers, heads, case, args.rounds)
-            result["seals"].append(row)
-            print(seal_line(row), flush=True)
+            keep(row, result["seals"], seal_line(row))
     finally:
         for worker in workers.values():
             worker.__exit__()
-    return result
 
 
 def parse() -> argparse.Namespace:
@@ -483,12 +496,7 @@ def main() -> None:
     if args.worker:
         work()
         return
-    result = run(args)
-    result["command"] = shlex.join(["python", "-m", "evals.bench.seal", *sys.argv[1:]])
-    result |= {"hardware": hardware(args.device), "versions": versions(), "commit": commit()}
-    result["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-    if args.out:
-        write_json(args.out, rounded(result))
+    run(args)
 
 
 if __name__ == "__main__":

@@ -180,11 +180,17 @@ def _check_basis(job: SealJob, places: Places) -> None:
             f"rank of {job.name} must be from 1 to the width {width} and the {job.channels} channels, got {basis.rank}"
         )
     if basis.queries is not None:
-        rows, q_heads, _, query_width = basis.queries.shape
-        if rows != len(places.ranges) or q_heads % heads or query_width != width:
+        rows, q_heads, window, query_width = basis.queries.shape
+        right = rows == len(places.ranges) and q_heads % heads == 0 and query_width == width
+        if not right or basis.queries.device != job.states.device:
             raise ValueError(
-                f"queries of {job.name} must be [{len(places.ranges)}, a multiple of {heads}, W, {width}], got "
-                f"{tuple(basis.queries.shape)}"
+                f"queries of {job.name} must be [{len(places.ranges)}, a multiple of {heads}, W, {width}] on "
+                f"{job.states.device}, got {tuple(basis.queries.shape)} on {basis.queries.device}"
+            )
+        valid = basis.valid
+        if valid is not None and (valid.dtype, valid.shape) != (torch.bool, (rows, window)):
+            raise ValueError(
+                f"valid of {job.name} must be bool {(rows, window)}, got {valid.dtype} {tuple(valid.shape)}"
             )
 
 
@@ -230,7 +236,7 @@ def plan(jobs: Sequence[SealJob], places: Places) -> tuple[list[Launch], list[Se
     fitted = [index for index, form in enumerate(forms) if form.rank]
     if fitted:
         warps = max(forms[index].padded_width // 32 for index in fitted)  # a column is one number a thread
-        launches.append(_launch(solve, (pairs, len(fitted), 1), states, place, forms, min(8, warps), fitted))
+        launches.append(_launch(solve, (pairs, len(fitted), 1), states, place, forms, max(1, warps), fitted))
     ranged = [index for index in fitted if forms[index].blocks[0].bits]
     for errors in (False, True) if ranged else ():
         chunks = max(-(-forms[index].channels // forms[index].block_c) for index in ranged)
@@ -279,9 +285,7 @@ def _form(job: SealJob) -> SealForm:
     basis = job.basis
     fit = basis if isinstance(basis, Fit) else Fit(rank=0)
     weighted = fit.queries is not None and fit.exponent != 0
-    group = window = 0
-    if weighted and fit.queries is not None:
-        group, window = fit.queries.shape[1] // job.states.shape[1], fit.queries.shape[2]
+    group = fit.queries.shape[1] // job.states.shape[1] if weighted and fit.queries is not None else 0
     half = job.states.dtype.itemsize == 2
     padded_channels = max(16, triton.next_power_of_2(job.channels))
     return SealForm(
@@ -302,7 +306,6 @@ def _form(job: SealJob) -> SealForm:
         weighted=weighted,
         exponent=float(fit.exponent),
         group=group,
-        window=window,
         iterations=MOST_ITERATIONS,
         token_width=job.channels if job.code is None else job.code.token_bytes,
         blocks=_blocks(job.code, job.channels),
@@ -342,7 +345,7 @@ def _arguments(job: SealJob, form: SealForm, places: Places, splits: int) -> tup
     arguments |= {
         "states": states,
         "strides": tuple(encode_integer(stride // form.align) for stride in states.stride()[:3]),
-        "query_strides": (),
+        "query_sizes": (),
         "sums": wide(pairs, splits, width),
         "stored": data,
         "finite": finite,
@@ -371,7 +374,8 @@ def _arguments(job: SealJob, form: SealForm, places: Places, splits: int) -> tup
             }
         if form.weighted and basis.queries is not None:
             arguments["queries"] = basis.queries
-            arguments["query_strides"] = tuple(map(encode_integer, basis.queries.stride()[:3]))
+            sizes = (*basis.queries.stride()[:3], basis.queries.shape[2])
+            arguments["query_sizes"] = tuple(map(encode_integer, sizes))
             if basis.valid is not None:
                 arguments["valid"] = basis.valid.contiguous().view(torch.uint8)
     else:

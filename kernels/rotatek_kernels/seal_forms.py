@@ -38,7 +38,6 @@ class SealForm(NamedTuple):
     weighted: bool
     exponent: float
     group: int
-    window: int
     iterations: int
     token_width: int  # stored numbers or bytes
     blocks: tuple[Block, ...]
@@ -52,7 +51,7 @@ class SealArguments(NamedTuple):
     states: Any  # [B, H, P, D]
     strides: tuple[int, ...]  # of rows, heads and columns of the states
     queries: Any  # [R, H_q, W, D], or None
-    query_strides: tuple[int, ...]  # of rows, heads and queries
+    query_sizes: tuple[int, ...]  # strides of rows, heads and queries; queries
     valid: Any  # uint8 [R, W], or None
     sums: Any  # float32 [pairs, splits, D]
     scatters: Any  # float32 [pairs, splits, D, D]; None where the basis is given, as the next three are

@@ -171,14 +171,14 @@ def _places_from_top(stored, values, channels, FORM: tl.constexpr):
 @triton.jit
 def _weights(state, scratch, row, head, channels, there, FORM: tl.constexpr):
     """Find the channel weights [D] of a pair, the largest of them 1; see `fitting.query_channel_norm`."""
-    row_stride, head_stride, stride = decode_integers(state.query_strides)
+    row_stride, head_stride, stride, count = decode_integers(state.query_sizes)
     square = tl.zeros([FORM.padded_width], tl.float32)
     queries = state.queries + row * row_stride + head * FORM.group * head_stride
-    for first in tl.range(0, FORM.window, FORM.block_w, num_stages=1):
+    for first in tl.range(0, count, FORM.block_w, num_stages=1):
         window = first + tl.arange(0, FORM.block_w)
-        inside = window < FORM.window
+        inside = window < count
         if state.valid is not None:
-            inside = inside & (tl.load(state.valid + row * FORM.window + window, mask=inside, other=0) != 0)
+            inside = inside & (tl.load(state.valid + row * count + window, mask=inside, other=0) != 0)
         total = tl.zeros([FORM.block_w, FORM.padded_width], tl.float32)
         for member in tl.range(0, FORM.group, num_stages=1):
             total += tl.load(

@@ -149,7 +149,7 @@ class LayerKV:
             mask=mask,
         )
 
-    def keep_queries(self, query: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    def keep_queries(self, query: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None] | None:
         """Keep the last of a forward's queries, by which pending Keys are weighed at their seal.
 
         Where layers share these Keys, each brings its own, and those of all count as heads of their group. A layer may

@@ -140,7 +140,7 @@ def _check(top: PreTrainedModel, inner: Any, ids: Sequence[int] | None) -> tuple
 
 def _checked_ids(ids: Sequence[int]) -> list[int]:
     given: Any = ids  # what a caller may have passed
-    listed: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    listed: list[Any] = list(given) if isinstance(given, Iterable) else [given, None]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
         raise TypeError(f"visual_token_ids must be a list of ints, got {ids!r}")
     return sorted(set(listed))

@@ -77,6 +77,16 @@ class LayerHandle:
         else:
             self.coordinator.observe(self.kv, query, mask, scale)
 
+    def to(self, device: torch.device, **kwargs: Any) -> Self:
+        """Stay where it is: layers that share Keys move them to their own device, which has to be the same."""
+        held = next(iter(self.kv.tensors()), None)
+        if held is not None and torch.device(device) != held.device:
+            raise ValueError(
+                f"layers that share the Keys of layer {self.kv.index} lie on {held.device} and {device}: put the model "
+                "on one device, or use DynamicCache"
+            )
+        return self
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)  # asked by tools such as a compiler, not by an attention function
@@ -112,6 +122,10 @@ class MaskedStates:
 
     def __init__(self, keys: Tensor, values: Tensor, hidden: Tensor) -> None:
         self.keys, self.values, self.hidden = keys, values, hidden
+
+    def to(self, device: torch.device, **kwargs: Any) -> Self:
+        """Move to the device of a layer that shares these Keys, as transformers moves tensors."""
+        return type(self)(*(states.to(device, **kwargs) for states in (self.keys, self.values, self.hidden)))
 
 
 class RotateKLayer(CacheLayerMixin):

@@ -127,7 +127,6 @@ REASONS = {
     "pix2struct": "encoder-decoder",
     "t5gemma2": "encoder-decoder",
     "udop": "encoder-decoder",
-    "vision-encoder-decoder": "encoder-decoder",
     "kimi_k25": "MLA",
     "mistral4": "MLA",
     "deepseek_v4": "index_topk",

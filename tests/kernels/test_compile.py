@@ -393,6 +393,7 @@ SEALS = {  # target, width, dtype, ranks of Keys and Values, bits, whether the b
     "4-bit": (["sm_90", 128, "bfloat16", [32, 32], 4, False], CODED, 0),
     "calibrated-4-bit": (["sm_90", 128, "bfloat16", [32, 32], 4, True], ["sum_moments", "encode"], 0),
     "sm_100": (["sm_100", 128, "bfloat16", [32, 32], None, False], ONLINE, 0),
+    "width16": (["sm_90", 16, "float16", [8], 2, False], CODED, 0),
     "width64": (["sm_90", 64, "float16", [16], 8, False], CODED, 0),
     # A basis of 256 channels does not quite fit into the registers of a program.
     "width256": (["sm_90", 256, "bfloat16", [64], None, False], ONLINE, 400),

@@ -270,7 +270,7 @@ def test_without_a_compiler_torch_does_the_work(monkeypatch):
         ("false", "failed: without a message"),
         ("c++ '", 'CXX must be the command of a compiler, got "c++ \'": No closing quotation'),
         ("true", "made.so"),
-        ("c++ -c", "can be loaded"),
+        ("sh -c 'for made; do :; done; echo no library > $made' sh", "file too short"),
         ("c++ -fvisibility=hidden", "undefined symbol: rotatek_attend"),
     ],
 )

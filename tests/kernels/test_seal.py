@@ -466,7 +466,7 @@ JOB = SealJob("keys", torch.zeros(2, 2, 60, 32), 8, Fit(8))
             "keys must have one width of codes in a fitted basis",
         ),
         ({"basis": Shared(torch.zeros(2, 32, 8).half())}, "the encoder must have the dtype of keys"),
-        ({"basis": Fit(8, 1.0, torch.zeros(2, 4, 3, 32).double())}, "queries must be float16"),
+        ({"basis": Fit(8, 1.0, torch.zeros(2, 4, 3, 32, device=DEVICE).double())}, "queries must be float16"),
     ],
     ids=str,
 )
@@ -489,6 +489,11 @@ def test_jobs_that_no_kernel_does_are_named(change, reason):
             {"basis": Fit(8, 1.0, torch.zeros(1, 4, 3, 32))},
             {},
             r"queries of keys must be \[2, a multiple of 2, W, 32\]",
+        ),
+        (
+            {"basis": Fit(8, 1.0, torch.zeros(2, 4, 3, 32, device=DEVICE), torch.ones(2, 4, dtype=torch.bool))},
+            {},
+            r"valid of keys must be bool \(2, 3\), got torch.bool \(2, 4\)",
         ),
         ({"basis": Shared(torch.zeros(2, 8, 32))}, {}, r"encoder of keys must be \(2, 32, 8\)"),
         ({"basis": Shared(torch.zeros(2, 32, 8), torch.zeros(2, 8))}, {}, "must have low exactly where codes"),
