@@ -59,6 +59,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family(Encoder("vision_tower"), two_ways=True),
     "gemma3n": Family(None),  # a timm encoder, whose attention weights cannot be read
     "gemma4": Family(None, IMAGE_AND_VIDEO),
+    "gemma4_unified": Family(None, IMAGE_AND_VIDEO),  # it has no encoder
     "glm46v": _QWEN,
     "glm4v": _QWEN,
     "glm4v_moe": _QWEN,
