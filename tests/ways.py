@@ -169,7 +169,7 @@ def forward_with_a_new_image(tiny: Tiny, model: PreTrainedModel, make: Make) -> 
     if tiny.token_types == "mm_token_type_ids" and not hasattr(cache, "positions"):
         # Without attach, the model would number the new image as text.
         whole = tiny.inputs(Prompt([*prompt.ids, *new["input_ids"][0].tolist()], [*prompt.images, content]))
-        wanted = {name: whole[name] for name in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
+        wanted = {name: whole[name] for name in ("input_ids", "mm_token_type_ids", tiny.grids)}
         positions, model.model.rope_deltas = model.model.get_rope_index(**wanted)
         new["position_ids"] = positions[..., len(prompt.ids) :]
     del new["attention_mask"]

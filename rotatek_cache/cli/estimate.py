@@ -80,7 +80,7 @@ def estimates(
         named = " ".join(f"{name}={value}" for name, value in options.items())
         try:
             found.append((named, RotateKCache.estimate(config, **prompt, **options)))
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError) as error:
             raise InputError(f"{named}: {error}") from error
     return found
 

@@ -117,6 +117,8 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """
     if device.type == "cpu":
         return list(tensors)
+    if device.type == "meta":  # shapes without numbers, of which bytes are estimated: as on the CPU
+        return [tensor.to(device) for tensor in tensors]
     room = sum(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors)
     staged = torch.empty(room, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     for tensor, place in zip(tensors, parts_of(staged, tensors), strict=True):

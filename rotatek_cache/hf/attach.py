@@ -163,11 +163,9 @@ def _before_forward(
     """
     cache = _cache_of(module, args, kwargs)
     if cache is not None:
-        given = arguments_of(type(module).forward, module, *args, **kwargs)
-        position_ids = _begin(module, cache, given)
-        if position_ids is not None:
-            return (), {name: value for name, value in given.items() if name != "self"} | {"position_ids": position_ids}
-    elif module._rotatek.threads:
+        changed = _begin(module, cache, args, kwargs)
+        return None if changed is None else ((), changed)
+    if module._rotatek.threads:
         module._rotatek.meet_another_cache()
     return None
 
@@ -196,17 +194,18 @@ class TextModelGuard:
 
 
 @torch.compiler.disable  # which positions are visual is decided on the host, forward by forward
-def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | None:
-    """Return position ids where the model needs them."""
+def _begin(module: Any, cache: RotateKCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return all arguments by name where the model needs other position ids."""
     attachment: Attachment = module._rotatek
     attachment.select()  # first of all: `_after_forward` is called whatever happens
+    attachment.begin_filling(cache)
+    given = arguments_of(type(module).forward, module, *args, **kwargs)
     name = cache_name(type(module).forward)
     if given.get(CACHE_NAMES[0]) is cache and name != CACHE_NAMES[0]:
         raise ValueError(
             f"{type(module).__name__} of transformers {transformers.__version__} does not know `{CACHE_NAMES[0]}` and "
             f"would ignore this RotateKCache: pass it as {name}=..."
         )
-    attachment.begin_filling(cache)
     config = module.config
     if given.get("output_attentions") or config.get_text_config(decoder=True).output_attentions:
         raise ValueError("RotateKCache does not support `output_attentions`: no attention matrix is formed")
@@ -260,7 +259,10 @@ def _begin(module: Any, cache: RotateKCache, given: dict[str, Any]) -> Tensor | 
             cache.positions.drop(kept_features(encoded.pooler_output))
     if begin == 0:
         cache.positions.begin_prompt(ids)
-    return mrope.begin_forward(module, cache, begin, given) if attachment.family.mrope else None
+    position_ids = mrope.begin_forward(module, cache, begin, given) if attachment.family.mrope else None
+    if position_ids is None:
+        return None
+    return {name: value for name, value in given.items() if name != "self"} | {"position_ids": position_ids}
 
 
 def _learn_padding(cache: RotateKCache, mask: Any, end: int) -> None:
@@ -290,9 +292,9 @@ def _after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 def _end(module: Any, cache: RotateKCache, output: Any) -> None:
     try:
         if output is not None:
-            module._rotatek.end_filling()
+            begin = module._rotatek.end_filling()
             if module._rotatek.family.mrope:
-                mrope.end_forward(module, cache)
+                mrope.end_forward(module, cache, begin)
     finally:
         _close(module, cache)
 

@@ -75,8 +75,12 @@ class Attachment:
                 )
             self.filling[own] = cache, cache.get_seq_length()
 
-    def end_filling(self) -> None:
-        """End what `begin_filling` began; a RuntimeError if the layers have not given the cache anything."""
+    def end_filling(self) -> int:
+        """End what `begin_filling` began, and return the cache's length then.
+
+        Raises:
+            RuntimeError: the layers have not given the cache anything.
+        """
         with _SELECTING:
             cache, length = self.filling.pop(threading.get_ident(), (None, 0))
         if cache is not None and cache.get_seq_length() == length:
@@ -84,6 +88,7 @@ class Attachment:
                 "the model's layers did not pass their Keys to this RotateKCache, so that later steps would not see "
                 "them: gradient checkpointing in training mode takes the cache away from them. Call model.eval()"
             )
+        return length
 
     def restore(self) -> None:
         """End the forward that `select` began in this thread, if one is open."""

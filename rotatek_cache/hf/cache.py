@@ -334,6 +334,7 @@ class RotateKCache(Cache):
         self.positions = VisualPositions(visual_mask)
         self.coordinator = Coordinator(self.positions, self.tokens, planner)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
+        self.coming_deltas: tuple[int, Tensor] | None = None  # the same of a turn that is yet to be read, and its begin
         self.filled_by: ModelMark | None = None  # the model that it holds states of, where that is known
         self.offsets = RopeOffsets()  # the same behind each image
         self.chosen = False  # whether image features of this generate went through `tokens`
@@ -380,7 +381,6 @@ class RotateKCache(Cache):
 
         Raises:
             TypeError, ValueError: numbers or options that cannot be.
-            NotImplementedError: the model has cache layers whose state its config does not tell.
         """
         counts = tokens_of(visual_tokens, text_tokens, batch, images, answer_tokens)
         return estimate_bytes(lambda: cls.for_study(**options), config, counts, dtype)
@@ -552,7 +552,7 @@ class RotateKCache(Cache):
         """Forget all tokens, for a new prompt; the layers and the options stay."""
         super().reset()
         self.positions.reset()
-        self.rope_deltas = self.filled_by = None
+        self.rope_deltas = self.coming_deltas = self.filled_by = None
         self.offsets = RopeOffsets()
         self.coordinator.reset()
 

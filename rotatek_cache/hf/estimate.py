@@ -23,14 +23,12 @@ from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.core.basis import RANK_MULTIPLE
 from rotatek_cache.core.quantization import CHANNEL_BLOCK
 from rotatek_cache.core.segments import Stored
-from rotatek_cache.hf.config_shapes import dtype_of, kv_shape, state_shapes
+from rotatek_cache.hf.config_shapes import META, StateShape, dtype_of, probe, state_shapes
 from rotatek_cache.hf.families import FAMILIES, REFUSED
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
 from rotatek_cache.report import readable_bytes
 from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, FeatureMethod, Summary
 from rotatek_cache.token_pruning.selection import best_tokens, share_of, spread
-
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -146,16 +144,20 @@ def estimate_bytes(
         raise TypeError(f"config must be the config of a transformers model, got {type(config).__name__}")
     if config.model_type in REFUSED:
         raise ValueError(f"model family '{config.model_type}' cannot use RotateKCache: {REFUSED[config.model_type]}")
-    shapes, dtype = state_shapes(config), dtype_of(config, dtype)
+    dtype = dtype_of(config, dtype)
+    probed = probe(config, len(tokens.text), dtype)
+    shapes = state_shapes(config, probed)
     found, follows = [], ""
-    for extreme in extremes(make(), config):
+    for extreme in extremes(make(), max(shape.width for shape in shapes if shape is not None)):
         cache = make()
         cache.learn_config(config)
+        _keep_states(cache, shapes, probed)
         follows = extreme.follows
         extreme.apply(cache)
         _fill(cache, config, shapes, tokens, dtype)
         found.append(cache.nbytes() + extreme.unjoined(cache, len(tokens.text)))
     dense = DynamicCache(config=config.get_text_config(decoder=True))
+    _keep_states(dense, shapes, probed)
     _fill_dense(dense, shapes, tokens, dtype)
     held = [tensor for layer in dense.layers for tensor in stock_tensors(layer)]
     return CacheEstimate(max(found), min(found), storage_bytes(held), follows)
@@ -165,7 +167,7 @@ def estimate_bytes(
 
 
 def _fill(
-    cache: Any, config: PreTrainedConfig, shapes: Sequence[tuple[int, int, int]], tokens: Tokens, dtype: torch.dtype
+    cache: Any, config: PreTrainedConfig, shapes: Sequence[StateShape | None], tokens: Tokens, dtype: torch.dtype
 ) -> None:
     """Give a cache the states of a prompt and its answer, as `generate` with an attached model does."""
     visual, seen = tokens.flags()
@@ -195,28 +197,40 @@ def _fill(
 
 def _step(
     cache: Any,
-    shapes: Sequence[tuple[int, int, int]],
+    shapes: Sequence[StateShape | None],
     rows: int,
     count: int,
     mask: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    for index, (query_heads, heads, width) in enumerate(shapes):
-        keys, values = torch.empty(2, rows, heads, count, width, dtype=dtype, device=META)
-        handle, _ = cache.update(keys.clone(), values.clone(), index)
-        if hasattr(handle, "observe"):  # a layer of ours
-            handle.observe(torch.empty(rows, query_heads, count, width, dtype=dtype, device=META), mask)
+    for index, shape in enumerate(shapes):
+        if shape is None:
+            continue
+        handle, _ = cache.update(*_states(shape, rows, count, dtype), index)
+        for _ in range(handle.kv.readers if hasattr(handle, "observe") else 0):  # of a layer of ours
+            handle.observe(torch.empty(rows, shape.query_heads, count, shape.width, dtype=dtype, device=META), mask)
     cache.positions.end_forward()
 
 
-def _fill_dense(
-    cache: DynamicCache, shapes: Sequence[tuple[int, int, int]], tokens: Tokens, dtype: torch.dtype
-) -> None:
+def _fill_dense(cache: DynamicCache, shapes: Sequence[StateShape | None], tokens: Tokens, dtype: torch.dtype) -> None:
     """Give a dense cache the same."""
     for count in (tokens.length, *[1] * tokens.answer):
-        for index, (_, heads, width) in enumerate(shapes):
-            states = torch.empty(2, len(tokens.text), heads, count, width, dtype=dtype, device=META)
-            cache.update(states[0].clone(), states[1].clone(), index)
+        for index, shape in enumerate(shapes):
+            if shape is not None:
+                cache.update(*_states(shape, len(tokens.text), count, dtype), index)
+
+
+def _states(shape: StateShape, rows: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Make Keys and Values of a layer."""
+    keys = torch.empty(rows, shape.heads, count, shape.width, dtype=dtype, device=META)
+    return keys, torch.empty(rows, shape.heads, count, shape.value_width, dtype=dtype, device=META)
+
+
+def _keep_states(cache: Any, shapes: Sequence[StateShape | None], probed: DynamicCache) -> None:
+    """Give a cache the layers whose state does not grow as a few tokens have left them."""
+    for index, shape in enumerate(shapes):
+        if shape is None:
+            cache.layers[index] = probed.layers[index]
 
 
 # --- what follows from numbers ----------------------------------------------------------------------------------------
@@ -262,9 +276,8 @@ class Extreme:
         return (rows - 1) * storage_bytes(tables) if self.equal > RANK_MULTIPLE else 0
 
 
-def extremes(cache: Any, config: PreTrainedConfig) -> Iterator[Extreme]:
-    """List the cases that bound the bytes; one where they are certain."""
-    width = kv_shape(config)[1]
+def extremes(cache: Any, width: int) -> Iterator[Extreme]:
+    """List the cases that bound the bytes of heads of `width` channels; one where they are certain."""
     options, method = cache.options, cache.tokens
     follows = []  # in the order in which they are named
     equal: Sequence[int | None] = (None,)

@@ -148,7 +148,7 @@ def _prepare_multimodal_encoder_kwargs(original: Original, *args: Any, **kwargs:
 def _expand_inputs(original: Original, *args: Any, **kwargs: Any) -> Any:
     """Repeat the images of a later turn as its rows are: transformers counts by the placeholders of all turns."""
     given = original.arguments(*args, **kwargs)
-    cache, encoded, ids = given.get("past_key_values"), given.get("mm_encoder_outputs"), given.get("input_ids")
+    cache, encoded, ids = cache_in(given), given.get("mm_encoder_outputs"), given.get("input_ids")
     begin = cache.get_seq_length() if isinstance(cache, RotateKCache) else 0
     if not begin or not encoded or ids is None or given.get("expand_size", 1) == 1:
         return original(*args, **kwargs)

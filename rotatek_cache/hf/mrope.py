@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.hf.cache import RotateKCache
+from rotatek_cache.hf.calls import CACHE_NAMES
 from rotatek_cache.hf.prompt import brings_content
 
 _POSITIONS = threading.Lock()  # while a model's offset is that of one conversation
@@ -38,7 +39,7 @@ def begin_forward(inner: Any, cache: RotateKCache, begin: int, given: Mapping[st
         shown = begin and position_ids is None and ids is not None and brings_content(dict(given))
         if shown and _names_new_images(inner, begin, ids, given):
             position_ids = _positions_of_turn(inner, cache, begin, ids, given, _model_positions(inner))
-            cache.rope_deltas = inner.rope_deltas
+            cache.coming_deltas = begin, inner.rope_deltas
             return position_ids
         if not begin and position_ids is None:
             inner.rope_deltas = cache.rope_deltas = None  # of another conversation, or an attempt that failed
@@ -47,10 +48,13 @@ def begin_forward(inner: Any, cache: RotateKCache, begin: int, given: Mapping[st
     return None
 
 
-def end_forward(inner: Any, cache: RotateKCache) -> None:
-    """Let the cache keep the offset that its first forward left on the model."""
-    if cache.rope_deltas is None:
+def end_forward(inner: Any, cache: RotateKCache, begin: int) -> None:
+    """Let the cache keep the offset that the forward of its positions from `begin` on has brought."""
+    if cache.coming_deltas is not None and cache.coming_deltas[0] == begin:
+        cache.rope_deltas = cache.coming_deltas[1]
+    elif cache.rope_deltas is None:
         cache.rope_deltas = inner.rope_deltas
+    cache.coming_deltas = None
 
 
 def record_offsets(cache: RotateKCache, begin: int, position_ids: Tensor, mask: Tensor | None) -> None:
@@ -63,7 +67,7 @@ def record_offsets(cache: RotateKCache, begin: int, position_ids: Tensor, mask: 
         mask: 2D ``[B, begin + n]``; None: all is visible.
     """
     rows, tokens = position_ids.shape[1:]
-    if tokens == 1 and not cache.offsets.open:
+    if cache.stepping is not None or (tokens == 1 and not cache.offsets.open):
         return  # a decode step changes no offset, and reading it would make the host wait
     flags = next((v for first, _, v in reversed(cache.positions.flags) if first == begin), None)
     visual = torch.zeros_like(position_ids[0], dtype=torch.bool) if flags is None else flags.to(position_ids.device)
@@ -101,13 +105,16 @@ def prepare_positions(
         if begin and cache.rope_deltas is not None:
             repeats = max(1, cache.rope_deltas.shape[0] // ids.shape[0])
             inner.rope_deltas = cache.rope_deltas[::repeats]
-        if begin and ids.ndim == 2 and brings_content(dict(given)) and _names_new_images(inner, begin, ids, given):
             cache.rope_deltas = inner.rope_deltas
+        if begin and ids.ndim == 2 and brings_content(dict(given)) and _names_new_images(inner, begin, ids, given):
             turn = _positions_of_turn(inner, cache, begin, ids, given, prepare)
             positions = torch.nn.functional.pad(turn, (begin, 0))  # of cached tokens nothing is read
         else:
             positions = prepare(inputs, dict(given))
-        cache.rope_deltas = inner.rope_deltas
+        if begin:
+            cache.coming_deltas = begin, inner.rope_deltas  # kept once the turn is in the cache, which may yet fail
+        else:
+            cache.rope_deltas = inner.rope_deltas
     return positions
 
 
@@ -133,6 +140,11 @@ def _names_new_images(inner: Any, begin: int, ids: Tensor, given: Mapping[str, A
             "a turn that brings images or videos to a cached conversation needs mm_token_type_ids, by which its "
             "positions (M-RoPE) are found: pass those that the processor returns beside input_ids"
         )
+    if not bool(types[:, -new:].any()):
+        return False
+    if all(given.get(grid) is None for grid, _ in GRIDS.values()):
+        # Other families have grids under other names, which belong to the pixels where there are any.
+        return any(given.get(pixels) is not None for _, pixels in GRIDS.values())
     whole = True
     for kind, (grid_name, pixels_name) in GRIDS.items():
         grid, pixels = given.get(grid_name), given.get(pixels_name)
@@ -167,7 +179,7 @@ def _positions_of_turn(
     # How many tokens a row has behind it is not how many it has in the cache, which holds its padding too.
     behind = torch.full((len(ids), 1), begin) if mask is None else mask[:, :begin].sum(1, keepdim=True)
     behind = behind.to(ids.device)
-    turn = {name: value for name, value in given.items() if name not in ("past_key_values", "cache", "input_ids")}
+    turn = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, "input_ids")}
     if mask is not None:
         turn["attention_mask"] = mask[:, -new:]
     if turn.get("mm_token_type_ids") is not None:

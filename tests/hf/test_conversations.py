@@ -110,6 +110,7 @@ def test_a_video_in_a_third_turn(host: Host):
     _same(_converse(host.tiny, host.attached, RotateKCache(sparsity=0), turns), expected)
 
 
+@pytest.mark.skipif(TRANSFORMERS < (5, 23), reason="chunks of a later turn begin at the start of the conversation")
 @pytest.mark.parametrize("host", ["qwen2_5_vl", "llava"], indirect=True)
 def test_a_third_turn_in_chunks(host: Host):
     turns, options = _turns(host.tiny, 2), {"prefill_chunk_size": 33}
@@ -160,7 +161,7 @@ def test_what_does_not_fit_the_new_images_is_refused(family):
         | {"image_grid_thw": both["image_grid_thw"]},
         "image_grid_thw describes 64 tokens, but this turn has 80": new
         | {"image_grid_thw": both["image_grid_thw"][:1]},
-        "this turn brings images of 144 tokens, .* have 80 placeholders": both,
+        "(this turn brings images of 144 tokens, .* have 80 placeholders|tokens: 80, features: 144)": both,
     }
     for message, content in wrong.items():
         with pytest.raises(ValueError, match=message):
