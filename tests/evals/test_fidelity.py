@@ -11,7 +11,11 @@ import transformers
 from PIL import Image
 
 from evals import fidelity
+from evals.reader import calibrate as reader_calibration
 from rotatek_cache import RotateKCache
+from rotatek_cache.calibration.gather import calibrate
+from rotatek_cache.calibration.moments import Calibration
+from rotatek_cache.codecs.fingerprint import fingerprint
 from rotatek_cache.codecs.registry import CODECS
 from rotatek_cache.options import Allocation, FitOptions
 
@@ -227,3 +231,27 @@ def test_what_a_cache_is_filled_with_is_what_its_prefill_gives():
         ours, theirs = one.kv.segments[0].keys, other.kv.segments[0].keys
         rebuilt = [part.basis.reconstruct(part.data.unflatten(1, (2, -1)).float()) for part in (ours, theirs)]
         assert (rebuilt[0] - rebuilt[1]).norm() < 0.02 * rebuilt[1].norm()
+
+
+def test_a_cache_of_coded_tokens_is_filled_and_its_bytes_are_the_images_share(tmp_path):
+    reader = fidelity.load(None)
+    with torch.inference_mode():
+        state = Calibration(fingerprint(reader.model), reader.model.config.model_type)
+        conversation = next(reader_calibration.conversations(reader.processor, 1, ["easy"]))
+        calibrate(reader.model, [conversation], state, text=True).write_basis(tmp_path / "rows.safetensors")
+        batch = fidelity.make_batch(reader.processor, fidelity.CHOOSE_SEEDS[:2], "easy", fidelity.ADDRESS_KINDS)
+        recorder = fidelity.RecordingCache()
+        reader.model(**batch.prompt, position_ids=batch.positions()[0], past_key_values=recorder, use_cache=True)
+        options = {"text": "coded", "bits": 4, "basis": str(tmp_path / "rows.safetensors")}
+        filled, prefilled = (fidelity.new_cache(options, reader.model.config) for _ in range(2))
+        fidelity.fill(filled, reader.model.config, batch, recorder)
+        reader.model(**batch.prompt, position_ids=batch.positions()[0], past_key_values=prefilled, use_cache=True)
+    share = float(recorder.visual.double().mean())
+    keys = fidelity.storage_bytes(
+        [held for layer in filled.layers for held in (layer.kv.dense_states[0], layer.kv.codes[0].data)]
+    )
+    assert fidelity.visual_bytes(filled, recorder.visual)[0] == pytest.approx(share * keys)
+    for one, other in zip(filled.layers, prefilled.layers, strict=True):
+        assert one.kv.counts.rows == other.kv.counts.rows
+        ours, theirs = (layer.kv.codes[0].data for layer in (one, other))
+        assert (ours != theirs).float().mean() < 0.05  # what was recorded in half precision rounds now and then
