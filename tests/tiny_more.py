@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from tiny_models import (
     _CLIP,
+    _GEMMA4,
     _GRIDS,
     _MIXED,
     _PATCH,
@@ -147,6 +148,13 @@ def _views_and_masks(rows: list[list[Tensor]]) -> dict[str, Tensor]:
 def _with_sizes(rows: list[list[Tensor]]) -> dict[str, Tensor]:
     given = _stack(rows)
     return given | {"image_sizes": torch.tensor([given["pixel_values"].shape[-2:]] * len(given["pixel_values"]))}
+
+
+def _placed_patches(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    """Gemma 4 without an encoder: patches ``[images, 64, 48]`` and their columns and lines."""
+    images = torch.stack([image for row in rows for image in row])
+    places = torch.cartesian_prod(torch.arange(8), torch.arange(8)).flip(-1)
+    return {"pixel_values": images, "image_position_ids": places.expand(len(images), -1, -1)}
 
 
 def _merge_sizes(rows: list[list[Any]]) -> dict[str, Tensor]:
@@ -668,6 +676,30 @@ MORE: dict[str, Tiny] = {
             ),
             lambda _, generator: ([IMAGE] * 64, _pixels(64, 48, generator=generator)),
             lambda rows: {"pixel_values": torch.stack([image for row in rows for image in row])},
+        ),
+        Tiny(
+            "gemma4_unified",
+            lambda: _config(
+                "gemma4_unified",
+                text={name: value for name, value in _GEMMA4.items() if name != "hidden_size_per_layer_input"},
+                vision={
+                    "patch_size": 2,
+                    "pooling_kernel_size": 2,
+                    "mm_embed_dim": 32,
+                    "mm_posemb_size": 16,
+                    "output_proj_dims": 32,
+                },
+                audio_config=None,
+                image_token_id=IMAGE,
+                video_token_id=VIDEO,
+                boi_token_id=OPEN,
+                eoi_token_id=CLOSE,
+                audio_token_id=BREAK,
+            ),
+            lambda _, generator: ([OPEN, *[IMAGE] * 64, CLOSE], _pixels(64, 48, generator=generator)),
+            _placed_patches,
+            token_types="mm_token_type_ids",
+            grids="",
         ),
         Tiny(
             "lfm3_vl",

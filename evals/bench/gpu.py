@@ -424,13 +424,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
-    """Name the commit of this checkout, and whether files differ from it."""
+def commit(checkout: Path = ROOT) -> str:
+    """Name the commit of a checkout, this one by default, and whether files differ from it."""
     told = []
     for command in (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]):
         try:
             run = subprocess.run(  # noqa: S603
-                command, cwd=ROOT, capture_output=True, text=True, check=True
+                command, cwd=checkout, capture_output=True, text=True, check=True
             )
         except (OSError, subprocess.CalledProcessError):
             return "unknown"

@@ -437,7 +437,7 @@ def run(args: argparse.Namespace) -> None:
         "command": shlex.join(["python", "-m", "evals.bench.seal", *sys.argv[1:]]),
         "hardware": hardware(args.device),
         "versions": versions(),
-        "commit": commit(),
+        "commit": {name: commit(folder) for name, folder in checkouts.items()},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "heads": asdict(heads),
         "prefills": [],

@@ -36,9 +36,11 @@ from rotatek_cache.report import CacheReport, LayerReport, SavedBytes, SegmentRe
 from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
 
-# Layers that are not ours are saved as they are.
+# Layers that are not ours are saved as they are; a dummy stands for one that has nothing to cache.
 for _found in vars(cache_utils).values():
-    if isinstance(_found, type) and issubclass(_found, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
+    if isinstance(_found, type) and (
+        issubclass(_found, (CacheLayerMixin, LinearAttentionCacheLayerMixin)) or _found.__name__ == "DummyLayer"
+    ):
         register(_found)
 
 # The parts of a saved cache; `rest` are the attributes that are not in the other parts and that `load` does not make.

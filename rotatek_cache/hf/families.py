@@ -59,6 +59,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family(Encoder("vision_tower"), two_ways=True),
     "gemma3n": Family(None),  # a timm encoder, whose attention weights cannot be read
     "gemma4": Family(None, IMAGE_AND_VIDEO),
+    "gemma4_unified": Family(None, IMAGE_AND_VIDEO),  # it has no encoder
     "glm46v": _QWEN,
     "glm4v": _QWEN,
     "glm4v_moe": _QWEN,
@@ -76,7 +77,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2_vl": Family(None),
     "lfm3_vl": Family(None, IMAGE_AND_VIDEO),
     "lighton_ocr": Family(Encoder("vision_encoder", by_image_size)),
-    "llama4": Family(None),  # its encoder shuffles pixels before and behind its class token
+    "llama4": Family(None, features=False),  # what it returns is not projected yet
     "llava": Family(Encoder("vision_tower", in_order)),
     "llava_next": Family(_ANYRES),
     "llava_next_video": Family(_ANYRES, IMAGE_AND_VIDEO),

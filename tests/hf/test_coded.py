@@ -22,7 +22,7 @@ from rotatek_cache.calibration.gather import calibrate
 from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.fingerprint import fingerprint
 
-FAMILIES = ["llava", "qwen2_5_vl", "gemma3", "idefics"]
+FAMILIES = ["llava", "qwen2_5_vl", "gemma3", "idefics3"]
 SINKS, RECENT = token_counts.SINK_TOKENS, 10  # a shorter window than the real one, for prompts of tens of tokens
 
 

@@ -57,7 +57,8 @@ class TestFullBits:
     """Whole coefficients in all directions: nothing is lost, whatever is shared, cut or batched."""
 
     @pytest.fixture(scope="class")
-    def server(self, tiny, logs, basis):
+    @classmethod
+    def server(cls, tiny, logs, basis):
         arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--chunked-prefill-size", "32"]
         arguments += ["--basis", basis, "--bits", "16", "--enable-mixed-chunk"]
         with Server("rotatek_sglang.launch", *arguments, log=logs / "coded16.log") as running:
@@ -102,7 +103,8 @@ class TestFourBits:
     CODES = 2e-3
 
     @pytest.fixture(scope="class")
-    def server(self, tiny, logs, basis):
+    @classmethod
+    def server(cls, tiny, logs, basis):
         arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--chunked-prefill-size", "-1"]
         arguments += ["--basis", basis, "--bits", "4"]
         with Server("rotatek_sglang.launch", *arguments, log=logs / "coded4.log") as running:
@@ -142,7 +144,8 @@ class TestSmallPool:
     """1,200 tokens, chunks of 48, few beginnings: everything is short, and everything comes back."""
 
     @pytest.fixture(scope="class")
-    def server(self, tiny, logs, basis):
+    @classmethod
+    def server(cls, tiny, logs, basis):
         arguments = ["--model-path", tiny("qwen2_5_vl"), *SMALL_POOL, "--basis", basis, "--bits", "4"]
         arguments += ["--beginnings", "12", "--served-model-name", "tiny"]
         with Server("rotatek_sglang.launch", *arguments, log=logs / "coded_small.log") as running:
