@@ -67,7 +67,7 @@ def test_moments_are_those_within_images_and_add_up():
     assert basis["encoder"][0, :2, :2].abs().tolist() == [[0, 1], [1, 0]]
 
 
-def test_a_seal_with_a_basis_file_sums_no_scatter(basis_file):
+def test_a_seal_with_a_basis_file_sums_no_scatter(basis_file, monkeypatch):
     """What it multiplies states by is the file's basis: no product of states with states, no eigenproblem."""
 
     class Products(TorchDispatchMode):
@@ -82,6 +82,7 @@ def test_a_seal_with_a_basis_file_sums_no_scatter(basis_file):
                 self.shapes.append(tuple(out.shape[-2:]))
             return out
 
+    monkeypatch.setattr("rotatek_cache.core.compiled._steps", lambda: None)  # torch is what can be watched
     sealer = Sealer(FitOptions(rank=8, key_bits=4, value_sparsity=0.5, basis=str(basis_file)), 0)
     heads, width = sealer.calibrated.state(0, "key").encoder.shape[:2]
     keys, values = torch.randn(2, heads, 100, width)
@@ -531,7 +532,7 @@ def test_the_command_takes_text_as_well_as_images(pages, tmp_path):
     assert RotateKCache(basis=out, text="coded", bits=3).options.row_bits == (3, 3)
     alone = tmp_path / "alone.safetensors"
     assert run("--text", words / "a.txt", "--out", alone, "--text-tokens", 128).exit_code == 0
-    assert RotateKCache(basis=alone, text="coded")
+    assert RotateKCache(basis=alone, text="coded").options.text == "coded"
     with pytest.raises(ValueError, match="calibrated without images"):
         RotateKCache(basis=alone, rank=8, visual_mask=torch.ones(1, 9, dtype=torch.bool)).update(
             torch.randn(1, 1, 9, 128), torch.randn(1, 1, 9, 128), 0

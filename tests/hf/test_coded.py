@@ -240,6 +240,7 @@ def test_all_storage_is_counted_and_reported(llava):
 def test_a_step_is_replayed_from_a_graph(options, name, llava, monkeypatch):
     """Recorded on a CPU, which freezes what a CUDA graph freezes; attention reads tables as kernels do."""
     monkeypatch.setattr("rotatek_cache.hf.attention.attend", attend_on_device)
+    monkeypatch.setattr("rotatek_cache.core.compiled._steps", lambda: None)  # no record is made of compiled steps
     RecordedGraph.made.clear()
     model = copy.deepcopy(llava.attached)
     graphs = model.model._rotatek.graphs
@@ -261,6 +262,7 @@ def test_a_step_is_replayed_from_a_graph(options, name, llava, monkeypatch):
 def test_a_graph_serves_the_next_prompt_and_is_made_anew_when_codes_outgrow_it(llava, monkeypatch):
     monkeypatch.setattr(coded_step, "RESERVED", 8)
     monkeypatch.setattr("rotatek_cache.hf.attention.attend", attend_on_device)
+    monkeypatch.setattr("rotatek_cache.core.compiled._steps", lambda: None)  # no record is made of compiled steps
     RecordedGraph.made.clear()
     model = copy.deepcopy(llava.attached)
     model.model._rotatek.graphs.new_graph = RecordedGraph

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import ways
 from checks import reached_storages
 from hosts import Host, build_host
@@ -410,7 +409,7 @@ def test_stock_layers_of_another_transformers_are_refused(tmp_path, monkeypatch)
     host, cache = build_host("gemma3"), RotateKCache(sparsity=0.5)
     read(host, cache)
     cache.save(tmp_path / "one")
-    monkeypatch.setattr(transformers, "__version__", "6.1.0")
+    monkeypatch.setattr("rotatek_cache.hf.cache.transformers.__version__", "6.1.0")
     with pytest.raises(ValueError, match=r"layers of transformers 5\..*, this is 6.1.0"):
         RotateKCache.load(tmp_path / "one")
 
