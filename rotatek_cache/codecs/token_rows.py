@@ -16,9 +16,9 @@ flat, ``[N * sum(widths)]``; otherwise all widths are the same. Ranges are the f
 codes is stored, and kernels read them as they read calibrated codes.
 
 What attention reads of a prompt is for its cache to decide. Here and in `rotatek_cache.cache.coded_layer`: the first
-`SINK_TOKENS` of a row are dense and never coded. So are its last `RECENT_TOKENS`: a query that comes alone sees itself
-and the `RECENT_TOKENS - 1` before it dense, and codes of those before; queries that come together (a chunk of a prompt)
-see the `RECENT_TOKENS` before the chunk and the chunk itself dense.
+`SINK_TOKENS` of a row are dense and never coded; its last `RECENT_TOKENS` are dense beside their codes. A query that
+comes alone sees itself and the `RECENT_TOKENS - 1` before it dense, and codes of those before; queries that come
+together (a chunk of a prompt) see the `RECENT_TOKENS` before the chunk and the chunk itself dense.
 """
 
 from typing import Literal

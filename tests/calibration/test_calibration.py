@@ -532,7 +532,7 @@ def test_the_command_takes_text_as_well_as_images(pages, tmp_path):
     assert RotateKCache(basis=out, text="coded", bits=3).options.row_bits == (3, 3)
     alone = tmp_path / "alone.safetensors"
     assert run("--text", words / "a.txt", "--out", alone, "--text-tokens", 128).exit_code == 0
-    assert RotateKCache(basis=alone, text="coded").options.text == "coded"
+    assert RotateKCache(basis=alone, text="coded").options.codes_text
     with pytest.raises(ValueError, match="calibrated without images"):
         RotateKCache(basis=alone, rank=8, visual_mask=torch.ones(1, 9, dtype=torch.bool)).update(
             torch.randn(1, 1, 9, 128), torch.randn(1, 1, 9, 128), 0
