@@ -26,6 +26,7 @@ from rotatek_cache.core.segments import Stored
 from rotatek_cache.hf.config_shapes import META, StateShape, dtype_of, probe, state_shapes
 from rotatek_cache.hf.families import FAMILIES, refusal
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
+from rotatek_cache.hf.versions import installed
 from rotatek_cache.report import readable_bytes
 from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, FeatureMethod, Summary
 from rotatek_cache.token_pruning.selection import best_tokens, share_of, spread
@@ -184,7 +185,9 @@ def _fill(
     cache.positions.begin_prompt(torch.zeros(rows, tokens.length, dtype=torch.int64, device="cpu"))
     # What the last query sees says as much of padding as a whole mask does.
     family = FAMILIES.get(config.model_type)
-    mask = seen[:, None, None] if (family is not None and family.two_ways) or not bool(seen.all()) else None
+    # Older versions hand on a mask of ones; where nothing is padding, newer ones leave it out.
+    always_masked = family is not None and family.two_ways and installed() < (5, 19)
+    mask = seen[:, None, None] if always_masked or not bool(seen.all()) else None
     _step(cache, shapes, rows, tokens.length, mask, dtype)
     cache.positions.expect(None)
     if family is not None and family.mrope:

@@ -69,10 +69,10 @@ def test_every_option(llava: Host, options):
 
 @pytest.mark.parametrize("host", list(FAMILIES), indirect=True)
 def test_every_family(host: Host):
-    inputs = ways.padded(host.tiny)
     options = {"sparsity": 0.5, "always_compress": True}
-    estimate = _estimated(inputs, host.plain.config, 2, dtype=torch.float32, **options)
-    assert estimate.nbytes == _held(host, inputs, 3, **options)
+    for inputs in _prompts(host.tiny).values():
+        estimate = _estimated(inputs, host.plain.config, 2, dtype=torch.float32, **options)
+        assert estimate.nbytes == _held(host, inputs, 3, **options)
     dense = DynamicCache(config=host.plain.config.get_text_config(decoder=True))
     ways.generate(host.plain, inputs, dense, max_new_tokens=3)
     assert estimate.dense_nbytes == storage_bytes([t for layer in dense.layers for t in stock_tensors(layer)])
