@@ -261,7 +261,10 @@ def fill(cache: Cache, config: Any, batch: Batch, recorder: RecordingCache) -> N
         if isinstance(cache, RotateKCache):
             handle.observe(query, seen, scale)
         else:
-            cache.layers[index].dtype = query.dtype  # what it returns; half precision is what it was given to store
+            stored = cache.layers[index]
+            stored.dtype = query.dtype  # what it returns; half precision is what it was given to store
+            if not stored.keys.numel():  # these say so, where all is stored elsewhere
+                stored.keys, stored.values = stored.keys.to(query.dtype), stored.values.to(query.dtype)
 
 
 def replay(model: Any, cache: Cache, batch: Batch, first_logits: Tensor) -> Tensor:

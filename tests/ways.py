@@ -166,7 +166,7 @@ def forward_with_a_new_image(tiny: Tiny, model: PreTrainedModel, make: Make) -> 
     logits = [model(**inputs, past_key_values=cache).logits[:, -1]]
     ids, content = tiny.image(1 % tiny.sizes, torch.Generator().manual_seed(77))
     new = tiny.inputs(Prompt([*words(3, 1), *ids, *words(4, 2)], [content]))
-    if tiny.token_types == "mm_token_type_ids" and not hasattr(cache, "positions"):
+    if tiny.token_types == "mm_token_type_ids" and tiny.grids and not hasattr(cache, "positions"):
         # Without attach, the model would number the new image as text.
         whole = tiny.inputs(Prompt([*prompt.ids, *new["input_ids"][0].tolist()], [*prompt.images, content]))
         wanted = {name: whole[name] for name in ("input_ids", "mm_token_type_ids", tiny.grids)}

@@ -97,7 +97,7 @@ class CodedPlan:
     @property
     def basis_bytes(self) -> int:
         """Bytes of the bases of the model, in the file's precision and as attention reads them."""
-        where = torch.empty(0, device=self.device).device
+        where = torch.empty(0, dtype=torch.uint8, device=self.device).device
         tensors = []
         for pair in self.rows:
             for rows in pair:

@@ -28,6 +28,8 @@ STEPS = {
 }
 COMPILERS = ("c++", "g++", "clang++")
 
+_LOADED_IN = os.getpid()
+
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
@@ -49,6 +51,11 @@ def load() -> ctypes.CDLL | None:
         stacklevel=2,
     )
     return None
+
+
+def threads() -> int:
+    """Count the threads to run on; one in a forked process, which has none of the threads that OpenMP waits for."""
+    return torch.get_num_threads() if os.getpid() == _LOADED_IN else 1
 
 
 def opened(path: Path) -> ctypes.CDLL:

@@ -1,7 +1,6 @@
 """Fused attention over segment views on a CPU: checks, and what `cpu/attend.cpp` is told of its arguments."""
 
 import functools
-import os
 import struct
 from array import array
 from collections.abc import Hashable, Sequence
@@ -32,8 +31,6 @@ from rotatek_kernels.cpu_layout import (
 NO_VECTOR = Vector(0, 0, 0)
 NO_MATRIX = Matrix(0, 0, -1, 0, 0, 0)
 REMEMBERED = 1024  # arguments that were checked
-
-_LOADED_IN = os.getpid()
 
 
 def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: float) -> tuple[Tensor, Tensor]:
@@ -87,7 +84,7 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
         query_position,
         out.data_ptr(),
         lse.data_ptr(),
-        _threads(),
+        cpu_library.threads(),
         _bits(float(scale)),
         len(segments),
         _address(described),
@@ -98,11 +95,6 @@ def decode_attention(query: Tensor, segments: Sequence[SegmentView], scale: floa
         index, row = divmod(outside // 4, batch)
         raise _outside(segments, index, row, outside % 4)
     return out, lse
-
-
-def _threads() -> int:
-    """Count the threads to run on; one in a forked process, which has none of the threads that OpenMP waits for."""
-    return torch.get_num_threads() if os.getpid() == _LOADED_IN else 1
 
 
 def _outside(segments: Sequence[SegmentView], index: int, row: int, what: int) -> ValueError:

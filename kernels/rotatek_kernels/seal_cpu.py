@@ -1,7 +1,6 @@
 """Steps of a seal on a CPU, compiled from `cpu/seal.cpp`: moments, directions of a basis, coefficients, codes."""
 
 import ctypes
-import os
 from array import array
 from collections.abc import Sequence
 
@@ -13,7 +12,6 @@ from rotatek_kernels.cpu_layout import TYPES
 
 MOST_CLIPS = 8  # `CLIPS` of cpu/seal.cpp
 STATES = (torch.float32, torch.bfloat16, torch.float16)
-_LOADED_IN = os.getpid()
 
 
 def is_compiled() -> bool:
@@ -27,7 +25,7 @@ def moments(states: Tensor) -> tuple[Tensor, Tensor]:
     heads = _heads(states)
     mean = torch.empty(*leading, width, dtype=torch.float32, device="cpu")
     scatter = torch.empty(*leading, width, width, dtype=torch.float32, device="cpu")
-    _library().rotatek_moments(*_described(heads), mean.data_ptr(), scatter.data_ptr(), _threads())
+    _library().rotatek_moments(*_described(heads), mean.data_ptr(), scatter.data_ptr(), cpu_library.threads())
     return mean, scatter
 
 
@@ -43,7 +41,7 @@ def encode(states: Tensor, encoder: Tensor, offset: Tensor) -> Tensor:
     encoder, offset = _checked(encoder, "encoder"), _checked(offset, "offset")
     out = torch.empty(*states.shape[:-1], rank, dtype=torch.float32, device="cpu")
     _library().rotatek_encode(
-        *_described(heads), offset.data_ptr(), encoder.data_ptr(), rank, out.data_ptr(), _threads()
+        *_described(heads), offset.data_ptr(), encoder.data_ptr(), rank, out.data_ptr(), cpu_library.threads()
     )
     return out
 
@@ -73,7 +71,9 @@ def directions(matrix: Tensor, rank: int, iterations: int) -> Tensor:
         raise ValueError(f"matrix must be [*, D, D] and rank in [1, D], got {list(matrix.shape)} and {rank}")
     out = torch.empty(*leading, width, rank, dtype=torch.float32, device="cpu")
     count = out.numel() // (width * rank)
-    _library().rotatek_directions(matrix.data_ptr(), count, width, rank, iterations, out.data_ptr(), _threads())
+    _library().rotatek_directions(
+        matrix.data_ptr(), count, width, rank, iterations, out.data_ptr(), cpu_library.threads()
+    )
     return out
 
 
@@ -149,7 +149,7 @@ def _code(
         packed.stride(0),
         low.data_ptr(),
         step.data_ptr(),
-        _threads(),
+        cpu_library.threads(),
     )
 
 
@@ -164,8 +164,3 @@ def _library() -> ctypes.CDLL:
     if library is None:
         raise RuntimeError("the compiled steps of a seal need a C++ compiler that works, on Linux")
     return library
-
-
-def _threads() -> int:
-    """Count the threads to run on; one in a forked process, which has none of the threads that OpenMP waits for."""
-    return torch.get_num_threads() if os.getpid() == _LOADED_IN else 1

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rotatek_cache.cache.layer import check_shape
 from rotatek_cache.cache.token_counts import DENSE_COLUMNS, Moves, TokenCounts
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.token_rows import TokenRows, token_rows
@@ -140,11 +141,7 @@ class CodedKV:
         batch, heads, _, width = keys.shape
         shape = (batch, heads, width, values.shape[-1])
         if self.shape is not None:
-            if shape != self.shape:
-                raise ValueError(
-                    f"this cache holds (rows, KV heads, key width, value width) = {self.shape}, the new states have "
-                    f"{shape}; call cache.reset() or make a new cache for another batch"
-                )
+            check_shape(shape, self.shape)
             return
         for codec, states in zip(self.codecs, (keys, values), strict=True):
             if states.shape[1::2] != (codec.heads, codec.width):

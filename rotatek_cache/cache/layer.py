@@ -94,14 +94,8 @@ class LayerKV:
         shape = (batch, heads, width, values.shape[-1])
         if self.shape is None:
             self.shape, self.dtype = shape, keys.dtype
-        elif shape != self.shape:
-            held = self.shape[0]
-            repeated = shape[1:] == self.shape[1:] and batch % held == 0
-            repeat = f"call cache.batch_repeat_interleave({batch // held}) first where each row is repeated, "
-            raise ValueError(
-                f"this cache holds (rows, KV heads, key width, value width) = {self.shape}, the new states have "
-                f"{shape}: {repeat if repeated else 'call '}cache.reset() or a new cache for another batch"
-            )
+        else:
+            check_shape(shape, self.shape)
 
     def count_step(self) -> None:
         """Note a token that a replayed graph has written behind the text."""
@@ -331,6 +325,18 @@ class LayerKV:
             window = [] if self.pending.window is None else [self.pending.window]
             held += [self.pending.keys, self.pending.values, *window]
         return held + [counts for _, counts in self.dropped]
+
+
+def check_shape(shape: tuple[int, int, int, int], held: tuple[int, int, int, int]) -> None:
+    """Raise a ValueError where states of a `shape` (rows, KV heads, widths) come to a layer that holds another."""
+    if shape == held:
+        return
+    repeated = shape[1:] == held[1:] and shape[0] % held[0] == 0
+    repeat = f"call cache.batch_repeat_interleave({shape[0] // held[0]}) first where each row is repeated, "
+    raise ValueError(
+        f"this cache holds (rows, KV heads, key width, value width) = {held}, the new states have "
+        f"{shape}: {repeat if repeated else 'call '}cache.reset() or a new cache for another batch"
+    )
 
 
 def _placed(pending: Pending, layout: RowLayout) -> tuple[Tensor, Tensor, Places]:

@@ -268,7 +268,7 @@ class SavedFile:
             return torch.device("cpu")
         place = torch.device(device) if self.device is None else self.device
         try:
-            torch.empty(0, device=place)
+            torch.empty(0, dtype=torch.uint8, device=place)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"{WHAT} {self.path} belongs on {place}, which cannot be used here ({str(error).splitlines()[0]}): say "

@@ -84,7 +84,7 @@ class TokenGatherer(Coordinator):
         assert dense is not None  # nothing of a prompt read at once is sealed yet
         keys, values = (states[0, :, SINK_TOKENS:] for states in dense)
         visual = self.positions.visual(SINK_TOKENS, layer.length)
-        visual = torch.zeros(keys.shape[1], dtype=torch.bool) if visual is None else visual[0].cpu()
+        visual = torch.zeros(keys.shape[1], dtype=torch.bool, device="cpu") if visual is None else visual[0].cpu()
         for kind, picked in (("text", ~visual), ("image", visual)):
             index = picked.nonzero()[:, 0].to(keys.device)
             for which, states, cost in (

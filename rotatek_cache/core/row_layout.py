@@ -1,7 +1,7 @@
 """Where tokens lie: packed rows of visual tokens, right-aligned columns of text, and the index tensors of both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class Alignment:
     positions: Tensor
     first: Tensor | None
     next_position: int
-    origin: "Alignment | None" = None
+    origin: "Alignment | None" = field(default=None, metadata={"saved": False})  # or `load` would move it
 
     @property
     def width(self) -> int:

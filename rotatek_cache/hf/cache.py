@@ -335,8 +335,8 @@ class RotateKCache(Cache):
         self.coordinator = Coordinator(self.positions, self.tokens, planner)
         self.rope_deltas: Tensor | None = None  # the model's M-RoPE state that belongs to this conversation
         self.coming_deltas: tuple[int, Tensor] | None = None  # the same of a turn that is yet to be read, and its begin
-        self.filled_by: ModelMark | None = None  # the model that it holds states of, where that is known
         self.offsets = RopeOffsets()  # the same behind each image
+        self.filled_by: ModelMark | None = None  # the model that it holds states of, where that is known
         self.chosen = False  # whether image features of this generate went through `tokens`
         self._record_past = False
         self.graphs = True

@@ -18,14 +18,15 @@ from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.cache.selection import TokenSelection
 from rotatek_cache.codecs.fitted import Fitted
-from rotatek_cache.codecs.interface import Ranges
 from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.core.basis import RANK_MULTIPLE
 from rotatek_cache.core.quantization import CHANNEL_BLOCK
+from rotatek_cache.core.seal import Places, SealImplementation
 from rotatek_cache.core.segments import Stored
 from rotatek_cache.hf.config_shapes import META, StateShape, dtype_of, probe, state_shapes
-from rotatek_cache.hf.families import FAMILIES, REFUSED
+from rotatek_cache.hf.families import FAMILIES, refusal
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
+from rotatek_cache.hf.versions import installed
 from rotatek_cache.report import readable_bytes
 from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, FeatureMethod, Summary
 from rotatek_cache.token_pruning.selection import best_tokens, share_of, spread
@@ -142,8 +143,9 @@ def estimate_bytes(
     """
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(f"config must be the config of a transformers model, got {type(config).__name__}")
-    if config.model_type in REFUSED:
-        raise ValueError(f"model family '{config.model_type}' cannot use RotateKCache: {REFUSED[config.model_type]}")
+    reason = refusal(config)
+    if reason:
+        raise ValueError(f"a model of '{config.model_type}' cannot use RotateKCache: {reason}")
     dtype = dtype_of(config, dtype)
     probed = probe(config, len(tokens.text), dtype)
     shapes = state_shapes(config, probed)
@@ -183,7 +185,9 @@ def _fill(
     cache.positions.begin_prompt(torch.zeros(rows, tokens.length, dtype=torch.int64, device="cpu"))
     # What the last query sees says as much of padding as a whole mask does.
     family = FAMILIES.get(config.model_type)
-    mask = seen[:, None, None] if (family is not None and family.two_ways) or not bool(seen.all()) else None
+    # Older versions hand on a mask of ones; where nothing is padding, newer ones leave it out.
+    always_masked = family is not None and family.two_ways and installed() < (5, 19)
+    mask = seen[:, None, None] if always_masked or not bool(seen.all()) else None
     _step(cache, shapes, rows, tokens.length, mask, dtype)
     cache.positions.expect(None)
     if family is not None and family.mrope:
@@ -250,7 +254,7 @@ class Extreme:
 
     def apply(self, cache: Any) -> None:
         """Let a cache without numbers decide so."""
-        seals: dict[object, Stored] = {}
+        seals: dict[object, tuple[Stored, Stored]] = {}
         for layer in cache.coordinator.layers.values():
             layer.sealer = AlikeSealer(layer.sealer, seals)
             if self.equal is not None:
@@ -341,27 +345,35 @@ class AlikeSealer(Sealer):
         seals: what was stored so far, by what it follows from.
     """
 
-    def __init__(self, sealer: Sealer, seals: dict[object, Stored]) -> None:
+    def __init__(self, sealer: Sealer, seals: dict[object, tuple[Stored, Stored]]) -> None:
         self.__dict__.update(sealer.__dict__)
         self.seals = seals
 
-    def store_keys(self, keys: Tensor, ranges: Ranges, queries: Tensor | None, valid: Tensor | None) -> Stored:
-        """Store packed Keys."""
-        return self._as_before("key", keys, ranges, lambda: Sealer.store_keys(self, keys, ranges, queries, valid))
-
-    def store_values(self, values: Tensor, ranges: Ranges) -> Stored:
-        """Store packed Values."""
-        return self._as_before("value", values, ranges, lambda: Sealer.store_values(self, values, ranges))
-
-    def _as_before(self, kind: str, states: Tensor, ranges: Ranges, store: Callable[[], Stored]) -> Stored:
+    def store(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        places: Places,
+        queries: Tensor | None = None,
+        valid: Tensor | None = None,
+        *,
+        impl: SealImplementation = "auto",
+    ) -> tuple[Stored, Stored]:
+        """Store the tokens at `places` of Keys and Values."""
         if self.options.is_calibrated:
-            return store()  # its layers differ
-        key = (kind, self.options, states.shape, states.dtype, tuple(ranges))
+            return super().store(keys, values, places, queries, valid, impl=impl)  # its layers differ
+        shapes = ((states.shape[1], states.shape[3], states.dtype) for states in (keys, values))
+        key = (self.options, *shapes, places.ranges)
         if key not in self.seals:
-            self.seals[key] = store()
-        stored = self.seals[key]
-        basis = None if stored.basis is None else stored.basis.select(torch.empty_like)
-        return Stored(torch.empty_like(stored.data), basis, stored.code)
+            self.seals[key] = super().store(keys, values, places, queries, valid, impl=impl)
+        stored_keys, stored_values = self.seals[key]
+        return _apart(stored_keys), _apart(stored_values)
+
+
+def _apart(stored: Stored) -> Stored:
+    """Give what is stored in storage of its own."""
+    basis = None if stored.basis is None else stored.basis.select(torch.empty_like)
+    return Stored(torch.empty_like(stored.data), basis, stored.code)
 
 
 class ShapeSelection(TokenSelection):

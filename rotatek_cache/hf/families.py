@@ -19,6 +19,7 @@ class Family:
         placeholders: config fields with the ids that stand for visual tokens in `input_ids`; of a part with a dot.
         two_ways: whether images attend both ways, so that the text model is always given a mask.
         mrope: whether the model keeps an offset of positions (`rope_deltas`) of the conversation that it last read.
+        merged: whether an image, with `mrope`, has as many tokens as its patches that are merged, and no others.
         features: whether `get_image_features` gives the features of each image by itself, from which token methods can
             choose.
     """
@@ -27,6 +28,7 @@ class Family:
     placeholders: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False
     features: bool = True
+    merged: bool = True
     two_ways: bool = False
 
 
@@ -68,7 +70,7 @@ FAMILIES: dict[str, Family] = {
     "got_ocr2": _TOWER,
     "granite4_vision": Family(None, features=False),  # it has some for each of several layers
     "granite_docling": Family(None),
-    "hunyuan_vl": Family(None, mrope=True),
+    "hunyuan_vl": Family(None, mrope=True, merged=False),
     "hyperclovax_vision_v2": Family(Encoder("vision_model", in_windows), IMAGE_AND_VIDEO),
     "idefics2": Family(None),  # a perceiver: each token sees all patches
     "idefics3": _IDEFICS,

@@ -136,6 +136,9 @@ def _names_new_images(inner: Any, begin: int, ids: Tensor, given: Mapping[str, A
     if new <= 0:
         return False
     if types is None:
+        numbering = getattr(inner, "get_rope_index", None)
+        if numbering is None or "mm_token_type_ids" not in inspect.signature(numbering).parameters:
+            return False  # it finds images by their ids, and takes the grids of all
         raise ValueError(
             "a turn that brings images or videos to a cached conversation needs mm_token_type_ids, by which its "
             "positions (M-RoPE) are found: pass those that the processor returns beside input_ids"
@@ -145,17 +148,23 @@ def _names_new_images(inner: Any, begin: int, ids: Tensor, given: Mapping[str, A
     if all(given.get(grid) is None for grid, _ in GRIDS.values()):
         # Other families have grids under other names, which belong to the pixels where there are any.
         return any(given.get(pixels) is not None for _, pixels in GRIDS.values())
-    whole = True
+    whole, merged = True, inner._rotatek.family.merged
     for kind, (grid_name, pixels_name) in GRIDS.items():
         grid, pixels = given.get(grid_name), given.get(pixels_name)
         patches = 0 if grid is None else int(grid.prod(-1).sum())
-        tokens = patches // inner.config.vision_config.spatial_merge_size**2
-        of_turn, of_all = int((types[:, -new:] == kind).sum()), int((types == kind).sum())
+        flags = types == kind
+        if merged:
+            tokens = patches // inner.config.vision_config.spatial_merge_size**2
+        else:  # of what has no known number of tokens, the images are counted: by the first token of each
+            tokens = 0 if grid is None else len(grid)
+            flags = flags & ~torch.nn.functional.pad(flags[:, :-1], (1, 0))
+        of_turn, of_all = int(flags[:, -new:].sum()), int(flags.sum())
         if of_turn and tokens == of_turn:
             whole = False
         elif tokens != of_turn and (tokens != of_all or (pixels is not None and pixels.shape[0] != patches)):
             raise ValueError(
-                f"{grid_name} describes {tokens} tokens, but this turn has {of_turn} placeholders behind the {begin} "
+                f"{grid_name} describes {tokens} {'tokens' if merged else 'images'}, but this turn has {of_turn} "
+                f"{'placeholders' if merged else 'images'} behind the {begin} "
                 f"tokens in the cache: what earlier turns showed is in the cache, so pass {grid_name} and "
                 f"{pixels_name} of new images only, with the ids of the whole conversation"
             )
@@ -177,8 +186,10 @@ def _positions_of_turn(
     new = _turn_length(begin, ids, given)
     mask, offset = given.get("attention_mask"), cache.rope_deltas
     # How many tokens a row has behind it is not how many it has in the cache, which holds its padding too.
-    behind = torch.full((len(ids), 1), begin) if mask is None else mask[:, :begin].sum(1, keepdim=True)
-    behind = behind.to(ids.device)
+    if mask is None:
+        behind = torch.full((len(ids), 1), begin, dtype=torch.int64, device=ids.device)
+    else:
+        behind = mask[:, :begin].sum(1, keepdim=True).to(ids.device)
     turn = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, "input_ids")}
     if mask is not None:
         turn["attention_mask"] = mask[:, -new:]

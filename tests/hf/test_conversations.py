@@ -3,6 +3,7 @@
 import pytest
 import torch
 import ways
+from checks import same
 from hosts import Host, build_host
 from tiny_models import FAMILIES, IMAGE, PAD, TRANSFORMERS, VIDEO, Prompt, words
 from transformers import DynamicCache
@@ -81,14 +82,6 @@ def _dense(model):
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def _same(got, expected):
-    for ours, theirs in zip(got, expected, strict=True):
-        if theirs.is_floating_point():
-            torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-5)
-        else:
-            assert torch.equal(ours, theirs)
-
-
 @pytest.mark.parametrize("host", list(FAMILIES), indirect=True)
 def test_new_images_in_a_third_turn(host: Host):
     """Two rows, padded on the left in each turn, are what DynamicCache gives; with M-RoPE, what one prompt gives."""
@@ -98,7 +91,7 @@ def test_new_images_in_a_third_turn(host: Host):
     else:
         expected = _converse(host.tiny, host.plain, _dense(host.plain), turns)
     cache = RotateKCache.for_study(rank=32, always_compress=True)
-    _same(_converse(host.tiny, host.attached, cache, turns), expected)
+    same(_converse(host.tiny, host.attached, cache, turns), expected)
     segments = [len(layer.kv.segments) for layer in cache.layers if hasattr(layer, "kv")]
     assert segments and set(segments) == {2}  # one of each turn with images
 
@@ -107,7 +100,7 @@ def test_new_images_in_a_third_turn(host: Host):
 def test_a_video_in_a_third_turn(host: Host):
     turns = _turns(host.tiny, 2, videos=1)
     expected = _converse(host.tiny, host.plain, None, turns, whole=lambda: _dense(host.plain))
-    _same(_converse(host.tiny, host.attached, RotateKCache(sparsity=0), turns), expected)
+    same(_converse(host.tiny, host.attached, RotateKCache(sparsity=0), turns), expected)
 
 
 @pytest.mark.skipif(TRANSFORMERS < (5, 23), reason="chunks of a later turn begin at the start of the conversation")
@@ -115,7 +108,7 @@ def test_a_video_in_a_third_turn(host: Host):
 def test_a_third_turn_in_chunks(host: Host):
     turns, options = _turns(host.tiny, 2), {"prefill_chunk_size": 33}
     expected = _converse(host.tiny, host.plain, None, turns, whole=lambda: _dense(host.plain))
-    _same(_converse(host.tiny, host.attached, RotateKCache(sparsity=0), turns, **options), expected)
+    same(_converse(host.tiny, host.attached, RotateKCache(sparsity=0), turns, **options), expected)
 
 
 @pytest.mark.skipif(TRANSFORMERS < (5, 18), reason="images are encoded in the forward, of whose rows they are")
@@ -125,7 +118,7 @@ def test_a_third_turn_with_rows_repeated(host: Host, options):
     """The cache's rows are repeated by the user, as transformers wants it, the turn's images by generate."""
     turns = _turns(host.tiny, 2)
     first = _converse(host.tiny, host.attached, cache := RotateKCache(sparsity=0), turns[:2])
-    _same(first, _converse(host.tiny, host.plain, _dense(host.plain), turns[:2]))
+    same(first, _converse(host.tiny, host.plain, _dense(host.plain), turns[:2]))
     asked, whole = _last_turn(host.tiny, turns, first[-2])
     cache.batch_repeat_interleave(2)
     torch.manual_seed(1)
@@ -141,7 +134,7 @@ def test_transformers_cannot_do_that():
     turns = _turns(host.tiny, 2)
     expected = _converse(host.tiny, host.plain, None, turns, whole=lambda: _dense(host.plain))
     with pytest.raises((StopIteration, RuntimeError, AssertionError)):
-        _same(_converse(host.tiny, host.plain, _dense(host.plain), turns), expected)
+        same(_converse(host.tiny, host.plain, _dense(host.plain), turns), expected)
 
 
 @pytest.mark.parametrize("family", M_ROPE[:1])
@@ -171,4 +164,4 @@ def test_what_does_not_fit_the_new_images_is_refused(family):
     with pytest.raises(ValueError, match="needs mm_token_type_ids"):
         ways.generate(host.attached, typeless | new, cache)
     expected = ways.generate(host.plain, turn | both, _dense(host.plain))
-    _same([ways.generate(host.attached, turn | new, cache).sequences], [expected.sequences])
+    same([ways.generate(host.attached, turn | new, cache).sequences], [expected.sequences])

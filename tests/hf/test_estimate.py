@@ -15,6 +15,7 @@ from rotatek_cache.calibration.gather import calibrate
 from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.cli.app import app
 from rotatek_cache.codecs.fingerprint import fingerprint
+from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.hf.chat import READER
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
 
@@ -68,10 +69,10 @@ def test_every_option(llava: Host, options):
 
 @pytest.mark.parametrize("host", list(FAMILIES), indirect=True)
 def test_every_family(host: Host):
-    inputs = ways.padded(host.tiny)
     options = {"sparsity": 0.5, "always_compress": True}
-    estimate = _estimated(inputs, host.plain.config, 2, dtype=torch.float32, **options)
-    assert estimate.nbytes == _held(host, inputs, 3, **options)
+    for inputs in _prompts(host.tiny).values():
+        estimate = _estimated(inputs, host.plain.config, 2, dtype=torch.float32, **options)
+        assert estimate.nbytes == _held(host, inputs, 3, **options)
     dense = DynamicCache(config=host.plain.config.get_text_config(decoder=True))
     ways.generate(host.plain, inputs, dense, max_new_tokens=3)
     assert estimate.dense_nbytes == storage_bytes([t for layer in dense.layers for t in stock_tensors(layer)])
@@ -131,6 +132,19 @@ def test_by_hand():
     assert int(sealed) == sealed.nbytes and sealed.compression_ratio == sealed.dense_nbytes / sealed.nbytes
 
 
+def test_layers_alike_are_stored_once(llava: Host, monkeypatch):
+    stored = []
+    store = Sealer.store
+    monkeypatch.setattr(
+        Sealer, "store", lambda self, *given, **more: stored.append(self) or store(self, *given, **more)
+    )
+    RotateKCache.estimate(llava.plain.config, 400, 20, sparsity=0.5)
+    assert llava.plain.config.get_text_config().num_hidden_layers > len(stored) == 1
+
+
+SOFTCAP = AutoConfig.for_model("paligemma", text_config={"model_type": "gemma2"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -143,6 +157,7 @@ def test_by_hand():
         ({"dtype": torch.int8}, TypeError, "floating-point dtype"),
         ({"dtype": "float16"}, TypeError, "floating-point dtype"),
         ({"config": "llava"}, TypeError, "config must be the config of a transformers model, got str"),
+        ({"config": SOFTCAP}, ValueError, "a model of 'paligemma' cannot use RotateKCache: .* a softcap"),
         ({"sparsity": None}, ValueError, "exactly one of sparsity, rank and energy"),
         ({"tokens": "fastv:0.5,layer=40"}, ValueError, "FastV: layer must be below"),
     ],

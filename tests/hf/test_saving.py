@@ -24,6 +24,7 @@ from rotatek_cache.calibration.gather import calibrate
 from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.fingerprint import ModelMark, fingerprint
 from rotatek_cache.codecs.registry import CODECS
+from rotatek_cache.core.row_layout import Alignment
 from rotatek_cache.token_pruning.registry import TOKENS
 
 FIT = {"solver": "eigh", "always_compress": True}
@@ -499,3 +500,11 @@ def test_weights_that_are_not_in_memory_tell_no_models_apart(llava: Host):
     assert marks[0].agrees(marks[1]) and marks[1].agrees(marks[0])
     assert not marks[2].agrees(marks[1]) and not marks[1].agrees(marks[2])
     assert not marks[0].agrees(ModelMark("qwen2_vl", marks[0].numbers))
+
+
+def test_a_copy_on_the_host_is_not_loaded_to_a_device(tmp_path):
+    """The host lays out later text by it, where it is; without it, it asks the device."""
+    host = Alignment(torch.zeros(1, 2, dtype=torch.int32), None, 2)
+    saving.write(tmp_path / "one", {"text": Alignment(host.positions, None, 2, host)}, compress=False)
+    file = saving.SavedFile(tmp_path / "one", "cpu")
+    assert file.part(file.parts(["text"])["text"]).origin is None
