@@ -333,7 +333,7 @@ class Alike(AttentionMethod):
         counts, layers = visual.sum(1), len(pruned)
         shares = torch.ones(layers, len(counts), dtype=torch.float64, device="cpu")
         dealt = spread(shares, share_of(layers * counts, self.share), counts.clamp(max=1), counts)
-        nothing = torch.zeros(visual.shape, device="cpu")
+        nothing = torch.zeros(visual.shape, dtype=torch.float32, device="cpu")
         return {layer: best_tokens(nothing, visual, budget) for layer, budget in zip(pruned, dealt, strict=True)}
 
 
@@ -385,6 +385,6 @@ class ShapeSelection(TokenSelection):
     def _summary(self, layer: LayerKV, plan: SealPlan, query: Tensor, mask: Tensor | None, scale: float) -> Summary:
         """Read an attention that no text pays to anything."""
         rows, columns = plan.visual.shape
-        weights = torch.zeros(rows, 1, 1, columns, device="cpu")
+        weights = torch.zeros(rows, 1, 1, columns, dtype=torch.float32, device="cpu")
         seen = torch.ones(rows, 1, columns, dtype=torch.bool, device="cpu")
         return self.method.summarise(AttentionRows(weights, seen, seen[..., 0], plan.visual.cpu()))
