@@ -292,15 +292,17 @@ class Planner:
     def _too_small(
         self, budget: float, text: float, planned: float, counts: Sequence[Sequence[int]] | None = None
     ) -> ValueError:
-        least = f"{RANK_MULTIPLE} channels of visual Keys"
+        least, advice = f"{RANK_MULTIPLE} channels of visual Keys", "raise the budget"
         if counts is not None or self.share is not None:
             least = "of the tokens that were chosen"
         elif self.keep_open:
             least = "all visual tokens but one dropped"
+        else:
+            advice += ', or leave open how many tokens are kept, as in tokens="divprune"'
         return ValueError(
             f"budget={self.budget.given!r} is {readable_bytes(round(budget))} for this prompt, of which all but "
             f"visual tokens takes {readable_bytes(round(text))}, and the least possible ({least}) "
-            f"{readable_bytes(round(planned))}: raise the budget"
+            f"{readable_bytes(round(planned))}: {advice}"
         )
 
     def _first_ranks(self, width: int) -> list[int]:

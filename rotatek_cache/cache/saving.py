@@ -173,6 +173,8 @@ def write(
         raise FileNotFoundError(
             f"path: there is no folder '{target.parent}' for the file '{target.name}': make it first"
         )
+    if target.is_dir():
+        raise IsADirectoryError(f"path: '{target}' is a folder: name a file in it")
     handle, part = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)
     try:

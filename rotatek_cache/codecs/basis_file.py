@@ -20,6 +20,8 @@ def read_file(path: str | os.PathLike[str], expected: str, what: str) -> tuple[d
     """Read tensors and metadata of a file; a ValueError where it is unreadable or of another format."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (bases fitted online need torch alone)
 
+    if not Path(path).is_file():
+        raise ValueError(f"{what} {path} does not exist, or is no file")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PROJECTIONS = ("k_proj.weight", "v_proj.weight", "qkv_proj.weight", "query_key_value.weight")
+
 
 def fingerprint(model: torch.nn.Module) -> Tensor:
     """Pick some weights of each layer's Key and Value projections, float32 ``[n]``: models differ in them.
@@ -13,7 +15,7 @@ def fingerprint(model: torch.nn.Module) -> Tensor:
     """
     picked = []
     for name, parameter in sorted(model.named_parameters()):
-        if name.endswith(("k_proj.weight", "v_proj.weight", "qkv_proj.weight")) and "vision" not in name:
+        if name.endswith(PROJECTIONS) and "vision" not in name:
             picked.append(sample_weight(parameter) if not parameter.is_meta else _unknown(parameter))
     return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.float32, device="cpu")
 

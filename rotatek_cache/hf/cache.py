@@ -789,7 +789,8 @@ class RotateKCache(Cache):
             cache = RotateKCache(sparsity=0.75, basis="pca")
             model.generate(**prompt, past_key_values=cache, max_new_tokens=1)  # read once, without a question
             cache.seal()  # if nothing follows the image
-            asked = cache.ask_many(**processor.tokenizer(questions, padding=True, padding_side="left", ...))
+            ids = processor.tokenizer(questions, return_tensors="pt", padding=True, padding_side="left", ...)
+            asked = cache.ask_many(ids["input_ids"], ids["attention_mask"])
             output = model.generate(**asked, max_new_tokens=32)
             answers = output[:, asked["input_ids"].shape[1] :]
 
@@ -809,8 +810,8 @@ class RotateKCache(Cache):
 
         Raises:
             ValueError: nothing is cached, or it is not sealed; questions are padded on the right, or at all where the
-                model has layers with a sliding window; it is not clear which rows they are about, or the ids of the
-                conversation are not known.
+                model has layers with a sliding window; one begins with the prompt once more; it is not clear which rows
+                they are about, or the ids of the conversation are not known.
         """
         length, batch = self.get_seq_length(), self.batch_size
         if not length or batch < 1:
@@ -822,6 +823,8 @@ class RotateKCache(Cache):
             )
         ids, seen = _checked_questions(questions, attention_mask)
         index = self._rows_asked(len(ids), rows)
+        if conversation is not None and not isinstance(conversation, Tensor):
+            raise ValueError(f"conversation: expected a tensor of ids, got {type(conversation).__name__}")
         known = self.positions.prompt if conversation is None else conversation
         if known is None or known.shape[0] != batch or known.shape[1] < length:
             found = "none are known" if known is None else f"those known are {list(known.shape)}"
@@ -830,6 +833,7 @@ class RotateKCache(Cache):
                 "such as the output of the last generate"
             )
         known = known.to(ids.device)[index.to(ids.device)]
+        self._check_questions_are_new(known[:, :length], ids, seen, index)
         new = torch.cat([known[:, length:], ids], 1)
         seen = torch.cat([torch.ones_like(known[:, length:], dtype=torch.bool), seen], 1)
         order = seen.int().argsort(dim=1, stable=True)  # padding first
@@ -863,12 +867,34 @@ class RotateKCache(Cache):
                     "about, as in rows=[0, 0, 1]"
                 )
             rows = range(batch) if batch == questions else [0] * questions
-        index = torch.as_tensor(list(rows), dtype=torch.int64, device="cpu")
-        if len(index) != questions or bool(((index < 0) | (index >= batch)).any()):
+        given: Any = rows.tolist() if isinstance(rows, Tensor) else rows
+        chosen: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+        whole = all(hasattr(row, "__index__") and not isinstance(row, bool) and 0 <= row < batch for row in chosen)
+        if len(chosen) != questions or not whole:
             raise ValueError(
-                f"rows: expected {questions} numbers from 0 to {batch - 1}, one for each question, got {index.tolist()}"
+                f"rows: expected {questions} numbers from 0 to {batch - 1}, one for each question, got {given}"
             )
-        return index
+        return torch.tensor([int(row) for row in chosen], dtype=torch.int64, device="cpu")
+
+    def _check_questions_are_new(self, known: Tensor, ids: Tensor, seen: Tensor, index: Tensor) -> None:
+        """Raise a ValueError for questions that begin with the prompt, which would be read again, without its images.
+
+        Args:
+            known: ids ``[N, cached tokens]`` of what each question is about.
+            ids, seen: the questions ``[N, n]``, False on their padding.
+            index: the cache's row that each question is about.
+        """
+        visible = self.positions.visible
+        for number, row in enumerate(index.tolist()):
+            held, asked = known[number], ids[number][seen[number]]
+            if visible is not None:
+                shown = visible[row, : len(held)].to(held.device)
+                held = torch.cat([held[: len(shown)][shown], held[len(shown) :]])
+            if 1 < len(held) <= len(asked) and torch.equal(held.to(asked.dtype), asked[: len(held)]):
+                raise ValueError(
+                    f"questions: number {number} begins with all {len(held)} tokens that the cache holds of its row: "
+                    "pass what follows them alone, and leave out the images"
+                )
 
     def _branch(self, index: Tensor, padding: Tensor) -> Self:
         """Make a cache whose row b goes on from row ``index[b]``, with so many columns of padding first."""
@@ -962,6 +988,8 @@ def _checked_questions(questions: Tensor, mask: Tensor | None) -> tuple[Tensor, 
     if not isinstance(questions, Tensor) or questions.ndim != 2 or questions.is_floating_point():
         what = list(questions.shape) if isinstance(questions, Tensor) else type(questions).__name__
         raise ValueError(f"questions: expected a tensor of ids [questions, tokens], got {what}")
+    if 0 in questions.shape:
+        raise ValueError(f"questions: expected at least one, of one token or more, got {list(questions.shape)}")
     seen = torch.ones_like(questions, dtype=torch.bool) if mask is None else mask.bool().to(questions.device)
     if seen.shape != questions.shape:
         raise ValueError(

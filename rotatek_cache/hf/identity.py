@@ -17,6 +17,7 @@ from transformers import DynamicCache, LogitsProcessorList
 
 from rotatek_cache.hf.attachment import attachment_of, inner_model
 from rotatek_cache.hf.cache import RotateKCache
+from rotatek_cache.hf.calls import cache_name
 from rotatek_cache.hf.prompt import placeholder_positions
 
 # What is compared with DynamicCache: Keys stored as they are, and as all of their coefficients.
@@ -113,13 +114,13 @@ def check_identity(model: Any, inputs: Mapping[str, Any], *, tokens: int = 8) ->
         "output_logits": True,
     }
     text = model.config.get_text_config(decoder=True)
-    dense = model.generate(**inputs, past_key_values=DynamicCache(config=text), **settings)
+    dense = model.generate(**inputs, **{cache_name(): DynamicCache(config=text)}, **settings)
     expected = torch.stack(dense.logits).double()
     follow = LogitsProcessorList([_Follow(dense.sequences)])
     differences, same, segments = {}, {}, 0
     for name, options in SETTINGS.items():
         cache = RotateKCache.for_study(**options)
-        output = model.generate(**inputs, past_key_values=cache, logits_processor=follow, **settings)
+        output = model.generate(**inputs, **{cache_name(): cache}, logits_processor=follow, **settings)
         got = torch.stack(output.logits).double()
         differences[name] = float((got - expected).abs().amax())
         same[name] = int((got.argmax(-1) == expected.argmax(-1)).sum())

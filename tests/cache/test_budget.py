@@ -305,6 +305,12 @@ def test_a_budget_below_the_text(llava: Host, options):
     assert text > 3
 
 
+def test_a_budget_below_the_values_says_that_tokens_may_go(llava: Host):
+    with pytest.raises(ValueError, match=r'raise the budget, or leave open how .*tokens="divprune"'):
+        filled(llava, images(llava, 4), budget="0.25x")
+    assert filled(llava, images(llava, 4), budget="0.25x", tokens="divprune").nbytes()
+
+
 def test_fastv_cannot_go_below_its_first_layers(llava: Host):
     with pytest.raises(ValueError, match="raise the budget"):
         filled(llava, images(llava, 4), sparsity=0, budget="0.5x", tokens="fastv")

@@ -275,6 +275,24 @@ def test_images_of_the_prompt_that_come_again_are_refused(llava: Host):
         llava.attached.generate(**asked, pixel_values=prompt["pixel_values"], max_new_tokens=2)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_question_that_repeats_the_prompt_is_refused(llava: Host, tmp_path, loaded):
+    prompt, cache = ways.padded(llava.tiny), RotateKCache(sparsity=0.5)
+    ways.generate(llava.attached, prompt, cache, max_new_tokens=1)
+    if loaded:
+        cache.save(tmp_path / "one")
+        cache = RotateKCache.load(tmp_path / "one")
+    question = torch.tensor([words(4, 1)] * 2)
+    again = torch.cat([prompt["input_ids"], question], 1)
+    mask = torch.cat([prompt["attention_mask"], torch.ones_like(question)], 1)
+    for extra in (0, 3):  # padded by another tokenizer call, or as it was
+        ids = torch.nn.functional.pad(again, (extra, 0), value=PAD)
+        seen = torch.nn.functional.pad(mask, (extra, 0))
+        with pytest.raises(ValueError, match=r"number 0 begins with all \d+ tokens .*leave out the images"):
+            cache.ask_many(ids, seen)
+    assert cache.ask_many(question)
+
+
 def test_what_cannot_be_asked_is_named(llava: Host):
     cache = RotateKCache(sparsity=0.5)
     ids, mask = padded(QUESTIONS)
@@ -284,7 +302,7 @@ def test_what_cannot_be_asked_is_named(llava: Host):
     llava.attached(**prompt, past_key_values=cache)
     with pytest.raises(ValueError, match=r"holds 2 rows and there are 3 questions: .*rows=\[0, 0, 1\]"):
         cache.ask_many(ids, mask)
-    for rows in ([0, 1], [0, 1, 2], [0, -1, 0]):
+    for rows in ([0, 1], [0, 1, 2], [0, -1, 0], [0, 0.7, 1.2], [True, False, True], torch.rand(3), 1):
         with pytest.raises(ValueError, match="rows: expected 3 numbers from 0 to 1"):
             cache.ask_many(ids, mask, rows=rows)
     with pytest.raises(ValueError, match="expected questions padded on the left"):
@@ -293,6 +311,10 @@ def test_what_cannot_be_asked_is_named(llava: Host):
         cache.ask_many(ids, mask[:, :4], rows=ROWS)
     with pytest.raises(ValueError, match=r"expected a tensor of ids \[questions, tokens\], got \[9\]"):
         cache.ask_many(ids[0])
+    with pytest.raises(ValueError, match=r"expected at least one, of one token or more, got \[3, 0\]"):
+        cache.ask_many(ids[:, :0], rows=ROWS)
+    with pytest.raises(ValueError, match="conversation: expected a tensor of ids, got list"):
+        cache.ask_many(ids, mask, rows=ROWS, conversation=prompt["input_ids"].tolist())
     ways.generate(llava.attached, ways.follow_up(llava.tiny, prompt, prompt["input_ids"], words(3, 1)), cache)
     with pytest.raises(ValueError, match=r"conversation: expected ids \[2, at least .*those known are"):
         cache.ask_many(ids, mask, rows=ROWS)

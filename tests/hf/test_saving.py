@@ -322,7 +322,7 @@ def test_a_file_that_was_cut_is_refused(whole, tmp_path, length):
 
 def test_foreign_files_are_refused(whole, tmp_path, basis):
     path = tmp_path / "one"
-    with pytest.raises(ValueError, match="nowhere cannot be read"):
+    with pytest.raises(ValueError, match=r"saved cache .*nowhere does not exist"):
         RotateKCache.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"expected 'rotatek-cache-1', got 'rotatek-basis-2'"):
         RotateKCache.load(basis)
@@ -460,6 +460,12 @@ def test_a_folder_that_is_missing_is_named(tmp_path):
         RotateKCache(sparsity=0.5).save(tmp_path / "nowhere" / "one")
 
 
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"path: '.*' is a folder: name a file in it"):
+        RotateKCache(sparsity=0.5).save(tmp_path)
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}.*"))
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(llava: Host, tmp_path, monkeypatch):
     path = tmp_path / "one"
     RotateKCache(sparsity=0.5).save(path)
@@ -508,3 +514,13 @@ def test_a_copy_on_the_host_is_not_loaded_to_a_device(tmp_path):
     saving.write(tmp_path / "one", {"text": Alignment(host.positions, None, 2, host)}, compress=False)
     file = saving.SavedFile(tmp_path / "one", "cpu")
     assert file.part(file.parts(["text"])["text"]).origin is None
+
+
+def test_joint_projections_tell_models_apart():
+    """Fuyu's layers have one weight for queries, Keys and Values, `query_key_value`."""
+    model = build_host("fuyu").plain
+    before = ModelMark.of(model, "fuyu")
+    with torch.no_grad():
+        for parameter in (other := copy.deepcopy(model)).parameters():
+            parameter.mul_(1.1)
+    assert before.numbers and not before.agrees(ModelMark.of(other, "fuyu"))
