@@ -1,8 +1,9 @@
 """SGLang's model runner, batches and prefix cache in this process, without a server: what `test_coded_runner.py` runs.
 
-    python runner.py MODEL BASIS
+    python runner.py MODEL BASIS 16 4
 
-With ROTATEK_BASIS and ROTATEK_BITS in the environment. Prints JSON.
+With ROTATEK_BASIS and ROTATEK_TEXT=coded in the environment. For each number of bits it prints a line of JSON, from a
+process of its own: those are forked once SGLang is imported, which takes longer than all else.
 """
 
 import json
@@ -23,17 +24,14 @@ FLAGS += ["--max-running-requests", "8", "--random-seed", "0", "--enable-mixed-c
 class Runner:
     """Serves requests as SGLang's scheduler does, one batch after the other."""
 
-    def __init__(self, model):
-        from sglang.srt.plugins import load_plugins
-
-        load_plugins()
+    def __init__(self, model, flags=FLAGS):
         from sglang.benchmark import one_batch
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.unified_cache.components import ComponentType
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
         from sglang.srt.server_args import PortArgs, prepare_server_args
 
-        given = prepare_server_args(["--model-path", model, *FLAGS])
+        given = prepare_server_args(["--model-path", model, *flags])
         given.resolve_once()
         one_batch._set_envs_and_config(given)
         rank = one_batch.spawn_world_rank(given, tp_rank=0, pp_rank=0)
@@ -126,10 +124,45 @@ def reference(model, ids, answer, cache):
     return torch.stack(found)
 
 
-def main():
-    model, basis = sys.argv[1:]
-    bits = float(os.environ["ROTATEK_BITS"])
+def forked(work, *arguments):
+    """What `work` returns, or the error that ends it, from a fork of this process."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            said = work(*arguments)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever it is, the test is told)
+            said = {"error": f"{type(error).__name__}: {error}"}
+        with os.fdopen(write, "w") as answer:
+            json.dump(said, answer)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(said)
+
+
+def load_sglang():
+    """Import what all forks need, with our plug-in, whose platform must be there first."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    import sglang.benchmark.one_batch  # noqa: F401
+
+
+def start(model, flags, environment):
+    """Make a `Runner` with other variables."""
+    os.environ.update(environment)
+    Runner(model, flags)
+    return {}
+
+
+def served(model, basis, bits):
+    """What requests with all tokens coded come to, beside transformers."""
+    os.environ["ROTATEK_BITS"] = bits
     runner = Runner(model)
+    bits = float(bits)
     dense = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     coded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     coded.set_attn_implementation(NAME)
@@ -157,7 +190,14 @@ def main():
     said["held"] = runner.free()
     runner.tree.evict(EvictParams(num_tokens=10**6))
     said["end"] = runner.free()
-    print(json.dumps(said))
+    return said
+
+
+def main():
+    model, basis, *settings = sys.argv[1:]
+    load_sglang()
+    for bits in settings:
+        print(json.dumps(forked(served, model, basis, bits)))
 
 
 if __name__ == "__main__":

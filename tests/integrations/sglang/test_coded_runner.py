@@ -33,19 +33,21 @@ def basis(tiny, tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module", params=[16, 4])
-def said(request, tiny, basis):
-    environment = {**os.environ, "ROTATEK_BASIS": basis, "ROTATEK_BITS": str(request.param), "HF_HUB_OFFLINE": "1"}
-    script = Path(__file__).with_name("runner.py")
-    done = subprocess.run(
-        [sys.executable, str(script), tiny("qwen2"), basis],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def answers(tiny, basis):
+    environment = {**os.environ, "ROTATEK_BASIS": basis, "ROTATEK_TEXT": "coded", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, Path(__file__).with_name("runner.py"), tiny("qwen2"), basis, "16", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {"bits": request.param, **json.loads(done.stdout.splitlines()[-1])}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip((16, 4), map(json.loads, lines), strict=True))
+
+
+@pytest.fixture(params=[16, 4])
+def said(request, answers):
+    found = answers[request.param]
+    assert "error" not in found, found
+    return {"bits": request.param, **found}
 
 
 def test_answers(said):
