@@ -7,6 +7,7 @@ process of its own: those are forked once SGLang is imported, which takes longer
 """
 
 import json
+import logging
 import os
 import sys
 from array import array
@@ -14,7 +15,7 @@ from array import array
 import torch
 import transformers
 
-from rotatek_cache import RotateKCache
+from rotatek_cache import RotateKCache, attend
 from rotatek_cache.hf.attention import NAME
 
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--mem-fraction-static", "0.3", "--max-total-tokens", "600"]
@@ -151,17 +152,37 @@ def load_sglang():
     import sglang.benchmark.one_batch  # noqa: F401
 
 
+class Forms(set):
+    """Kinds of attention that ran since: whether of many queries, and of each segment whether it has a basis, a mask."""
+
+    def __init__(self):
+        from rotatek_sglang import backend, coded_backend
+
+        def watched(query, views, scale, **options):
+            segments = tuple((view.basis is not None, view.mask is not None) for view in views)
+            self.add((query.shape[2] > 1, segments))
+            return attend(query, views, scale, **options)
+
+        backend.attend = coded_backend.attend = watched
+
+
 def start(model, flags, environment):
-    """Make a `Runner` with other variables."""
+    """Make a `Runner` with other variables; returns the forms of attention that ran, and what was warned of."""
     os.environ.update(environment)
+    forms, warned = Forms(), []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logging.getLogger("rotatek_sglang").addHandler(handler)
     Runner(model, flags)
-    return {}
+    return {"forms": sorted(forms), "warned": warned}
 
 
 def served(model, basis, bits):
     """What requests with all tokens coded come to, beside transformers."""
     os.environ["ROTATEK_BITS"] = bits
+    started = Forms()
     runner = Runner(model)
+    serving = Forms()
     bits = float(bits)
     dense = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     coded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -190,6 +211,7 @@ def served(model, basis, bits):
     said["held"] = runner.free()
     runner.tree.evict(EvictParams(num_tokens=10**6))
     said["end"] = runner.free()
+    said["forms"] = [len(serving), len(serving - started)]
     return said
 
 

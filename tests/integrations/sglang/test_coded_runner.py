@@ -68,3 +68,10 @@ def test_everything_comes_back(said):
     assert said["held"][1:] == [128 - 3 * 4 - 2, 0]
     assert said["held"][0] < 400
     assert said["end"] == said["start"]
+
+
+def test_all_forms_of_attention_run_at_the_start(said):
+    """So that no request waits for a kernel to be compiled."""
+    count, new = said["forms"]
+    assert count > 3
+    assert new == 0

@@ -134,5 +134,14 @@ def test_a_cache_in_another_dtype_than_the_model_is_refused(said):
     assert "ask for torch.bfloat16" in said["dtype"]["error"]
 
 
-def test_a_pool_is_made(said):
-    assert said["pool"] == {}
+def test_attention_over_images_runs_at_the_start(said):
+    """Steps, and chunks of prompts, with up to four visual segments: no request waits for a kernel to be compiled."""
+    visual, text, own = [True, False], [False, False], [False, True]
+    steps = [[False, [visual] * count + [text]] for count in range(5)]
+    chunks = [[True, [visual] * count + [text, own]] for count in range(5)]
+    assert all(form in said["pool"]["forms"] for form in steps + chunks)
+
+
+def test_a_pool_that_holds_less_than_a_dense_one_is_warned_of(said):
+    """Bases for the images of 32 requests take more than is saved."""
+    assert any("tokens fit, where a dense cache would hold" in warning for warning in said["pool"]["warned"])
