@@ -153,7 +153,7 @@ def load_sglang():
 
 
 class Forms(set):
-    """Kinds of attention that ran since: whether of many queries, and of each segment whether it has a basis, a mask."""
+    """Kinds of attention that ran since: if of many queries, and of each segment whether it has a basis, a mask."""
 
     def __init__(self):
         from rotatek_sglang import backend, coded_backend
