@@ -56,7 +56,7 @@ def refused(server, kind):
         return error.code
 
 
-def waits(server, kind, asked=12):
+def waits(server, kind, asked=8):
     """Seconds that each of so many requests took, four at a time, while two clients were refused again and again."""
     done, codes = threading.Event(), set()
 

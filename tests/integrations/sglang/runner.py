@@ -3,7 +3,8 @@
     python runner.py MODEL BASIS 16 4
 
 With ROTATEK_BASIS and ROTATEK_TEXT=coded in the environment. For each number of bits it prints a line of JSON, from a
-process of its own: those are forked once SGLang is imported, which takes longer than all else.
+process of its own: those are forked once SGLang is imported, which takes longer than all else. The last line is what a
+pool comes to that is too small.
 """
 
 import json
@@ -220,6 +221,7 @@ def main():
     load_sglang()
     for bits in settings:
         print(json.dumps(forked(served, model, basis, bits)))
+    print(json.dumps(forked(start, model, [*FLAGS, "--max-total-tokens", "100"], {"ROTATEK_BITS": "4"})))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from load import REFUSED, hit_rate, waits
 from oracle import calibrate_basis, greedy_logprobs
 from prompts import REQUESTS, TOKENS, WORDS
 from serving import VIDEOS, Server, message, picture
@@ -146,19 +147,12 @@ class TestSmallPool:
         assert [answer.status for answer in answers] == [400, 200, 400]
         assert server.ask(message("?", HUGE), 2).status == 200  # 1,024 tokens, all but the whole pool
 
-    def test_a_refused_request_holds_up_nobody(self, server, untouched):
-        body = {"text": "x", "session_params": {"id": "nope"}, "sampling_params": {"max_new_tokens": 3000}}
+    @pytest.mark.parametrize("kind", REFUSED)
+    def test_a_refused_request_holds_up_nobody(self, server, untouched, dense, kind):
+        assert max(waits(server, kind)) < 2 * max(dense.waits[kind]) + 2
 
-        def refused(_):
-            with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(server.request(body, "/generate"), timeout=30)
-            return caught.value.code
-
-        with ThreadPoolExecutor(8) as threads:
-            codes = threads.map(refused, range(4))
-            answers = server.ask_all([((TEXT,), {"timeout": 30}), ((IMAGE,), {"timeout": 30})])
-            assert set(codes) == {400}
-        assert [answer.status for answer in answers] == [200, 200]
+    def test_as_much_is_found_in_the_prefix_cache_as_in_dense_sglangs(self, server, untouched, dense):
+        assert hit_rate(server) > 0.95 * dense.hits
 
     def test_cached_prompts_make_way(self, server, untouched):
         """More tokens than there are rows, and more beginnings than have dense rows, one after the other."""
@@ -226,7 +220,7 @@ def refused(monkeypatch, capsys):
     return launched
 
 
-def test_what_cannot_be_coded_is_an_error_at_the_start(tiny, basis, logs, tmp_path, refused):
+def test_what_cannot_be_coded_is_an_error_at_the_start(tiny, basis, tmp_path, refused):
     path = tmp_path / "images.safetensors"
     calibrate_basis(tiny("qwen2_5_vl"), [message("?", picture(50 + seed)) for seed in range(2)], path)
     assert "was calibrated without text" in refused("--basis", str(path), "--bits", "4")
@@ -235,9 +229,3 @@ def test_what_cannot_be_coded_is_an_error_at_the_start(tiny, basis, logs, tmp_pa
     assert "text_share is for a server with text dense" in refused(
         "--basis", basis, "--bits", "4", "--text-share", ".5"
     )
-    arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, "--max-total-tokens", "100", "--basis", basis, "--bits"]
-    with (
-        pytest.raises(RuntimeError, match="the KV pool holds 100 tokens, which no request fits into"),
-        Server("rotatek_sglang.launch", *arguments, "4", log=logs / "tiny_pool.log"),
-    ):
-        pass

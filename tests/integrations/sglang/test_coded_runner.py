@@ -40,7 +40,7 @@ def answers(tiny, basis):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return dict(zip((16, 4), map(json.loads, lines), strict=True))
+    return dict(zip((16, 4, "tiny"), map(json.loads, lines), strict=True))
 
 
 @pytest.fixture(params=[16, 4])
@@ -59,6 +59,10 @@ def test_answers(said):
         assert max(said["dense"]) < 2e-5
     else:
         assert max(said["dense"][:3]) > 0.1  # what four bits change in this model, and the coded cache changes alike
+
+
+def test_a_pool_that_no_request_fits_into_is_an_error_at_the_start(answers):
+    assert "the KV pool holds 100 tokens, which no request fits into" in answers["tiny"]["error"]
 
 
 def test_everything_comes_back(said):
