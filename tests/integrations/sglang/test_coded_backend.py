@@ -123,8 +123,9 @@ for request, length in list(lengths.items()):
     counted(ends, end, request, torch.unique(own // 2))
 for number in on_their_way:
     number.known = int(number.count)
-print(json.dumps({"outputs": outputs, "reads": sum(reads), "prompts": prompts, "ends": ends,
-                  "difference": max(differences), "free": [allocator.available_size(), pool.sinks.free()], "running": len(backend.ledger.ring_start)}))
+free = [allocator.available_size(), pool.sinks.free()]
+print(json.dumps({"outputs": outputs, "reads": sum(reads), "prompts": prompts, "ends": ends, "free": free,
+                  "difference": max(differences), "running": len(backend.ledger.ring_start)}))
 """
 
 
