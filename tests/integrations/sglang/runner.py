@@ -157,14 +157,14 @@ class Forms(set):
     """Kinds of attention that ran since: if of many queries, and of each segment whether it has a basis, a mask."""
 
     def __init__(self):
-        from rotatek_sglang import backend, coded_backend
+        from rotatek_sglang import backend, coded_backend, prompt_attention
 
         def watched(query, views, scale, **options):
             segments = tuple((view.basis is not None, view.mask is not None) for view in views)
             self.add((query.shape[2] > 1, segments))
             return attend(query, views, scale, **options)
 
-        backend.attend = coded_backend.attend = watched
+        backend.attend = coded_backend.attend = prompt_attention.attend = watched
 
 
 def start(model, flags, environment):

@@ -137,9 +137,11 @@ def test_a_cache_in_another_dtype_than_the_model_is_refused(said):
 def test_attention_over_images_runs_at_the_start(said):
     """Steps, and chunks of prompts, with up to four visual segments: no request waits for a kernel to be compiled."""
     visual, text, own = [True, False], [False, False], [False, True]
-    steps = [[False, [visual] * count + [text]] for count in range(5)]
-    chunks = [[True, [visual] * count + [text, own]] for count in range(5)]
-    assert all(form in said["pool"]["forms"] for form in steps + chunks)
+    stored = [[visual] * count + [text] for count in range(5)]
+    steps = [[False, each] for each in stored]
+    chunks = [[True, [*each, own]] for each in stored]
+    later_blocks = [[True, [*each, text, own]] for each in stored]
+    assert all(form in said["pool"]["forms"] for form in steps + chunks + later_blocks)
 
 
 def test_a_pool_that_holds_less_than_a_dense_one_is_warned_of(said):
