@@ -178,6 +178,29 @@ def start(model, flags, environment):
     return {"forms": sorted(forms), "warned": warned}
 
 
+def queued(model, flags):
+    """What is left of five cached texts of 40 tokens, in a pool with 300 text rows, as others are asked for."""
+    from rotatek_sglang.pool import make_room
+    from rotatek_sglang.rows import Need
+
+    runner = Runner(model, flags)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        runner.serve([torch.randint(0, 390, (39,), generator=generator).tolist()], 2)
+    asked = {
+        "an answer that would need most of the pool": (Need(text=60), Need(), Need(text=200)),
+        "an image and a text that fit": (Need(text=60, visual=500, bases=1), Need(), Need()),
+        "a text beside one that runs": (Need(text=200), Need(text=120), Need()),
+        "an image beyond the visual rows": (Need(visual=1000), Need(), Need()),
+        "a text for which two must go": (Need(text=180), Need(), Need()),
+        "a text for which all must go": (Need(text=300), Need(), Need()),
+    }
+    return {
+        what: [make_room(runner.allocator, runner.tree, *needs), runner.tree.evictable_size()]
+        for what, needs in asked.items()
+    }
+
+
 def served(model, basis, bits):
     """What requests with all tokens coded come to, beside transformers."""
     os.environ["ROTATEK_BITS"] = bits
