@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rotatek_cache.token_pruning.methods.divprune import DivPrune
     from rotatek_cache.token_pruning.methods.fastv import FastV
     from rotatek_cache.token_pruning.methods.look_m import LookM
+    from rotatek_cache.token_pruning.methods.pyramid_drop import PyramidDrop
     from rotatek_cache.token_pruning.methods.visionzip import VisionZip
     from rotatek_cache.token_pruning.methods.vl_cache import VLCache
 
@@ -32,6 +33,7 @@ __all__ = [
     "KeyBasis",
     "LayerKV",
     "LookM",
+    "PyramidDrop",
     "RotateKCache",
     "SegmentView",
     "VLCache",
@@ -51,6 +53,7 @@ _HOMES = {
     "KeyBasis": "core.basis",
     "LayerKV": "cache.layer",
     "LookM": "token_pruning.methods.look_m",
+    "PyramidDrop": "token_pruning.methods.pyramid_drop",
     "RotateKCache": "hf.cache",
     "SegmentView": "core.segments",
     "VLCache": "token_pruning.methods.vl_cache",

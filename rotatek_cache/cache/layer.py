@@ -61,7 +61,7 @@ class LayerKV:
         self.pending: Pending | None = None
         self.length = 0  # logical tokens, padding included
         self.kept_dense: list[tuple[int, int]] = []  # (row at its seal, visual tokens) below break-even
-        self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, visual tokens left out [B]
+        self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, tokens left out [B]
         self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
         self.dtype: torch.dtype | None = None
 

@@ -8,6 +8,7 @@ from rotatek_cache.token_pruning.methods.aircache import AirCache
 from rotatek_cache.token_pruning.methods.divprune import DivPrune
 from rotatek_cache.token_pruning.methods.fastv import FastV
 from rotatek_cache.token_pruning.methods.look_m import LookM
+from rotatek_cache.token_pruning.methods.pyramid_drop import PyramidDrop
 from rotatek_cache.token_pruning.methods.visionzip import VisionZip
 from rotatek_cache.token_pruning.methods.vl_cache import VLCache
 
@@ -16,6 +17,7 @@ TOKENS: dict[str, type[TokenMethod]] = {
     "divprune": DivPrune,
     "fastv": FastV,
     "look_m": LookM,
+    "pyramid_drop": PyramidDrop,
     "visionzip": VisionZip,
     "vl_cache": VLCache,
 }

@@ -8,8 +8,9 @@ from tiny_models import visual_positions
 from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache
+from rotatek_cache.token_pruning.registry import TOKENS
 
-METHODS = ("fastv", "vl_cache", "aircache", "look_m", "divprune", "visionzip")
+METHODS = tuple(TOKENS)
 OPTIONS = [{"sparsity": 0.5}, {"energy": 0.9}, *({"sparsity": 0.5, "tokens": f"{name}:0.5"} for name in METHODS)]
 BUDGETS = [{"budget": "0.95x"}, *({"budget": "0.8x", "tokens": name} for name in METHODS)]
 HIDDEN = 20  # visual tokens

@@ -22,7 +22,7 @@ from rotatek_cache.hf.feature_choice import choose
 from rotatek_cache.options import FitOptions
 from rotatek_cache.token_pruning.methods.divprune import DivPrune
 from rotatek_cache.token_pruning.methods.visionzip import VisionZip
-from rotatek_cache.token_pruning.registry import token_method
+from rotatek_cache.token_pruning.registry import TOKENS, token_method
 
 ROOT = Path(__file__).parents[2]
 STORED = [
@@ -37,7 +37,7 @@ STORED = [
     {"sparsity": 0.75, "key_bits": "auto", "value_sparsity": 0.75, "value_bits": "auto"},
     {"basis": "none", "sparsity": 0, "key_bits": 4},
 ]
-METHODS = ("fastv", "vl_cache", "aircache", "look_m", "divprune", "visionzip")
+METHODS = tuple(TOKENS)
 CHOSEN = [
     *({"sparsity": 0.5, "tokens": f"{name}:0.5"} for name in METHODS),
     {"budget": "0.95x"},
