@@ -56,7 +56,7 @@ from rotatek_cache.token_pruning.registry import token_method
 DEFAULT_METHODS = Path(__file__).parent / "settings" / "token_pruning.yaml"
 QUESTIONS = ("first", "second")
 LEAST_KEPT = 0.01  # of the tokens, that are tried to meet a budget
-NEAR = 0.03  # a budget is met within this share of it
+NEAR, FAR = 0.01, 0.05  # a budget is met within a share of it, where whole tokens allow, and must be within another
 TRIES = 5
 
 
@@ -190,17 +190,19 @@ def matched(make: Callable[[float, float | None], Variant], budgets: Sequence[fl
     starts = [(keep, make(keep, None).share) for keep in (0.2, 0.8)] if budgets else []
     for budget in budgets:
         (before, share_before), (last, share_last) = starts
+        tried: list[Variant] = []
         for _ in range(TRIES):
             keep = last + (budget - share_last) * (last - before) / (share_last - share_before)
             if not LEAST_KEPT < keep <= 1:
                 break  # out of reach
-            variant = make(keep, budget)
-            if abs(variant.share - budget) <= NEAR * budget:
-                yield variant
+            tried.append(make(keep, budget))
+            share = tried[-1].share
+            if abs(share - budget) <= NEAR * budget or share == share_last:  # whole tokens are all alike then
                 break
-            if variant.share == share_last:
-                break  # whole tokens
-            (before, share_before), (last, share_last) = (last, share_last), (keep, variant.share)
+            (before, share_before), (last, share_last) = (last, share_last), (keep, share)
+        best = min(tried, key=lambda row: abs(row.share - budget), default=None)
+        if best is not None and abs(best.share - budget) <= FAR * budget:
+            yield best
 
 
 def _with_keep(spec: str, keep: float) -> TokenMethod:
