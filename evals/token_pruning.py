@@ -50,6 +50,7 @@ from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.hf.encoders import encoder_tap, token_signal
 from rotatek_cache.hf.feature_choice import choose
 from rotatek_cache.hf.storage import storage_bytes
+from rotatek_cache.options import FitOptions
 from rotatek_cache.token_pruning.interface import AttentionMethod, FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
 
@@ -73,10 +74,10 @@ class HalfCache(RotateKCache):
 
 
 class _HalfKV(LayerKV):
-    def seal(self, plan: SealPlan, merge: Merge | None = None) -> None:
+    def seal(self, plan: SealPlan, merge: Merge | None = None, better: FitOptions | None = None) -> None:
         assert self.pending is not None
         self.pending.keys, self.pending.values = self.pending.keys.half(), self.pending.values.half()
-        super().seal(plan, merge)
+        super().seal(plan, merge, better)
 
 
 @dataclass

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rotatek_cache.hf.families import families
     from rotatek_cache.options import FitOptions
     from rotatek_cache.token_pruning.methods.aircache import AirCache
+    from rotatek_cache.token_pruning.methods.akvq_vl import AKVQVL
     from rotatek_cache.token_pruning.methods.divprune import DivPrune
     from rotatek_cache.token_pruning.methods.fastv import FastV
     from rotatek_cache.token_pruning.methods.look_m import LookM
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AKVQVL",
     "AirCache",
     "DivPrune",
     "FastV",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AKVQVL": "token_pruning.methods.akvq_vl",
     "AirCache": "token_pruning.methods.aircache",
     "DivPrune": "token_pruning.methods.divprune",
     "FastV": "token_pruning.methods.fastv",

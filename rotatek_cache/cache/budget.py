@@ -159,6 +159,11 @@ class Planner:
     def __init__(self, budget: Budget, options: FitOptions, tokens: TokenMethod | None, *, rank_open: bool) -> None:
         self.budget, self.options, self.tokens, self.rank_open = budget, options, tokens, rank_open
         self.keep_open = tokens is not None and tokens.keep is None
+        if isinstance(tokens, AttentionMethod) and not tokens.drops:
+            raise ValueError(
+                f"budget={budget.given!r} is divided between dropped tokens and channels, and tokens={tokens} drop "
+                "none: leave out budget"
+            )
         if isinstance(tokens, AttentionMethod) and tokens.drops_text:
             raise ValueError(
                 f"budget={budget.given!r} is divided among visual tokens, and tokens={tokens} drop text as well: give "

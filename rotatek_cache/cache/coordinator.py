@@ -138,9 +138,11 @@ class Coordinator:
             layer.use(self.planner.options_of(layer.index))
 
     def _seal(self, layer: LayerKV, plan: SealPlan) -> None:
-        merge = None
+        merge, better = None, None
+        if self.selection is not None and plan.better is not None:
+            better = self.selection.method.options_of_kept(layer.options)
         if self.selection is not None and plan.dropped is not None:
             merge = functools.partial(self.selection.method.merged, kept=plan.visual, dropped=plan.dropped)
         if self.planner is not None and self.planner.made is not None:
             plan = plan.keep_last_dense(self.planner.made.last_dense[layer.index])
-        layer.seal(plan, merge)
+        layer.seal(plan, merge, better)

@@ -34,6 +34,7 @@ class SealPlan:
         dropped: bool ``[B, P]``, tokens that are to be left out; None: none.
         prompt_end: where guesses at the answer begin; None: there are none.
         asking: bool ``[B, P]``, tokens whose queries weigh; None: those that are stored.
+        better: bool ``[B, P]``, visual tokens that are stored better than the others; None: all are stored alike.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class SealPlan:
         dropped: Tensor | None = None,
         prompt_end: int | None = None,
         asking: Tensor | None = None,
+        better: Tensor | None = None,
     ) -> None:
         if dropped is not None:
             # Handled as padding is: stored nowhere, and queries of visual tokens, which may be masked, weigh nothing.
@@ -54,6 +56,7 @@ class SealPlan:
         self.visible = visible  # bool [B, P]
         self.asking = visible if asking is None else asking  # bool [B, P]
         self.dropped = dropped
+        self.better = better
         self.prompt_end = end if prompt_end is None else prompt_end
         self.begin = begin
         self.end = end
@@ -62,6 +65,7 @@ class SealPlan:
         self.all_ask = self.all_visible if self.asking is visible else bool(self.asking.all())
         # By what they follow from; tensors and alignments are compared by identity.
         self._keeping: dict[tuple[Tensor, bool], SealPlan] = {}
+        self._preferring: dict[Tensor, SealPlan] = {}
         self._last_dense: dict[int, SealPlan] = {}
         self._layouts: dict[tuple[tuple[int, ...], torch.device], RowLayout] = {}
         self._dropped_counts: dict[torch.device, Tensor] = {}
@@ -97,6 +101,27 @@ class SealPlan:
             dropped = (self.visible if text_too else self.visual) & ~kept.to(self.visual.device)
             self._keeping[kept, text_too] = SealPlan(self.visual, self.visible, self.begin, self.end, dropped)
         return self._keeping[kept, text_too]
+
+    def preferring(self, better: Tensor | None) -> "SealPlan":
+        """Return the plan of a layer that stores the visual tokens of bool ``[B, P]`` better; the same for one."""
+        if better is None:
+            return self
+        if better not in self._preferring:
+            own = better.to(self.visual.device)
+            self._preferring[better] = SealPlan(
+                self.visual, self.visible, self.begin, self.end, asking=self.asking, better=own
+            )
+        return self._preferring[better]
+
+    @functools.cached_property
+    def by_quality(self) -> "tuple[SealPlan, SealPlan]":
+        """Plans of the visual tokens that are stored better, and of the others; all else is the same in both."""
+        assert self.better is not None
+        better, others = (
+            SealPlan(self.visual & part, self.visible, self.begin, self.end, asking=self.asking)
+            for part in (self.better, ~self.better)
+        )
+        return better, others
 
     def keep_last_dense(self, tokens: int) -> "SealPlan":
         """Return the plan that counts the last `tokens` visual tokens of each row as text."""

@@ -43,7 +43,8 @@ class TokenSelection:
         return plan if plan is not self._plan else self._keeping(layer, plan)
 
     def _keeping(self, layer: int, plan: SealPlan) -> SealPlan:
-        return plan.keeping(self._kept.get(layer), text_too=self.method.drops_text)
+        kept = self._kept.get(layer)
+        return plan.keeping(kept, text_too=self.method.drops_text) if self.method.drops else plan.preferring(kept)
 
     def decide(
         self, layer: LayerKV, plan: SealPlan, query: Tensor, mask: Tensor | None, scale: float

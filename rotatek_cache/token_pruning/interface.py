@@ -14,6 +14,8 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
+from rotatek_cache.options import FitOptions
+
 Summary = tuple[Tensor, ...]
 
 
@@ -55,9 +57,13 @@ class TokenMethod:
     Args:
         keep: share in (0, 1] of the visual tokens that the method keeps (of which layers: see the method); None where
             a budget is to set it.
+
+    Attributes:
+        drops: tokens that are not kept are dropped; else they are stored as the options say, and the kept ones better.
     """
 
     keep: float | None = None
+    drops: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.keep is not None:
@@ -146,6 +152,13 @@ class AttentionMethod(TokenMethod, abc.ABC):
     def drops_text(self) -> bool:
         """Whether text of the prompt is dropped as visual tokens are."""
         return False
+
+    def options_of_kept(self, options: FitOptions) -> FitOptions | None:
+        """Say how kept tokens are stored where the others are stored by `options`; None: as the model gave them.
+
+        Asked of methods that drop nothing. Raises a ValueError where `options` cannot do with them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} drops what it does not keep")
 
     def check_layers(self, compressed: Sequence[int], layers: int) -> None:
         """Raise if the method cannot work where only the layers `compressed` of `layers` are ours."""
