@@ -275,7 +275,7 @@ def summary(row: Variant, dense: Variant, alone: Variant | None, rival: Variant 
         "options": row.options,
     }
     if rival is not None:
-        found["rival"] = rival.tokens
+        found["rival"] = rival.channels if rival.method is None else rival.tokens
     for index, which in enumerate(QUESTIONS):
         exact = np.array(row.scores.exact[index])
         part = {"pages": len(exact), "exact_match": float(exact.mean())}
@@ -285,8 +285,17 @@ def summary(row: Variant, dense: Variant, alone: Variant | None, rival: Variant 
                 difference = np.array(other.scores.exact[index]) - exact
                 part[name] = float(difference.mean())
                 part[f"{name}_95"] = list(bootstrap(difference))
+        if rival is not None:
+            more = np.array(row.scores.divergence[index]) - np.array(rival.scores.divergence[index])
+            part["kl_over_rival"], part["kl_over_rival_95"] = float(more.mean()), list(bootstrap(more))
         found[which] = part
     return found
+
+
+def rival_place(row: Variant, rivals: dict[str, Any]) -> tuple[Any, ...]:
+    """Say where the rival of a row stands: another token method at the same budget, or a row of `alone`."""
+    rival = rivals[row.tokens]
+    return ("none", rival["alone"], None, None) if isinstance(rival, dict) else row.place(tokens=rival)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -358,7 +367,7 @@ def main() -> None:
                 row,
                 rows[0],
                 found.get(row.place(channels="tokens only")),
-                found.get(row.place(tokens=rivals.get(row.tokens))),
+                found.get(rival_place(row, rivals)) if row.tokens in rivals else None,
             )
             for row in rows
         ],
