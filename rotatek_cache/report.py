@@ -21,7 +21,7 @@ class LayerReport:
     """One layer: logical `tokens` per row, its segments, dense tokens over all rows, bytes stored and dense.
 
     `kept_dense` lists (row at the seal, visual tokens) that were too few for a basis to save bytes; `dropped` is how
-    many visual tokens of all rows a token method left out.
+    many tokens of all rows a token method left out.
     """
 
     index: int
@@ -73,7 +73,7 @@ class CacheReport:
             lines.append(f"decode steps are run {self.decoding}")
         if any(layer.dropped for layer in self.layers):
             dropped = ", ".join(f"{layer.index}: {layer.dropped}" for layer in self.layers)
-            lines.append(f"visual tokens dropped, by layer: {dropped}")
+            lines.append(f"tokens dropped, by layer: {dropped}")
         if self.shared_bytes:
             lines.append(
                 f"calibrated basis: {readable_bytes(self.shared_bytes)} once per model, shared by all requests and not "

@@ -33,7 +33,7 @@ from rotatek_cache.hf.estimate import CacheEstimate, estimate_bytes, tokens_of
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
 from rotatek_cache.options import Allocation, Bits, FitOptions, RowBits, with_option_docs
 from rotatek_cache.report import CacheReport, LayerReport, SavedBytes, SegmentReport
-from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
+from rotatek_cache.token_pruning.interface import AttentionMethod, FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
 
 # Layers that are not ours are saved as they are; a dummy stands for one that has nothing to cache.
@@ -250,7 +250,7 @@ class RotateKCache(Cache):
         key_bits: Bits = None,
         value_sparsity: float | None = None,
         value_bits: Bits = None,
-        value_basis: Literal["auto", "none"] = "auto",
+        value_basis: Literal["auto", "none", "hadamard"] = "auto",
         basis_bits: Literal[8] | None = None,
         allocation: Allocation | str = "uniform",
         streaming: bool = False,
@@ -330,6 +330,8 @@ class RotateKCache(Cache):
             name = type(self.tokens).__name__
             if budget is None:
                 raise ValueError(f"tokens={name}: keep must be given where no budget is, as in {name}(keep=0.4)")
+        if isinstance(self.tokens, AttentionMethod) and not self.tokens.drops:
+            self.tokens.options_of_kept(self.options)  # raises where they do not go together
         planner = None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
         self.positions = VisualPositions(visual_mask)
         self.coordinator = Coordinator(self.positions, self.tokens, planner)

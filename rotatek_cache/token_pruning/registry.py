@@ -5,17 +5,21 @@ from typing import Any
 
 from rotatek_cache.token_pruning.interface import TokenMethod
 from rotatek_cache.token_pruning.methods.aircache import AirCache
+from rotatek_cache.token_pruning.methods.akvq_vl import AKVQVL
 from rotatek_cache.token_pruning.methods.divprune import DivPrune
 from rotatek_cache.token_pruning.methods.fastv import FastV
 from rotatek_cache.token_pruning.methods.look_m import LookM
+from rotatek_cache.token_pruning.methods.pyramid_drop import PyramidDrop
 from rotatek_cache.token_pruning.methods.visionzip import VisionZip
 from rotatek_cache.token_pruning.methods.vl_cache import VLCache
 
 TOKENS: dict[str, type[TokenMethod]] = {
     "aircache": AirCache,
+    "akvq_vl": AKVQVL,
     "divprune": DivPrune,
     "fastv": FastV,
     "look_m": LookM,
+    "pyramid_drop": PyramidDrop,
     "visionzip": VisionZip,
     "vl_cache": VLCache,
 }
