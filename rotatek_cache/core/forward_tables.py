@@ -1,7 +1,7 @@
 """Index tensors and mask columns that the layers of one forward share."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class ForwardTables:
         self._mask: Tensor | None = None
         self._columns: dict[SegmentPlaces, Tensor] = {}
         self._text_rows: dict[TextForm, RowTable] = {}
+        self._made: dict[Hashable, Any] = {}
 
     def mask_columns(self, mask: Tensor, places: SegmentPlaces, positions: Callable[[], Tensor]) -> Tensor:
         """Gather the columns of the model's mask for a segment.
@@ -59,6 +60,12 @@ class ForwardTables:
             rows = mask[:, 0].expand(index.shape[0], -1, -1)
             self._columns[places] = rows.gather(2, index[:, None].expand(-1, mask.shape[2], -1))
         return self._columns[places]
+
+    def made(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what the first layer that asked for `key` has made."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def text_rows(self, form: TextForm) -> RowTable:
         """Return the row table of text in this form."""
