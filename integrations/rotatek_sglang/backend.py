@@ -19,7 +19,7 @@ from rotatek_sglang.decode_tables import GRAPH_SEGMENTS, GraphTables, count_segm
 from rotatek_sglang.metrics import Gauges
 from rotatek_sglang.pool import RotateKPool
 from rotatek_sglang.prompt_attention import OwnTokens, attend_continuation, attend_forms, attend_prompt
-from rotatek_sglang.rows import ChunkedPrompt, Segment
+from rotatek_sglang.rows import ChunkedPrompt, Segment, places
 from rotatek_sglang.storage import LayerStorage, SegmentTable
 
 log = logging.getLogger(__name__)
@@ -193,20 +193,23 @@ class RotateKBackend(AttentionBackend):
             assert before is not None
             first = prompt.first
             dense = before.slots[0, first:prefix].long()  # what the chunks before stored, all of it dense, comes last
-            waiting = dense[prompt.visual[: prefix - first].to(dense.device)]
+            waiting = dense[places(prompt.visual[: prefix - first], dense.device)]
             del self.ledger.chunked[request]
         self._read_slots(request, prefix + count)
         rows = self.pool.table.rows[self.slots_of[request, first : prefix + count].long()].long()
         new = rows[prefix - first :]
-        if not bool((rows < 0).any()):
+        compressed = self.ledger.compressed.pop(request, None)
+        if compressed is None or not compressed.any():
             return PromptPart(tokens, None, new, prefix=before, own=own, prompt=prompt)
-        is_visual = new < 0
+        is_visual = compressed[prefix - first :]
+        device = rows.device
+        text = places(~is_visual, device)
         return PromptPart(
             tokens,
-            text=(~is_visual).nonzero()[:, 0],
-            text_rows=new[~is_visual],
-            visual=is_visual.nonzero()[:, 0],
-            visual_rows=-1 - rows[rows < 0],
+            text=text,
+            text_rows=new[text],
+            visual=places(is_visual, device),
+            visual_rows=-1 - rows[places(compressed, device)],
             waiting=waiting,
             basis=self.ledger.segments[request][-1].basis,
             prefix=before,
