@@ -57,7 +57,8 @@ REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
 )
 
 
-SERVED_CODED = ("enable_mixed_chunk",)  # where all tokens are coded
+# Served where all tokens are coded. A row then follows from its token alone, whoever computed it.
+SERVED_CODED = ("enable_mixed_chunk", "enable_lora", "lora_paths", "dp_size")
 
 
 def refuse_unsupported(args: Any) -> None:
@@ -100,6 +101,11 @@ def apply_defaults(args: Any) -> None:
     """Set what a compressed server needs of SGLang's arguments."""
     refuse_unsupported(args)
     switch_off(args)
+    if args.enable_lora or args.lora_paths:
+        log.warning(
+            "RotateK: requests with an adapter are coded in the basis of the model without it; where one changes Keys "
+            "and Values much, calibrate on the model with the adapter merged, and serve that"
+        )
     args.attention_backend = BACKEND
     if args.page_size in (None, 1):
         if args.page_size == 1:

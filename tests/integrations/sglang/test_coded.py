@@ -11,7 +11,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from oracle import calibrate_basis, greedy_logprobs
+from safetensors.torch import save_file
 from serving import VIDEOS, Server, message, picture, video
 from soak import HUGE, SMALL_POOL, drop, hang_up, soak
 
@@ -48,12 +50,35 @@ def basis(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def dense(tiny, logs):
-    """Answers of dense SGLang, one after the other."""
-    arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--attention-backend", "torch_native"]
+def adapter(tmp_path_factory):
+    """Flags for a LoRA adapter, named "drawn", that changes queries, Keys and Values."""
+    folder, generator = tmp_path_factory.mktemp("adapter"), torch.Generator().manual_seed(4)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    widths = {"q_proj": 256, "k_proj": 128, "v_proj": 128}
+    parts = {
+        f"base_model.model.model.language_model.layers.{layer}.self_attn.{name}.lora_{part}.weight": shape
+        for layer in range(2)
+        for name, width in widths.items()
+        for part, shape in (("A", (4, 256)), ("B", (width, 4)))
+    }
+    drawn = {name: 0.1 * torch.randn(*shape, generator=generator) for name, shape in parts.items()}
+    save_file(drawn, folder / "adapter_model.safetensors")
+    return ["--lora-paths", f"drawn={folder}", "--lora-backend", "torch_native", "--max-loras-per-batch", "2"]
+
+
+ADAPTED = ("long text", "image")
+
+
+@pytest.fixture(scope="module")
+def dense(tiny, logs, adapter):
+    """Answers of dense SGLang, one after the other; with the adapter, too."""
+    arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--attention-backend", "torch_native", *adapter]
     environment = {"SGLANG_PLATFORM": "rotatek"}
     with Server("sglang.launch_server", *arguments, log=logs / "dense.log", environment=environment) as running:
-        return {name: running.ask(request, 16) for name, request in REQUESTS.items()}
+        answers = {name: running.ask(request, 16) for name, request in REQUESTS.items()}
+        adapted = {(name, "drawn"): running.ask(REQUESTS[name], 16, lora_path="drawn") for name in ADAPTED}
+        return answers | adapted
 
 
 class TestFullBits:
@@ -61,8 +86,8 @@ class TestFullBits:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def server(cls, tiny, logs, basis):
-        arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--chunked-prefill-size", "32"]
+    def server(cls, tiny, logs, basis, adapter):
+        arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--chunked-prefill-size", "32", *adapter]
         arguments += ["--basis", basis, "--bits", "16", "--enable-mixed-chunk"]
         with Server("rotatek_sglang.launch", *arguments, log=logs / "coded16.log") as running:
             yield running
@@ -97,6 +122,16 @@ class TestFullBits:
         answers = server.ask_all([((REQUESTS[name], 16), {}) for name in names])
         for name, answer in zip(names, answers, strict=True):
             assert answer.logprobs == pytest.approx(dense[name].logprobs, abs=5e-5), name
+
+    def test_with_an_adapter(self, server, dense):
+        """Beside requests without it, whose cached prefixes are not its own."""
+        adapted = [((REQUESTS[name], 16), {"lora_path": "drawn"}) for name in ADAPTED]
+        plain = [((REQUESTS[name], 16), {}) for name in ADAPTED]
+        for _ in range(2):
+            names = [*((name, "drawn") for name in ADAPTED), *ADAPTED]
+            for name, answer in zip(names, server.ask_all(adapted + plain), strict=True):
+                assert answer.logprobs == pytest.approx(dense[name].logprobs, abs=5e-5), name
+        assert dense["image", "drawn"].logprobs != pytest.approx(dense["image"].logprobs, abs=0.05)
 
 
 class TestFourBits:
@@ -142,7 +177,7 @@ class TestTensorParallel:
     @classmethod
     def server(cls, tiny, logs, basis):
         arguments = ["--model-path", tiny("qwen2_5_vl"), *SMALL_POOL, "--chunked-prefill-size", "-1"]
-        arguments += ["--device", "cpu", "--tp-size", "2", "--basis", basis, "--bits", "3", "--allocation", "heads"]
+        arguments += ["--device", "cpu", "--tp-size", "2", "--basis", basis, "--bits", "3.5", "--allocation", "heads"]
         environment = {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{1 % os.cpu_count()}"}
         with Server("rotatek_sglang.launch", *arguments, log=logs / "coded_tp.log", environment=environment) as running:
             yield running
@@ -152,12 +187,12 @@ class TestTensorParallel:
         widths, tokens = ([int(number.replace(",", "")) for number in found] for found in zip(*said, strict=True))
         assert tokens == [1200, 1200]
         assert widths[0] != widths[1]
-        # 2 KV heads, 2 layers, 64 + 64 channels of 3 bits on average, in whole blocks of channels.
-        assert 0.9 * 192 <= sum(widths) <= 192
+        # 2 KV heads, 2 layers, 64 + 64 channels of 3.5 bits on average, in whole blocks of channels.
+        assert 0.9 * 224 <= sum(widths) <= 224
 
     @pytest.mark.parametrize("name", ["a word", "long text", "two images"])
     def test_answers_are_those_of_one_process(self, server, tiny, basis, name):
-        options = {"basis": basis, "text": "coded", "bits": 3, "allocation": "heads"}
+        options = {"basis": basis, "text": "coded", "bits": 3.5, "allocation": "heads"}
         expected = greedy_logprobs(tiny("qwen2_5_vl"), REQUESTS[name], tokens=16, **options)
         server.flush()
         assert server.ask(REQUESTS[name], 16).logprobs == pytest.approx(expected, abs=CODES)
@@ -168,6 +203,30 @@ class TestTensorParallel:
         assert {status for kind, status in outcomes if kind in ("text", "long", "image")} == {200}
         left = server.settled()
         assert {name: left[name] for name in IN_USE} == dict.fromkeys(IN_USE, 0.0)
+
+
+class TestDataParallel:
+    """Two pools in one server, each with requests of its own."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def server(cls, tiny, logs, basis):
+        arguments = ["--model-path", tiny("qwen2_5_vl"), *SMALL_POOL, "--device", "cpu", "--chunked-prefill-size", "-1"]
+        arguments += ["--dp-size", "2", "--basis", basis, "--bits", "4"]
+        with Server("rotatek_sglang.launch", *arguments, log=logs / "coded_dp.log") as running:
+            yield running
+
+    def test_answers_and_metrics_of_both(self, server, tiny, basis):
+        options = {"basis": basis, "text": "coded", "bits": 4}
+        expected = greedy_logprobs(tiny("qwen2_5_vl"), REQUESTS["long text"], tokens=16, **options)
+        for answer in server.ask_all([((REQUESTS["long text"], 16), {}) for _ in range(4)]):
+            assert answer.logprobs == pytest.approx(expected, abs=0.05)  # some read what others left: codes
+        found = re.findall(r'^rotatek_rows_used\{dp_rank="(\d)",[^}]*\} (\S+)$', server.get("/metrics"), re.MULTILINE)
+        assert sorted(rank for rank, _ in found) == ["0", "1"]
+        assert all(float(used) > 100 for _, used in found)
+        server.flush()
+        found = re.findall(r"^rotatek_rows_used\{[^}]*\} (\S+)$", server.get("/metrics"), re.MULTILINE)
+        assert [float(used) for used in found] == [0.0, 0.0]
 
 
 IN_USE = ("rotatek_rows_used", "rotatek_sinks_used", "rotatek_rings_used")
