@@ -7,10 +7,14 @@ import pytest
 import torch
 import ways
 from hosts import build_host
+from recorded_graph import RecordedGraph, attend_on_device
+from tiny_models import words
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
 from rotatek_cache import RotateKCache
+from rotatek_cache.hf.attachment import inner_model
+from rotatek_cache.token_pruning.methods.rkv import RKV
 from rotatek_cache.token_pruning.registry import decoded_method
 
 SPEC = "rkv:24,every=8,window=4,importance=0.4"
@@ -77,9 +81,7 @@ class Book:
             for j in repeats[-method.spared :]:
                 similarity[i, j] = 0
         redundancy = similarity.mean(0).softmax(0)
-        scores = [
-            method.importance * importance[i] - (1 - method.importance) * float(redundancy[i]) for i in candidates
-        ]
+        scores = [method.importance * importance[i] - (1 - method.importance) * float(redundancy[i]) for i in candidates]
         best = sorted(candidates, key=lambda i: -scores[i])[: method.kept - method.window]
         for i in candidates:
             gone[held[i]] = i not in best
