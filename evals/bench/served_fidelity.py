@@ -264,12 +264,14 @@ def run_reader(args: argparse.Namespace) -> dict[str, Any]:
     sizes: dict[str, dict[str, int]] = {}
     for setting in args.bits:
         kept = args.work / f"reader-{setting}.pt"
-        if not kept.exists():
+        given, sizes[setting] = torch.load(kept, weights_only=False) if kept.exists() else ([], {})
+        if more := pages[len(given) :]:
             with server(setting, args.basis, READER, own=True) as host, ThreadPoolExecutor(6) as threads:
-                jobs = [threads.submit(ask_server, host, asked, vocabulary) for asked in pages]
-                given = [job.result() for job in tqdm(jobs, desc=setting, mininterval=10)]
-                keep(kept, (given, host.token_bytes()))
-        replies[setting], sizes[setting] = torch.load(kept, weights_only=False)
+                jobs = [threads.submit(ask_server, host, asked, vocabulary) for asked in more]
+                given += [job.result() for job in tqdm(jobs, desc=setting, mininterval=10)]
+                sizes[setting] = host.token_bytes()
+                keep(kept, (given, sizes[setting]))
+        replies[setting] = given
     pages = [Asked.draw(index) for index in range(max(map(len, replies.values())))]
 
     def decode(ids: Sequence[int]) -> str:
@@ -428,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("part", choices=["reader", "text"])
     parser.add_argument("--bits", nargs="+", default=SETTINGS, help='"dense" has to be among them')
     parser.add_argument("--basis", type=Path, help="of the reader")
-    parser.add_argument("--pages", type=int, default=500, help="for a setting that is not kept yet")
+    parser.add_argument("--pages", type=int, default=500, help="at least, of each setting")
     parser.add_argument("--cache-pages", type=int, default=20, help="that are compared with transformers")
     parser.add_argument("--passages", type=int, default=8)
     parser.add_argument("--cache-passages", type=int, default=2, help="that are compared with transformers")
