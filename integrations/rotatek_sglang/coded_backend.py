@@ -63,7 +63,9 @@ class CodedBackend(AttentionBackend):
             raise ValueError(f"SGLang runs {len(self.slots_of) - 1} requests at once, {plan.requests} were planned for")
         runner.req_to_token_pool.attach_aux_cache(self.ledger)
         if runner.server_args.enable_metrics and get_parallel().tp_rank == 0:
+            rank = get_parallel().dp_rank
             names = {"model_name": get_serving().served_model_name}  # as in SGLang's own
+            names |= {} if rank is None else {"dp_rank": str(rank)}
             pool.gauges = Gauges(names, metrics.CODED_DESCRIPTIONS)
             pool.publish(0)
         self.last_layer = pool.start_layer + pool.layer_num - 1
