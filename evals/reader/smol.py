@@ -11,7 +11,6 @@ is in `evals/reader/smol_adapter.safetensors`; the base comes from the package `
 from __future__ import annotations
 
 import argparse
-
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -141,7 +140,7 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
-        return self.linear(x) + F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+        return self.linear(x) + functional.linear(functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -6,13 +6,11 @@ SmolLM2 with the space before it; an address is two. An answer begins with that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from evals.reader.pages import GLYPHS, KINDS, Page, Question, ask_grid
+from evals.reader.pages import GLYPHS, KINDS, Question
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 BARS = {"bar1": "low", "bar2": "half", "bar3": "high", "bar4": "full"}
 """A bar's height, of its cell."""
 SPOKEN = {glyph: NUMBERS[int(glyph)] if glyph.isdecimal() else BARS.get(glyph, glyph) for glyph in GLYPHS}
@@ -29,34 +27,28 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "count": ("How many symbols are {0}?", "Count the {0} symbols."),
     "compare": ("Do {0} and {1} have the same colour?", "Are {0} and {1} of one colour?"),
 }
-
-
-def ask_english(page: Page, rng: np.random.Generator, kind: str) -> Question:
-    """Ask as `pages.ask` does, in one of two wordings."""
-    return Question(kind, *ask_english_grid(page.glyphs, page.colours, rng, kind))
-
-
-def ask_english_grid(
-    glyphs: Sequence[Sequence[str]], colours: Sequence[Sequence[str]], rng: np.random.Generator, kind: str
-) -> tuple[str, str]:
-    """Ask without a drawn page: (question, answer)."""
-    text, answer = ask_grid(glyphs, colours, rng, kind)
-    words = [SPOKEN.get(word, word) for word in text.removesuffix("?").split()]
-    slots = words[-2:] if kind in ("where", "compare") else words[-1:]
-    if kind in ("row", "row_colours"):
-        slots = [text.removesuffix("?").split()[-1]]  # a row's number is no symbol
-    form = WORDINGS[kind][rng.integers(2)]
-    if kind == "count":
-        told = _number(int(answer))
-    elif kind == "compare":
-        told = "yes" if answer == "same" else "no"
-    else:
-        told = " ".join(SPOKEN.get(word, word) for word in answer.split())
-    return form.format(*slots), f" {told}"
-
-
-def _number(count: int) -> str:
-    return NUMBERS[count] if count < len(NUMBERS) else "many"
-
-
+SLOTS = {"where": 2, "compare": 2}
+"""How many of a question's last words are asked about, 1 where it is not said."""
 assert set(WORDINGS) == set(KINDS)
+
+
+def in_english(question: Question, rng: np.random.Generator) -> Question:
+    """Say a question of `pages.ask` and its answer in English, in one of two wordings.
+
+    >>> in_english(Question("where", "where red 7?", "B4"), np.random.default_rng(0))
+    Question(kind='where', text='Which cell has the red seven?', answer=' B4')
+    """
+    slots = question.text.removesuffix("?").split()[-SLOTS.get(question.kind, 1) :]
+    if question.kind == "where":
+        slots = [SPOKEN.get(word, word) for word in slots]
+    words = question.answer.split()
+    match question.kind:
+        case "count":
+            count = int(question.answer)
+            told = NUMBERS[count] if count < len(NUMBERS) else "many"
+        case "compare":
+            told = "yes" if words == ["same"] else "no"
+        case _:
+            told = " ".join(SPOKEN.get(word, word) for word in words)
+    form = WORDINGS[question.kind][rng.integers(2)]
+    return Question(question.kind, form.format(*slots), f" {told}")

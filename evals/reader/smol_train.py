@@ -22,26 +22,33 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from evals.reader.model import SIDE, VISUAL_TOKENS, patch_cells
+from evals.reader.model import PATCH, SIDE, VISUAL_TOKENS, patch_cells
 from evals.reader.pages import (
     CELL,
     CHOOSE_SEEDS,
-    COLOUR_NAMES,
     COLUMN_NAMES,
-    GLYPHS,
     GRID_MAX,
     KINDS,
     LEVELS,
     TRAIN_SEEDS,
     Page,
+    ask,
     make_page,
 )
-from evals.reader.model import PATCH
-from evals.reader.smol import ADAPTER, END, START, add_lora, base_file, build_model, build_processor, save_adapter, trained
-from evals.reader.smol_questions import SPOKEN, ask_english_grid
+from evals.reader.smol import (
+    ADAPTER,
+    END,
+    add_lora,
+    base_file,
+    build_model,
+    build_processor,
+    save_adapter,
+    trained,
+)
+from evals.reader.smol_questions import SPOKEN, in_english
 
 SHARES = {
     "glyph": 0.2,
@@ -105,7 +112,7 @@ class Writer:
         return np.flatnonzero(self.rng.random(VISUAL_TOKENS) < chance)
 
     def tour(self, page: Page) -> tuple[list[int], list[bool]]:
-        """Write up to nine cells in random order, with their colours or symbols or both; which tokens are to be said."""
+        """Write up to nine cells with colours, symbols or both: the tokens, and which of them are to be said."""
         cells = self.rng.permutation(page.size**2)[:9].tolist()
         which = self.rng.integers(1, 4)
         tokens = list(self.encode(("Colours:", "Symbols:", "All:")[which - 1]))
@@ -126,7 +133,7 @@ class Writer:
         patches = self.choose(page, share, empty)
         room = length - len(patches) - 1
         names, weights = list(shares), np.array(list(shares.values())) / sum(shares.values())
-        ids, chat, places, question, kinds = list(self.encode("\n")), [-1], [1 + VISUAL_TOKENS], [-1], []
+        ids, chat, places, answers, kinds = list(self.encode("\n")), [-1], [1 + VISUAL_TOKENS], [-1], []
         number = 0
         while True:
             at = 2 + VISUAL_TOKENS
@@ -135,18 +142,18 @@ class Writer:
                 if kind == TOUR:
                     tokens, marks = self.tour(page)
                 else:
-                    text, answer = ask_english_grid(page.glyphs, page.colours, self.rng, kind)
-                    asked, told = self.encode(text), [*self.encode(answer), self.end]
+                    question = in_english(ask(page, self.rng, kind), self.rng)
+                    asked, told = self.encode(question.text), [*self.encode(question.answer), self.end]
                     tokens, marks = asked + told, [False] * len(asked) + [True] * len(told)
                 size = len(tokens)
                 if len(ids) + size > room:
                     return Sequence(
-                        np.asarray(page.image), patches, *map(np.array, (ids, chat, places, question)), kinds
+                        np.asarray(page.image), patches, *map(np.array, (ids, chat, places, answers)), kinds
                     )
                 ids += tokens
                 chat += [number] * size
                 places += range(at, at + size)
-                question += [len(kinds) if mark else -1 for mark in marks]
+                answers += [len(kinds) if mark else -1 for mark in marks]
                 kinds.append(kind)
                 at += size
             number += 1
@@ -175,7 +182,7 @@ def logits_of(model: LlavaForConditionalGeneration, batch: list[Sequence]) -> tu
         seen = model.model.multi_modal_projector(features[index, torch.from_numpy(part.patches).to(device)])
         words = table(torch.cat([start, ids])).to(seen.dtype)
         rest = longest - sizes[index]
-        states.append(F.pad(torch.cat([words[:1], seen, words[1:]]), (0, 0, 0, rest)))
+        states.append(functional.pad(torch.cat([words[:1], seen, words[1:]]), (0, 0, 0, rest)))
         places.append(np.concatenate([[0], 1 + part.patches, part.places, np.zeros(rest, int)]))
         chats.append(np.concatenate([np.full(1 + len(part.patches), -1), part.chat, np.full(rest, -2)]))
         answers = np.flatnonzero(part.question >= 0)
@@ -269,7 +276,7 @@ def start_projector(model: LlavaForConditionalGeneration, tokenizer: Any, pages:
         spread = x.std(0)
         first.weight.normal_(0, 1 / x.shape[1] ** 0.5).div_(spread)
         first.bias.copy_(-(first.weight @ x.mean(0)) + 0.5 * torch.randn_like(first.bias))
-        hidden = F.gelu(first(x[:-held]))
+        hidden = functional.gelu(first(x[:-held]))
         mean, middle = hidden.mean(0), y[:-held].mean(0)
         moved = hidden - mean
         gram = (moved.T @ moved).double()
@@ -280,7 +287,7 @@ def start_projector(model: LlavaForConditionalGeneration, tokenizer: Any, pages:
     variance = (y[:-held] - y[:-held].mean(0)).square().mean()
 
     def unexplained(part: slice, chosen: Tensor | slice = slice(None)) -> Tensor:
-        return (second(F.gelu(first(x[part][chosen]))) - y[part][chosen]).square().mean() / variance
+        return (second(functional.gelu(first(x[part][chosen]))) - y[part][chosen]).square().mean() / variance
 
     print(f"projector by ridge regression: {unexplained(slice(-held, None)).item():.3f} unexplained", flush=True)
     optimizer = torch.optim.Adam(projector.parameters(), lr=1e-3)
@@ -390,7 +397,7 @@ def train(flags: argparse.Namespace) -> None:
             logits, targets, asked = logits_of(model, batch)
         # Each question counts as its length's square root does, so that lists don't drown single words.
         weight = torch.bincount(asked)[asked].float().rsqrt()
-        loss = (F.cross_entropy(logits, targets, reduction="none") * weight).sum() / weight.sum()
+        loss = (functional.cross_entropy(logits, targets, reduction="none") * weight).sum() / weight.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(own.values()), 1.0)
