@@ -79,6 +79,11 @@ class RecordingCache(RotateKCache):
         self.visual: Tensor | None = None
         self.coordinator = _RecordingCoordinator(self.positions, self.seen)
 
+    @property
+    def recorded_bytes(self) -> int:
+        """Count the bytes of the recorded Keys and Values, which are in half precision."""
+        return sum(keys.nbytes + values.nbytes for keys, values, _, _ in self.seen.values())
+
     def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
         """Keep which positions are visual, bool ``[B, T]``."""
         self.visual = visual
@@ -130,17 +135,26 @@ class Batch:
         return positions[:, : -self.rest.shape[1]], positions[:, -self.rest.shape[1] :]
 
 
-def make_batch(processor: Any, seeds: Sequence[int], level: str, kinds: Sequence[str]) -> Batch:
-    """Draw the pages of `seeds` and tokenise two different questions about each."""
+def make_batch(
+    processor: Any, seeds: Sequence[int], level: str, kinds: Sequence[str], second: Sequence[str] | None = None
+) -> Batch:
+    """Draw the pages of `seeds` and tokenise two different questions about each.
+
+    Args:
+        kinds: of questions.
+        second: kinds of the second question, where they are others; the first question stays what it is.
+    """
     images, prompts, rests, answers = [], [], [], []
     tokenizer = processor.tokenizer
     for seed in seeds:
         page = make_page(seed, level=level)
         generator = np.random.default_rng(seed)
-        first, second = (ask(page, generator, str(kind)) for kind in generator.choice(kinds, 2))
+        chosen = [str(kind) for kind in generator.choice(kinds, 2)]
+        asked = ask(page, generator, chosen[0])
+        later = ask(page, generator, chosen[1] if second is None else str(generator.choice(second)))
         images.append([page.image])
-        prompts.append(f"<image>\n{first.text}")
-        rest, answer = _conversation(tokenizer, first, second)
+        prompts.append(f"<image>\n{asked.text}")
+        rest, answer = _conversation(tokenizer, asked, later)
         rests.append(rest)
         answers.append(answer)
     prompt = processor(images=images, text=prompts, padding=True, return_tensors="pt")

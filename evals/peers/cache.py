@@ -100,6 +100,11 @@ class PeerLayer(DynamicLayer):  # type: ignore[misc] (transformers has no types)
         self.coded += tokens
         return [tail[:, :, start + tokens :].contiguous() for tail in tails]
 
+    @property
+    def coded_numbers(self) -> int:
+        """Count the numbers of Keys and Values that are codes, in all rows."""
+        return self.coded * sum(states[..., :1, :].numel() for states in self.sinks)
+
     def held(self) -> tuple[list[Tensor], list[Tensor]]:
         """List what is stored of Keys and of Values."""
         sinks, parts = self.sinks or [], self.parts or [(), ()]

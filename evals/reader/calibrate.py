@@ -5,7 +5,8 @@
 writes runs/reader_basis.safetensors (PCA of Keys and Values), runs/reader_oblique.safetensors (Keys weighted by
 queries, Values by the output projection) and runs/reader_leank.safetensors (static channels), the files that
 evals/settings/fidelity.yaml names, and, from fewer pages with the rest of a conversation, runs/reader_rows.safetensors,
-by which all tokens are coded (evals/settings/fidelity_coded.yaml).
+by which all tokens are coded (evals/settings/fidelity_coded.yaml), runs/reader_weighted.safetensors (the same with
+weighted directions) and runs/reader_oscar.safetensors (a peer's rotations) for evals/settings/coded_peers.yaml.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from tqdm import trange
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evals.fidelity import make_batch
+from evals.peers import oscar
+from evals.peers.recording import recorded
 from evals.reader.pages import ADDRESS_KINDS, LEVELS, TRAIN_SEEDS, ask, make_page
 from rotatek_cache import attach
 from rotatek_cache.calibration.gather import calibrate
@@ -26,6 +29,7 @@ from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.fingerprint import fingerprint
 
 READER = Path(__file__).parents[2] / "rotatek_cache" / "reader"
+ROTATION_PAGES = 64  # OSCAR's moments of 128 x 128 are of all tokens of a page, and settle soon
 FILES = {"reader_basis": ("pca", "pca"), "reader_oblique": ("oblique", "output"), "reader_leank": ("leank", "pca")}
 
 
@@ -60,7 +64,13 @@ def main() -> None:
     if args.conversations:
         rows = Calibration(fingerprint(model), model.config.model_type)
         calibrate(model, conversations(processor, args.conversations, args.levels), rows, text=True)
-        rows.write_basis(args.out / "reader_rows.safetensors", source=f"{args.conversations} conversations")
+        source = f"{args.conversations} conversations"
+        rows.write_basis(args.out / "reader_rows.safetensors", source=source)
+        rows.write_basis(
+            args.out / "reader_weighted.safetensors", source=source, method="oblique", value_method="output"
+        )
+        given = conversations(processor, min(args.conversations, ROTATION_PAGES), args.levels)
+        oscar.fit(recorded(model, given), args.out / "reader_oscar.safetensors")
     if not args.pages:
         return
     state = Calibration(fingerprint(model), model.config.model_type)
