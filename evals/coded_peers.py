@@ -70,17 +70,27 @@ def whole_bytes(cache: Cache) -> int:
     return round(sum(fidelity.visual_bytes(cache, torch.ones(1, 1, dtype=torch.bool))))
 
 
-def coded_bits(cache: Cache, dense: float) -> float:
-    """Count the bits of a coded number, with what lies beside it; `dense` is the bytes of all in half precision."""
+def stored_bits(cache: Cache, recorder: RecordingCache) -> tuple[float, float]:
+    """Count the bits of a number of Keys and of Values that is compressed, with all that lies beside it.
+
+    Args:
+        cache: filled with what `recorder` holds.
+    """
     if isinstance(cache, PeerCache):
-        parts = [tensor for layer in cache.layers for of_kind in layer.parts for tensor in of_kind]
-        numbers = sum(layer.coded_numbers for layer in cache.layers)
-        return 8 * sum(tensor.nbytes for tensor in parts) / numbers
-    if isinstance(cache, RotateKCache):
-        buffers = [codes for layer in cache.layers if isinstance(layer, RotateKLayer) for codes in layer.kv.codes]
-        numbers = sum(codes.batch * codes.capacity * codes.codec.heads * codes.codec.width for codes in buffers)
-        return 8 * sum(codes.data.nbytes for codes in buffers) / numbers
-    return PLAIN_BITS * whole_bytes(cache) / dense
+        return cache.coded_bits()
+    if isinstance(cache, RotateKCache) and cache.options.codes_text:
+        layers = [layer.kv.codes for layer in cache.layers if isinstance(layer, RotateKLayer)]
+        kinds = [[codes[which] for codes in layers] for which in (0, 1)]
+        slots = [sum(c.batch * c.capacity * c.codec.heads * c.codec.width for c in kind) for kind in kinds]
+        keys, values = (8 * sum(c.data.nbytes for c in kind) / n for kind, n in zip(kinds, slots, strict=True))
+        return keys, values
+    everything = torch.ones(1, 1, dtype=torch.bool)
+    visual = recorder.visual if isinstance(cache, RotateKCache) else everything
+    assert visual is not None
+    share = visual.double().mean().item()
+    stored = fidelity.visual_bytes(cache, visual)
+    dense = [share * sum(states[which].nbytes for states in recorder.seen.values()) for which in (0, 1)]
+    return PLAIN_BITS * stored[0] / dense[0], PLAIN_BITS * stored[1] / dense[1]
 
 
 def against(name: str, bits: dict[str, float]) -> str | None:
@@ -117,7 +127,7 @@ def answers(args: argparse.Namespace, methods: Rows) -> dict[str, Any]:
                 if kind == "same":
                     whole = recorder.recorded_bytes
                     sizes[name].append((whole if name == "dense" else whole_bytes(cache)) / len(batch))
-                    bits[name] = PLAIN_BITS if name == "dense" else coded_bits(cache, whole)
+                    bits[name] = PLAIN_BITS if name == "dense" else sum(stored_bits(cache, recorder)) / 2
                 found = replay(chat.model, cache, batch, first)
                 scores = fidelity.Scores()
                 fidelity.score(scores, batch, found, dense.setdefault(kind, found))
@@ -210,7 +220,7 @@ def text(args: argparse.Namespace, methods: Rows) -> dict[str, Any]:
                 cache = filled(options, model.config, batch, recorder)
                 whole = recorder.recorded_bytes
                 sizes[name].append(whole if name == "dense" else whole_bytes(cache))
-                bits[name] = PLAIN_BITS if name == "dense" else coded_bits(cache, whole)
+                bits[name] = PLAIN_BITS if name == "dense" else sum(stored_bits(cache, recorder)) / 2
                 found = replayed(model, cache, batch, first, args.step)
                 dense = found if dense is None else dense
                 nll[name].append(-float(found.gather(-1, batch.rest[..., None]).mean()))

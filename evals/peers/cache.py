@@ -100,11 +100,6 @@ class PeerLayer(DynamicLayer):  # type: ignore[misc] (transformers has no types)
         self.coded += tokens
         return [tail[:, :, start + tokens :].contiguous() for tail in tails]
 
-    @property
-    def coded_numbers(self) -> int:
-        """Count the numbers of Keys and Values that are codes, in all rows."""
-        return self.coded * sum(states[..., :1, :].numel() for states in self.sinks)
-
     def held(self) -> tuple[list[Tensor], list[Tensor]]:
         """List what is stored of Keys and of Values."""
         sinks, parts = self.sinks or [], self.parts or [(), ()]
@@ -149,3 +144,12 @@ class PeerCache(Cache):  # type: ignore[misc]
         """List what all layers store of Keys and of Values."""
         keys, values = zip(*(layer.held() for layer in self.layers), strict=True)
         return [t for part in keys for t in part], [t for part in values for t in part]
+
+    def coded_bits(self) -> tuple[float, float]:
+        """Count the bits of a coded number of Keys and of Values, with what lies beside it."""
+        found = []
+        for which in (0, 1):
+            layers = [layer for layer in self.layers if layer.parts]
+            stored = sum(part.nbytes for layer in layers for part in layer.parts[which])
+            found.append(8 * stored / sum(layer.coded * layer.sinks[which][:, :, 0].numel() for layer in layers))
+        return found[0], found[1]
