@@ -52,6 +52,7 @@ from rotatek_cache.hf.calls import cache_argument
 
 SETTINGS = Path(__file__).parent / "settings" / "coded_peers.yaml"
 PARTS = ("answers", "text", "bytes")
+SOURCES = ("same book", "other text")
 FILES = ("rows", "weighted", "oscar")
 BITS_AGREE = 0.01  # of two rows that have the same bits but for padding
 FILE_OPTIONS = {"basis", "rotations"}  # whose values are of them
@@ -200,7 +201,9 @@ def text(args: argparse.Namespace, methods: Rows) -> dict[str, Any]:
     for name, options in methods.items():
         if not FILE_OPTIONS & options.keys():
             rows[name] = options
-    for source, words in (("same book", book[: len(book) // 2]), ("other text", other)):
+    texts = {"same book": book[: len(book) // 2], "other text": other}
+    for source in args.sources:
+        words = texts[source]
         given = text_fidelity.passages(ids(words), args.prompt + args.read, args.calibrate)
         files = calibrated(model, [{"input_ids": row[None]} for row in given], folder / source, source)
         for name, options in methods.items():
@@ -240,7 +243,7 @@ def text(args: argparse.Namespace, methods: Rows) -> dict[str, Any]:
             "same_prediction": float(np.mean(same[name])),
         }
         # A peer that needs no calibration is held against ours of other text.
-        source = "same book" if name.endswith("same book") else "other text"
+        source = "same book" if name.endswith("same book") else args.sources[-1]
         ours = against(name, {n: found for n, found in bits.items() if n == name or n.endswith(source)})
         if ours is not None:
             nearer = np.array(kl[name]) - np.array(kl[ours])
@@ -356,6 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text-model", type=Path, help="text: folder of a causal language model, in place of SmolLM2")
     parser.add_argument("--book", type=Path, help="text: its first half calibrates, its second is read")
     parser.add_argument("--other-text", type=Path, help="text: of another kind, which calibrates once more")
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="text: that calibrate")
     parser.add_argument("--passages", type=positive, default=16, help="text: how many are read")
     parser.add_argument("--prompt", type=positive, default=384, help="text: tokens that are coded")
     parser.add_argument("--read", type=positive, default=96, help="text: tokens that are predicted after them")
@@ -370,11 +374,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "evals.coded_peers", *given])
     try:
         methods = read_methods(args.methods, args.only)
-        found: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
+        found: dict[str, Any] = {"runs": {}}
         for part, run in (("answers", answers), ("text", text), ("bytes", layout_bytes)):
             if part in args.parts:
-                found[part] = run(args, methods)
-                found.setdefault("runs", {})[part] = {"command": command, "environment": environment("cpu", 1)}
+                scored = run(args, methods)
+                if args.out and args.out.is_file():  # read now: another part may have been run meanwhile
+                    found = json.loads(args.out.read_text())
+                found[part] = scored
+                found["runs"][part] = {"command": command, "environment": environment("cpu", 1)}
                 if args.out:
                     write_json(args.out, rounded(found))
     except (ImportError, OSError, ValueError) as error:

@@ -101,8 +101,9 @@ class _RecordingCoordinator(Coordinator):
 
     def observe(self, layer: LayerKV, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         """Record the states of a layer."""
-        assert layer.pending is not None
-        keys, values = layer.pending.keys, layer.pending.values
+        dense = layer.dense()
+        assert dense is not None  # nothing of a prompt read at once is sealed
+        keys, values = dense
         if keys.dtype == torch.float32:
             keys, values = keys.half(), values.half()
         self.record[layer.index] = (keys, values, query, scale)
