@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import ways
+from checks import AKVQ
 from hosts import Host
 from tiny_models import FAMILIES, visual_positions
 from transformers import AutoConfig, DynamicCache
@@ -33,6 +34,8 @@ EXACT = (
     {"sparsity": 0.5, "tokens": "fastv:0.5"},
     {"sparsity": 0.5, "tokens": "look_m:0.4"},
     {"sparsity": 0, "tokens": "divprune:0.5"},
+    {"sparsity": 0.5, "tokens": "pyramid_drop:0.5"},
+    AKVQ | {"tokens": "akvq_vl:0.3,text_layers=1"},
 )
 RANGES = (
     {"energy": 0.9},
