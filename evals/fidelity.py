@@ -83,6 +83,11 @@ class RecordingCache(RotateKCache):
         self.visual: Tensor | None = None
         self.coordinator = _RecordingCoordinator(self.positions, self.seen)
 
+    @property
+    def recorded_bytes(self) -> int:
+        """Count the bytes of the recorded Keys and Values, which are in half precision."""
+        return sum(keys.nbytes + values.nbytes for keys, values, _, _ in self.seen.values())
+
     def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
         """Keep which positions are visual, bool ``[B, T]``."""
         self.visual = visual
@@ -100,8 +105,9 @@ class _RecordingCoordinator(Coordinator):
 
     def observe(self, layer: LayerKV, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         """Record the states of a layer."""
-        assert layer.pending is not None
-        keys, values = layer.pending.keys, layer.pending.values
+        dense = layer.dense()
+        assert dense is not None  # nothing of a prompt read at once is sealed
+        keys, values = dense
         if keys.dtype == torch.float32:
             keys, values = keys.half(), values.half()
         self.record[layer.index] = (keys, values, query, scale)
@@ -142,19 +148,25 @@ def make_batch(
     second: Sequence[str] | None = None,
     reader: Reader = READERS["reader"],
 ) -> Batch:
-    """Draw the pages of `seeds` and tokenise two questions about each, the second of kinds `second` (None: `kinds`)."""
+    """Draw the pages of `seeds` and tokenise two different questions about each.
+
+    Args:
+        kinds: of questions.
+        second: kinds of the second question, where they are others; the first question stays what it is.
+        reader: says them in its words.
+    """
     images, prompts, rests, answers = [], [], [], []
     tokenizer = processor.tokenizer
     for seed in seeds:
         page = make_page(seed, level=level)
         generator = np.random.default_rng(seed)
-        drawn = generator.choice(kinds, 2)
-        if second is not None:
-            drawn[1] = generator.choice(second)
-        asked = [reader.say(ask(page, generator, str(kind)), generator) for kind in drawn]
+        chosen = [str(kind) for kind in generator.choice(kinds, 2)]
+        asked = reader.say(ask(page, generator, chosen[0]), generator)
+        kind = chosen[1] if second is None else str(generator.choice(second))
+        later = reader.say(ask(page, generator, kind), generator)
         images.append([page.image])
-        prompts.append(f"<image>\n{asked[0].text}")
-        rest, answer = _conversation(tokenizer, *asked)
+        prompts.append(f"<image>\n{asked.text}")
+        rest, answer = _conversation(tokenizer, asked, later)
         rests.append(rest)
         answers.append(answer)
     prompt = processor(images=images, text=prompts, padding=True, return_tensors="pt")

@@ -6,7 +6,9 @@
 writes runs/reader_basis.safetensors (PCA of Keys and Values), runs/reader_oblique.safetensors (Keys weighted by
 queries, Values by the output projection) and runs/reader_leank.safetensors (static channels), the files that
 evals/settings/fidelity.yaml names, and, from fewer pages with the rest of a conversation, runs/reader_rows.safetensors,
-by which all tokens are coded (evals/settings/fidelity_coded.yaml). With --reader they begin with that reader's name.
+by which all tokens are coded (evals/settings/fidelity_coded.yaml), runs/reader_weighted.safetensors (the same with
+weighted directions) and runs/reader_oscar.safetensors (a peer's rotations) for evals/settings/coded_peers.yaml. With
+--reader they begin with that reader's name.
 """
 
 import argparse
@@ -20,6 +22,8 @@ from tqdm import trange
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evals.fidelity import make_batch
+from evals.peers import oscar
+from evals.peers.recording import recorded
 from evals.reader.pages import ADDRESS_KINDS, LEVELS, TRAIN_SEEDS, ask, make_page
 from evals.reader.readers import READERS, Reader
 from rotatek_cache import attach
@@ -27,6 +31,7 @@ from rotatek_cache.calibration.gather import calibrate
 from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.fingerprint import fingerprint
 
+ROTATION_PAGES = 64  # OSCAR's moments of 128 x 128 are of all tokens of a page, and settle soon
 FILES = {"basis": ("pca", "pca"), "oblique": ("oblique", "output"), "leank": ("leank", "pca")}
 
 
@@ -68,7 +73,13 @@ def main() -> None:
     if args.conversations:
         rows = Calibration(fingerprint(model), model.config.model_type)
         calibrate(model, conversations(processor, args.conversations, args.levels, reader), rows, text=True)
-        rows.write_basis(args.out / f"{reader.name}_rows.safetensors", source=f"{args.conversations} conversations")
+        source = f"{args.conversations} conversations"
+        rows.write_basis(args.out / f"{reader.name}_rows.safetensors", source=source)
+        rows.write_basis(
+            args.out / f"{reader.name}_weighted.safetensors", source=source, method="oblique", value_method="output"
+        )
+        given = conversations(processor, min(args.conversations, ROTATION_PAGES), args.levels, reader)
+        oscar.fit(recorded(model, given), args.out / f"{reader.name}_oscar.safetensors")
     if not args.pages:
         return
     state = Calibration(fingerprint(model), model.config.model_type)
