@@ -22,7 +22,8 @@ states and read through the model's own sdpa. It knows nothing of images: it com
 alike, so that the visual tokens' share of the prompt is their share of its bytes, and its ratio that of the whole
 prompt; so it is with ``text="coded"``, where all tokens are coded and the last 64 are dense. QuantizedCache compresses
 a whole prompt at once; its window of full precision (`residual_length`) holds what comes later, here both answers and
-the second question. Its fp8 backend has one scale a layer for a whole batch.
+the second question. Its fp8 backend has one scale a layer for a whole batch. The peers of `evals.peers` code all tokens
+too, but for the first 4 and the last 64.
 """
 
 import argparse
@@ -51,6 +52,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, Cache, DynamicCache, QuantizedCache
 
 from evals import figures
+from evals.peers.cache import PeerCache
+from evals.peers.registry import PEERS
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
 from rotatek_cache import RotateKCache
 from rotatek_cache.cache.coordinator import Coordinator
@@ -64,7 +67,7 @@ from rotatek_cache.hf.storage import storage_bytes
 
 DEFAULT_METHODS = Path(__file__).parent / "settings" / "fidelity.yaml"
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}
-OTHER_CACHES: dict[str, type[Cache]] = {"quantized": QuantizedCache}
+OTHER_CACHES: dict[str, Callable[..., Cache]] = {"quantized": QuantizedCache, **PEERS}
 
 
 class RecordingCache(RotateKCache):
@@ -228,6 +231,9 @@ def visual_bytes(cache: Cache, visual: Tensor) -> tuple[float, float]:
     """Count the bytes that requests own for visual Keys and Values; `visual`, bool ``[B, T]``, marks the tokens."""
     if not isinstance(cache, RotateKCache):
         share = visual.double().mean().item()
+        if isinstance(cache, PeerCache):
+            keys, values = (storage_bytes(held) for held in cache.held())
+            return share * keys, share * values
         of_kind = [
             [getattr(layer, name, None) for layer in cache.layers for name in (kind, f"_quantized_{kind}")]
             for kind in ("keys", "values")
@@ -251,6 +257,8 @@ def fill(cache: Cache, config: Any, batch: Batch, recorder: RecordingCache) -> N
     if isinstance(cache, RotateKCache):
         cache.learn_config(config)
         cache.announce_visual(recorder.visual, mask.shape[1])
+    elif isinstance(cache, PeerCache):
+        cache.pad(mask)
     seen = mask[:, None, None, :] & causal_mask(mask.shape[1], mask.shape[1], mask.device)
     for index, layer in enumerate(recorder.layers):
         if index not in recorder.seen:

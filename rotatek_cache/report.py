@@ -21,7 +21,8 @@ class LayerReport:
     """One layer: logical `tokens` per row, its segments, dense tokens over all rows, bytes stored and dense.
 
     `kept_dense` lists (row at the seal, visual tokens) that were too few for a basis to save bytes; `dropped` is how
-    many tokens of all rows a token method left out.
+    many tokens of the prompt, of all rows, a token method left out; `evicted` is how many tokens of answers each row
+    and head has let go.
     """
 
     index: int
@@ -33,6 +34,7 @@ class LayerReport:
     dense_bytes: int
     kept_dense: list[tuple[int, int]]
     dropped: int = 0
+    evicted: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class CacheReport:
         if any(layer.dropped for layer in self.layers):
             dropped = ", ".join(f"{layer.index}: {layer.dropped}" for layer in self.layers)
             lines.append(f"tokens dropped, by layer: {dropped}")
+        evicted = max((layer.evicted for layer in self.layers), default=0)
+        if evicted:
+            lines.append(f"tokens of answers that went, of each row and head: {evicted}")
         if self.shared_bytes:
             lines.append(
                 f"calibrated basis: {readable_bytes(self.shared_bytes)} once per model, shared by all requests and not "

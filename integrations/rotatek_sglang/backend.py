@@ -17,12 +17,15 @@ from rotatek_cache.core.segments import SegmentView
 from rotatek_sglang import options
 from rotatek_sglang.checks import check_basis, check_model
 from rotatek_sglang.decode_tables import GRAPH_SEGMENTS, GraphTables, count_segments, padded, table_of
+from rotatek_sglang.layout import HeadShape
 from rotatek_sglang.metrics import Gauges
 from rotatek_sglang.pool import RotateKPool
 from rotatek_sglang.rows import ChunkedPrompt, Segment
 from rotatek_sglang.storage import LayerStorage, SegmentTable
 
 log = logging.getLogger(__name__)
+
+WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,20 @@ class RotateKBackend(AttentionBackend):
         if options.from_environment().cuda_graphs and not self.rows_of.is_cuda:
             most = runner.req_to_token_pool.size
             self.init_cuda_graph_state(most, most)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Run every form of attention that requests with up to `GRAPH_SEGMENTS` visual segments need, over nothing.
+
+        So that their kernels are compiled before there are requests; those of a seal ran when the pool was planned.
+        SGLang's own warm-up sends an image that is too small to be compressed.
+        """
+        request = torch.zeros(1, dtype=torch.int64, device=self.rows_of.device)
+        for count in range(GRAPH_SEGMENTS + 1):
+            held = [[Segment(0, first, 1) for first in range(count)]]
+            table = table_of(self.rows_of, request, held, [count + 1])
+            for storage in self.pool.layers:
+                attend_forms(storage.views(table), self.pool.layout.heads, self.pool.layout.dtype)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Find the rows of the forward's tokens; once per forward, for all layers."""
@@ -357,6 +374,18 @@ class OwnTokens:
         starts = torch.zeros(1, dtype=torch.int64, device=device)
         lengths = torch.full((1,), count, dtype=torch.int32, device=device)
         return cls(starts, lengths, torch.ones(count, count, dtype=torch.bool, device=device).tril_()[None])
+
+
+def attend_forms(views: list[SegmentView], heads: HeadShape, dtype: torch.dtype) -> None:
+    """Attend to what is stored of one request as a step does, and as a chunk of its prompt does."""
+
+    def zeros(count: int, width: int) -> Tensor:
+        return torch.zeros(WARM_UP_TOKENS, count, width, dtype=dtype, device=views[0].keys.device)
+
+    queries = zeros(heads.q_heads, heads.key_width)
+    keys, values = zeros(heads.kv_heads, heads.key_width), zeros(heads.kv_heads, heads.value_width)
+    attend(queries[:1, :, None], views, 1.0, return_lse=False)
+    attend_continuation(queries, keys, values, views, OwnTokens.of(WARM_UP_TOKENS, queries.device), 1.0)
 
 
 def attend_continuation(

@@ -8,7 +8,7 @@ Rows follow their slots. A basis belongs to the visual rows that were encoded wi
 them, so that requests which share a prefix share its rows and its basis.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,6 +26,14 @@ class Need(NamedTuple):
     text: int = 0
     visual: int = 0
     bases: int = 0
+
+
+NOTHING = Need()
+
+
+def added(needs: Iterable[Need]) -> Need:
+    """Add up what several need."""
+    return Need(*map(sum, zip(NOTHING, *needs, strict=True)))
 
 
 class FreeRows:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rotatek_cache.cache.answer import Answer
 from rotatek_cache.cache.seal_plan import Compressed, SealPlan
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.sealing import Sealer
@@ -23,6 +24,7 @@ from rotatek_cache.core.row_layout import RowLayout, row_index
 from rotatek_cache.core.seal import Places
 from rotatek_cache.core.segments import SegmentView, Stored, TextSegment, VisualSegment, join_segments
 from rotatek_cache.options import FitOptions
+from rotatek_cache.token_pruning.registry import decoded_method
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # Keys and Values [B, H, P, D] to those that are stored
 
@@ -64,6 +66,8 @@ class LayerKV:
         self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, tokens left out [B]
         self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
         self.dtype: torch.dtype | None = None
+        decoded = self.options.decoded
+        self.answer = None if decoded is None else Answer(decoded_method(decoded), self.readers)
 
     def use(self, options: FitOptions) -> None:
         """Seal with these options from now on."""
@@ -79,6 +83,11 @@ class LayerKV:
         self._check(keys, values)
         self.sealer.check()
         tokens = keys.shape[2]
+        if self.answer is not None:
+            if tokens == 1 and self.make_room():
+                self.answer.reads = 0
+            else:
+                self.answer.close(self.text)
         begin, self.length = self.length, self.length + tokens
         if self.pending is not None:
             self.pending.keys = torch.cat([self.pending.keys, keys], 2)
@@ -88,6 +97,19 @@ class LayerKV:
             self.pending = Pending(keys, values, begin)
         else:
             self.text.append(keys, values)
+
+    def make_room(self) -> bool:
+        """Make sure of a place for one more token of an answer; False where the next is none, or answers may grow."""
+        next_is_decoded = self.length > 0 and self.pending is None
+        if self.answer is None or not next_is_decoded or self.positions.has_visual(self.length, self.length + 1):
+            return False
+        self.answer.make_room(self.text, self.length, self.positions.forward)
+        return True
+
+    def keep_decoded_query(self, query: Tensor, scale: float | None) -> None:
+        """Keep the query ``[B, H_q, 1, D]`` of a token of an answer, by which others are judged."""
+        if self.answer is not None:
+            self.answer.take(query, query.shape[-1] ** -0.5 if scale is None else scale, self.length - 1)
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         batch, heads, _, width = keys.shape
@@ -100,6 +122,8 @@ class LayerKV:
     def count_step(self) -> None:
         """Note a token that a replayed graph has written behind the text."""
         self.sealer.check()
+        if self.answer is not None:
+            self.answer.note(self.length)
         self.length += 1
         self.text.length += 1
 
@@ -118,6 +142,8 @@ class LayerKV:
         """List the segments for attention; `mask`, the model's, is bool or additive ``[B or 1, 1, Q, T]``, or None."""
         if mask is not None:
             self.positions.check_mask(mask)
+            if self.answer is not None:
+                self.answer.check_mask(mask, self.positions.forward)
         forward = self.positions.forward
         views = [segment.view(forward, mask) for segment in self.segments]
         text = self.text.view(forward, mask)
@@ -293,6 +319,8 @@ class LayerKV:
         for segment in self.segments:
             segment.select_rows(index)
         self.text.select_rows(index)
+        if self.answer is not None:
+            self.answer.select_rows(index)
         self.dropped = [(begin, counts[index]) for begin, counts in self.dropped]
         if self.pending is not None:
             pending = self.pending
@@ -302,6 +330,8 @@ class LayerKV:
 
     def follow(self, padding: Tensor) -> None:
         """Begin an empty text behind all that is held, with so many columns of padding, int64 ``[B]``."""
+        if self.answer is not None:
+            self.answer.close(self.text)
         self.text = TextSegment()
         self.text.follow(self.length, padding)
 
@@ -309,9 +339,11 @@ class LayerKV:
         """Forget the logical positions from `length` on."""
         if length >= self.length:
             return
+        if self.answer is not None:
+            self.answer.check_crop(length)
+        columns, removed = self.text.length, self.length - length
         if self.pending is not None and length > self.pending.begin:
             keep = length - self.pending.begin
-            removed = self.length - length
             window = self.pending.window
             window = None if window is None else window[:, :, : max(0, window.shape[2] - removed)]
             keys, values = self.pending.keys[:, :, :keep], self.pending.values[:, :, :keep]
@@ -325,6 +357,8 @@ class LayerKV:
             self.dropped = [(begin, counts) for begin, counts in self.dropped if begin < length]
             if length == 0:
                 self.text, self.kept_dense = TextSegment(), []
+            if self.answer is not None:
+                self.answer.truncate(self.text, columns, length, removed)
         self.length = length
 
     def dense_tokens(self) -> int:
@@ -342,6 +376,8 @@ class LayerKV:
         if self.pending is not None:
             window = [] if self.pending.window is None else [self.pending.window]
             held += [self.pending.keys, self.pending.values, *window]
+        if self.answer is not None and self.answer.queries is not None:
+            held.append(self.answer.queries)
         return held + [counts for _, counts in self.dropped]
 
 

@@ -321,6 +321,7 @@ class TextSegment:
         self.values: Tensor | None = None  # [H, B, capacity, D_v]
         self.length = 0
         self.reserved = 0  # the capacity that `reserve` has made, if it did
+        self.most: int | None = None  # columns that there will never be more than, where that is known
         self.lent = False  # whether another cache reads the columns, which are copied before they are written again
         self.alignment: Alignment | None = None  # None: column c is logical position c
 
@@ -334,10 +335,9 @@ class TextSegment:
         keys, values = keys.transpose(0, 1), values.transpose(0, 1)
         end = self.length + keys.shape[2]
         if self.keys is None or self.values is None:
-            self.keys, self.values = _reserved(keys, end), _reserved(values, end)
+            self.keys, self.values = self._reserved(keys, end), self._reserved(values, end)
         elif end > self.capacity or self._frozen():
-            self.keys, self.values = _reserved(self.keys, end, self.length), _reserved(self.values, end, self.length)
-            self.lent = False
+            self._renew(end)
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
@@ -349,7 +349,7 @@ class TextSegment:
         if self.length < self.capacity == self.reserved and not self._frozen():
             return
         wanted = self.length + max(RESERVED, self.length // FILLED_PER_FREE)
-        self.reserved = -(-wanted // RESERVED_STEP) * RESERVED_STEP
+        self.reserved = self._bounded(-(-wanted // RESERVED_STEP) * RESERVED_STEP, self.length + 1)
         self.keys, self.values = (_buffer(held, self.reserved, self.length) for held in (self.keys, self.values))
         self.lent = False
 
@@ -434,9 +434,42 @@ class TextSegment:
     def realign(self, keys: Tensor, values: Tensor, order: TextOrder, alignment: Alignment) -> None:
         """Replace the contents by the tokens `order` of ``keys [B, H, P, D]`` and `values`."""
         width = alignment.width
-        self.keys = _reserved(keys.transpose(0, 1)[:, order.rows, order.columns], width, width)
-        self.values = _reserved(values.transpose(0, 1)[:, order.rows, order.columns], width, width)
+        self.keys = self._reserved(keys.transpose(0, 1)[:, order.rows, order.columns], width, width)
+        self.values = self._reserved(values.transpose(0, 1)[:, order.rows, order.columns], width, width)
         self.length, self.alignment, self.lent = width, alignment, False
+
+    def compact(self, first: int, kept: Tensor, alignment: Alignment) -> None:
+        """Of the columns from `first` on, keep those of int64 `kept` ``[H, B, n]``, counted from there, in place."""
+        assert self.keys is not None
+        assert self.values is not None
+        if self._frozen():
+            self._renew(self.length)
+        end = first + kept.shape[2]
+        for held in (self.keys, self.values):
+            index = kept[..., None].expand(-1, -1, -1, held.shape[-1])
+            held[:, :, first:end] = held[:, :, first : self.length].gather(2, index)
+        self.length, self.alignment = end, alignment
+
+    @property
+    def next_position(self) -> int:
+        """Logical position of the next column."""
+        return (
+            self.length if self.alignment is None else self.alignment.next_position + self.length - self.alignment.width
+        )
+
+    def _renew(self, needed: int) -> None:
+        """Move to buffers of at least `needed` columns, which nothing else reads."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = (self._reserved(held, needed, self.length) for held in (self.keys, self.values))
+        self.lent = False
+
+    def _bounded(self, columns: int, needed: int) -> int:
+        return columns if self.most is None else max(needed, min(columns, self.most))
+
+    def _reserved(self, source: Tensor, needed: int, filled: int = 0) -> Tensor:
+        """Make a buffer ``[H, B, >= needed, D]`` like `source` with its first `filled` columns copied."""
+        return _buffer(source, self._bounded(capacity_for(needed), needed), filled)
 
     def select_rows(self, index: Tensor) -> None:
         """Let batch row b be what row ``index[b]`` was (copies: rows go on differently)."""
@@ -480,11 +513,6 @@ class TextSegment:
 def capacity_for(needed: int) -> int:
     """Return how many columns a text segment reserves for `needed` ones."""
     return needed + max(LEAST_FREE, needed // FILLED_PER_FREE)
-
-
-def _reserved(source: Tensor, needed: int, filled: int = 0) -> Tensor:
-    """Make a buffer ``[H, B, >= needed, D]`` like `source` with its first `filled` columns copied."""
-    return _buffer(source, capacity_for(needed), filled)
 
 
 def _buffer(source: Tensor, capacity: int, filled: int) -> Tensor:

@@ -34,7 +34,7 @@ from rotatek_cache.hf.storage import stock_tensors, storage_bytes
 from rotatek_cache.options import Allocation, Bits, FitOptions, RowBits, with_option_docs
 from rotatek_cache.report import CacheReport, LayerReport, SavedBytes, SegmentReport
 from rotatek_cache.token_pruning.interface import AttentionMethod, FeatureMethod, TokenMethod
-from rotatek_cache.token_pruning.registry import token_method
+from rotatek_cache.token_pruning.registry import decoded_method, token_method
 
 # Layers that are not ours are saved as they are; a dummy stands for one that has nothing to cache.
 for _found in vars(cache_utils).values():
@@ -77,6 +77,7 @@ class LayerHandle:
         if isinstance(self.kv, CodedKV):
             self.kv.settle(mask)
         else:
+            self.kv.keep_decoded_query(query, scale)
             self.coordinator.observe(self.kv, query, mask, scale)
 
     def to(self, device: torch.device, **kwargs: Any) -> Self:
@@ -108,10 +109,20 @@ class LayerHandle:
 class StepHandle:
     """The segments that attention reads while a decode step of fixed addresses is captured, as `update` gives them."""
 
-    __slots__ = ("views",)
+    __slots__ = ("step",)
 
-    def __init__(self, views: list[SegmentView]) -> None:
-        self.views = views
+    def __init__(self, step: LayerStep | CodedLayerStep) -> None:
+        self.step = step
+
+    @property
+    def views(self) -> list[SegmentView]:
+        """What attention reads."""
+        return self.step.views
+
+    def observe(self, query: Tensor) -> None:
+        """Note that the layer has attended with this query ``[B, H_q, 1, D]``."""
+        if isinstance(self.step, LayerStep):
+            self.step.keep_query(query)
 
 
 class MaskedStates:
@@ -256,6 +267,7 @@ class RotateKCache(Cache):
         streaming: bool = False,
         text: Literal["dense", "coded"] = "dense",
         bits: RowBits = None,
+        decoded: str | None = None,
         tokens: TokenMethod | str | None = None,
         budget: str | int | None = None,
         graphs: bool = True,
@@ -277,6 +289,7 @@ class RotateKCache(Cache):
             "streaming": streaming,
             "text": text,
             "bits": bits,
+            "decoded": decoded,
         }
         self._begin(chosen, tokens, budget, visual_mask, config)
         if not isinstance(graphs, bool):
@@ -320,6 +333,8 @@ class RotateKCache(Cache):
         self.options = FitOptions(**{**chosen, "sparsity": DEFAULT_SPARSITY} if rank_open else chosen)
         if tokens is not None and self.options.streaming:
             raise ValueError("tokens cannot be chosen with streaming=True, which seals an image before its end is seen")
+        if self.options.decoded is not None:
+            decoded_method(self.options.decoded)  # raises where it names none
         self.calibrated: CalibratedBasis | None = None
         if self.options.is_calibrated:
             self.calibrated = load_basis(self.options.basis)
@@ -488,7 +503,7 @@ class RotateKCache(Cache):
         if self.stepping is not None:
             step = self.stepping[layer_idx]
             step.append(key_states, value_states)
-            handle = StepHandle(step.views)
+            handle = StepHandle(step)
             return handle, handle
         if not self.layers and self.coordinator.needs_layers:
             raise RuntimeError(
@@ -711,6 +726,9 @@ class RotateKCache(Cache):
                 f"the state of linear attention in layers {states} cannot be taken back to before a token, so this "
                 "cache cannot be cropped: keep a copy.deepcopy of it from before"
             )
+        for kv in self._sealed_by_images():
+            if count and kv.answer is not None:
+                kv.answer.check_crop(max(0, held + count))
         self._crop_offsets(max(0, held + count), held)
         super().crop(count)
         self.positions.truncate(self.get_seq_length())
@@ -1061,6 +1079,7 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         dense,
         list(kv.kept_dense),
         sum(int(counts.sum()) for _, counts in kv.dropped),
+        0 if kv.answer is None else kv.answer.evicted,
     )
 
 
