@@ -82,7 +82,7 @@ def test_conversations_in_one_sequence_are_as_they_are_alone():
 def test_other_weights_and_a_missing_folder_are_refused(tmp_path, monkeypatch):
     (tmp_path / smol.GGUF).write_bytes(b"other weights")
     monkeypatch.setattr(smol, "in_package", lambda package, name: tmp_path / name)
-    with pytest.raises(ValueError, match="has the SHA-256 .*, expected .*install that version"):
+    with pytest.raises(ValueError, match=r"has the SHA-256 .*, expected .*install that version"):
         smol.base_file()
     missing = Reader("smol", tmp_path / "none", "python -m evals.reader.smol")
     with pytest.raises(FileNotFoundError, match=r"none: python -m evals.reader.smol makes it"):
