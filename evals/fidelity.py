@@ -445,10 +445,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.workers > 1:
             context = multiprocessing.get_context("spawn")
             deal = stack.enter_context(concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context)).map
-        for part in deal(score_part, itertools.repeat(args), itertools.repeat(methods), parts):
-            for name, scores in part.items():
-                results[name].extend(scores)
-            progress.update(len(part["dense"].key_bytes))
+        with contextlib.suppress(KeyboardInterrupt):  # what has been scored by then is reported
+            for part in deal(score_part, itertools.repeat(args), itertools.repeat(methods), parts):
+                for name, scores in part.items():
+                    results[name].extend(scores)
+                progress.update(len(part["dense"].key_bytes))
+    if not results["dense"].key_bytes:
+        raise ValueError("stopped before the first images were scored: nothing to report")
     return {"methods": {name: summary(results[name], results["dense"], options) for name, options in methods.items()}}
 
 
