@@ -144,3 +144,12 @@ class PeerCache(Cache):  # type: ignore[misc]
         """List what all layers store of Keys and of Values."""
         keys, values = zip(*(layer.held() for layer in self.layers), strict=True)
         return [t for part in keys for t in part], [t for part in values for t in part]
+
+    def coded_bits(self) -> tuple[float, float]:
+        """Count the bits of a coded number of Keys and of Values, with what lies beside it."""
+        found = []
+        for which in (0, 1):
+            layers = [layer for layer in self.layers if layer.parts]
+            stored = sum(part.nbytes for layer in layers for part in layer.parts[which])
+            found.append(8 * stored / sum(layer.coded * layer.sinks[which][:, :, 0].numel() for layer in layers))
+        return found[0], found[1]

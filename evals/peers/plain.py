@@ -16,6 +16,6 @@ def kivi(config: Any, bits: int = 4, group: int = 32) -> PeerCache:
     return PeerCache(config, lambda _, width: (PerChannel(bits, width, group), PerToken(bits, width)))
 
 
-def per_token(config: Any, bits: int = 4) -> PeerCache:
-    """Make a cache with a range for each token and head, for Keys and Values alike."""
-    return PeerCache(config, lambda _, width: (PerToken(bits, width), PerToken(bits, width)))
+def per_token(config: Any, bits: int = 4, value_bits: int | None = None) -> PeerCache:
+    """Make a cache with a range for each token and head; Values have as many bits as Keys, or `value_bits`."""
+    return PeerCache(config, lambda _, width: (PerToken(bits, width), PerToken(value_bits or bits, width)))

@@ -11,6 +11,11 @@ from evals.peers.codes import PerToken
 from rotatek_cache.core.hadamard import hadamard
 
 
-def quarot(config: Any, bits: int = 4) -> PeerCache:
-    """Make a cache whose Keys and Values are rotated and coded with `bits` a channel."""
-    return PeerCache(config, lambda _, width: (PerToken(bits, width, hadamard(width, 0)),) * 2)
+def quarot(config: Any, bits: int = 4, value_bits: int | None = None) -> PeerCache:
+    """Make a cache whose rotated Keys have `bits` a channel, and Values as many or `value_bits`."""
+
+    def codes(_: int, width: int) -> tuple[PerToken, PerToken]:
+        rotation = hadamard(width, 0)
+        return PerToken(bits, width, rotation), PerToken(value_bits or bits, width, rotation)
+
+    return PeerCache(config, codes)

@@ -241,8 +241,26 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         waits = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
-        self.count += any(name in str(function) for name in waits)
+        by_mask = "index" in str(function) and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for given in args
+            if isinstance(given, list | tuple)
+            for index in given
+        )
+        self.count += by_mask or any(name in str(function) for name in waits)
         return function(*args, **(kwargs or {}))
+
+
+def test_host_reads_are_counted():
+    numbers, mask = torch.arange(4), torch.tensor([True, False, True, False])
+    reads = [lambda: numbers[mask], lambda: int(numbers[0]), mask.nonzero, numbers.unique]
+    for read in reads:
+        with HostReads() as counted:
+            read()
+        assert counted.count == 1
+    with HostReads() as counted:
+        numbers[numbers.flip(0)].masked_fill(mask, 0)
+    assert counted.count == 0
 
 
 def test_what_is_read_on_the_host(file):
