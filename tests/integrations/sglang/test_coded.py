@@ -251,5 +251,3 @@ def test_what_cannot_be_coded_is_an_error_at_the_start(tiny, basis, tmp_path, re
     assert "text_share is for a server with text dense" in refused(
         "--basis", basis, "--bits", "4", "--text-share", ".5"
     )
-
-
