@@ -1,6 +1,7 @@
 """Does the compressed cache still read the page? Exact match and KL per method and budget, first and second question.
 
     python -m evals.fidelity --pages 512 --out evals/results/fidelity.json
+    python -m evals.fidelity --reader smol --level easy --second where count --out runs/fidelity_smol_other.json
     python -m evals.fidelity --model name-or-path --images folder --question "What is it?" --question "Where?"
 
 Every image gets two questions. The prompt (image and first question) is prefilled once, densely; each method then seals
@@ -9,8 +10,9 @@ compressed cache. Greedy answers are exact exactly if every answer token is the 
 so one teacher-forced forward per method scores both answers and gives the KL of the next-token distribution against
 the dense cache on the same tokens.
 
-Without --images the images are pages drawn for the shipped reader, whose true answers are known. With them the dense
-cache's own greedy answers stand for the true ones.
+Without --images the images are pages drawn for one of the readers (`evals.reader.readers`), whose true answers are
+known; --second says of what kinds the second questions are, the first asks by address. With images the dense cache's
+own greedy answers stand for the true ones. A row's basis file `runs/reader_...` stands for that of the reader asked.
 
 Keys and Values are held in half precision, and bytes are those of storage: of the visual Keys and Values of a request
 with everything it owns (coefficients or codes, means, scales folded into bases, an online basis). A calibrated basis is
@@ -37,6 +39,7 @@ import itertools
 import json
 import multiprocessing
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -54,7 +57,8 @@ from transformers import AutoConfig, Cache, DynamicCache, QuantizedCache
 from evals import figures
 from evals.peers.cache import PeerCache
 from evals.peers.registry import PEERS
-from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
+from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, KINDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
+from evals.reader.readers import READERS, Reader
 from rotatek_cache import RotateKCache
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
@@ -137,13 +141,19 @@ class Batch:
 
 
 def make_batch(
-    processor: Any, seeds: Sequence[int], level: str, kinds: Sequence[str], second: Sequence[str] | None = None
+    processor: Any,
+    seeds: Sequence[int],
+    level: str,
+    kinds: Sequence[str],
+    second: Sequence[str] | None = None,
+    reader: Reader = READERS["reader"],
 ) -> Batch:
-    """Draw the pages of `seeds` and tokenise two different questions about each.
+    """Draw the pages of `seeds` and tokenise two questions about each.
 
     Args:
         kinds: of questions.
         second: kinds of the second question, where they are others; the first question stays what it is.
+        reader: whose words are used.
     """
     images, prompts, rests, answers = [], [], [], []
     tokenizer = processor.tokenizer
@@ -151,8 +161,9 @@ def make_batch(
         page = make_page(seed, level=level)
         generator = np.random.default_rng(seed)
         chosen = [str(kind) for kind in generator.choice(kinds, 2)]
-        asked = ask(page, generator, chosen[0])
-        later = ask(page, generator, chosen[1] if second is None else str(generator.choice(second)))
+        asked = reader.say(ask(page, generator, chosen[0]), generator)
+        kind = chosen[1] if second is None else str(generator.choice(second))
+        later = reader.say(ask(page, generator, kind), generator)
         images.append([page.image])
         prompts.append(f"<image>\n{asked.text}")
         rest, answer = _conversation(tokenizer, asked, later)
@@ -336,7 +347,7 @@ def score_part(
     scores = {name: Scores() for name in methods}
     with torch.inference_mode():
         if args.images is None:
-            batch = make_batch(chat.processor, part, args.level, ADDRESS_KINDS)
+            batch = make_batch(chat.processor, part, args.level, ADDRESS_KINDS, args.second, READERS[args.reader])
         else:
             batch = converse(chat, part[0], args.question, args.max_new_tokens)
         recorder = RecordingCache()
@@ -366,7 +377,13 @@ def read_methods(path: Path, only: Sequence[str] | None = None) -> dict[str, dic
 def chosen_methods(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """List the rows to run, dense first; a ValueError names the row where one cannot be."""
     methods = read_methods(args.methods, args.only)
-    if args.images is not None:
+    if args.images is None:
+        own = {"basis": f"runs/{args.reader}_", "value_basis": f"runs/{args.reader}_"}
+        methods = {
+            name: {key: re.sub("^runs/reader_", own[key], text) if key in own else text for key, text in row.items()}
+            for name, row in methods.items()
+        }
+    else:
         # Rows of the reader's own files have no meaning for another model.
         reader_basis = "runs/reader_basis.safetensors"
         files = {name for name, options in methods.items() if str(options.get("basis")).endswith(".safetensors")}
@@ -378,12 +395,16 @@ def chosen_methods(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             for name, options in methods.items()
             if name not in files - kept
         }
-    config = AutoConfig.from_pretrained(READER)
+    config = AutoConfig.from_pretrained(READER if args.images is not None else READERS[args.reader].path())
     for name, options in methods.items():
         try:
             new_cache(options, config)
         except (ImportError, TypeError, ValueError) as error:
-            hint = "; python -m evals.reader.calibrate makes the reader's" if "does not exist" in str(error) else ""
+            hint = (
+                f"; python -m evals.reader.calibrate --reader {args.reader} makes the reader's"
+                if "does not exist" in str(error)
+                else ""
+            )
             raise ValueError(f"row '{name}': {error}{hint}") from error
     if args.model is not None:
         config = AutoConfig.from_pretrained(args.model)
@@ -486,7 +507,11 @@ def positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or path; by default the shipped reader")
+    parser.add_argument("--model", help="name or path, with --images; by default the shipped reader")
+    parser.add_argument("--reader", choices=READERS, default="reader", help="that reads drawn pages")
+    parser.add_argument(
+        "--second", nargs="+", choices=KINDS, help="kinds of the second questions, in place of those by address"
+    )
     parser.add_argument("--images", type=Path, help="folder of images, in place of drawn pages")
     parser.add_argument("--question", action="append", help="with --images: give it twice")
     parser.add_argument("--basis", type=Path, help="with --images: file of `rotatek calibrate` for the calibrated rows")
@@ -509,14 +534,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.images is None and (args.question or args.model or args.basis):
         parser.error("--model, --question and --basis need --images: drawn pages are the shipped reader's")
     try:
+        if args.images is None and args.reader != "reader":
+            args.model = READERS[args.reader].path()
         result = run(args)
     except (InputError, OSError, TypeError, ValueError) as error:
         parser.error(str(error))
-    drawn = {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": args.pages}
+    drawn = {
+        "second": args.second or list(ADDRESS_KINDS),
+        "level": args.level,
+        "seeds": args.seeds,
+        "skip": args.skip,
+        "pages": args.pages,
+    }
     asked = {"images": str(args.images), "questions": args.question, "skip": args.skip, "most": args.pages}
     result |= {
         "setting": drawn if args.images is None else asked,
-        "model": args.model or "reader",
+        "model": args.model or args.reader,
         "command": shlex.join(["python", "-m", "evals.fidelity", *(sys.argv[1:] if arguments is None else arguments)]),
         "hardware": f"{platform.machine()}, {args.workers} processes of {args.threads} threads",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
