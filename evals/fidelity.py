@@ -148,12 +148,12 @@ def make_batch(
     second: Sequence[str] | None = None,
     reader: Reader = READERS["reader"],
 ) -> Batch:
-    """Draw the pages of `seeds` and tokenise two questions about each.
+    """Draw the pages of `seeds` and tokenise two different questions about each.
 
     Args:
         kinds: of questions.
         second: kinds of the second question, where they are others; the first question stays what it is.
-        reader: whose words are used.
+        reader: says them in its words.
     """
     images, prompts, rests, answers = [], [], [], []
     tokenizer = processor.tokenizer

@@ -29,7 +29,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,8 +262,26 @@ def prefill_times(
     return {tokens: statistics.median(found) for tokens, found in ratios.items()}
 
 
-def summary(row: Variant, dense: Variant, alone: Variant | None, rival: Variant | None = None) -> dict[str, Any]:
-    """Sum up exact match and paired losses of a row: against dense, its token method alone, and a rival of that."""
+def compared(row: Variant, rows: Sequence[Variant], rivals: Mapping[str, Any]) -> dict[str, Variant]:
+    """Find the rows that a row is compared with, beside the dense one, by what they are to it.
+
+    `tokens_only` is its token method at the same bytes, `channels_only` its channels with all tokens, `rival` what the
+    methods file names: another token method, or a row of `alone`.
+    """
+    places = {}
+    if row.method is not None:
+        places["tokens_only"] = row.place(channels="tokens only")
+        places["channels_only"] = ("none", row.channels, None, None)
+    rival = rivals.get(row.tokens)
+    if rival is not None:
+        places["rival"] = ("none", rival["alone"], None, None) if isinstance(rival, dict) else row.place(tokens=rival)
+    known = {other.place(): other for other in rows}
+    found = {name: known[place] for name, place in places.items() if place in known}
+    return {name: other for name, other in found.items() if other is not row}
+
+
+def summary(row: Variant, dense: Variant, others: Mapping[str, Variant]) -> dict[str, Any]:
+    """Sum up exact match, KL and paired differences of a row: to the dense one, and to `others` by name."""
     found: dict[str, Any] = {
         "tokens": row.tokens,
         "channels": row.channels,
@@ -274,28 +292,22 @@ def summary(row: Variant, dense: Variant, alone: Variant | None, rival: Variant 
         "method": str(row.method),
         "options": row.options,
     }
-    if rival is not None:
-        found["rival"] = rival.channels if rival.method is None else rival.tokens
+    if "rival" in others:
+        found["rival"] = others["rival"].channels if others["rival"].method is None else others["rival"].tokens
     for index, which in enumerate(QUESTIONS):
-        exact = np.array(row.scores.exact[index])
-        part = {"pages": len(exact), "exact_match": float(exact.mean())}
-        part["kl"] = float(np.mean(row.scores.divergence[index]))
-        for name, other in (("loss", dense), ("loss_to_tokens_only", alone), ("loss_to_rival", rival)):
-            if other is not None and other is not row:
-                difference = np.array(other.scores.exact[index]) - exact
-                part[name] = float(difference.mean())
-                part[f"{name}_95"] = list(bootstrap(difference))
-        if rival is not None:
-            more = np.array(row.scores.divergence[index]) - np.array(rival.scores.divergence[index])
-            part["kl_over_rival"], part["kl_over_rival_95"] = float(more.mean()), list(bootstrap(more))
+        exact, divergence = np.array(row.scores.exact[index]), np.array(row.scores.divergence[index])
+        part = {"pages": len(exact), "exact_match": float(exact.mean()), "kl": float(divergence.mean())}
+
+        def difference(name: str, values: np.ndarray, part: dict[str, Any] = part) -> None:
+            part[name], part[f"{name}_95"] = float(values.mean()), list(bootstrap(values))
+
+        if row is not dense:
+            difference("loss", np.array(dense.scores.exact[index]) - exact)
+        for name, other in others.items():
+            difference(f"loss_to_{name}", np.array(other.scores.exact[index]) - exact)
+            difference(f"kl_over_{name}", divergence - np.array(other.scores.divergence[index]))
         found[which] = part
     return found
-
-
-def rival_place(row: Variant, rivals: dict[str, Any]) -> tuple[Any, ...]:
-    """Say where the rival of a row stands: another token method at the same budget, or a row of `alone`."""
-    rival = rivals[row.tokens]
-    return ("none", rival["alone"], None, None) if isinstance(rival, dict) else row.place(tokens=rival)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -360,17 +372,8 @@ def main() -> None:
     args = parser.parse_args()
     rows, times = run(args)
     rivals = yaml.safe_load(args.methods.read_text()).get("rivals", {})
-    found = {row.place(): row for row in rows}
     result = {
-        "rows": [
-            summary(
-                row,
-                rows[0],
-                found.get(row.place(channels="tokens only")),
-                found.get(rival_place(row, rivals)) if row.tokens in rivals else None,
-            )
-            for row in rows
-        ],
+        "rows": [summary(row, rows[0], compared(row, rows, rivals)) for row in rows],
         "prefill_time_ratio": times,
         "setting": {
             "level": args.level,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SegmentReport:
-    """One sealed segment of a layer; `tokens` over all rows, bytes from storage."""
+    """One sealed segment of a layer; `tokens` over all rows, bytes from storage, `key_bits` if codes have one width."""
 
     tokens: int
     rank: int
@@ -14,6 +14,7 @@ class SegmentReport:
     key_bytes: int
     value_bytes: int
     basis_bytes: int
+    key_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class CacheReport:
         evicted = max((layer.evicted for layer in self.layers), default=0)
         if evicted:
             lines.append(f"tokens of answers that went, of each row and head: {evicted}")
+        if any(len({segment.key_bits for segment in layer.segments}) > 1 for layer in self.layers):
+            lines.append(f"visual tokens by the bits of their Keys, by layer: {self._tokens_by_bits()}")
         if self.shared_bytes:
             lines.append(
                 f"calibrated basis: {readable_bytes(self.shared_bytes)} once per model, shared by all requests and not "
@@ -95,6 +98,17 @@ class CacheReport:
                 f"row {row}: {span} visual tokens stayed dense, since a basis would cost more bytes than it saves"
             )
         return "\n".join(lines)
+
+    def _tokens_by_bits(self) -> str:
+        """Write how many tokens of each layer have how many bits."""
+        told = []
+        for layer in self.layers:
+            counts: dict[int | None, int] = {}
+            for segment in layer.segments:
+                counts[segment.key_bits] = counts.get(segment.key_bits, 0) + segment.tokens
+            parts = (f"{count} at {'mixed or no codes' if bits is None else bits}" for bits, count in counts.items())
+            told.append(f"{layer.index}: {', '.join(parts) or 'none'}")
+        return "; ".join(told)
 
     @staticmethod
     def _layer_lines(layer: LayerReport) -> list[str]:

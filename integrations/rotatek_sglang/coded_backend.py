@@ -14,20 +14,13 @@ from rotatek_cache.codecs.finite import FiniteCheck
 from rotatek_cache.codecs.token_rows import RECENT_TOKENS, SINK_TOKENS
 from rotatek_cache.core.attention import attend
 from rotatek_sglang import metrics, options
-from rotatek_sglang.backend import (
-    OwnTokens,
-    attend_continuation,
-    attend_forms,
-    attend_prompt,
-    heads_of,
-    refuse_extras,
-    report_unanswered,
-)
+from rotatek_sglang.backend import heads_of, refuse_extras, report_unanswered
 from rotatek_sglang.checks import check_basis, check_model
 from rotatek_sglang.coded_layout import CodedPlan
 from rotatek_sglang.coded_pool import CodedPool, to_device
 from rotatek_sglang.coded_storage import CodedTable, DecodeTables, Places, table_before
 from rotatek_sglang.metrics import Gauges
+from rotatek_sglang.prompt_attention import OwnTokens, attend_continuation, attend_forms, attend_prompt
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +63,9 @@ class CodedBackend(AttentionBackend):
             raise ValueError(f"SGLang runs {len(self.slots_of) - 1} requests at once, {plan.requests} were planned for")
         runner.req_to_token_pool.attach_aux_cache(self.ledger)
         if runner.server_args.enable_metrics and get_parallel().tp_rank == 0:
+            rank = get_parallel().dp_rank
             names = {"model_name": get_serving().served_model_name}  # as in SGLang's own
+            names |= {} if rank is None else {"dp_rank": str(rank)}
             pool.gauges = Gauges(names, metrics.CODED_DESCRIPTIONS)
             pool.publish(0)
         self.last_layer = pool.start_layer + pool.layer_num - 1

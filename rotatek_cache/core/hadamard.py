@@ -16,7 +16,7 @@ def hadamard(width: int, seed: int | None = None) -> Tensor:
     """
     if width < 1:
         raise ValueError(f"width must be at least 1 channel, got {width}: give the width of a head")
-    block = torch.ones(1, 1, device="cpu")
+    block = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while width % (2 * len(block)) == 0:
         block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
     matrix = torch.block_diag(*[block / len(block) ** 0.5] * (width // len(block)))

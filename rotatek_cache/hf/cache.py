@@ -26,6 +26,7 @@ from rotatek_cache.codecs.fingerprint import ModelMark
 from rotatek_cache.codecs.registry import codecs_for
 from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
+from rotatek_cache.core.quantization import CodeLayout
 from rotatek_cache.core.row_layout import row_index
 from rotatek_cache.core.segments import SegmentView, Stored, TextSegment
 from rotatek_cache.hf.config_shapes import kv_shape
@@ -1040,6 +1041,12 @@ def _rank(stored: Stored, width: int) -> int:
     return width if fitted is None else fitted
 
 
+def _one_width(stored: Stored) -> int | None:
+    """Return the bits of all codes that are stored; None where they differ, or there are none."""
+    blocks = stored.code.blocks if isinstance(stored.code, CodeLayout) else ()
+    return blocks[0][0] if len(blocks) == 1 else None
+
+
 def _layer_report(index: int, layer: Any) -> LayerReport:
     if not isinstance(layer, RotateKLayer):
         stored = storage_bytes(stock_tensors(layer))
@@ -1065,6 +1072,7 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
             basis_bytes=storage_bytes(
                 [t for stored in (segment.keys, segment.values) for t in stored.tensors() if t is not stored.data]
             ),
+            key_bits=_one_width(segment.keys),
         )
         for segment in kv.segments
         if not segment.is_text

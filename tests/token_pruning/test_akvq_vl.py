@@ -64,7 +64,13 @@ def test_pivots_are_what_the_text_attends_to():
     for layer in cache.report().layers:
         assert layer.dropped == 0
         for segment, bits in zip(layer.segments, (8, 2) if layer.index else (2,), strict=True):
+            assert segment.key_bits == bits
             assert segment.key_bytes == segment.value_bytes == segment.tokens * heads * width // BITS[bits]
+    tokens = int(visual.sum())
+    better = sum(round(0.25 * count) for count in visual.sum(1).tolist())
+    each = f"{better} at 8, {tokens - better} at 2"
+    told = f"visual tokens by the bits of their Keys, by layer: 0: {tokens} at 2; 1: {each}; 2: {each}"
+    assert told in str(cache.report())
 
 
 @pytest.mark.parametrize("bits", [8, 16])

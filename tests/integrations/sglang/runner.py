@@ -157,14 +157,14 @@ class Forms(set):
     """Kinds of attention that ran since: if of many queries, and of each segment whether it has a basis, a mask."""
 
     def __init__(self):
-        from rotatek_sglang import backend, coded_backend
+        from rotatek_sglang import backend, coded_backend, prompt_attention
 
         def watched(query, views, scale, **options):
             segments = tuple((view.basis is not None, view.mask is not None) for view in views)
             self.add((query.shape[2] > 1, segments))
             return attend(query, views, scale, **options)
 
-        backend.attend = coded_backend.attend = watched
+        backend.attend = coded_backend.attend = prompt_attention.attend = watched
 
 
 def start(model, flags, environment):
@@ -176,6 +176,29 @@ def start(model, flags, environment):
     logging.getLogger("rotatek_sglang").addHandler(handler)
     Runner(model, flags)
     return {"forms": sorted(forms), "warned": warned}
+
+
+def queued(model, flags):
+    """What is left of five cached texts of 40 tokens, in a pool with 300 text rows, as others are asked for."""
+    from rotatek_sglang.pool import make_room
+    from rotatek_sglang.rows import Need
+
+    runner = Runner(model, flags)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        runner.serve([torch.randint(0, 390, (39,), generator=generator).tolist()], 2)
+    asked = {
+        "an answer that would need most of the pool": (Need(text=60), Need(), Need(text=200)),
+        "an image and a text that fit": (Need(text=60, visual=500, bases=1), Need(), Need()),
+        "a text beside one that runs": (Need(text=200), Need(text=120), Need()),
+        "an image beyond the visual rows": (Need(visual=1000), Need(), Need()),
+        "a text for which two must go": (Need(text=180), Need(), Need()),
+        "a text for which all must go": (Need(text=300), Need(), Need()),
+    }
+    return {
+        what: [make_room(runner.allocator, runner.tree, *needs), runner.tree.evictable_size()]
+        for what, needs in asked.items()
+    }
 
 
 def served(model, basis, bits):

@@ -198,8 +198,30 @@ class TestSmallPool:
         for step in range(10):
             hang_up(server, message("fox " * 120), 0.01 * step)
 
+    def test_the_openai_client(self, server, untouched):
+        """All at once, and as a stream: the same answer; afterwards the last part of a stream counts the tokens."""
+        openai = pytest.importorskip("openai")
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
+        asked = {
+            "model": "tiny",
+            "messages": IMAGE,
+            "max_tokens": 12,
+            "temperature": 0,
+            "extra_body": {"ignore_eos": True},
+        }
+        whole = client.chat.completions.create(**asked)
+        assert whole.usage.completion_tokens == 12
+        *parts, last = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        assert last.usage.prompt_tokens == whole.usage.prompt_tokens
+        streamed = "".join(choice.delta.content or "" for part in parts for choice in part.choices)
+        assert streamed == whole.choices[0].message.content
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model="tiny", messages=message("fox " * 1300), max_tokens=4)
+
     def test_a_soak(self, server, untouched):
-        outcomes = soak(server, 80)
+        """Requests of all kinds, some given up by their clients; all that run are taken back again and again."""
+        outcomes = soak(server, 80, longest=100, pause=0.3)
+        assert outcomes.pop(("all", "taken back")) > 3
         assert sum(outcomes.values()) == 80
         for kind, status in outcomes:
             allowed = (200, 400, 500) if kind.startswith(("huge", "broken")) else (200,)

@@ -32,9 +32,10 @@ POOLS = {
 # One process for all: importing SGLang takes longer than everything else here.
 SCRIPT = """
 import json, sys
-from runner import forked, load_sglang, start
+from runner import forked, load_sglang, queued, start
 load_sglang()
 said = {name: forked(start, sys.argv[1], *given) for name, given in json.loads(sys.argv[3]).items()}
+said["queued"] = forked(queued, sys.argv[1], json.loads(sys.argv[3])["pool"][0])
 from sglang.srt.server_args import prepare_server_args
 from sglang.srt.arg_groups.overrides import resolution_result
 for name, flags in json.loads(sys.argv[2]).items():
@@ -137,11 +138,24 @@ def test_a_cache_in_another_dtype_than_the_model_is_refused(said):
 def test_attention_over_images_runs_at_the_start(said):
     """Steps, and chunks of prompts, with up to four visual segments: no request waits for a kernel to be compiled."""
     visual, text, own = [True, False], [False, False], [False, True]
-    steps = [[False, [visual] * count + [text]] for count in range(5)]
-    chunks = [[True, [visual] * count + [text, own]] for count in range(5)]
-    assert all(form in said["pool"]["forms"] for form in steps + chunks)
+    stored = [[visual] * count + [text] for count in range(5)]
+    steps = [[False, each] for each in stored]
+    chunks = [[True, [*each, own]] for each in stored]
+    later_blocks = [[True, [*each, text, own]] for each in stored]
+    assert all(form in said["pool"]["forms"] for form in steps + chunks + later_blocks)
 
 
 def test_a_pool_that_holds_less_than_a_dense_one_is_warned_of(said):
     """Bases for the images of 32 requests take more than is saved."""
     assert any("tokens fit, where a dense cache would hold" in warning for warning in said["pool"]["warned"])
+
+
+def test_cached_prompts_make_way_for_what_is_read_now_and_only_if_that_is_enough(said):
+    assert said["queued"] == {
+        "an answer that would need most of the pool": [True, 200],
+        "an image and a text that fit": [True, 200],
+        "a text beside one that runs": [False, 200],
+        "an image beyond the visual rows": [False, 200],
+        "a text for which two must go": [True, 120],
+        "a text for which all must go": [True, 0],
+    }
