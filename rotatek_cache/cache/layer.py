@@ -244,6 +244,7 @@ class LayerKV:
                     compressed.append((rows_part, rows))
                     made.append(segment)
             self.segments += join_segments(made)
+            self.sealer.answer_for(sealer)
         self.pending = None
         if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
             # Nothing is compressed and nothing is padding: the tokens keep their logical order.
