@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rotatek_cache.token_pruning.methods.aircache import AirCache
     from rotatek_cache.token_pruning.methods.divprune import DivPrune
     from rotatek_cache.token_pruning.methods.fastv import FastV
+    from rotatek_cache.token_pruning.methods.hybrid_kv import HybridKV
     from rotatek_cache.token_pruning.methods.look_m import LookM
     from rotatek_cache.token_pruning.methods.visionzip import VisionZip
     from rotatek_cache.token_pruning.methods.vl_cache import VLCache
@@ -29,6 +30,7 @@ __all__ = [
     "DivPrune",
     "FastV",
     "FitOptions",
+    "HybridKV",
     "KeyBasis",
     "LayerKV",
     "LookM",
@@ -48,6 +50,7 @@ _HOMES = {
     "DivPrune": "token_pruning.methods.divprune",
     "FastV": "token_pruning.methods.fastv",
     "FitOptions": "options",
+    "HybridKV": "token_pruning.methods.hybrid_kv",
     "KeyBasis": "core.basis",
     "LayerKV": "cache.layer",
     "LookM": "token_pruning.methods.look_m",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.cache.answer import Answer
+from rotatek_cache.cache.head_segments import head_segments
 from rotatek_cache.cache.seal_plan import Compressed, SealPlan
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.sealing import Sealer
@@ -24,6 +25,7 @@ from rotatek_cache.core.row_layout import RowLayout, row_index
 from rotatek_cache.core.seal import Places
 from rotatek_cache.core.segments import SegmentView, Stored, TextSegment, VisualSegment, join_segments
 from rotatek_cache.options import FitOptions
+from rotatek_cache.token_pruning.interface import HeadChoice
 from rotatek_cache.token_pruning.registry import decoded_method
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # Keys and Values [B, H, P, D] to those that are stored
@@ -216,12 +218,14 @@ class LayerKV:
         logits = logits.masked_fill(~visible[:, None, :, self.pending.begin :], -torch.inf)
         return (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
 
-    def seal(self, plan: SealPlan, merge: Merge | None = None) -> None:
+    def seal(self, plan: SealPlan, merge: Merge | None = None, heads: HeadChoice | None = None) -> None:
         """Store the pending tokens as a plan says.
 
         Args:
             plan: which of them are visual, text, padding or dropped.
             merge: changes their Keys and Values first, where dropped tokens are merged into kept ones.
+            heads: which of the plan's visual tokens each head stores; None: all. Those of an image below break-even,
+                which stay dense, are stored by all heads.
         """
         pending = self.pending
         assert pending is not None
@@ -237,8 +241,11 @@ class LayerKV:
             self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
             if segment is not None:
                 compressed.append((part, rows))
-                made.append(segment)
-        self.segments += join_segments(made)
+                if heads is None:
+                    made.append(segment)
+                else:
+                    made += head_segments(segment, heads, part.layout(rows, pending.keys.device), pending.keys)
+        self.segments += made if heads is not None else join_segments(made)
         self.pending = None
         if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
             # Nothing is compressed and nothing is padding: the tokens keep their logical order.

@@ -1,6 +1,6 @@
 """Let the layers of one cache decide together which visual tokens each keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.cache.visual_positions import seen_by_mask
 from rotatek_cache.core.attention import MAX_SCORES, causal_mask
-from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, Summary
+from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, HeadChoice, Summary
 
 
 class TokenSelection:
@@ -24,7 +24,7 @@ class TokenSelection:
     def _forget(self, plan: SealPlan | None = None) -> None:
         self._plan = plan
         self._seen: dict[int, Summary] = {}
-        self._kept: dict[int, Tensor] | None = None
+        self._kept: Mapping[int, Tensor | HeadChoice] | None = None
         self._waiting: list[int] = []  # layers that have attended and are not decided on
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TokenSelection":
@@ -41,11 +41,12 @@ class TokenSelection:
         """Return the tokens that a layer which seals by `plan` keeps, bool ``[B, P]``; None while that is not known."""
         if plan is None or plan is not self._plan or self._kept is None:
             return None
-        return self._kept.get(layer)
+        kept = self._kept.get(layer)
+        return kept.stored.any(1) if isinstance(kept, HeadChoice) else kept
 
     def decide(
         self, layer: LayerKV, plan: SealPlan, query: Tensor, mask: Tensor | None, scale: float
-    ) -> list[tuple[int, Tensor | None]]:
+    ) -> list[tuple[int, Tensor | HeadChoice | None]]:
         """See a layer attend; returns the layers that can seal now, with the tokens that each keeps (None: all).
 
         Args:
@@ -90,7 +91,8 @@ class TokenSelection:
             weights = layer.pending_attention(query[:, :, chosen], seen, scale)
             part = valid[:, chosen]
             seen = seen[..., plan.begin :] & part[..., None]
-            rows = AttentionRows(weights * seen[:, None], seen, part, visual)
+            assert layer.shape is not None
+            rows = AttentionRows(weights * seen[:, None], seen, part, visual, layer.shape[1])
             summary = self.method.summarise(rows)
             total = summary if total is None else tuple(a + b for a, b in zip(total, summary, strict=True))
         assert total is not None

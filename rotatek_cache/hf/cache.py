@@ -27,7 +27,7 @@ from rotatek_cache.codecs.registry import codecs_for
 from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
 from rotatek_cache.core.row_layout import row_index
-from rotatek_cache.core.segments import SegmentView, Stored, TextSegment
+from rotatek_cache.core.segments import Stored, TextSegment, VisualSegment
 from rotatek_cache.hf.config_shapes import kv_shape
 from rotatek_cache.hf.estimate import CacheEstimate, estimate_bytes, tokens_of
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
@@ -115,7 +115,7 @@ class StepHandle:
         self.step = step
 
     @property
-    def views(self) -> list[SegmentView]:
+    def views(self) -> list[Any]:
         """What attention reads."""
         return self.step.views
 
@@ -1054,7 +1054,8 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         return _coded_report(kv, index, stored, dense)
     segments = [
         SegmentReport(
-            tokens=int(segment.lengths.sum()),
+            **_by_head(segment),
+            tokens=round(int(segment.lengths.sum()) / segment.heads),
             rank=_rank(segment.keys, width),
             stored_rank=segment.keys.channels,
             head_width=width,
@@ -1079,6 +1080,16 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         sum(int(counts.sum()) for _, counts in kv.dropped),
         0 if kv.answer is None else kv.answer.evicted,
     )
+
+
+def _by_head(segment: VisualSegment) -> dict[str, tuple[int, ...]]:
+    """Count what each KV head of a segment stores and reads, where they differ in it."""
+    if segment.heads == 1 and segment.chunks is None:
+        return {}
+    lengths = segment.lengths.long()
+    read = lengths if segment.chunks is None else (segment.chunks.read * segment.chunks.size).minimum(lengths)
+    stored, reads = (tuple(counts.unflatten(0, (segment.heads, -1)).sum(1).tolist()) for counts in (lengths, read))
+    return {"by_head": stored, "read_by_head": reads}
 
 
 def _coded_report(kv: CodedKV, index: int, stored: int, dense: int) -> LayerReport:

@@ -30,12 +30,31 @@ class AttentionRows:
         seen: bool ``[B, q, P]``, which tokens each query sees; False for queries that are not `valid`.
         valid: bool ``[B, q]``, which queries the method asked for.
         visual: bool ``[B, P]``, which tokens are visual.
+        heads: KV heads; the query heads of one follow each other.
     """
 
     weights: Tensor
     seen: Tensor
     valid: Tensor
     visual: Tensor
+    heads: int = 1
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """The visual tokens that each KV head of a layer stores, and how many of them a decode step reads.
+
+    Attributes:
+        stored: bool ``[B, H, P]``.
+        retrieves: bool ``[B, H]``, heads that read in each step those chunks that its query asks for.
+        read: int64 ``[B, H]``, how many tokens these heads read, whole chunks of them.
+        chunk: tokens of a chunk.
+    """
+
+    stored: Tensor
+    retrieves: Tensor
+    read: Tensor
+    chunk: int
 
 
 @dataclass(frozen=True)
@@ -126,6 +145,7 @@ class AttentionMethod(TokenMethod, abc.ABC):
         layer_by_layer: each layer's tokens follow from its own attention, so that none has to wait for the others.
         pools_layers: `keep` is that of all layers together, of which some keep more than others.
         alike: all layers that drop tokens drop the same ones.
+        by_head: the KV heads of a layer keep tokens of their own, as a `HeadChoice` says.
     """
 
     last_query_only: ClassVar[bool] = False
@@ -133,6 +153,7 @@ class AttentionMethod(TokenMethod, abc.ABC):
     layer_by_layer: ClassVar[bool] = False
     pools_layers: ClassVar[bool] = False
     alike: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
 
     def check_layers(self, compressed: Sequence[int], layers: int) -> None:
         """Raise if the method cannot work where only the layers `compressed` of `layers` are ours."""
@@ -150,7 +171,9 @@ class AttentionMethod(TokenMethod, abc.ABC):
         """Return what to keep of a layer's attention: tensors that add up over parts of the queries."""
 
     @abc.abstractmethod
-    def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
+    def select(
+        self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]
+    ) -> "Mapping[int, Tensor | HeadChoice]":
         """The tokens that each layer of `pruned` keeps: bool ``[B, P]``, within `visual` ``[B, P]``."""
 
     def merged(self, keys: Tensor, values: Tensor, kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:

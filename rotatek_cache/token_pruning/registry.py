@@ -9,6 +9,7 @@ from rotatek_cache.token_pruning.interface import TokenMethod
 from rotatek_cache.token_pruning.methods.aircache import AirCache
 from rotatek_cache.token_pruning.methods.divprune import DivPrune
 from rotatek_cache.token_pruning.methods.fastv import FastV
+from rotatek_cache.token_pruning.methods.hybrid_kv import HybridKV
 from rotatek_cache.token_pruning.methods.look_m import LookM
 from rotatek_cache.token_pruning.methods.rkv import RKV
 from rotatek_cache.token_pruning.methods.visionzip import VisionZip
@@ -18,6 +19,7 @@ TOKENS: dict[str, type[TokenMethod]] = {
     "aircache": AirCache,
     "divprune": DivPrune,
     "fastv": FastV,
+    "hybrid_kv": HybridKV,
     "look_m": LookM,
     "visionzip": VisionZip,
     "vl_cache": VLCache,
