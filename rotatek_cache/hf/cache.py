@@ -33,7 +33,7 @@ from rotatek_cache.hf.estimate import CacheEstimate, estimate_bytes, tokens_of
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
 from rotatek_cache.options import Allocation, Bits, FitOptions, RowBits, with_option_docs
 from rotatek_cache.report import CacheReport, LayerReport, SavedBytes, SegmentReport
-from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
+from rotatek_cache.token_pruning.interface import AttentionMethod, FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import decoded_method, token_method
 
 # Layers that are not ours are saved as they are; a dummy stands for one that has nothing to cache.
@@ -345,6 +345,7 @@ class RotateKCache(Cache):
             name = type(self.tokens).__name__
             if budget is None:
                 raise ValueError(f"tokens={name}: keep must be given where no budget is, as in {name}(keep=0.4)")
+        self._check_heads_apart(budget)
         planner = None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
         self.positions = VisualPositions(visual_mask)
         self.coordinator = Coordinator(self.positions, self.tokens, planner)
@@ -360,6 +361,25 @@ class RotateKCache(Cache):
         super().__init__(layers=[])
         if config is not None:
             self.learn_config(config)
+
+    def _check_heads_apart(self, budget: object) -> None:
+        """Raise a ValueError for options that do not go with heads that keep tokens of their own."""
+        if not isinstance(self.tokens, AttentionMethod) or not self.tokens.by_head:
+            return
+        name = type(self.tokens).__name__
+        if budget is not None:
+            raise ValueError(
+                f"budget={budget!r} counts tokens of layers, and {name} gives each head tokens of its own: leave out "
+                f"budget, and give the share of reads, as in {name}(keep=0.3), and sparsity or rank"
+            )
+        apart = [f"{kind}_bits='auto'" for kind in ("key", "value") if getattr(self.options, f"{kind}_bits") == "auto"]
+        apart += [f"allocation={self.options.allocation.over!r}"] * (self.options.allocation.over != "uniform")
+        apart += [f"energy={self.options.energy}"] * (self.options.energy is not None)
+        if apart:
+            raise ValueError(
+                f"{', '.join(apart)} lets heads of a layer, or rows, be stored in different forms, and tokens={name} "
+                "packs the tokens of all heads together: give rank or sparsity, and bits that are a number"
+            )
 
     @classmethod
     def estimate(

@@ -194,7 +194,7 @@ def test_a_long_answer_stays_within_its_cap_and_is_that_of_the_book(llava):
     queries, positions = 2 * heads * width * 8 * 4, CAP * 4
     assert cache.layers[0].kv.text.capacity <= columns + CAP
     assert cache.nbytes() <= prompt + CAP * heads * (width + value_width) * 4 + queries + positions
-    assert torch.equal(found, by_the_book(host, inputs, spec, 2001).sequences)
+    assert torch.equal(found, by_the_book(host, inputs, spec, ANSWER + 1).sequences)
 
 
 def test_the_second_turn_of_a_batch_is_that_of_the_book(llava):
