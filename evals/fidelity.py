@@ -1,6 +1,7 @@
 """Does the compressed cache still read the page? Exact match and KL per method and budget, first and second question.
 
     python -m evals.fidelity --pages 512 --out evals/results/fidelity.json
+    python -m evals.fidelity --reader smol --level easy --second where count --out runs/fidelity_smol_other.json
     python -m evals.fidelity --model name-or-path --images folder --question "What is it?" --question "Where?"
 
 Every image gets two questions. The prompt (image and first question) is prefilled once, densely; each method then seals
@@ -9,8 +10,9 @@ compressed cache. Greedy answers are exact exactly if every answer token is the 
 so one teacher-forced forward per method scores both answers and gives the KL of the next-token distribution against
 the dense cache on the same tokens.
 
-Without --images the images are pages drawn for the shipped reader, whose true answers are known. With them the dense
-cache's own greedy answers stand for the true ones.
+Without --images the images are pages drawn for one of the readers (`evals.reader.readers`), whose true answers are
+known; --second says of what kinds the second questions are, the first asks by address. With images the dense cache's
+own greedy answers stand for the true ones. A row's basis file `runs/reader_...` stands for that of the reader asked.
 
 Keys and Values are held in half precision, and bytes are those of storage: of the visual Keys and Values of a request
 with everything it owns (coefficients or codes, means, scales folded into bases, an online basis). A calibrated basis is
@@ -22,7 +24,8 @@ states and read through the model's own sdpa. It knows nothing of images: it com
 alike, so that the visual tokens' share of the prompt is their share of its bytes, and its ratio that of the whole
 prompt; so it is with ``text="coded"``, where all tokens are coded and the last 64 are dense. QuantizedCache compresses
 a whole prompt at once; its window of full precision (`residual_length`) holds what comes later, here both answers and
-the second question. Its fp8 backend has one scale a layer for a whole batch.
+the second question. Its fp8 backend has one scale a layer for a whole batch. The peers of `evals.peers` code all tokens
+too, but for the first 4 and the last 64.
 """
 
 import argparse
@@ -36,6 +39,7 @@ import itertools
 import json
 import multiprocessing
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -51,7 +55,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, Cache, DynamicCache, QuantizedCache
 
 from evals import figures
-from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
+from evals.peers.cache import PeerCache
+from evals.peers.registry import PEERS
+from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, KINDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
+from evals.reader.readers import READERS, Reader
 from rotatek_cache import RotateKCache
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
@@ -64,7 +71,7 @@ from rotatek_cache.hf.storage import storage_bytes
 
 DEFAULT_METHODS = Path(__file__).parent / "settings" / "fidelity.yaml"
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}
-OTHER_CACHES: dict[str, type[Cache]] = {"quantized": QuantizedCache}
+OTHER_CACHES: dict[str, Callable[..., Cache]] = {"quantized": QuantizedCache, **PEERS}
 
 
 class RecordingCache(RotateKCache):
@@ -75,6 +82,11 @@ class RecordingCache(RotateKCache):
         self.seen: dict[int, tuple[Tensor, Tensor, Tensor, float | None]] = {}
         self.visual: Tensor | None = None
         self.coordinator = _RecordingCoordinator(self.positions, self.seen)
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Count the bytes of the recorded Keys and Values, which are in half precision."""
+        return sum(keys.nbytes + values.nbytes for keys, values, _, _ in self.seen.values())
 
     def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
         """Keep which positions are visual, bool ``[B, T]``."""
@@ -93,8 +105,9 @@ class _RecordingCoordinator(Coordinator):
 
     def observe(self, layer: LayerKV, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         """Record the states of a layer."""
-        assert layer.pending is not None
-        keys, values = layer.pending.keys, layer.pending.values
+        dense = layer.dense()
+        assert dense is not None  # nothing of a prompt read at once is sealed
+        keys, values = dense
         if keys.dtype == torch.float32:
             keys, values = keys.half(), values.half()
         self.record[layer.index] = (keys, values, query, scale)
@@ -127,17 +140,33 @@ class Batch:
         return positions[:, : -self.rest.shape[1]], positions[:, -self.rest.shape[1] :]
 
 
-def make_batch(processor: Any, seeds: Sequence[int], level: str, kinds: Sequence[str]) -> Batch:
-    """Draw the pages of `seeds` and tokenise two different questions about each."""
+def make_batch(
+    processor: Any,
+    seeds: Sequence[int],
+    level: str,
+    kinds: Sequence[str],
+    second: Sequence[str] | None = None,
+    reader: Reader = READERS["reader"],
+) -> Batch:
+    """Draw the pages of `seeds` and tokenise two different questions about each.
+
+    Args:
+        kinds: of questions.
+        second: kinds of the second question, where they are others; the first question stays what it is.
+        reader: says them in its words.
+    """
     images, prompts, rests, answers = [], [], [], []
     tokenizer = processor.tokenizer
     for seed in seeds:
         page = make_page(seed, level=level)
         generator = np.random.default_rng(seed)
-        first, second = (ask(page, generator, str(kind)) for kind in generator.choice(kinds, 2))
+        chosen = [str(kind) for kind in generator.choice(kinds, 2)]
+        asked = reader.say(ask(page, generator, chosen[0]), generator)
+        kind = chosen[1] if second is None else str(generator.choice(second))
+        later = reader.say(ask(page, generator, kind), generator)
         images.append([page.image])
-        prompts.append(f"<image>\n{first.text}")
-        rest, answer = _conversation(tokenizer, first, second)
+        prompts.append(f"<image>\n{asked.text}")
+        rest, answer = _conversation(tokenizer, asked, later)
         rests.append(rest)
         answers.append(answer)
     prompt = processor(images=images, text=prompts, padding=True, return_tensors="pt")
@@ -228,6 +257,9 @@ def visual_bytes(cache: Cache, visual: Tensor) -> tuple[float, float]:
     """Count the bytes that requests own for visual Keys and Values; `visual`, bool ``[B, T]``, marks the tokens."""
     if not isinstance(cache, RotateKCache):
         share = visual.double().mean().item()
+        if isinstance(cache, PeerCache):
+            keys, values = (storage_bytes(held) for held in cache.held())
+            return share * keys, share * values
         of_kind = [
             [getattr(layer, name, None) for layer in cache.layers for name in (kind, f"_quantized_{kind}")]
             for kind in ("keys", "values")
@@ -251,6 +283,8 @@ def fill(cache: Cache, config: Any, batch: Batch, recorder: RecordingCache) -> N
     if isinstance(cache, RotateKCache):
         cache.learn_config(config)
         cache.announce_visual(recorder.visual, mask.shape[1])
+    elif isinstance(cache, PeerCache):
+        cache.pad(mask)
     seen = mask[:, None, None, :] & causal_mask(mask.shape[1], mask.shape[1], mask.device)
     for index, layer in enumerate(recorder.layers):
         if index not in recorder.seen:
@@ -313,7 +347,7 @@ def score_part(
     scores = {name: Scores() for name in methods}
     with torch.inference_mode():
         if args.images is None:
-            batch = make_batch(chat.processor, part, args.level, ADDRESS_KINDS)
+            batch = make_batch(chat.processor, part, args.level, ADDRESS_KINDS, args.second, READERS[args.reader])
         else:
             batch = converse(chat, part[0], args.question, args.max_new_tokens)
         recorder = RecordingCache()
@@ -343,7 +377,13 @@ def read_methods(path: Path, only: Sequence[str] | None = None) -> dict[str, dic
 def chosen_methods(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """List the rows to run, dense first; a ValueError names the row where one cannot be."""
     methods = read_methods(args.methods, args.only)
-    if args.images is not None:
+    if args.images is None:
+        own = {"basis": f"runs/{args.reader}_", "value_basis": f"runs/{args.reader}_"}
+        methods = {
+            name: {key: re.sub("^runs/reader_", own[key], text) if key in own else text for key, text in row.items()}
+            for name, row in methods.items()
+        }
+    else:
         # Rows of the reader's own files have no meaning for another model.
         reader_basis = "runs/reader_basis.safetensors"
         files = {name for name, options in methods.items() if str(options.get("basis")).endswith(".safetensors")}
@@ -355,12 +395,16 @@ def chosen_methods(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             for name, options in methods.items()
             if name not in files - kept
         }
-    config = AutoConfig.from_pretrained(READER)
+    config = AutoConfig.from_pretrained(READER if args.images is not None else READERS[args.reader].path())
     for name, options in methods.items():
         try:
             new_cache(options, config)
         except (ImportError, TypeError, ValueError) as error:
-            hint = "; python -m evals.reader.calibrate makes the reader's" if "does not exist" in str(error) else ""
+            hint = (
+                f"; python -m evals.reader.calibrate --reader {args.reader} makes the reader's"
+                if "does not exist" in str(error)
+                else ""
+            )
             raise ValueError(f"row '{name}': {error}{hint}") from error
     if args.model is not None:
         config = AutoConfig.from_pretrained(args.model)
@@ -463,7 +507,11 @@ def positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or path; by default the shipped reader")
+    parser.add_argument("--model", help="name or path, with --images; by default the shipped reader")
+    parser.add_argument("--reader", choices=READERS, default="reader", help="that reads drawn pages")
+    parser.add_argument(
+        "--second", nargs="+", choices=KINDS, help="kinds of the second questions, in place of those by address"
+    )
     parser.add_argument("--images", type=Path, help="folder of images, in place of drawn pages")
     parser.add_argument("--question", action="append", help="with --images: give it twice")
     parser.add_argument("--basis", type=Path, help="with --images: file of `rotatek calibrate` for the calibrated rows")
@@ -486,14 +534,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.images is None and (args.question or args.model or args.basis):
         parser.error("--model, --question and --basis need --images: drawn pages are the shipped reader's")
     try:
+        if args.images is None and args.reader != "reader":
+            args.model = READERS[args.reader].path()
         result = run(args)
     except (InputError, OSError, TypeError, ValueError) as error:
         parser.error(str(error))
-    drawn = {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": args.pages}
+    drawn = {
+        "second": args.second or list(ADDRESS_KINDS),
+        "level": args.level,
+        "seeds": args.seeds,
+        "skip": args.skip,
+        "pages": args.pages,
+    }
     asked = {"images": str(args.images), "questions": args.question, "skip": args.skip, "most": args.pages}
     result |= {
         "setting": drawn if args.images is None else asked,
-        "model": args.model or "reader",
+        "model": args.model or args.reader,
         "command": shlex.join(["python", "-m", "evals.fidelity", *(sys.argv[1:] if arguments is None else arguments)]),
         "hardware": f"{platform.machine()}, {args.workers} processes of {args.threads} threads",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},

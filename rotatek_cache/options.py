@@ -155,7 +155,8 @@ class FitOptions:
         default="rotatek",
         metadata=about(
             "how Keys are stored: a name of rotatek_cache.codecs.registry.CODECS (rotatek is the paper's, pca the same "
-            "without the query weight), or a basis file made by `rotatek calibrate`",
+            "without the query weight, hadamard and none take key_bits and sparsity=0), or a basis file made by "
+            "`rotatek calibrate`",
             takes="a name, or a .safetensors file",
         ),
     )
@@ -177,11 +178,12 @@ class FitOptions:
     value_bits: Bits = field(
         default=None, metadata=about("as key_bits, for the coefficients of Values", choices=BIT_CHOICES)
     )
-    value_basis: Literal["auto", "none"] = field(
+    value_basis: Literal["auto", "none", "hadamard"] = field(
         default="auto",
         metadata=about(
-            "auto is PCA, or the file's basis where basis is a file; none quantises Values per token as they are",
-            choices=("auto", "none"),
+            "auto is PCA, or the file's basis where basis is a file; none quantises Values per token as they are; "
+            "hadamard quantises them per channel under a Walsh-Hadamard rotation",
+            choices=("auto", "none", "hadamard"),
         ),
     )
     basis_bits: Literal[8] | None = field(

@@ -102,7 +102,7 @@ def _gathered(segment):
     columns = torch.arange(segment.max_length)
     slots = segment.starts[:, None] + columns
     if segment.slots is not None:
-        slots = segment.slots.gather(1, slots.clamp(max=segment.slots.shape[1] - 1))
+        slots = segment.slots.gather(1, slots.clamp(max=segment.slots.shape[1] - 1)).long()
     if isinstance(segment.key_code, HeadCodes) or isinstance(segment.value_code, HeadCodes):
         keys, key_code = _plain(segment.keys, segment.key_code)
         values, value_code = _plain(segment.values, segment.value_code)
@@ -118,8 +118,8 @@ def _gathered(segment):
         lengths=torch.full_like(segment.lengths, segment.max_length),
         row_stride=segment.max_length,
         batched=True,
-        mask=mask,
         slots=None,
+        mask=mask,
         key_code=key_code,
         value_code=value_code,
     )

@@ -14,7 +14,7 @@ from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.cache.selection import TokenSelection
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.core.precision import without_autocast
-from rotatek_cache.token_pruning.interface import AttentionMethod, HeadChoice, TokenMethod
+from rotatek_cache.token_pruning.interface import AttentionMethod, TokenMethod
 
 
 class Coordinator:
@@ -65,7 +65,7 @@ class Coordinator:
         begin, plan = layer.pending.begin, self.positions.known_plan
         dropped = self.positions.dropped_of(begin, layer.length)
         if self.selection is not None and plan is not None and plan.end == layer.length:
-            dropped = plan.keeping(self.selection.kept(layer.index, plan)).dropped
+            dropped = self.selection.part_of(layer.index, plan).dropped
         return None if dropped is None else torch.nn.functional.pad(dropped, (begin, 0))
 
     @without_autocast
@@ -92,16 +92,13 @@ class Coordinator:
             self._seal(layer, plan)
             return
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        ready = []
-        for index, kept in self.selection.decide(layer, plan, query, mask, scale):
-            heads = kept if isinstance(kept, HeadChoice) else None
-            ready.append((index, plan.keeping(kept.stored.any(1) if isinstance(kept, HeadChoice) else kept), heads))
+        ready = self.selection.decide(layer, plan, query, mask, scale)
         if self.planner is not None and self.planner.rank_open and len(ready) == len(self.layers):
             # No layer has sealed yet, and it is known how many tokens each keeps: their ranks can be planned anew.
-            self.planner.divide(layer, plan, [part.counts for _, part, _ in ready])
+            self.planner.divide(layer, plan, [part.counts for _, part in ready])
             self._set_options()
-        for index, part, heads in ready:
-            self._seal(self.layers[index], part, heads)
+        for index, part in ready:
+            self._seal(self.layers[index], part)
 
     @without_autocast
     def seal_waiting(self, layers: Sequence[LayerKV]) -> None:
@@ -140,10 +137,12 @@ class Coordinator:
         for layer in self.layers.values():
             layer.use(self.planner.options_of(layer.index))
 
-    def _seal(self, layer: LayerKV, plan: SealPlan, heads: HeadChoice | None = None) -> None:
-        merge = None
+    def _seal(self, layer: LayerKV, plan: SealPlan) -> None:
+        merge, better = None, None
+        if self.selection is not None and plan.better is not None:
+            better = self.selection.method.options_of_kept(layer.options)
         if self.selection is not None and plan.dropped is not None:
             merge = functools.partial(self.selection.method.merged, kept=plan.visual, dropped=plan.dropped)
         if self.planner is not None and self.planner.made is not None:
             plan = plan.keep_last_dense(self.planner.made.last_dense[layer.index])
-        layer.seal(plan, merge, heads)
+        layer.seal(plan, merge, better)

@@ -102,8 +102,7 @@ class TableCopy:
         """Return the view of the segment that reads these tensors."""
         table, chunks = self.tensors, view.chunks
         if chunks is not None:
-            parts = {name: table[f"chunk_{name}"] for name in ("starts", "counts", "read")}
-            chunks = dataclasses.replace(chunks, **parts)
+            chunks = chunks.with_rows(table["chunk_starts"], table["chunk_counts"], table["chunk_read"])
         rows = None if view.basis_rows is None else table["basis_rows"]
         starts, lengths = table["starts"], table["lengths"]
         return dataclasses.replace(view, starts=starts, lengths=lengths, basis_rows=rows, chunks=chunks)

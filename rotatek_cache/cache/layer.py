@@ -25,7 +25,6 @@ from rotatek_cache.core.row_layout import RowLayout, row_index
 from rotatek_cache.core.seal import Places
 from rotatek_cache.core.segments import SegmentView, Stored, TextSegment, VisualSegment, join_segments
 from rotatek_cache.options import FitOptions
-from rotatek_cache.token_pruning.interface import HeadChoice
 from rotatek_cache.token_pruning.registry import decoded_method
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # Keys and Values [B, H, P, D] to those that are stored
@@ -65,7 +64,7 @@ class LayerKV:
         self.pending: Pending | None = None
         self.length = 0  # logical tokens, padding included
         self.kept_dense: list[tuple[int, int]] = []  # (row at its seal, visual tokens) below break-even
-        self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, visual tokens left out [B]
+        self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, tokens left out [B]
         self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
         self.dtype: torch.dtype | None = None
         decoded = self.options.decoded
@@ -218,14 +217,14 @@ class LayerKV:
         logits = logits.masked_fill(~visible[:, None, :, self.pending.begin :], -torch.inf)
         return (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
 
-    def seal(self, plan: SealPlan, merge: Merge | None = None, heads: HeadChoice | None = None) -> None:
+    def seal(self, plan: SealPlan, merge: Merge | None = None, better: FitOptions | None = None) -> None:
         """Store the pending tokens as a plan says.
 
         Args:
             plan: which of them are visual, text, padding or dropped.
             merge: changes their Keys and Values first, where dropped tokens are merged into kept ones.
-            heads: which of the plan's visual tokens each head stores; None: all. Those of an image below break-even,
-                which stay dense, are stored by all heads.
+            better: how those are stored that the plan stores better, in a segment of their own; None: as the model gave
+                them, among the text.
         """
         pending = self.pending
         assert pending is not None
@@ -234,18 +233,22 @@ class LayerKV:
         if merge is not None:
             pending.keys, pending.values = merge(pending.keys, pending.values)
         compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
-        made: list[VisualSegment] = []
-        # A segment has one layout, and that of a row must not depend on its batch.
-        for part in plan.rows if self.options.follows_content else (plan,):
-            rows, segment = self._compress_worth(pending, part)
-            self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
-            if segment is not None:
-                compressed.append((part, rows))
-                if heads is None:
+        for part, sealer in self._divided(plan, better):
+            made: list[VisualSegment] = []
+            # A segment has one layout, and that of a row must not depend on its batch.
+            for rows_part in part.rows if self.options.follows_content else (part,):
+                rows, segment = self._compress_worth(pending, rows_part, sealer)
+                self.kept_dense += [
+                    (row, count) for row, count in enumerate(rows_part.counts) if count and row not in rows
+                ]
+                if segment is not None:
+                    compressed.append((rows_part, rows))
                     made.append(segment)
-                else:
-                    made += head_segments(segment, heads, part.layout(rows, pending.keys.device), pending.keys)
-        self.segments += made if heads is not None else join_segments(made)
+            if plan.heads is not None and made:
+                layout = plan.layout(rows, pending.keys.device)
+                self.segments += head_segments(made[0], plan.heads, layout, pending.keys)
+            else:
+                self.segments += join_segments(made)
         self.pending = None
         if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
             # Nothing is compressed and nothing is padding: the tokens keep their logical order.
@@ -253,30 +256,43 @@ class LayerKV:
             return
         self._append_text(pending, plan, tuple(compressed))
 
-    def _compress_worth(self, pending: Pending, plan: SealPlan) -> tuple[tuple[int, ...], VisualSegment | None]:
+    def _divided(self, plan: SealPlan, better: FitOptions | None) -> list[tuple[SealPlan, Sealer]]:
+        """List the parts of a plan that are to be segments, and by what each is stored."""
+        if plan.better is None:
+            return [(plan, self.sealer)]
+        chosen, others = plan.by_quality
+        coded = [] if better is None else [(chosen, Sealer(better, self.index))]
+        return [*coded, (others, self.sealer)]
+
+    def _compress_worth(
+        self, pending: Pending, plan: SealPlan, sealer: Sealer
+    ) -> tuple[tuple[int, ...], VisualSegment | None]:
         """Make a segment of the rows whose visual tokens take fewer bytes in it; returns these rows and the segment."""
-        rows = self._worth(pending, plan, [row for row, count in enumerate(plan.counts) if count], None)
-        segment = self._compress(pending, plan, rows) if rows else None
+        rows = self._worth(pending, plan, [row for row, count in enumerate(plan.counts) if count], sealer)
+        segment = self._compress(pending, plan, rows, sealer) if rows else None
         if segment is not None and self.options.energy is not None:
             # Only now is the rank known; rows that it does not pay for stay dense.
-            worth = self._worth(pending, plan, rows, segment.keys.channels)
+            worth = self._worth(pending, plan, rows, sealer, segment.keys.channels)
             if worth != rows:
-                rows, segment = worth, self._compress(pending, plan, worth) if worth else None
+                rows, segment = worth, self._compress(pending, plan, worth, sealer) if worth else None
         return rows, segment
 
-    def _worth(self, pending: Pending, plan: SealPlan, rows: Sequence[int], rank: int | None) -> tuple[int, ...]:
-        key_width, value_width = pending.keys.shape[-1], pending.values.shape[-1]
-        worth = self.sealer.is_worth
-        return tuple(row for row in rows if worth(plan.counts[row], key_width, value_width, pending.keys.dtype, rank))
+    @staticmethod
+    def _worth(
+        pending: Pending, plan: SealPlan, rows: Sequence[int], sealer: Sealer, rank: int | None = None
+    ) -> tuple[int, ...]:
+        shape = (pending.keys.shape[-1], pending.values.shape[-1], pending.keys.dtype)
+        return tuple(row for row in rows if sealer.is_worth(plan.counts[row], *shape, rank))
 
-    def _compress(self, pending: Pending, plan: SealPlan, rows: tuple[int, ...]) -> VisualSegment:
+    @staticmethod
+    def _compress(pending: Pending, plan: SealPlan, rows: tuple[int, ...], sealer: Sealer) -> VisualSegment:
         layout = plan.layout(rows, pending.keys.device)
         window, valid = pending.window, None
         if window is not None:
             valid = plan.visible_tail(rows, window.shape[2], window.device)
             window = window if len(rows) == len(window) else window[layout.rows]
         keys, values, places = _placed(pending, layout)
-        stored_keys, stored_values = self.sealer.store(keys, values, places, window, valid)
+        stored_keys, stored_values = sealer.store(keys, values, places, window, valid)
         return VisualSegment(
             keys=_own(stored_keys, pending.keys),
             values=_own(stored_values, pending.values),

@@ -12,7 +12,7 @@ RowTable = tuple[Tensor, Tensor]  # first token and number of tokens of each row
 
 # The places of a segment's tokens, compared by identity: positions and first tokens of visual ones, alignment and
 # number of columns of text, counts of the rows' tokens and which of them where all are coded.
-Places = tuple[object, object]
+SegmentPlaces = tuple[object, object]
 
 
 class TextForm(NamedTuple):
@@ -37,11 +37,11 @@ class ForwardTables:
     def clear(self) -> None:
         """Drop all of it: the forward has ended, or rows or positions have changed."""
         self._mask: Tensor | None = None
-        self._columns: dict[Places, Tensor] = {}
+        self._columns: dict[SegmentPlaces, Tensor] = {}
         self._text_rows: dict[TextForm, RowTable] = {}
         self._made: dict[Hashable, Any] = {}
 
-    def mask_columns(self, mask: Tensor, places: Places, positions: Callable[[], Tensor]) -> Tensor:
+    def mask_columns(self, mask: Tensor, places: SegmentPlaces, positions: Callable[[], Tensor]) -> Tensor:
         """Gather the columns of the model's mask for a segment.
 
         Args:

@@ -71,8 +71,11 @@ class Chunks:
 
     def select_rows(self, index: Tensor) -> "Chunks":
         """Return the chunks where row b is what row ``index[b]`` was."""
-        rows = self.starts[index], self.counts[index], self.read[index]
-        return Chunks(self.means, *rows, self.size, self.most, self.most_read)
+        return self.with_rows(self.starts[index], self.counts[index], self.read[index])
+
+    def with_rows(self, starts: Tensor, counts: Tensor, read: Tensor) -> "Chunks":
+        """Return the same chunks with another table of rows."""
+        return Chunks(self.means, starts, counts, read, self.size, self.most, self.most_read)
 
     def tensors(self) -> list[Tensor]:
         """List everything held."""

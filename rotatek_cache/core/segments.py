@@ -385,6 +385,8 @@ def _joined_states(parts: list[Stored]) -> Stored:
 
     def join(name: str) -> Tensor | None:
         held = [getattr(basis, name) for basis in bases]
+        if held[0] is not None and name in "AB" and bases[0].shared:
+            return held[0][:, :1].expand(-1, sum(part.shape[1] for part in held), *held[0].shape[2:])
         return None if held[0] is None else torch.cat(held, 1)
 
     decoder = join("B")

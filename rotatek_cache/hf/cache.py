@@ -26,6 +26,7 @@ from rotatek_cache.codecs.fingerprint import ModelMark
 from rotatek_cache.codecs.registry import codecs_for
 from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
+from rotatek_cache.core.quantization import CodeLayout
 from rotatek_cache.core.row_layout import row_index
 from rotatek_cache.core.segments import Stored, TextSegment, VisualSegment
 from rotatek_cache.hf.config_shapes import kv_shape
@@ -261,7 +262,7 @@ class RotateKCache(Cache):
         key_bits: Bits = None,
         value_sparsity: float | None = None,
         value_bits: Bits = None,
-        value_basis: Literal["auto", "none"] = "auto",
+        value_basis: Literal["auto", "none", "hadamard"] = "auto",
         basis_bits: Literal[8] | None = None,
         allocation: Allocation | str = "uniform",
         streaming: bool = False,
@@ -345,6 +346,8 @@ class RotateKCache(Cache):
             name = type(self.tokens).__name__
             if budget is None:
                 raise ValueError(f"tokens={name}: keep must be given where no budget is, as in {name}(keep=0.4)")
+        if isinstance(self.tokens, AttentionMethod) and not self.tokens.drops:
+            self.tokens.options_of_kept(self.options)  # raises where they do not go together
         self._check_heads_apart(budget)
         planner = None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
         self.positions = VisualPositions(visual_mask)
@@ -1058,6 +1061,12 @@ def _rank(stored: Stored, width: int) -> int:
     return width if fitted is None else fitted
 
 
+def _one_width(stored: Stored) -> int | None:
+    """Return the bits of all codes that are stored; None where they differ, or there are none."""
+    blocks = stored.code.blocks if isinstance(stored.code, CodeLayout) else ()
+    return blocks[0][0] if len(blocks) == 1 else None
+
+
 def _layer_report(index: int, layer: Any) -> LayerReport:
     if not isinstance(layer, RotateKLayer):
         stored = storage_bytes(stock_tensors(layer))
@@ -1084,6 +1093,7 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
             basis_bytes=storage_bytes(
                 [t for stored in (segment.keys, segment.values) for t in stored.tensors() if t is not stored.data]
             ),
+            key_bits=_one_width(segment.keys),
         )
         for segment in kv.segments
         if not segment.is_text

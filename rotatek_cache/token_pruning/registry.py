@@ -7,20 +7,24 @@ from typing import Any, TypeVar
 from rotatek_cache.token_pruning.decoded import DecodedMethod
 from rotatek_cache.token_pruning.interface import TokenMethod
 from rotatek_cache.token_pruning.methods.aircache import AirCache
+from rotatek_cache.token_pruning.methods.akvq_vl import AKVQVL
 from rotatek_cache.token_pruning.methods.divprune import DivPrune
 from rotatek_cache.token_pruning.methods.fastv import FastV
 from rotatek_cache.token_pruning.methods.hybrid_kv import HybridKV
 from rotatek_cache.token_pruning.methods.look_m import LookM
+from rotatek_cache.token_pruning.methods.pyramid_drop import PyramidDrop
 from rotatek_cache.token_pruning.methods.rkv import RKV
 from rotatek_cache.token_pruning.methods.visionzip import VisionZip
 from rotatek_cache.token_pruning.methods.vl_cache import VLCache
 
 TOKENS: dict[str, type[TokenMethod]] = {
     "aircache": AirCache,
+    "akvq_vl": AKVQVL,
     "divprune": DivPrune,
     "fastv": FastV,
     "hybrid_kv": HybridKV,
     "look_m": LookM,
+    "pyramid_drop": PyramidDrop,
     "visionzip": VisionZip,
     "vl_cache": VLCache,
 }

@@ -33,19 +33,21 @@ def basis(tiny, tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module", params=[16, 4])
-def said(request, tiny, basis):
-    environment = {**os.environ, "ROTATEK_BASIS": basis, "ROTATEK_BITS": str(request.param), "HF_HUB_OFFLINE": "1"}
-    script = Path(__file__).with_name("runner.py")
-    done = subprocess.run(
-        [sys.executable, str(script), tiny("qwen2"), basis],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def answers(tiny, basis):
+    environment = {**os.environ, "ROTATEK_BASIS": basis, "ROTATEK_TEXT": "coded", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, Path(__file__).with_name("runner.py"), tiny("qwen2"), basis, "16", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {"bits": request.param, **json.loads(done.stdout.splitlines()[-1])}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip((16, 4, "tiny"), map(json.loads, lines), strict=True))
+
+
+@pytest.fixture(params=[16, 4])
+def said(request, answers):
+    found = answers[request.param]
+    assert "error" not in found, found
+    return {"bits": request.param, **found}
 
 
 def test_answers(said):
@@ -59,6 +61,10 @@ def test_answers(said):
         assert max(said["dense"][:3]) > 0.1  # what four bits change in this model, and the coded cache changes alike
 
 
+def test_a_pool_that_no_request_fits_into_is_an_error_at_the_start(answers):
+    assert "the KV pool holds 100 tokens, which no request fits into" in answers["tiny"]["error"]
+
+
 def test_everything_comes_back(said):
     slots, sinks, rings = said["start"]
     assert (slots, sinks, rings) == (600, 128, 0)
@@ -66,3 +72,10 @@ def test_everything_comes_back(said):
     assert said["held"][1:] == [128 - 3 * 4 - 2, 0]
     assert said["held"][0] < 400
     assert said["end"] == said["start"]
+
+
+def test_all_forms_of_attention_run_at_the_start(said):
+    """So that no request waits for a kernel to be compiled."""
+    count, new = said["forms"]
+    assert count > 3
+    assert new == 0
