@@ -334,7 +334,9 @@ def score(scores: Scores, batch: Batch, found: Tensor, dense: Tensor) -> None:
 def bootstrap(losses: np.ndarray, seed: int = 0, rounds: int = 4000) -> tuple[float, float]:
     """Bound the mean of paired differences by resampling pages, at 95 %."""
     generator = np.random.default_rng(seed)
-    means = [losses[generator.integers(0, len(losses), len(losses))].mean() for _ in range(rounds)]
+    some = max(1, 1_000_000 // len(losses))  # rounds at once, for bounded memory
+    sizes = [min(some, rounds - done) for done in range(0, rounds, some)]
+    means = np.concatenate([losses[generator.integers(0, len(losses), (n, len(losses)))].mean(1) for n in sizes])
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
