@@ -69,7 +69,7 @@ class Answer:
 
 
 class Server:
-    """An SGLang server on 127.0.0.1 that ends with the `with` block: a fork of `nursery`, or `alone`, as users start it."""
+    """An SGLang server on 127.0.0.1, ended with the `with` block: a fork of `nursery`, or `alone`: as users do it."""
 
     nursery = Nursery()
 
