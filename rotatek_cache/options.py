@@ -160,7 +160,8 @@ class FitOptions:
         default="rotatek",
         metadata=about(
             "how Keys are stored: a name of rotatek_cache.codecs.registry.CODECS (rotatek is the paper's, pca the same "
-            "without the query weight), or a basis file made by `rotatek calibrate`",
+            "without the query weight, hadamard and none take key_bits and sparsity=0), or a basis file made by "
+            "`rotatek calibrate`",
             takes="a name, or a .safetensors file",
         ),
     )
@@ -182,11 +183,12 @@ class FitOptions:
     value_bits: Bits = field(
         default=None, metadata=about("as key_bits, for the coefficients of Values", choices=BIT_CHOICES)
     )
-    value_basis: Literal["auto", "none"] = field(
+    value_basis: Literal["auto", "none", "hadamard"] = field(
         default="auto",
         metadata=about(
-            "auto is PCA, or the file's basis where basis is a file; none quantises Values per token as they are",
-            choices=("auto", "none"),
+            "auto is PCA, or the file's basis where basis is a file; none quantises Values per token as they are; "
+            "hadamard quantises them per channel under a Walsh-Hadamard rotation",
+            choices=("auto", "none", "hadamard"),
         ),
     )
     basis_bits: Literal[8] | None = field(
@@ -228,6 +230,15 @@ class FitOptions:
             "with text='coded', bits of a token per channel, spent on coefficients by reverse water-filling: a number "
             "for Keys and Values alike, or (Keys, Values); 16 keeps whole coefficients. None is 4",
             takes="a number up to 8, 16, or a pair of them",
+        ),
+    )
+    decoded: str | None = field(
+        default=None,
+        metadata=about(
+            "a bound on what an answer adds: 'rkv:512' holds at most 512 of its tokens in each head, by R-KV. When as "
+            "many are held, 128 of them go (or a quarter of the bound), those that are least attended to and most like "
+            "others; settings follow as in 'rkv:512,every=64,window=8'. None keeps all",
+            takes="'<method>:<tokens>', a name of rotatek_cache.token_pruning.registry.DECODED",
         ),
     )
 

@@ -86,11 +86,11 @@ CASES = {
         ((40, 66), (3, 9)), (4, 2), key_code=((8, 8), (4, 8)), value_code=((4, 16),), mask="additive"
     ),
     "width256-group16-one-query": Case(((70,),), (5,), heads=1, group=16, width=256, value_width=256, rank=64),
-    "batch-256": Case(((1, 2) * 128,), None, heads=1, group=1, width=16, value_width=16, rank=8),
-    "image-of-16k": Case(
-        ((16384,),), (5,), heads=1, group=1, width=16, value_width=16, rank=8, value_code=((4, 16),), sharpness=3.0
+    "batch-40": Case(((1, 2) * 20,), None, heads=1, group=1, width=16, value_width=16, rank=8),
+    "image-of-8k": Case(
+        ((8192,),), (5,), heads=1, group=1, width=16, value_width=16, rank=8, value_code=((4, 16),), sharpness=3.0
     ),
-    "text-of-32k": Case(((9,),), (32768,), heads=1, group=1, width=16, value_width=16, rank=8),
+    "text-of-16k": Case(((9,),), (16384,), heads=1, group=1, width=16, value_width=16, rank=8),
     "heads-mixed-bits": Case(
         ((65, 40),),
         (3, 9),

@@ -15,7 +15,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -50,6 +50,10 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+# Entries of `BLOCK_SIZES` and shapes of the decode benchmark whose candidates are timed.
+TIMED = (("plain", "r = 16"), ("plain", "r = 32"), ("plain", "r = 64"), ("codes", "4 bit"), ("codes", "per head"))
+
+
 def candidates(kind: str) -> Iterator[BlockSizes]:
     """List what is tried for an entry of `BLOCK_SIZES`, its own sizes first."""
     own = BLOCK_SIZES[kind]
@@ -61,18 +65,25 @@ def candidates(kind: str) -> Iterator[BlockSizes]:
         yield own._replace(warps=8, registers=None)
         yield own._replace(warps=2, tile=own.tile // 2, registers=None)
         yield own._replace(tokens=128, tile=own.tile * 2, registers=None)
+        yield own._replace(queries=8)  # numbers and rests of projected queries in one product
+        yield own._replace(channels=64)
+        yield own._replace(channels=128, registers=None)  # the whole decoder in one load
     else:
         yield own._replace(tile=own.tile // 2)
         yield own._replace(tile=own.tile * 2)
+        yield own._replace(tokens=64)
+        yield own._replace(queries=16)  # numbers and rests of projected queries in two products
+        yield own._replace(channels=64)
+        yield own._replace(channels=128)
         yield own._replace(warps=2)
-        yield own._replace(warps=2, tile=own.tile * 2)
+        yield own._replace(warps=4, tokens=128, tile=own.tile * 2)
 
 
 def judged(found: Resources, sizes: BlockSizes, block_n: int, size: int, gpu: Gpu) -> dict[str, Any]:
     """Judge a candidate by its compiled code, for tokens of `size` bytes; picoseconds a token on the whole GPU."""
     processor = H200_PROCESSOR._replace(multiprocessors=gpu.processors, shared=gpu.shared)
     programs = programs_held(processor, found.registers, found.shared, sizes.warps)
-    instructions = max(found.loops) * sizes.warps / block_n
+    instructions = found.token_loop * sizes.warps / block_n
     # Copies past the registers are as many as the stages less the one in use; plain loads are one block's.
     ahead = max(1, sizes.stages - 1) if found.asynchronous else 1
     in_flight = programs * ahead * block_n * size
@@ -110,26 +121,21 @@ def by_code(kind: str, name: str, width: int, gpu: Gpu) -> dict[str, Any]:
         both = plan_of_shape([*segments, text], 4, width, sizes=sizes)[0]
         # Registers and spills are those of the launch, in which a text segment has its part; the loop is the segment's.
         found, whole = resources(alone, gpu.target), resources(both, gpu.target)
-        found = Resources(**{**asdict(whole), "loops": found.loops, "asynchronous": found.asynchronous})
+        found = Resources(**{**asdict(whole), "token_loop": found.token_loop, "asynchronous": found.asynchronous})
         block_n = alone.arguments["FORMS"][0].block_n
         tried.append(judged(found, sizes, block_n, token_bytes(segments[0]), gpu))
     best = min(range(len(tried)), key=lambda index: (tried[index]["ps a token"] * (1.03 if index else 1.0), index))
     return {"kind": kind, "shape": name, "width": width, "target": gpu.target, "best": best, "candidates": tried}
 
 
-def by_clock(clock: Any, common: dict[str, Any], tokens: int = 32768, batch: int = 8) -> list[dict[str, Any]]:
+def by_clock(
+    clock: Any, common: dict[str, Any], shapes: Sequence[tuple[str, str]] = TIMED, tokens: int = 32768, batch: int = 8
+) -> Iterator[dict[str, Any]]:
     """Time the same candidates on the current device, for shapes that the decode benchmark draws."""
     from evals.bench.kernel_cuda import Setting, draw, ours_error  # noqa: PLC0415 (it imports a figure's library)
 
-    rows = []
     setting = Setting(batch, tokens, **common)
-    for kind, name in (
-        ("plain", "r = 16"),
-        ("plain", "r = 32"),
-        ("plain", "r = 64"),
-        ("codes", "4 bit"),
-        ("codes", "per head"),
-    ):
+    for kind, name in shapes:
         query, segments = draw(setting, name)
         scale = setting.width**-0.5
         row: dict[str, Any] = {"kind": kind, "shape": name, "width": setting.width, "candidates": []}
@@ -146,8 +152,12 @@ def by_clock(clock: Any, common: dict[str, Any], tokens: int = 32768, batch: int
         print(
             f"{name}: {', '.join(f'{ms * 1e3:.1f}' for ms in timed)} us; best {row['candidates'][row['best']]['sizes']}"
         )
-        rows.append(row)
-    return rows
+        yield row
+
+
+def changed(sizes: dict[str, Any], own: dict[str, Any]) -> str:
+    """Name what a candidate has otherwise than the sizes in use."""
+    return ", ".join(f"{name} {value}" for name, value in sizes.items() if value != own[name]) or "as it is"
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ The parts, each with a budget of seconds: an item that a part has no time left f
     tests      those marked `gpu`; each with a time limit, named as it ends
     decode     decode attention against the best dense decode, called and replayed from a CUDA graph, L2 cold
     splits     the same kernel cut into other numbers of splits
+    variants   the same kernel with other block sizes, with rests of projected queries in products of their own or not,
+               with more of the decoder in one load
     call       the host's time for one call of the kernel
     host       the host's time for a token, in `generate` and in a plain loop, with a model too narrow to take any other
     seal       the seals of an 8B model by their parts, and their share of its prefill (in pairs, no wait inside)
@@ -53,6 +55,7 @@ BUDGETS = {
     "tests": 75.0,
     "decode": 25.0,
     "splits": 15.0,
+    "variants": 15.0,
     "call": 5.0,
     "host": 20.0,
     "seal": 40.0,
@@ -78,6 +81,7 @@ class Extent:
         kinds: of segments.
         swept: batch, visual tokens and kind of a sweep of splits.
         most_splits: numbers of splits tried; None for all.
+        varied, variants: batch and visual tokens, and kinds of segments, whose variants are timed.
         called: batch and visual tokens of the host's time for a call.
         shape: of the model, in `shapes.yaml`.
         rank: of the model's methods.
@@ -107,6 +111,8 @@ class Extent:
         (8, 32768, "4 bit"),
     )
     most_splits: int | None = None
+    varied: Sequence[tuple[int, int]] = ((8, 32768), (1, 16384))
+    variants: Sequence[str] = ("4 bit", "per head", "r = 32")
     called: tuple[int, int] = (1, 4096)
     shape: str = "llava-next-8b"
     rank: int = 32
@@ -131,6 +137,8 @@ REHEARSAL = Extent(
     kinds=("r = 32", "4 bit"),
     swept=((1, 200, "r = 32"),),
     most_splits=2,
+    varied=((2, 20),),
+    variants=("4 bit",),
     called=(1, 40),
     shape="rehearsal",
     rank=8,
@@ -244,10 +252,12 @@ class Run:
             contract = [("the kernel's contract", functools.partial(self.tests, deadline, marked="not gpu"))]
             return marked if extent.device == "cpu" else marked + contract
         kernel = importlib.import_module("evals.bench.gpu_kernel")
-        if part in ("decode", "splits", "call"):
+        if part in ("decode", "splits", "variants", "call"):
             clock, common = self.clock, kernel_common(extent)
             if part == "decode":
                 return kernel.table_items(extent.sizes, extent.kinds, common, clock)
+            if part == "variants":
+                return kernel.variant_items(extent.variants, extent.varied, common, clock)
             if part == "splits":
                 return kernel.split_items(extent.swept, common, clock, extent.most_splits)
             return kernel.call_items(extent.called, extent.kinds, common, clock)
@@ -347,6 +357,8 @@ def compile_kernels(extent: Extent, parts: Sequence[str], deadline: float) -> di
     tasks: list[tuple[str, str]] = []
     if {"decode", "splits", "call"} & set(parts):
         tasks += [("kind", kind) for kind in extent.kinds]
+    if "variants" in parts:
+        tasks += [("variants", kind) for kind in extent.variants]
     if {"seal", "token", "compiled"} & set(parts):
         model = importlib.import_module("evals.bench.gpu_model")
         tasks += [("method", name) for name, options in model.METHODS.items() if "dense" not in options]
@@ -358,7 +370,7 @@ def compile_kernels(extent: Extent, parts: Sequence[str], deadline: float) -> di
     wrong: dict[str, str] = {}
     pool = get_context("spawn").Pool(extent.processes)
     try:
-        running = {name: pool.apply_async(compile_task, (extent, sort, name)) for sort, name in tasks}
+        running = {f"{sort} {name}": pool.apply_async(compile_task, (extent, sort, name)) for sort, name in tasks}
         for name, result in running.items():
             try:
                 seconds[name] = result.get(max(0.1, deadline - time.monotonic()))
@@ -378,6 +390,8 @@ def compile_task(extent: Extent, sort: str, name: str) -> float:
         model = importlib.import_module("evals.bench.gpu_model")
         if sort == "kind":
             importlib.import_module("evals.bench.gpu_kernel").compile_kind(name, kernel_common(extent))
+        elif sort == "variants":
+            importlib.import_module("evals.bench.gpu_kernel").compile_variants(name, kernel_common(extent))
         elif sort == "host":
             dtype = model.host_dtype(extent.device)
             model.compile_method(model.HOST_METHODS["r = 16, replayed"], model.HOST_SHAPE, extent.device, dtype)
@@ -511,6 +525,16 @@ def split_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def variant_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    changed = importlib.import_module("evals.bench.block_sizes").changed
+    lines = []
+    for row in rows:
+        own = row["candidates"][0]["sizes"]
+        told = [f"{changed(one['sizes'], own)} {number(one['ms'] * 1e3)}" for one in row["candidates"]]
+        lines.append(f"  {row['item']}, us: {' | '.join(told)}")
+    return lines
+
+
 def call_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"  {name}: {number(time, '.0f')} us" for row in rows for name, time in row["us a call"].items()]
 
@@ -566,6 +590,7 @@ LINES: dict[str, Callable[[Sequence[Mapping[str, Any]]], list[str]]] = {
     "tests": test_lines,
     "decode": decode_lines,
     "splits": split_lines,
+    "variants": variant_lines,
     "call": call_lines,
     "host": host_lines,
     "seal": seal_lines,

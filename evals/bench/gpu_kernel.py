@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from evals.bench.block_sizes import TIMED, by_clock, candidates
 from evals.bench.graph_clock import GraphClock
 from evals.bench.kernel_cuda import Setting, dense_cache, dense_decodes, draw, line, measure, must_move
 from rotatek_kernels import decode
@@ -99,6 +100,33 @@ def split_items(
 
     for batch, tokens, kind in sizes:
         yield f"{batch} x {tokens:,}, {kind}", functools.partial(row, batch, tokens, kind)
+
+
+def variant_items(
+    kinds: Sequence[str], sizes: Sequence[tuple[int, int]], common: dict[str, Any], clock: GraphClock
+) -> Iterator[Item]:
+    """List kinds and sizes (batch, visual tokens) for which the candidates of `block_sizes` are timed in turn."""
+
+    def row(batch: int, tokens: int, kind: str) -> dict[str, Any]:
+        (found,) = by_clock(clock, common, [(entry_of(kind), kind)], tokens, batch)
+        return {"batch": batch, "tokens": tokens, **found}
+
+    for batch, tokens in sizes:
+        for kind in kinds:
+            yield f"{batch} x {tokens:,}, {kind}", functools.partial(row, batch, tokens, kind)
+
+
+def entry_of(kind: str) -> str:
+    """Name the entry of `BLOCK_SIZES` of a kind of segment."""
+    return next(entry for entry, shape in TIMED if shape == kind)
+
+
+def compile_variants(kind: str, common: dict[str, Any]) -> None:
+    """Run all candidates for a kind of segment once, as `variant_items` does."""
+    setting = Setting(2, 512 if common.get("device", "cuda") == "cuda" else 16, **common)
+    query, segments = draw(setting, kind)
+    for sizes in candidates(entry_of(kind)):
+        decode.decode_attention(query, segments, setting.width**-0.5, sizes=sizes)
 
 
 def call_items(sizes: tuple[int, int], kinds: Sequence[str], common: dict[str, Any], clock: GraphClock) -> list[Item]:

@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace, sizes: Iterable, shapes: dict, clock: Any,
             for queries in shapes["queries"]
         ]
     if "blocks" in args.only:
-        result["blocks"] = importlib.import_module("evals.bench.block_sizes").by_clock(clock, common)
+        result["blocks"] = list(importlib.import_module("evals.bench.block_sizes").by_clock(clock, common))
     if "decode" in args.only:
         result |= bench.run(sizes, kinds, clock, args.minutes)
     return result

@@ -86,9 +86,10 @@ def bound(gpu: Gpu, kind: str, *, width: int = 128, group: int = 4) -> Bound:
     """Bound a kind of segment, bf16."""
     segment = segment_of_shape(8, 8, 32768, width, torch.bfloat16, **KINDS[kind])  # type: ignore[arg-type]
     launch = plan_of_shape([segment], group, width)[0]
-    # The loop over tokens is the longest; the other projects the query, once for all tokens of a program.
-    loop = max(resources(launch, gpu.target).loops)
-    instructions = loop * launch.options["num_warps"] / launch.arguments["FORMS"][0].block_n
+    # Not counted: what projects the query, once for all tokens of a program.
+    instructions = (
+        resources(launch, gpu.target).token_loop * launch.options["num_warps"] / launch.arguments["FORMS"][0].block_n
+    )
     size = token_bytes(segment)
     return Bound(size, instructions, size / gpu.bandwidth, instructions / gpu.issue_rate)
 

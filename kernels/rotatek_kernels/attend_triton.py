@@ -3,6 +3,9 @@
 It leaves a partial state, which `merge_triton.py` adds up. Logarithms are base 2 until the merge ends. Blocks: M
 queries (the heads of a group side by side, position after position), N tokens, D head width, W columns that one token
 stores in one block of its layout. What differs between segments comes in tuples, an entry each (`forms.py`).
+
+A matrix product takes 16 queries at least. Where there are no more than 8 (`PAIRED`) the other 8 lines of the projected
+queries hold what rounding took from the first: one product instead of two, and the softmax is that of 8.
 """
 
 import triton
@@ -11,36 +14,114 @@ import triton.language as tl
 from rotatek_kernels.forms import STATE_ALIGN, basis_row_of, decode_integers, form_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+SMALLEST = tl.constexpr(2.0**-126)  # of normal float32: no unit of logits is less, or what is hidden would be NaN
+WEIGHT = tl.constexpr(15)  # weights are 2 ** WEIGHT times as large, which keeps small ones normal in float16
+LARGEST = tl.constexpr(14)  # projected queries are brought to 2 ** LARGEST, for the same reason
 
 
 @triton.jit
-def _unpack(stored, part: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Return a stored tile as numbers: as it is, or part `part` of packed bytes less the centre ``2 ** (BITS - 1)``.
+def _unpack(
+    stored,
+    digit: tl.constexpr,
+    byte: tl.constexpr,
+    BITS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Return digit `digit` of byte `byte` of stored words as float16: plus `2 ** BITS`, or less `2 ** (BITS - 1)`.
 
-    A code is set into the mantissa of a power of two, which is then subtracted: cheaper than a conversion, and exact.
+    A digit is set into the mantissa of a power of two, two of them by a rotation and a logical instruction. Highest in
+    it, the power is no larger than the digits, and a sum of products loses next to nothing to it. Those that are
+    centred, by one more instruction, share a rotation with their byte.
     """
-    CENTRE: tl.constexpr = 2.0 ** (BITS - 1)
-    if BITS == 0:
-        numbers = stored
-    else:
-        codes = (stored >> (part * BITS)) & (2**BITS - 1)
-        if DTYPE == tl.float16:
-            numbers = (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + CENTRE)
-        elif DTYPE == tl.bfloat16 and BITS < 8:
-            numbers = (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - (128.0 + CENTRE)
+    LOW: tl.constexpr = digit * BITS if CENTRED else 8 - BITS  # bit of the mantissa, whose bits 2 to 9 hold a byte
+    SHIFT: tl.constexpr = 2 + LOW - 8 * byte - digit * BITS
+    MASK: tl.constexpr = (2**BITS - 1) << (2 + LOW)
+    POWER: tl.constexpr = (23 - LOW) << 10  # 2 ** (8 - LOW)
+    CENTRE: tl.constexpr = 2 ** (8 - LOW) + 2 ** (BITS - 1)
+    if ASSEMBLY:
+        if CENTRED:
+            LESS: tl.constexpr = 0x8000 + POWER + (2 << (LOW + BITS))  # -CENTRE
+            numbers = tl.inline_asm_elementwise(
+                f"{{ .reg .b32 t, c; shf.l.wrap.b32 t, $1, $1, {SHIFT % 32}; mov.b32 c, {LESS * 65537}; "
+                f"lop3.b32 t, t, {MASK * 65537}, {POWER * 65537}, 0xEA; add.rn.f16x2 $0, t, c; }}",
+                "=r,r",
+                [stored],
+                dtype=tl.float16,
+                is_pure=True,
+                pack=2,
+            )
         else:
-            wide = (codes.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + CENTRE)
-            numbers = wide.to(DTYPE)
+            numbers = tl.inline_asm_elementwise(
+                f"{{ .reg .b32 t; shf.l.wrap.b32 t, $1, $1, {SHIFT % 32}; "
+                f"lop3.b32 $0, t, {MASK * 65537}, {POWER * 65537}, 0xEA; }}",
+                "=r,r",
+                [stored],
+                dtype=tl.float16,
+                is_pure=True,
+                pack=2,
+            )
+    else:
+        words = stored.to(tl.uint16, bitcast=True).to(tl.uint32)
+        if SHIFT >= 0:
+            words = words << SHIFT
+        else:
+            words = words >> -SHIFT
+        numbers = ((words & MASK) | POWER).to(tl.uint16).to(tl.float16, bitcast=True)
+        if CENTRED:
+            numbers = numbers - CENTRE
     return numbers
 
 
 @triton.jit
-def _zeros(BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Make a sum [BLOCK_M, W] for each part of each block."""
+def _stored_columns(BLOCK: tl.constexpr):
+    """List the numbers, or the words of two bytes, of a block, and say where the block begins."""
+    if BLOCK.bits == 0:
+        columns = tl.arange(0, BLOCK.padded)
+        offset = BLOCK.offset
+    else:
+        columns = tl.arange(0, BLOCK.padded // 2)
+        offset = BLOCK.offset // 2
+    return columns, offset
+
+
+@triton.jit
+def _stored_inside(columns, width, BLOCK: tl.constexpr):
+    """Tell which of `_stored_columns` there are in a token of `width`, which is counted as they are."""
+    if BLOCK.width == 0 and BLOCK.bits == 0:
+        inside = columns < width - BLOCK.offset
+    elif BLOCK.width == 0:
+        inside = columns < width - BLOCK.offset // 2
+    elif BLOCK.bits == 0:
+        inside = columns < BLOCK.width
+    else:
+        inside = columns < BLOCK.width // 2
+    return inside
+
+
+@triton.jit
+def _halves(upper, lower):
+    """Stack two tiles of as many lines."""
+    return tl.reshape(tl.permute(tl.join(upper, lower), 2, 0, 1), [2 * upper.shape[0], upper.shape[1]])
+
+
+@triton.jit
+def _zeros(BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, VALUES: tl.constexpr, PAIRED: tl.constexpr):
+    """Make a sum [BLOCK_M, W] for each part of each block: of projected queries, or of `VALUES`.
+
+    Of these, codes have one for each byte of a word. Where queries are `PAIRED`, numbers have theirs [W, 8], in
+    half the registers.
+    """
     zeros = ()
     for index in tl.static_range(len(BLOCKS)):
         for _ in tl.static_range(BLOCKS[index].parts):
-            zeros = zeros + (tl.zeros([BLOCK_M, BLOCKS[index].padded], tl.float32),)
+            if VALUES and PAIRED and BLOCKS[index].bits == 0:
+                zeros = zeros + (tl.zeros([BLOCKS[index].padded, 8], tl.float32),)
+            elif VALUES and BLOCKS[index].bits > 0:
+                zeros = zeros + (tl.zeros([BLOCK_M, BLOCKS[index].padded // 2], tl.float32),)
+                zeros = zeros + (tl.zeros([BLOCK_M, BLOCKS[index].padded // 2], tl.float32),)
+            else:
+                zeros = zeros + (tl.zeros([BLOCK_M, BLOCKS[index].padded], tl.float32),)
     return zeros
 
 
@@ -104,6 +185,7 @@ def _add_projections(sums, q, lines, there, heads, width, BLOCK: tl.constexpr, T
 def _project(
     query,  # pointers [BLOCK_M]
     inside_queries,  # [BLOCK_M]
+    negative,  # whether the queries change their sign
     seg,
     heads,  # this head's entry of the table, where there is one
     width,  # of a token
@@ -113,13 +195,12 @@ def _project(
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Project the queries on what the Keys store: a tile [BLOCK_M, W] for each part of each block, and its rest.
+    """Project the queries on what the Keys store, [BLOCK_M, W] for each part of each block; also ``q . delta``.
 
-    Also what is added to all logits, [BLOCK_M]: ``q . delta`` and the centres of the codes. Channels are read a few at
-    a time, or the decoder would fill the registers.
+    Channels are read `BLOCK_K` at a time: all of them at once would fill the registers.
     """
     shift = tl.zeros([query.shape[0]], tl.float32)  # [BLOCK_M]
-    sums = _zeros(FORM.key_blocks, query.shape[0])
+    sums = _zeros(FORM.key_blocks, query.shape[0], False, False)
     strides = decode_integers(seg.basis_strides)
     decoder = basis_row_of(seg.decoder, strides, head, basis_row, 0, FORM.decoder_align)
     for first in tl.range(0, D, BLOCK_K, num_stages=1):
@@ -127,6 +208,7 @@ def _project(
         q = tl.load(  # [BLOCK_M, BLOCK_K]
             query[:, None] + channels[None, :], mask=inside_queries[:, None] & (channels[None, :] < D), other=0.0
         )
+        q = tl.where(negative, -q, q)
         if seg.delta is not None:
             delta = tl.load(  # [BLOCK_K]
                 basis_row_of(seg.delta, strides, head, basis_row, 2, FORM.delta_align) + channels,
@@ -141,8 +223,7 @@ def _project(
                 sums, q, lines, channels < D, heads, width, FORM.key_blocks[index], FORM.key_heads
             )
         sums = more
-    tiles = ()
-    rests = ()
+    projections = ()
     for index in tl.static_range(len(FORM.key_blocks)):
         for part in tl.static_range(FORM.key_blocks[index].parts):
             projected = sums[FORM.key_blocks[index].first_part + part]
@@ -159,61 +240,174 @@ def _project(
                         other=0.0,
                     )
                     projected = projected * scale[None, :]
-            if FORM.key_blocks[index].bits > 0:
-                shift += 2.0 ** (FORM.key_blocks[index].bits - 1) * tl.sum(projected, 1)
-            # The projected query is no number of the query's dtype. Rounding it would cost more precision than all else
-            # here; a second product with what the rounding lost costs little.
-            rounded = projected.to(query.dtype.element_ty)
-            tiles = tiles + (rounded,)
-            if rounded.dtype != tl.float32:
-                rests = rests + ((projected - rounded.to(tl.float32)).to(rounded.dtype),)
-    return tiles, rests, shift
+            projections = projections + (projected,)
+    return projections, shift
 
 
 @triton.jit
-def _add_logits(logits, tiles, rests, k_ptrs, inside, width, BLOCK: tl.constexpr):
-    """Add the products of projected queries with one block of the tokens' Keys to `logits` [BLOCK_M, BLOCK_N]."""
-    columns = tl.arange(0, BLOCK.padded)  # [W]
-    inside_tile = _inside(columns, width, BLOCK)[:, None] & inside[None, :]  # [W, BLOCK_N]
-    pointers = k_ptrs[None, :] + (BLOCK.offset + columns)[:, None]
+def _as_tiles(projections, unit, shift, DTYPE: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr):
+    """Round projected queries to what Keys are multiplied with: tuples of tiles [M, W] and of rests for each block.
+
+    The projected query is no number of the query's dtype. Rounding it would cost more precision than all else here; a
+    second product with what the rounding lost costs little. `unit` is what a logit has to be multiplied with, and
+    `shift` what has to be added to it then, both [M].
+    """
+    CODED: tl.constexpr = FORM.key_blocks[0].bits > 0
+    if CODED and DTYPE == tl.float16:
+        # Float16 has no room for all projected queries: they are brought to one size.
+        most = tl.zeros([shift.shape[0]], tl.float32)
+        for part in tl.static_range(len(projections)):
+            most = tl.maximum(most, tl.max(tl.abs(projections[part]), 1))
+        power = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # of two, no larger
+        power = tl.maximum(power, 2.0**-100)
+        grown = 2.0**LARGEST / power
+        unit = unit * (power * 2.0**-LARGEST)
+    else:
+        grown = tl.full([shift.shape[0]], 1.0, tl.float32)
+    tiles = ()
+    rests = ()
+    for index in tl.static_range(len(FORM.key_blocks)):
+        own = ()
+        own_rests = ()
+        for part in tl.static_range(FORM.key_blocks[index].parts):
+            projected = projections[FORM.key_blocks[index].first_part + part] * grown[:, None]
+            rounded = projected.to(DTYPE)
+            rest = (projected - rounded.to(tl.float32)).to(DTYPE)
+            if CODED:
+                held = rounded.to(tl.float32) + rest.to(tl.float32)
+                shift -= 2.0 ** FORM.key_blocks[index].bits * tl.sum(held, 1) * unit
+            if PAIRED:
+                first = tl.arange(0, 16)[:, None] < 8
+                rounded = tl.where(first, rounded, rest)
+            if CODED:
+                # As words have them: even bytes, then odd ones.
+                own = own + _by_byte(rounded, FORM.key_blocks[index])
+                own_rests = own_rests + _by_byte(rest, FORM.key_blocks[index])
+            else:
+                own = own + (rounded,)
+                own_rests = own_rests + (rest,)
+        tiles = tiles + (own,)
+        rests = rests + (own_rests,)
+    return tiles, rests, unit, shift
+
+
+@triton.jit
+def _by_byte(tile, BLOCK: tl.constexpr):
+    """Part a tile [M, W] into its even and its odd columns; where these are 8 each, they stand in one tile."""
+    HALF: tl.constexpr = BLOCK.padded // 2
+    pairs = tl.reshape(tile, [tile.shape[0], HALF, 2])
+    if HALF < 16:
+        tiles = (tl.reshape(tl.permute(pairs, 0, 2, 1), [tile.shape[0], BLOCK.padded]),)
+    else:
+        tiles = tl.split(pairs)
+    return tiles
+
+
+@triton.jit
+def _add_logits(
+    logits,
+    tiles,
+    rests,
+    k_ptrs,
+    inside,
+    width,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+    PAIRED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Add the products of projected queries with one block of the tokens' Keys to `logits` [M, BLOCK_N]."""
+    columns, offset = _stored_columns(BLOCK)
+    there = _stored_inside(columns, width, BLOCK)[:, None]
+    if EDGE:
+        there = there & inside[None, :]  # [W, BLOCK_N]
+    pointers = k_ptrs[None, :] + (offset + columns)[:, None]
     # Codes are finite whatever their bits, and what meets those that are not there is zero: they need no fill.
     if BLOCK.bits > 0:
-        stored = tl.load(pointers, mask=inside_tile)
+        stored = tl.load(pointers, mask=there)
     else:
-        stored = tl.load(pointers, mask=inside_tile, other=0.0)
-    for part in tl.static_range(BLOCK.parts):
-        keys = _unpack(stored, part, BLOCK.bits, tiles[0].dtype)
-        logits = tl.dot(tiles[BLOCK.first_part + part], keys, logits, input_precision="ieee")
-        if len(rests) > 0:
-            logits = tl.dot(rests[BLOCK.first_part + part], keys, logits, input_precision="ieee")
+        stored = tl.load(pointers, mask=there, other=0.0)
+    DTYPE: tl.constexpr = tiles[0].dtype
+    for part in tl.static_range(len(tiles)):
+        if BLOCK.bits == 0:
+            keys = stored
+        elif BLOCK.padded == 16:
+            keys = _halves(
+                _unpack(stored, part, 0, BLOCK.bits, False, ASSEMBLY),
+                _unpack(stored, part, 1, BLOCK.bits, False, ASSEMBLY),
+            ).to(DTYPE)
+        else:
+            keys = _unpack(stored, part // 2, part % 2, BLOCK.bits, False, ASSEMBLY).to(DTYPE)
+        logits = tl.dot(tiles[part], keys, logits, input_precision="ieee")
+        if len(rests) > 0 and not PAIRED and DTYPE != tl.float32:
+            logits = tl.dot(rests[part], keys, logits, input_precision="ieee")
     return logits
 
 
 @triton.jit
-def _add_values(acc, alpha, p, v_ptrs, inside, width, BLOCK: tl.constexpr):
-    """Add a block's weighted Values to those of the sums `acc` [BLOCK_M, W] that are its own, times `alpha`."""
-    columns = tl.arange(0, BLOCK.padded)  # [W]
-    inside_tile = inside[:, None] & _inside(columns, width, BLOCK)[None, :]  # [BLOCK_N, W]
-    pointers = v_ptrs[:, None] + (BLOCK.offset + columns)[None, :]
+def _add_values(
+    acc,
+    alpha,
+    p,  # weights [M, BLOCK_N]
+    v_ptrs,
+    inside,
+    width,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+    PAIRED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Add a block's weighted Values to those of the sums `acc` that are its own, times `alpha` [M]."""
+    columns, offset = _stored_columns(BLOCK)
+    there = _stored_inside(columns, width, BLOCK)[None, :]
+    if EDGE:
+        there = there & inside[:, None]  # [BLOCK_N, W]
+    pointers = v_ptrs[:, None] + (offset + columns)[None, :]
     if BLOCK.bits > 0:
-        stored = tl.load(pointers, mask=inside_tile)
+        stored = tl.load(pointers, mask=there)
     else:
-        stored = tl.load(pointers, mask=inside_tile, other=0.0)
+        stored = tl.load(pointers, mask=there, other=0.0)
+    if PAIRED and BLOCK.bits > 0:
+        p = _halves(p, tl.zeros_like(p))
+        alpha = tl.reshape(tl.permute(tl.join(alpha, alpha), 1, 0), [16])
     new_acc = ()
     for part in tl.static_range(BLOCK.parts):
-        values = _unpack(stored, part, BLOCK.bits, p.dtype)
-        scaled = acc[BLOCK.first_part + part] * alpha[:, None]
-        new_acc = new_acc + (tl.dot(p, values, scaled, input_precision="ieee"),)
+        if BLOCK.bits == 0 and PAIRED:
+            scaled = acc[BLOCK.first_part + part] * alpha[None, :]
+            new_acc = new_acc + (tl.dot(tl.trans(stored), tl.trans(p), scaled, input_precision="ieee"),)
+        elif BLOCK.bits == 0:
+            scaled = acc[BLOCK.first_part + part] * alpha[:, None]
+            new_acc = new_acc + (tl.dot(p, stored, scaled, input_precision="ieee"),)
+        else:
+            for byte in tl.static_range(2):
+                values = _unpack(stored, part, byte, BLOCK.bits, True, ASSEMBLY).to(p.dtype)
+                scaled = acc[2 * (BLOCK.first_part + part) + byte] * alpha[:, None]
+                new_acc = new_acc + (tl.dot(p, values, scaled, input_precision="ieee"),)
     return new_acc
 
 
 @triton.jit
-def _store_block(states, there, acc, l_i, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr):
-    """Store a block's channels of the state, [BLOCK_M] pointers, with the centre of its codes put back."""
+def _sum_of(acc, part: tl.constexpr, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
+    """Return the sum of part `part` of a block, [M, W] with columns as they are stored."""
+    if BLOCK.bits == 0 and PAIRED:
+        total = tl.trans(acc[BLOCK.first_part + part])
+    elif BLOCK.bits == 0:
+        total = acc[BLOCK.first_part + part]
+    else:
+        total = tl.join(acc[2 * (BLOCK.first_part + part)], acc[2 * (BLOCK.first_part + part) + 1])
+        total = tl.reshape(total, [total.shape[0], BLOCK.padded])
+        if PAIRED:  # the other half is zero
+            total = tl.sum(tl.reshape(total, [2, 8, BLOCK.padded]), 0)
+    return total
+
+
+@triton.jit
+def _store_block(states, there, acc, l_i, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr, PAIRED: tl.constexpr):
+    """Store a block's channels of the state, [M] pointers, with the centre of its codes put back."""
     columns = tl.arange(0, BLOCK.padded)  # [W]
     inside = _inside(columns, width, BLOCK)
     for part in tl.static_range(BLOCK.parts):
-        out = acc[BLOCK.first_part + part] / l_i[:, None]
+        out = _sum_of(acc, part, BLOCK, PAIRED) / l_i[:, None]
         if BLOCK.bits > 0:
             out += 2.0 ** (BLOCK.bits - 1)
         channels, power = _channels(heads, columns, inside, part, BLOCK, TABLE)
@@ -222,37 +416,199 @@ def _store_block(states, there, acc, l_i, heads, width, BLOCK: tl.constexpr, TAB
             # The first digit of a code takes the others to it.
             stored = inside & (power == 1.0)
             for other in tl.static_range(part + 1, BLOCK.parts):
-                digit = acc[BLOCK.first_part + other] / l_i[:, None] + 2.0 ** (BLOCK.bits - 1)
+                digit = _sum_of(acc, other, BLOCK, PAIRED) / l_i[:, None] + 2.0 ** (BLOCK.bits - 1)
                 others, weight = _channels(heads, columns, inside, other, BLOCK, TABLE)
                 out += tl.where((others == channels)[None, :], digit * weight[None, :], 0.0)
         tl.store(states[:, None] + channels[None, :], out, mask=there[:, None] & stored[None, :])
 
 
 @triton.jit
-def _head(stored, table, head, head_stride, STRIDE: tl.constexpr, ALIGN: tl.constexpr, TABLE: tl.constexpr):
-    """Find where a head's tokens begin, its entry of the table if there is one, and the stride from token to token."""
+def _head(
+    stored,
+    table,
+    head,
+    head_stride,
+    STRIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TABLE: tl.constexpr,
+    CODED: tl.constexpr,
+):
+    """Find where a head's tokens begin, its entry of the table if there is one, and the stride from token to token.
+
+    Codes are read as words of two bytes, and counted in them from here on.
+    """
+    if CODED:
+        stored = stored.to(tl.pointer_type(tl.int16), bitcast=True)
+        UNIT: tl.constexpr = ALIGN // 2
+        WORDS: tl.constexpr = STRIDE // 2
+    else:
+        UNIT: tl.constexpr = ALIGN
+        WORDS: tl.constexpr = STRIDE
     if table is None:
         heads = stored  # there is none to be read
-        tokens = stored + head * head_stride * ALIGN
-        stride = STRIDE
+        tokens = stored + head * head_stride * UNIT
+        stride = WORDS
     else:
         # With a table the stride of heads is the number of tokens stored, and tokens are as wide as they lie apart.
         heads = table + head * (3 + 3 * TABLE.columns)
-        tokens = stored + tl.load(heads).to(tl.int64) * head_stride * ALIGN
-        stride = tl.load(heads + 1) * ALIGN
+        tokens = stored + tl.load(heads).to(tl.int64) * head_stride * UNIT
+        stride = tl.load(heads + 1) * UNIT
     return tokens, heads, stride
+
+
+@triton.jit
+def _token_pointers(keys, values, slots, tokens, inside, key_stride, value_stride):
+    """Point at Keys and Values of tokens [BLOCK_N], through the slot table if there is one."""
+    if slots is None:
+        slot = tokens
+    elif inside is None:
+        slot = tl.load(slots + tokens).to(tl.int64)
+    else:
+        slot = tl.load(slots + tokens, mask=inside, other=0).to(tl.int64)
+    return keys + slot * key_stride, values + slot * value_stride
+
+
+@triton.jit
+def _first_half(lines):
+    """Return 8 of 16 lines that come twice."""
+    return tl.max(tl.reshape(lines, [2, 8]), 0)
+
+
+@triton.jit
+def _attend_block(
+    m_i,
+    l_i,
+    acc,
+    tiles,
+    rests,
+    unit,
+    k_ptrs,
+    v_ptrs,
+    mask,  # where it begins, for one query or for each [M]; or None
+    tokens,  # of the block
+    inside,
+    inside_queries,
+    key_stride,
+    value_stride,
+    FORM: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the query
+    EDGE: tl.constexpr,  # some tokens may not be there
+    SINGLE: tl.constexpr,
+    PAIRED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Take a block of tokens in: the largest logit, the sum of weights and the weighted Values after it."""
+    BLOCK_M: tl.constexpr = tiles[0][0].shape[0]
+    logits = tl.zeros([BLOCK_M, FORM.block_n], tl.float32)  # [BLOCK_M, BLOCK_N]
+    for index in tl.static_range(len(FORM.key_blocks)):
+        if FORM.key_blocks[index].width == 0 and index > 0:
+            if key_stride > FORM.key_blocks[index].offset // (
+                2 if FORM.key_blocks[index].bits > 0 else 1
+            ):  # or this head ends before it
+                logits = _add_logits(
+                    logits,
+                    tiles[index],
+                    rests[index],
+                    k_ptrs,
+                    inside,
+                    key_stride,
+                    FORM.key_blocks[index],
+                    EDGE,
+                    PAIRED,
+                    ASSEMBLY,
+                )
+        else:
+            logits = _add_logits(
+                logits,
+                tiles[index],
+                rests[index],
+                k_ptrs,
+                inside,
+                key_stride,
+                FORM.key_blocks[index],
+                EDGE,
+                PAIRED,
+                ASSEMBLY,
+            )
+    if PAIRED:
+        logits = tl.sum(tl.reshape(logits, [2, 8, FORM.block_n]), 0)  # [M, BLOCK_N] from here on
+    if mask is not None:
+        if SINGLE:
+            seen = tl.load(mask + tokens * FORM.mask_stride, mask=inside, other=0)[None, :]
+        else:
+            seen = tl.load(  # [M, BLOCK_N]
+                mask[:, None] + tokens[None, :] * FORM.mask_stride,
+                mask=inside_queries[:, None] & inside[None, :],
+                other=0,
+            )
+        if FORM.hidden is None:
+            logits = tl.where(seen != 0, logits, float("-inf"))
+        else:
+            visible = seen > FORM.hidden
+            added = tl.where(visible, seen, 0.0).to(tl.float32) * LOG2_E
+            logits = tl.where(visible, logits * unit[:, None] + added, float("-inf"))
+            unit = tl.full(unit.shape, 1.0, tl.float32)
+    if EDGE:
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+
+    m_ij = tl.maximum(m_i, tl.max(logits, 1) * unit)  # [M]
+    # A query that saw no token yet has -inf here; any finite number keeps `p` at zero and out of NaN.
+    m_safe = tl.where(m_ij == float("-inf"), 0.0, m_ij)  # [M]
+    p = tl.exp2(logits * unit[:, None] - (m_safe - WEIGHT)[:, None])  # [M, BLOCK_N]
+    alpha = tl.exp2(m_i - m_safe)  # [M]
+    l_i = l_i * alpha + tl.sum(p, 1)
+    if FORM.value_blocks[0].bits > 0 and DTYPE != tl.float32:
+        p_rounded = p.to(tl.float16)
+    else:
+        p_rounded = p.to(DTYPE)
+    BYTES: tl.constexpr = 2 if FORM.value_blocks[0].bits > 0 else 1  # of what is stored, side by side
+    new_acc = ()
+    for index in tl.static_range(len(FORM.value_blocks)):
+        if FORM.value_blocks[index].width == 0 and index > 0:
+            block_acc = ()
+            for part in tl.static_range(FORM.value_blocks[index].parts * BYTES):
+                block_acc = block_acc + (acc[FORM.value_blocks[index].first_part * BYTES + part],)
+            if value_stride > FORM.value_blocks[index].offset // BYTES:
+                block_acc = _add_values(
+                    acc,
+                    alpha,
+                    p_rounded,
+                    v_ptrs,
+                    inside,
+                    value_stride,
+                    FORM.value_blocks[index],
+                    EDGE,
+                    PAIRED,
+                    ASSEMBLY,
+                )
+            new_acc = new_acc + block_acc
+        else:
+            new_acc = new_acc + _add_values(
+                acc,
+                alpha,
+                p_rounded,
+                v_ptrs,
+                inside,
+                value_stride,
+                FORM.value_blocks[index],
+                EDGE,
+                PAIRED,
+                ASSEMBLY,
+            )
+    return m_ij, l_i, new_acc
 
 
 @triton.jit
 def _attend_segment(
     query,  # pointers of the queries [BLOCK_M]
-    inside_queries,  # [BLOCK_M]
-    positions,  # of each query [BLOCK_M]
+    there,  # whether they are there [BLOCK_M]
+    inside_queries,  # [M]
+    positions,  # of each query [M]
     states,
     lses,
     seg,
     pair,  # (row * heads + head)
-    query_index,  # index of a query within a state [BLOCK_M]
+    query_index,  # index of a query within a state [M]
     head,
     row,
     split,  # within the segment
@@ -263,12 +619,16 @@ def _attend_segment(
     SINGLE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAIRED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """Attend to one share of a segment's tokens and store the state: normalised output and base-2 log-sum-exp.
 
     A row's own length is divided, in whole blocks, so that ragged rows load all programs alike.
     """
     BLOCK_M: tl.constexpr = query.shape[0]
+    QUERIES: tl.constexpr = 8 if PAIRED else BLOCK_M
     BLOCK_N: tl.constexpr = FORM.block_n
     first_split, splits, first_state = decode_integers(seg.place)
     (
@@ -289,7 +649,14 @@ def _attend_segment(
     end = tl.minimum(begin + (share + tl.where(split < more, 1, 0)) * BLOCK_N, length)
 
     keys, key_heads, key_stride = _head(
-        seg.stored_keys, seg.key_heads, head, key_head_stride, FORM.key_stride, FORM.key_align, FORM.key_heads
+        seg.stored_keys,
+        seg.key_heads,
+        head,
+        key_head_stride,
+        FORM.key_stride,
+        FORM.key_align,
+        FORM.key_heads,
+        FORM.key_blocks[0].bits > 0,
     )
     values, value_heads, value_stride = _head(
         seg.stored_values,
@@ -299,21 +666,37 @@ def _attend_segment(
         FORM.value_stride,
         FORM.value_align,
         FORM.value_heads,
+        FORM.value_blocks[0].bits > 0,
     )
+    DTYPE: tl.constexpr = query.dtype.element_ty
+    # The unit of logits is positive; queries have the scale's sign.
+    negative = scale_log2 < 0
+    scale_log2 = tl.abs(scale_log2)
+    unit = tl.zeros([BLOCK_M], tl.float32) + scale_log2  # [BLOCK_M]
     if seg.decoder is None:
         channels = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-        q = tl.load(  # [BLOCK_M, BLOCK_D]
-            query[:, None] + channels[None, :], mask=inside_queries[:, None] & (channels[None, :] < D), other=0.0
-        )
-        tiles = (q,)
-        rests = ()
+        if PAIRED:
+            there = there & (tl.arange(0, BLOCK_M) < 8)
+        q = tl.load(query[:, None] + channels[None, :], mask=there[:, None] & (channels[None, :] < D), other=0.0)
+        tiles = ((tl.where(negative, -q, q),),)  # [BLOCK_M, BLOCK_D]
+        rests = ((),)
         shift = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
     else:
         basis_row = row
         if seg.basis_rows is not None:
             basis_row = tl.load(seg.basis_rows + row).to(tl.int64)
-        tiles, rests, shift = _project(query, inside_queries, seg, key_heads, key_stride, head, basis_row, FORM, D, 32)
-        shift *= scale_log2
+        key_width = key_stride * (2 if FORM.key_blocks[0].bits > 0 else 1)
+        projections, shift = _project(
+            query, there, negative, seg, key_heads, key_width, head, basis_row, FORM, D, BLOCK_K
+        )
+        if FORM.key_blocks[0].bits > 0 and DTYPE != tl.float32:
+            tiles, rests, unit, shift = _as_tiles(projections, unit, shift * scale_log2, tl.float16, FORM, PAIRED)
+        else:
+            tiles, rests, unit, shift = _as_tiles(projections, unit, shift * scale_log2, DTYPE, FORM, PAIRED)
+    if PAIRED:
+        unit = _first_half(unit)
+        shift = _first_half(shift)
+    unit = tl.maximum(unit, SMALLEST)  # [M]
 
     tokens = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     if seg.slots is None:
@@ -334,82 +717,86 @@ def _attend_segment(
             + begin.to(tl.int64) * FORM.mask_stride
         )
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # [BLOCK_M]
-    l_i = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
-    acc = _zeros(FORM.value_blocks, BLOCK_M)
-    for first in tl.range(begin, end, BLOCK_N, num_stages=FORM.stages):
+    m_i = tl.full([QUERIES], float("-inf"), tl.float32)  # [M]
+    l_i = tl.zeros([QUERIES], tl.float32)  # [M]
+    acc = _zeros(FORM.value_blocks, BLOCK_M, True, PAIRED)
+    # With one warp the loop over whole blocks has no instruction to spare for tokens that are not there.
+    whole = begin
+    if PAIRED:
+        whole = begin + (end - begin) // BLOCK_N * BLOCK_N
+        for _ in tl.range(begin, whole, BLOCK_N, num_stages=FORM.stages):
+            k_ptrs, v_ptrs = _token_pointers(keys, values, slots, tokens, None, key_stride, value_stride)
+            m_i, l_i, acc = _attend_block(
+                m_i,
+                l_i,
+                acc,
+                tiles,
+                rests,
+                unit,
+                k_ptrs,
+                v_ptrs,
+                mask,
+                tokens,
+                tokens >= 0,
+                inside_queries,
+                key_stride,
+                value_stride,
+                FORM,
+                DTYPE,
+                False,
+                SINGLE,
+                PAIRED,
+                ASSEMBLY,
+            )
+            if slots is None:
+                keys += BLOCK_N * key_stride
+                values += BLOCK_N * value_stride
+            else:
+                slots += BLOCK_N
+            if mask is not None:
+                mask += BLOCK_N * FORM.mask_stride
+    for first in tl.range(whole, end, BLOCK_N, num_stages=1 if PAIRED else FORM.stages):
         inside = first + tokens < end  # [BLOCK_N]
-        if slots is None:
-            k_ptrs = keys + tokens * key_stride  # [BLOCK_N]
-            v_ptrs = values + tokens * value_stride  # [BLOCK_N]
-        else:
-            slot = tl.load(slots + tokens, mask=inside, other=0).to(tl.int64)  # [BLOCK_N]
-            k_ptrs = keys + slot * key_stride
-            v_ptrs = values + slot * value_stride
-        logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
-        for index in tl.static_range(len(FORM.key_blocks)):
-            if FORM.key_blocks[index].width == 0 and index > 0:
-                if key_stride > FORM.key_blocks[index].offset:  # or this head ends before it
-                    logits = _add_logits(logits, tiles, rests, k_ptrs, inside, key_stride, FORM.key_blocks[index])
-            else:
-                logits = _add_logits(logits, tiles, rests, k_ptrs, inside, key_stride, FORM.key_blocks[index])
-        logits = logits * scale_log2 + shift[:, None]
-        if mask is not None:
-            if SINGLE:
-                seen = tl.load(mask + tokens * FORM.mask_stride, mask=inside, other=0)[None, :]
-            else:
-                seen = tl.load(  # [BLOCK_M, BLOCK_N]
-                    mask[:, None] + tokens[None, :] * FORM.mask_stride,
-                    mask=inside_queries[:, None] & inside[None, :],
-                    other=0,
-                )
-            if FORM.hidden is None:
-                logits = tl.where(seen != 0, logits, float("-inf"))
-            else:
-                visible = seen > FORM.hidden
-                logits = tl.where(visible, logits + tl.where(visible, seen, 0.0).to(tl.float32) * LOG2_E, float("-inf"))
-            mask += BLOCK_N * FORM.mask_stride
-        logits = tl.where(inside[None, :], logits, float("-inf"))
-
-        m_ij = tl.maximum(m_i, tl.max(logits, 1))  # [BLOCK_M]
-        # A query that saw no token yet has -inf here; any finite number keeps `p` at zero and out of NaN.
-        m_safe = tl.where(m_ij == float("-inf"), 0.0, m_ij)  # [BLOCK_M]
-        p = tl.exp2(logits - m_safe[:, None])  # [BLOCK_M, BLOCK_N]
-        alpha = tl.exp2(m_i - m_safe)  # [BLOCK_M]
-        l_i = l_i * alpha + tl.sum(p, 1)
-        p_rounded = p.to(query.dtype.element_ty)
-        new_acc = ()
-        for index in tl.static_range(len(FORM.value_blocks)):
-            if FORM.value_blocks[index].width == 0 and index > 0:
-                block_acc = ()
-                for part in tl.static_range(FORM.value_blocks[index].parts):
-                    block_acc = block_acc + (acc[FORM.value_blocks[index].first_part + part],)
-                if value_stride > FORM.value_blocks[index].offset:
-                    block_acc = _add_values(
-                        acc, alpha, p_rounded, v_ptrs, inside, value_stride, FORM.value_blocks[index]
-                    )
-                new_acc = new_acc + block_acc
-            else:
-                new_acc = new_acc + _add_values(
-                    acc, alpha, p_rounded, v_ptrs, inside, value_stride, FORM.value_blocks[index]
-                )
-        acc = new_acc
-        m_i = m_ij
+        k_ptrs, v_ptrs = _token_pointers(keys, values, slots, tokens, inside, key_stride, value_stride)
+        m_i, l_i, acc = _attend_block(
+            m_i,
+            l_i,
+            acc,
+            tiles,
+            rests,
+            unit,
+            k_ptrs,
+            v_ptrs,
+            mask,
+            tokens,
+            inside,
+            inside_queries,
+            key_stride,
+            value_stride,
+            FORM,
+            DTYPE,
+            True,
+            SINGLE,
+            PAIRED,
+            ASSEMBLY,
+        )
         if slots is None:
             keys += BLOCK_N * key_stride
             values += BLOCK_N * value_stride
         else:
             slots += BLOCK_N
+        if mask is not None:
+            mask += BLOCK_N * FORM.mask_stride
 
-    nothing = l_i == 0.0  # [BLOCK_M]
+    nothing = l_i == 0.0  # [M]
     l_i = tl.where(nothing, 1.0, l_i)
-    lse = tl.where(nothing, float("-inf"), m_i + tl.log2(l_i))  # [BLOCK_M]
+    lse = tl.where(nothing, float("-inf"), m_i + (tl.log2(l_i) - WEIGHT) + shift)  # [M]
     tl.store(
         lses + (pair * total_splits + first_split + split) * all_queries + query_index,
         lse,
         mask=inside_queries,
     )
-    state = ((pair * splits + split) * all_queries + query_index) * FORM.state_width  # [BLOCK_M]
+    state = ((pair * splits + split) * all_queries + query_index) * FORM.state_width  # [M]
     state += first_state.to(tl.int64) * STATE_ALIGN
     for index in tl.static_range(len(FORM.value_blocks)):
         _store_block(
@@ -418,9 +805,10 @@ def _attend_segment(
             acc,
             l_i,
             value_heads,
-            value_stride,
+            value_stride * (2 if FORM.value_blocks[index].bits > 0 else 1),
             FORM.value_blocks[index],
             FORM.value_heads,
+            PAIRED,
         )
 
 
@@ -440,6 +828,9 @@ def attend_splits(
     TILE_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # channels of the query projected at once
+    PAIRED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,  # of NVIDIA
 ):
     """Attend to segments and store partial states; grid (splits of these segments * tiles of queries, H, B)."""
     queries, total_splits, first_lse, programs, first_split, row_stride, head_stride, stride = decode_integers(integers)
@@ -448,28 +839,32 @@ def attend_splits(
     tile = tl.program_id(0) // programs
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
-    offs_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    positions = tile * TILE_Q + offs_m // G  # [BLOCK_M]
-    inside = (offs_m < TILE_Q * G) & (positions < queries)  # [BLOCK_M]
+    QUERIES: tl.constexpr = 8 if PAIRED else BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M) % QUERIES  # [BLOCK_M]
+    there = (offs_m < TILE_Q * G) & (tile * TILE_Q + offs_m // G < queries)  # [BLOCK_M]
     pointers = (  # [BLOCK_M]
         query
         + row * row_stride * QUERY_ALIGN
         + (head * G + offs_m % G) * head_stride * QUERY_ALIGN
-        + positions.to(tl.int64) * stride * QUERY_ALIGN
+        + (tile * TILE_Q + offs_m // G).to(tl.int64) * stride * QUERY_ALIGN
     )
+    offs_q = tl.arange(0, QUERIES)  # [M]
+    positions = tile * TILE_Q + offs_q // G  # [M]
+    inside = (offs_q < TILE_Q * G) & (positions < queries)  # [M]
     for index in tl.static_range(len(FORMS)):
         first_split, splits, _ = decode_integers(segments[index].place)
         own = split - first_split
         if (own >= 0) & (own < splits):
             _attend_segment(
                 pointers,
+                there,
                 inside,
                 positions,
                 states,
                 lses,
                 segments[index],
                 row * tl.num_programs(1) + head,
-                positions * G + offs_m % G,
+                positions * G + offs_q % G,
                 head,
                 row,
                 own,
@@ -480,4 +875,7 @@ def attend_splits(
                 SINGLE,
                 D,
                 BLOCK_D,
+                BLOCK_K,
+                PAIRED,
+                ASSEMBLY,
             )

@@ -179,7 +179,7 @@ def _prepare(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes |
     if prepared is not None:
         return prepared
     check_arguments(query, segments)
-    reason = checks.unsupported_reason(query, segments) or _launch_reason(query, segments[0].heads)
+    reason = checks.unsupported_reason(query, segments) or _launch_reason(query, segments)
     prepared = Prepared(reason, None if reason else shapes_of(query, segments, sizes))
     if key is not None:
         _keep(_REMEMBERED, key, prepared)
@@ -192,8 +192,9 @@ def _keep(memory: dict, key: Hashable, value: Any) -> None:
     memory[key] = value
 
 
-def _launch_reason(query: Tensor, heads: int) -> str | None:
+def _launch_reason(query: Tensor, segments: Sequence[SegmentView]) -> str | None:
     """Say what Triton needs besides, if it is not so."""
+    heads = segments[0].heads
     if query.device.type != "cuda" and not INTERPRETED:
         return (
             f"query must be on a GPU, got {query.device}; on the CPU use impl='cpp' or 'torch', or set "
@@ -204,6 +205,14 @@ def _launch_reason(query: Tensor, heads: int) -> str | None:
         return f"query must have at most {MAX_GRID} rows and KV heads, got {batch} and {heads}"
     if q_heads // heads > MAX_GROUP:
         return f"segments[0].keys must have a KV head for each {MAX_GROUP} query heads, got {heads} for {q_heads}"
+    for index, segment in enumerate(segments):
+        for state in ("keys", "values"):
+            stored = getattr(segment, state)
+            if stored.dtype == torch.uint8 and any(stride % 2 for stride in stored.stride()[:-1]):
+                return (
+                    f"segments[{index}].{state} must lie an even number of bytes apart, since codes are read two bytes "
+                    f"at a time, got strides {stored.stride()}; copy them, or use impl='torch'"
+                )
     return None
 
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 STATE_ALIGN = tl.constexpr(4)
+INTERPRETED = not isinstance(tl.sum, triton.runtime.JITFunction)
 
 
 class Block(NamedTuple):

@@ -43,6 +43,7 @@ class Resources:
         shared: bytes of shared memory of a program.
         loads: of stored tokens and bases, by their size in bytes (asynchronous copies, where the target has them).
         loops: instructions of each innermost loop with matrix products, one warp's.
+        token_loop: those of the loop over blocks of tokens: the longest that copies past the registers, or of all.
         instructions: of all.
         asynchronous: whether stored tokens are copied past the registers while others are worked on.
     """
@@ -54,6 +55,7 @@ class Resources:
     loops: list[int]
     instructions: int
     asynchronous: bool = False
+    token_loop: int = 0
 
 
 class _Driver:
@@ -119,6 +121,10 @@ def compile_launch(launch: Launch, target: str) -> Any:
     options = dict(launch.options)
     if TARGETS[target].backend == "hip":
         options.pop("maxnreg", None)  # a launch there has none
+        # Nor is the assembly of NVIDIA used.
+        launch = launch._replace(
+            constants={name: name != "ASSEMBLY" and value for name, value in launch.constants.items()}
+        )
     with pretend(target):
         return launch._replace(options=options).compile()
 
@@ -167,18 +173,20 @@ def _nvidia(usage: str, code: str, shared: int) -> Resources:
         if (target := re.search(r"BRA.*?`\((\.L_\w+)\)", text)) and labels.get(target[1], index + 1) <= index
     ]
     loops = [
-        end - begin
+        (begin, end)
         for begin, end in jumps
         if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in jumps)
         and any("MMA" in text or "FFMA" in text for text in instructions[begin:end])
     ]
+    copying = [(begin, end) for begin, end in loops if any("LDGSTS" in text for text in instructions[begin:end])]
     return Resources(
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         spills=sum(bool(re.search(r"\b(?:STL|LDL)\b", text)) for text in instructions)
         + sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
         shared=shared,
         loads=loads,
-        loops=loops,
+        loops=[end - begin for begin, end in loops],
+        token_loop=max([end - begin for begin, end in copying or loops], default=0),
         instructions=len(instructions),
         asynchronous=any("LDGSTS" in text for text in instructions),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.quantization import Code, CodeLayout, HeadCodes, Numbers
 from rotatek_cache.core.segments import SegmentView
-from rotatek_kernels.forms import Block, HeadTable, MergeForm, SegmentForm, encode_integer
+from rotatek_kernels.forms import INTERPRETED, Block, HeadTable, MergeForm, SegmentForm, encode_integer
 from rotatek_kernels.occupancy import CODE_WORK
 
 MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
@@ -20,6 +20,7 @@ ONE_WARP = 128  # head width up to which one warp holds the output of text
 FOUR_WARPS = 256  # and up to which four warps do
 NARROW = 64  # channels of a head
 REMEMBERED = 1024  # tables of heads
+PAIRED = 8  # queries, at most, of which a matrix product takes numbers and rests together
 # Bytes of a block where each head has codes of its own and one warp reads them: the least of a matrix product, so that
 # narrow heads leave blocks out. More of them than these would spill; several warps share one block as wide as it takes.
 HEAD_COLUMNS, HEAD_BLOCKS = 16, 2
@@ -30,11 +31,13 @@ class BlockSizes(NamedTuple):
 
     Attributes:
         warps: of a program.
-        queries: most of them (positions times heads of a group) that share a tile of tokens.
+        queries: most of them (positions times heads of a group) that share a tile of tokens; 8: the other half of a
+            matrix product holds what rounding takes from the projected queries.
         tokens: most tokens of a block.
-        tile: most bytes of a block's Keys and Values, unpacked.
+        tile: most bytes of a block's Keys and Values, a code counted as one byte.
         stages: blocks in flight.
         registers: of a thread, at most (NVIDIA); where left to itself, the compiler spills one to hold more programs.
+        channels: of the query that are projected at once.
     """
 
     warps: int
@@ -43,6 +46,7 @@ class BlockSizes(NamedTuple):
     tile: int
     stages: int
     registers: int | None
+    channels: int = 32
 
 
 # Chosen by what the compiler reports (`tests/kernels/test_compile.py -s`: registers, spills, shared memory;
@@ -55,11 +59,11 @@ BLOCK_SIZES = {
     "plain": BlockSizes(warps=4, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=168),
     # Bound by instructions: several warps would each unpack all codes (14 a token with one warp, 26 with two, 52 with
     # four, at 4 bits and r 32). Larger tiles spill beside a text segment of D 128, which then has 16 tokens a block.
-    "codes": BlockSizes(warps=1, queries=16, tokens=64, tile=8 * 1024, stages=3, registers=None),
+    "codes": BlockSizes(warps=1, queries=8, tokens=128, tile=8 * 1024, stages=3, registers=None),
     # In heads of at most `NARROW` channels, where on sm_90 blocks of 64 tokens spill beside a text segment.
-    "8 bit": BlockSizes(warps=1, queries=16, tokens=64, tile=4 * 1024, stages=3, registers=None),
+    "8 bit": BlockSizes(warps=1, queries=8, tokens=64, tile=8 * 1024, stages=3, registers=None),
     # Blocks of 32 tokens of 16 bytes each are not loaded ahead of their use, 16 are: 28 instructions a token, not 37.
-    "2 bit": BlockSizes(warps=1, queries=16, tokens=64, tile=4 * 1024, stages=3, registers=None),
+    "2 bit": BlockSizes(warps=1, queries=8, tokens=64, tile=8 * 1024, stages=3, registers=None),
     # Without tensor cores; with four warps the dense segment needs twice the registers.
     "float32": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=None),
     # 64 queries by 64 tokens spill (976 instructions of it at D 128 with a mask), 64 by 32 do not.
@@ -144,7 +148,8 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
     value_width = segments[0].value_width
     sizes = sizes or BLOCK_SIZES[kind_of(query, segments)]
     # Few block sizes, so that few kernels are made: a tile holds as many positions as fit.
-    queries = max(_block(group), min(sizes.queries, _block(positions * group)))
+    paired = sizes.queries <= PAIRED and group <= PAIRED
+    queries = PAIRED if paired else max(_block(group), min(sizes.queries, _block(positions * group)))
     tile_queries = queries // group
     shaped = [
         _shape_segment(index, segment, sizes, query.dtype)
@@ -173,8 +178,11 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
             "D": width,
             "QUERY_ALIGN": align,
             "TILE_Q": tile_queries,
-            "BLOCK_M": queries,
+            "BLOCK_M": _block(queries),
             "BLOCK_D": _block(width),
+            "BLOCK_K": min(sizes.channels, _block(width)),
+            "PAIRED": paired,
+            "ASSEMBLY": not INTERPRETED and not torch.version.hip,
         },
         merge_constants={"G": group, "D_V": value_width, "BLOCK_DV": merge_block, "BLOCK_S": MERGE_SPLITS},
         forms=tuple([shape.form for shape in shaped]),
@@ -220,9 +228,9 @@ def _is_narrow(code: Code | None) -> bool:
     return code is not None
 
 
-def _unpacked(blocks: tuple[Block, ...]) -> int:
-    """Count the numbers of a token in tiles."""
-    return sum(block.parts * block.padded for block in blocks)
+def _unpacked(blocks: tuple[Block, ...], itemsize: int) -> int:
+    """Count the bytes of a token in tiles; a code takes less than a number, since it is unpacked in registers."""
+    return sum(block.parts * block.padded * (1 if block.bits else itemsize) for block in blocks)
 
 
 class StoredForm(NamedTuple):
@@ -296,7 +304,7 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
 def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: torch.dtype) -> SegmentShape:
     keys = _shape_stored(segment.keys, segment.key_code, sizes.warps)
     values = _shape_stored(segment.values, segment.value_code, sizes.warps)
-    unpacked = _unpacked(keys.blocks + values.blocks) * dtype.itemsize
+    unpacked = _unpacked(keys.blocks + values.blocks, dtype.itemsize)
     mask = segment.mask
     # The lowest finite number stands for "not seen" in additive masks.
     hidden = None if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
@@ -362,10 +370,18 @@ def _runs(code: CodeLayout | Numbers) -> list[tuple[int, int, int]]:
 
 
 def _digit_blocks(code: HeadCodes, columns: int, width: int) -> tuple[Block, ...]:
-    """Cut a token whose head says what it holds into blocks of `width` columns; see `Block`."""
-    bits = min(bits for part in code.parts for bits, _, _ in _runs(part))
-    parts = 8 // bits if bits else 1
-    return tuple(Block(bits, parts, i * width, 0, width, 0, i * parts) for i in range(columns // width))
+    """Cut a token whose head says what it holds into blocks of `width` columns; see `Block`.
+
+    The bits of a block are the fewest of its columns in any head: widths fall, so that the first blocks often have more.
+    """
+    stored = [[bits for bits, run, _ in _runs(part) for _ in range(run)] for part in code.parts]
+    blocks: list[Block] = []
+    for offset in range(0, columns, width):
+        bits = min(bits for head in stored for bits in head[offset : offset + width])
+        parts = 8 // bits if bits else 1
+        first_part = blocks[-1].first_part + blocks[-1].parts if blocks else 0
+        blocks.append(Block(bits, parts, offset, 0, width, 0, first_part))
+    return tuple(blocks)
 
 
 @functools.lru_cache(maxsize=REMEMBERED)

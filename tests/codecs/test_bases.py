@@ -114,7 +114,7 @@ def test_the_query_moment_of_a_group_does_not_cancel_signs():
 
 
 def test_unknown_basis_lists_the_known():
-    with pytest.raises(ValueError, match=r"basis must be one of none, oblique, pca, .*got 'svd'"):
+    with pytest.raises(ValueError, match=r"basis must be one of hadamard, none, oblique, pca, .*got 'svd'"):
         codecs_for(FitOptions(rank=8, basis="svd"))
 
 

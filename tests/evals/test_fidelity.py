@@ -116,7 +116,7 @@ def test_a_row_that_cannot_be_built_is_named_before_any_work(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("{cache: paged}", "cache must be one of quantized, or left out for RotateKCache, got 'paged'"),
+        ("{cache: paged}", "omni_scaled, or left out for RotateKCache, got 'paged'"),
         ("{cache: quantized, backend: nosuch}", "Unknown quantization backend `nosuch`"),
         ("{cache: quantized, backend: fp8, nbits: 4}", "does not support ['nbits']"),
         ("{cache: quantized, backend: fp8, rank: 4}", "unexpected keyword argument 'rank'"),

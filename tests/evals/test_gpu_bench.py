@@ -42,7 +42,18 @@ def test_every_part_runs_without_a_gpu_and_with_few_packages(tmp_path):
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     found = json.loads((out / "gpu.json").read_text())
-    assert list(found["parts"]) == ["compile", "tests", "decode", "splits", "call", "host", "seal", "seals", "token"]
+    assert list(found["parts"]) == [
+        "compile",
+        "tests",
+        "decode",
+        "splits",
+        "variants",
+        "call",
+        "host",
+        "seal",
+        "seals",
+        "token",
+    ]
     assert all(part["rows"] and not part["not reached"] for part in found["parts"].values())
     assert {"torch", "triton", "transformers"} <= found["versions"].keys() and found["hardware"]["cpu"]
     assert found["parts"]["decode"]["rows"][1]["ours"]["4 bit"]["relative error"] < 1e-2

@@ -97,10 +97,18 @@ def left_out(scatter, basis):
 
 
 @pytest.mark.parametrize(
-    ("width", "rank", "tokens"),
-    [(64, 8, 300), (64, 40, 200), (80, 24, 300), (96, 48, 150), (128, 32, 700), (128, 128, 300), (256, 40, 300)],
+    ("width", "rank", "tokens", "weighted"),
+    [
+        (64, 8, 300, False),
+        (64, 8, 300, True),
+        (64, 40, 200, True),
+        (80, 24, 300, False),
+        (96, 48, 150, True),
+        (128, 32, 700, False),
+        (128, 128, 140, True),
+        (256, 40, 300, False),
+    ],
 )
-@pytest.mark.parametrize("weighted", [False, True])
 def test_the_basis_spans_what_five_rounds_in_float64_span(width, rank, tokens, weighted):
     keys = decaying(2, tokens, width).float()
     queries = normal(1, 6, 20, width, seed=7).float() if weighted else None
@@ -124,8 +132,9 @@ def test_the_basis_spans_what_five_rounds_in_float64_span(width, rank, tokens, w
     assert sealed.decoder.shape == (2, 1, width, padded_rank(rank)) and sealed.finite.all()
 
 
-@pytest.mark.parametrize(("width", "tokens"), [(16, 5), (64, 5), (64, 300), (96, 130)])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("width", "tokens", "weighted"), [(16, 5, True), (48, 5, False), (48, 130, True), (80, 90, False)]
+)
 def test_full_rank_gives_the_keys_back(width, tokens, weighted):
     keys = decaying(2, tokens, width).float()
     queries = normal(1, 2, 3, width, seed=7).float() if weighted else None
@@ -136,7 +145,7 @@ def test_full_rank_gives_the_keys_back(width, tokens, weighted):
 
 @pytest.mark.parametrize("rank", [5, 8, 24])
 def test_keys_of_low_rank_are_exact_at_their_rank(rank):
-    keys = (normal(2, 200, 5) @ normal(2, 5, 64, seed=1) + normal(2, 1, 64, seed=2)).float()
+    keys = (normal(1, 200, 5) @ normal(1, 5, 48, seed=1) + normal(1, 1, 48, seed=2)).float()
     sealed, _, _ = fit(keys, rank)
     basis = KeyBasis(B=sealed.decoder.cpu(), delta=sealed.delta.cpu())
     torch.testing.assert_close(basis.reconstruct(sealed.data.cpu()[:, None])[:, 0], keys, rtol=0, atol=2e-4)
@@ -203,16 +212,16 @@ def test_weights_have_an_exponent_and_none_are_all_alike(exponent):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_codes_are_those_of_the_codecs(bits, dtype):
     """With the basis that the kernel found, torch stores the same, but for what a sum in another order rounds."""
-    keys = decaying(2, 330, 64, decades=2).to(dtype)
+    keys = decaying(2, 330, 32, decades=2).to(dtype)
     ranges = ((0, 200), (200, 130))
-    sealed, encoder, offset = fit(keys, 21, bits, ranges)
-    basis = KeyBasis(encoder, encoder, offset, offset, 21)
-    layout = CodeLayout(((bits, 24),))
+    sealed, encoder, offset = fit(keys, 13, bits, ranges)
+    basis = KeyBasis(encoder, encoder, offset, offset, 13)
+    layout = CodeLayout(((bits, 16),))
     expected = store_codes([encode_row(keys, basis, row, span, bits) for row, span in enumerate(ranges)], basis, layout)
     assert sealed.data.dtype == torch.uint8 and sealed.data.shape == expected.data.shape
     ours, theirs = (layout.unpack(data).int() for data in (sealed.data.cpu(), expected.data))
     assert (ours - theirs).abs().max() <= 1
-    assert (ours != theirs).double().mean() < 2e-4
+    assert (ours != theirs).double().mean() < 4e-4
     for name, found in (("B", sealed.decoder), ("delta", sealed.delta)):
         wanted = getattr(expected.basis, name)
         assert found.dtype == wanted.dtype and found.shape == wanted.shape
@@ -231,14 +240,14 @@ def test_padding_columns_are_stored_as_nothing():
 def test_codes_in_a_given_basis_are_bit_for_bit_those_of_the_codecs(blocks):
     """Selected channels of whole numbers around zero: all sums are exact."""
     layout = CodeLayout(blocks)
-    states = torch.randint(-60, 60, (2, 100, 48), generator=torch.Generator().manual_seed(0)).float()
+    states = torch.randint(-60, 60, (2, 40, 48), generator=torch.Generator().manual_seed(0)).float()
     states = torch.cat([states, -states], 1)
     chosen = torch.stack([torch.randperm(48)[: layout.channels] for _ in range(2)])
     encoder = torch.zeros(2, 48, layout.channels).scatter_(1, chosen[:, None], 1.0)
     low, step = -50 + torch.rand(2, layout.channels), 0.3 + torch.rand(2, layout.channels)
     shared = Shared(*(tensor.to(DEVICE) for tensor in (encoder, low, step, torch.ones(2, 48))))
     job = SealJob("values", states[None].to(DEVICE), layout.channels, shared, layout)
-    (sealed,) = seal.seal_states([job], Places(((0, 200),)))
+    (sealed,) = seal.seal_states([job], Places(((0, 80),)))
     expected = layout.pack(encode_codes(states @ encoder, low, step, layout))
     assert torch.equal(sealed.data.cpu(), expected)
     assert sealed.decoder is None and (sealed.delta == 1).all() and sealed.finite.all()
@@ -405,9 +414,15 @@ def test_a_batch_with_padding_seals_through_the_kernel(name, basis_file, monkeyp
                 assert difference.norm() <= 0.02 * read(other, row, length, start).norm()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize(("state", "what"), [(0, "Keys"), (1, "Values")])
-@pytest.mark.parametrize("name", ["both", "calibrated codes"])
+@pytest.mark.parametrize(
+    ("name", "state", "what", "value"),
+    [
+        ("both", 0, "Keys", torch.nan),
+        ("both", 1, "Values", torch.inf),
+        ("calibrated codes", 0, "Keys", torch.inf),
+        ("calibrated codes", 1, "Values", torch.nan),
+    ],
+)
 def test_what_is_not_finite_is_reported(name, state, what, value, basis_file):
     sealer, states = Sealer(options_of(name, basis_file), 0), [pending(), pending(seed=50)]
     states[state][1, 1, 40, 3] = value
