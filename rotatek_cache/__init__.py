@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rotatek_cache.token_pruning.methods.akvq_vl import AKVQVL
     from rotatek_cache.token_pruning.methods.divprune import DivPrune
     from rotatek_cache.token_pruning.methods.fastv import FastV
+    from rotatek_cache.token_pruning.methods.hybrid_kv import HybridKV
     from rotatek_cache.token_pruning.methods.look_m import LookM
     from rotatek_cache.token_pruning.methods.pyramid_drop import PyramidDrop
     from rotatek_cache.token_pruning.methods.visionzip import VisionZip
@@ -32,6 +33,7 @@ __all__ = [
     "DivPrune",
     "FastV",
     "FitOptions",
+    "HybridKV",
     "KeyBasis",
     "LayerKV",
     "LookM",
@@ -53,6 +55,7 @@ _HOMES = {
     "DivPrune": "token_pruning.methods.divprune",
     "FastV": "token_pruning.methods.fastv",
     "FitOptions": "options",
+    "HybridKV": "token_pruning.methods.hybrid_kv",
     "KeyBasis": "core.basis",
     "LayerKV": "cache.layer",
     "LookM": "token_pruning.methods.look_m",

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SegmentReport:
-    """One sealed segment of a layer; `tokens` over all rows, bytes from storage, `key_bits` if codes have one width."""
+    """One sealed segment of a layer; `tokens` over all rows, bytes from storage, `key_bits` if codes have one width.
+
+    Where KV heads store tokens of their own, `tokens` is their mean, `by_head` what each stores of all rows, and
+    `read_by_head` what it reads of them in a decode step.
+    """
 
     tokens: int
     rank: int
@@ -15,6 +19,8 @@ class SegmentReport:
     value_bytes: int
     basis_bytes: int
     key_bits: int | None = None
+    by_head: tuple[int, ...] = ()
+    read_by_head: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,14 @@ class CacheReport:
         )
         if self.decoding:
             lines.append(f"decode steps are run {self.decoding}")
+        for layer in self.layers:
+            for segment in layer.segments:
+                if segment.by_head:
+                    heads = ", ".join(
+                        f"{stored}" if read == stored else f"{stored} (reads {read})"
+                        for stored, read in zip(segment.by_head, segment.read_by_head, strict=True)
+                    )
+                    lines.append(f"layer {layer.index}: visual tokens by KV head: {heads}")
         if any(layer.dropped for layer in self.layers):
             dropped = ", ".join(f"{layer.index}: {layer.dropped}" for layer in self.layers)
             lines.append(f"tokens dropped, by layer: {dropped}")

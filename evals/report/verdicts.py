@@ -71,6 +71,11 @@ def verdicts(results: Results) -> list[Verdict]:
         _joint_beats_tokens,
         _tenth_of_tokens,
         _stages_beat_one,
+        _heads_beat_layers,
+        _chunks_keep,
+        _an_eighth_of_bytes,
+        _chunks_are_faster,
+        _answers_in_part,
         _salient_bits_keep,
         _salient_bits_beat_kivi,
         _low_rank,
@@ -313,6 +318,83 @@ def _stages_beat_one(results: Results) -> Verdict:
     return Verdict(
         claim, better / max(1, better + worse), f"{told}; by up to {points(best[0])} and {points(best[1])} points"
     )
+
+
+def _heads_beat_layers(results: Results) -> Verdict:
+    claim = "Budgets over heads answer better than budgets over layers at the same bytes (HybridKV, VL-Cache)"
+    rows = [row for row in _token_rows(results, ("HybridKV, all heads static",)) if "loss_to_rival" in row["second"]]
+    if not rows:
+        return Verdict(claim, None)
+    won = {turn: _won_pairs(rows, turn, "loss_to_rival") for turn in ("first", "second")}
+    better, worse = (sum(found[place] for found in won.values()) for place in (0, 1))
+    told = "; ".join(f"{turn} question {found[2]}" for turn, found in won.items())
+    return Verdict(claim, better / max(1, better + worse), told)
+
+
+def _chunk_rows(results: Results) -> list[Mapping[str, Any]]:
+    """List rows of HybridKV in which heads retrieve, and read a tenth of the tokens."""
+    names = ("HybridKV", "HybridKV, all heads dynamic", "HybridKV, all heads dynamic, chunks of 4")
+    return [row for row in _token_rows(results, names) if row["keep"] == 0.1]
+
+
+def _chunks_keep(results: Results) -> Verdict:
+    claim = "A decode step that reads a tenth of the visual tokens, by chunks, keeps the answers (HybridKV)"
+    rows = _chunk_rows(results)
+    if not rows:
+        return Verdict(claim, None)
+    turns = [(f"{row['tokens']}, {row['channels']}, {turn}", row[turn]) for row in rows for turn in ("first", "second")]
+    told = "; ".join(
+        f"{name} question {points(row['exact_match'])}, loss {interval(row['loss'], row['loss_95'])}"
+        for name, row in turns
+    )
+    kept = [row["loss_95"][0] <= 0 for _, row in turns]
+    return Verdict(claim, sum(kept) / len(kept), f"{told}; n = {_counts(count_of(row) for _, row in turns)}")
+
+
+def _an_eighth_of_bytes(results: Results) -> Verdict:
+    claim = "Where a tenth is read, the cache is 7.9 times smaller (HybridKV)"
+    rows = _chunk_rows(results)
+    if not rows:
+        return Verdict(claim, None)
+    ratios = [1 / row["bytes_share"] for row in rows]
+    told = f"{min(ratios):.2f}x to {max(ratios):.2f}x, with what dynamic heads store, which the paper moves to the host"
+    return Verdict(claim, sum(ratio >= 7.9 for ratio in ratios) / len(ratios), told)
+
+
+def _chunks_are_faster(results: Results) -> Verdict:
+    claim = "A decode step that reads a tenth by chunks is 1.52 times as fast (HybridKV)"
+    found = [
+        (gain, row, not stored["environment"]["device"].startswith("CPU"))
+        for stored in results.latency.values()
+        for gain, row in gains(stored["rows"], "token_ms", "HybridKV, .1 read, all heads dynamic")
+    ]
+    if not found:
+        return Verdict(claim, None, NO_GPU)
+    best, row, on_gpu = max(found, key=lambda gain: (gain[2], gain[0]))
+    told = f"{best:.2f}x at {row['context']:,} tokens, batch {row['batch']}, over the fastest dense cache"
+    if not on_gpu:
+        return Verdict(claim, None, f"{NO_GPU}; on a CPU {told}")
+    return Verdict(claim, float(best >= 1.52), told)
+
+
+def _answers_in_part(results: Results) -> Verdict:
+    claim = "Attention less redundancy chooses an answer's tokens better than their age (R-KV)"
+    rows = {
+        name: row
+        for stored in results.decoded.values()
+        for name, row in stored["settings"].items()
+        if name.endswith(", R-KV")
+    }
+    if not rows:
+        return Verdict(claim, None)
+    better = [row["loss_to_last_95"][1] < 0 for row in rows.values()]
+    told = "; ".join(
+        f"{name}: {row['loss_to_last']:+.3f} [{low:+.3f}, {high:+.3f}] nats a token to the last ones, {row['loss']:+.3f} "
+        "to dense"
+        for name, row in rows.items()
+        for low, high in [row["loss_to_last_95"]]
+    )
+    return Verdict(claim, sum(better) / len(better), f"{told}; n = {_counts(row['passages'] for row in rows.values())}")
 
 
 def _salient_bits_keep(results: Results) -> Verdict:

@@ -166,6 +166,7 @@ def _check_ranges(ranges: Sequence[tuple[int, int]], seen: Tensor, mask: Tensor)
         if not bool((part == part[..., :1]).all()):
             raise ValueError(
                 f"attention_mask shows some of positions {begin} to {end - 1} and hides others: they are of an "
-                "answer of which each head has kept other tokens (decoded): show or hide them together, or leave out decoded"
+                "answer of which each head has kept other tokens (decoded): show or hide them together, or leave out "
+                "decoded"
             )
     return mask

@@ -88,17 +88,24 @@ class TableCopy:
     copied: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("starts", "lengths", "basis_rows"):
-            self.copied[name] = getattr(self.segment, name)
-            self.tensors[name] = self.copied[name].clone()
+        self.copied = self.segment.table()
+        self.tensors = {name: tensor.clone() for name, tensor in self.copied.items()}
 
     def refresh(self) -> None:
         """Copy what has been selected anew since the last step."""
-        for name, copied in self.copied.items():
-            current = getattr(self.segment, name)
-            if current is not copied:
+        for name, current in self.segment.table().items():
+            if current is not self.copied[name]:
                 self.tensors[name].copy_(current)
                 self.copied[name] = current
+
+    def view(self, view: SegmentView) -> SegmentView:
+        """Return the view of the segment that reads these tensors."""
+        table, chunks = self.tensors, view.chunks
+        if chunks is not None:
+            chunks = chunks.with_rows(table["chunk_starts"], table["chunk_counts"], table["chunk_read"])
+        rows = None if view.basis_rows is None else table["basis_rows"]
+        starts, lengths = table["starts"], table["lengths"]
+        return dataclasses.replace(view, starts=starts, lengths=lengths, basis_rows=rows, chunks=chunks)
 
 
 @dataclass(eq=False)
@@ -182,10 +189,7 @@ class DecodeStep:
         tables = [self._table(segment) for segment in layer.segments]
         views = []
         for segment, copied in zip(layer.segments, tables, strict=True):
-            table = copied.tensors
-            view = segment.view(layer.positions.forward, None)
-            rows = None if view.basis_rows is None else table["basis_rows"]
-            views.append(dataclasses.replace(view, starts=table["starts"], lengths=table["lengths"], basis_rows=rows))
+            views.append(copied.view(segment.view(layer.positions.forward, None)))
         views.append(
             SegmentView(
                 keys=text.keys.flatten(1, 2),
@@ -211,7 +215,8 @@ class DecodeStep:
 
     def _table(self, segment: VisualSegment) -> TableCopy:
         for table in self.tables:
-            if all(getattr(segment, name) is copied for name, copied in table.copied.items()):
+            found = segment.table()
+            if found.keys() == table.copied.keys() and all(found[name] is table.copied[name] for name in found):
                 return table
         self.tables.append(TableCopy(segment))
         return self.tables[-1]
@@ -266,7 +271,8 @@ class DecodeStep:
             columns = torch.arange(segment.max_length, device=segment.lengths.device)
             own = columns < segment.lengths[:, None]
             positions = segment.token_positions().masked_fill(~own, 0)
-            found.append((seen.gather(1, positions.to(seen.device)) | ~own.to(seen.device)).all())
+            shown = seen.repeat(segment.heads, 1).gather(1, positions.to(seen.device))
+            found.append((shown | ~own.to(seen.device)).all())
         found += [seen[:, begin:end].all() for begin, end in self._gone()]
         found.append(seen[:, -1].all())
         return bool(torch.stack([part.to(seen.device) for part in found]).all())
@@ -285,7 +291,7 @@ class DecodeStep:
                 self.cursors.index(layer.cursor),
                 tuple(self.tables.index(table) for table in layer.tables),
                 tuple(
-                    (_form(part.keys), _form(part.values), part.max_length, uniform)
+                    (_form(part.keys), _form(part.values), part.max_length, uniform, part.heads, _chunks_form(part))
                     for part, uniform in zip(layer.segments, layer.uniform, strict=True)
                 ),
             )
@@ -312,11 +318,15 @@ class DecodeStep:
                 layer.answer.queries = held.queries
             joined = []
             for mine, theirs in zip(layer.segments, held.segments, strict=True):
+                chunks = mine.chunks
+                if chunks is not None and theirs.chunks is not None:
+                    theirs.chunks.means.copy_(chunks.means)
+                    chunks = dataclasses.replace(chunks, means=theirs.chunks.means)
                 for new, old in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
                     for source, target in zip(new.tensors(), old.tensors(), strict=True):
                         if source.data_ptr() != target.data_ptr():
                             target.copy_(source)
-                taken = dataclasses.replace(mine, keys=theirs.keys, values=theirs.values)
+                taken = dataclasses.replace(mine, keys=theirs.keys, values=theirs.values, chunks=chunks)
                 for table in tables.values():
                     if table.segment is theirs:
                         table.segment = taken
@@ -337,6 +347,11 @@ class DecodeStep:
 
 def _queries(layer: LayerKV) -> Tensor | None:
     return None if layer.answer is None else layer.answer.queries
+
+
+def _chunks_form(segment: VisualSegment) -> Hashable:
+    chunks = segment.chunks
+    return None if chunks is None else (tuple(chunks.means.shape), chunks.size, chunks.most, chunks.most_read)
 
 
 def _form(stored: Stored) -> Hashable:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.cache.answer import Answer
+from rotatek_cache.cache.head_segments import head_segments
 from rotatek_cache.cache.seal_plan import Compressed, SealPlan
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.sealing import Sealer
@@ -243,7 +244,11 @@ class LayerKV:
                 if segment is not None:
                     compressed.append((rows_part, rows))
                     made.append(segment)
-            self.segments += join_segments(made)
+            if plan.heads is not None and made:
+                layout = plan.layout(rows, pending.keys.device)
+                self.segments += head_segments(made[0], plan.heads, layout, pending.keys)
+            else:
+                self.segments += join_segments(made)
             self.sealer.answer_for(sealer)
         self.pending = None
         if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:

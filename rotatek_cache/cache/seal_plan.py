@@ -17,6 +17,7 @@ from rotatek_cache.core.row_layout import (
     moved,
     own_columns,
 )
+from rotatek_cache.token_pruning.interface import HeadChoice
 
 # Plans of which segments were made, with the batch rows of each.
 Compressed = tuple[tuple["SealPlan", tuple[int, ...]], ...]
@@ -35,6 +36,7 @@ class SealPlan:
         prompt_end: where guesses at the answer begin; None: there are none.
         asking: bool ``[B, P]``, tokens whose queries weigh; None: those that are stored.
         better: bool ``[B, P]``, visual tokens that are stored better than the others; None: all are stored alike.
+        heads: which of the visual tokens each KV head stores; None: all.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class SealPlan:
         prompt_end: int | None = None,
         asking: Tensor | None = None,
         better: Tensor | None = None,
+        heads: HeadChoice | None = None,
     ) -> None:
         if dropped is not None:
             # Handled as padding is: stored nowhere, and queries of visual tokens, which may be masked, weigh nothing.
@@ -57,6 +60,7 @@ class SealPlan:
         self.asking = visible if asking is None else asking  # bool [B, P]
         self.dropped = dropped
         self.better = better
+        self.heads = heads
         self.prompt_end = end if prompt_end is None else prompt_end
         self.begin = begin
         self.end = end
@@ -101,6 +105,11 @@ class SealPlan:
             dropped = (self.visible if text_too else self.visual) & ~kept.to(self.visual.device)
             self._keeping[kept, text_too] = SealPlan(self.visual, self.visible, self.begin, self.end, dropped)
         return self._keeping[kept, text_too]
+
+    def dividing(self, heads: HeadChoice) -> "SealPlan":
+        """Return the plan of a layer whose KV heads keep tokens of their own; what none of them keeps is left out."""
+        dropped = self.visual & ~heads.stored.any(1).to(self.visual.device)
+        return SealPlan(self.visual, self.visible, self.begin, self.end, dropped, heads=heads)
 
     def preferring(self, better: Tensor | None) -> "SealPlan":
         """Return the plan of a layer that stores the visual tokens of bool ``[B, P]`` better; the same for one."""

@@ -10,7 +10,7 @@ from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.cache.visual_positions import seen_by_mask
 from rotatek_cache.core.attention import MAX_SCORES, causal_mask
-from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, Stage, Summary
+from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, HeadChoice, Stage, Summary
 
 
 class TokenSelection:
@@ -24,7 +24,7 @@ class TokenSelection:
     def _forget(self, plan: SealPlan | None = None) -> None:
         self._plan = plan
         self._seen: dict[int, Summary] = {}
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, Tensor | HeadChoice] = {}
         self._stages: list[Stage] = [] if plan is None else list(self.method.stages(self.compressed))  # still to come
         self._waiting: list[int] = []  # layers that have attended and are not decided on
 
@@ -44,6 +44,8 @@ class TokenSelection:
 
     def _keeping(self, layer: int, plan: SealPlan) -> SealPlan:
         kept = self._kept.get(layer)
+        if isinstance(kept, HeadChoice):
+            return plan.dividing(kept)
         return plan.keeping(kept, text_too=self.method.drops_text) if self.method.drops else plan.preferring(kept)
 
     def decide(
@@ -94,7 +96,8 @@ class TokenSelection:
             weights = layer.pending_attention(query[:, :, chosen], seen, scale)
             part = valid[:, chosen]
             seen = seen[..., plan.begin :] & part[..., None]
-            rows = AttentionRows(weights * seen[:, None], seen, part, visual)
+            assert layer.shape is not None
+            rows = AttentionRows(weights * seen[:, None], seen, part, visual, layer.shape[1])
             summary = self.method.summarise(rows)
             total = summary if total is None else tuple(a + b for a, b in zip(total, summary, strict=True))
         assert total is not None

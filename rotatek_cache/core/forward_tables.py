@@ -57,7 +57,9 @@ class ForwardTables:
         if places not in self._columns:
             # Entries past a row's tokens may point at positions that a crop has removed.
             index = positions().to(mask.device).clamp(max=mask.shape[-1] - 1)
-            rows = mask[:, 0].expand(index.shape[0], -1, -1)
+            # Heads may be rows of their own, all rows of one head after those of another.
+            rows = mask[:, 0] if mask.shape[0] == 1 else mask[:, 0].repeat(index.shape[0] // mask.shape[0], 1, 1)
+            rows = rows.expand(index.shape[0], -1, -1)
             self._columns[places] = rows.gather(2, index[:, None].expand(-1, mask.shape[2], -1))
         return self._columns[places]
 

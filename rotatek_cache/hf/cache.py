@@ -28,7 +28,7 @@ from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
 from rotatek_cache.core.quantization import CodeLayout
 from rotatek_cache.core.row_layout import row_index
-from rotatek_cache.core.segments import SegmentView, Stored, TextSegment
+from rotatek_cache.core.segments import Stored, TextSegment, VisualSegment
 from rotatek_cache.hf.config_shapes import kv_shape
 from rotatek_cache.hf.estimate import CacheEstimate, estimate_bytes, tokens_of
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
@@ -116,7 +116,7 @@ class StepHandle:
         self.step = step
 
     @property
-    def views(self) -> list[SegmentView]:
+    def views(self) -> list[Any]:
         """What attention reads."""
         return self.step.views
 
@@ -348,6 +348,7 @@ class RotateKCache(Cache):
                 raise ValueError(f"tokens={name}: keep must be given where no budget is, as in {name}(keep=0.4)")
         if isinstance(self.tokens, AttentionMethod) and not self.tokens.drops:
             self.tokens.options_of_kept(self.options)  # raises where they do not go together
+        self._check_heads_apart(budget)
         planner = None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
         self.positions = VisualPositions(visual_mask)
         self.coordinator = Coordinator(self.positions, self.tokens, planner)
@@ -363,6 +364,25 @@ class RotateKCache(Cache):
         super().__init__(layers=[])
         if config is not None:
             self.learn_config(config)
+
+    def _check_heads_apart(self, budget: object) -> None:
+        """Raise a ValueError for options that do not go with heads that keep tokens of their own."""
+        if not isinstance(self.tokens, AttentionMethod) or not self.tokens.by_head:
+            return
+        name = type(self.tokens).__name__
+        if budget is not None:
+            raise ValueError(
+                f"budget={budget!r} counts tokens of layers, and {name} gives each head tokens of its own: leave out "
+                f"budget, and give the share of reads, as in {name}(keep=0.3), and sparsity or rank"
+            )
+        apart = [f"{kind}_bits='auto'" for kind in ("key", "value") if getattr(self.options, f"{kind}_bits") == "auto"]
+        apart += [f"allocation={self.options.allocation.over!r}"] * (self.options.allocation.over != "uniform")
+        apart += [f"energy={self.options.energy}"] * (self.options.energy is not None)
+        if apart:
+            raise ValueError(
+                f"{', '.join(apart)} lets heads of a layer, or rows, be stored in different forms, and tokens={name} "
+                "packs the tokens of all heads together: give rank or sparsity, and bits that are a number"
+            )
 
     @classmethod
     def estimate(
@@ -1063,7 +1083,8 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         return _coded_report(kv, index, stored, dense)
     segments = [
         SegmentReport(
-            tokens=int(segment.lengths.sum()),
+            **_by_head(segment),
+            tokens=round(int(segment.lengths.sum()) / segment.heads),
             rank=_rank(segment.keys, width),
             stored_rank=segment.keys.channels,
             head_width=width,
@@ -1089,6 +1110,16 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         sum(int(counts.sum()) for _, counts in kv.dropped),
         0 if kv.answer is None else kv.answer.evicted,
     )
+
+
+def _by_head(segment: VisualSegment) -> dict[str, tuple[int, ...]]:
+    """Count what each KV head of a segment stores and reads, where they differ in it."""
+    if segment.heads == 1 and segment.chunks is None:
+        return {}
+    lengths = segment.lengths.long()
+    read = lengths if segment.chunks is None else (segment.chunks.read * segment.chunks.size).minimum(lengths)
+    stored, reads = (tuple(counts.unflatten(0, (segment.heads, -1)).sum(1).tolist()) for counts in (lengths, read))
+    return {"by_head": stored, "read_by_head": reads}
 
 
 def _coded_report(kv: CodedKV, index: int, stored: int, dense: int) -> LayerReport:

@@ -29,12 +29,31 @@ class AttentionRows:
         seen: bool ``[B, q, P]``, which tokens each query sees; False for queries that are not `valid`.
         valid: bool ``[B, q]``, which queries the method asked for.
         visual: bool ``[B, P]``, which tokens are visual.
+        heads: KV heads; the query heads of one follow each other.
     """
 
     weights: Tensor
     seen: Tensor
     valid: Tensor
     visual: Tensor
+    heads: int = 1
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """The visual tokens that each KV head of a layer stores, and how many of them a decode step reads.
+
+    Attributes:
+        stored: bool ``[B, H, P]``.
+        retrieves: bool ``[B, H]``, heads that read in each step those chunks that its query asks for.
+        read: int64 ``[B, H]``, how many tokens these heads read, whole chunks of them.
+        chunk: tokens of a chunk.
+    """
+
+    stored: Tensor
+    retrieves: Tensor
+    read: Tensor
+    chunk: int
 
 
 @dataclass(frozen=True)
@@ -141,12 +160,14 @@ class AttentionMethod(TokenMethod, abc.ABC):
         in_parts: the summary of many queries is the sum of those of their parts, so that memory can be bounded.
         pools_layers: `keep` is that of all layers together, of which some keep more than others.
         alike: the layers of a stage drop the same tokens.
+        by_head: the KV heads of a layer keep tokens of their own, as a `HeadChoice` says.
     """
 
     last_query_only: ClassVar[bool] = False
     in_parts: ClassVar[bool] = True
     pools_layers: ClassVar[bool] = False
     alike: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
 
     @property
     def drops_text(self) -> bool:
@@ -196,7 +217,9 @@ class AttentionMethod(TokenMethod, abc.ABC):
         """Return what to keep of a layer's attention: tensors that add up over parts of the queries."""
 
     @abc.abstractmethod
-    def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
+    def select(
+        self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]
+    ) -> Mapping[int, "Tensor | HeadChoice"]:
         """The tokens that each layer of a stage's `pruned` keeps, bool ``[B, P]``; text counts if it `drops_text`.
 
         Args:

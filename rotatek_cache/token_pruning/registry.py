@@ -10,6 +10,7 @@ from rotatek_cache.token_pruning.methods.aircache import AirCache
 from rotatek_cache.token_pruning.methods.akvq_vl import AKVQVL
 from rotatek_cache.token_pruning.methods.divprune import DivPrune
 from rotatek_cache.token_pruning.methods.fastv import FastV
+from rotatek_cache.token_pruning.methods.hybrid_kv import HybridKV
 from rotatek_cache.token_pruning.methods.look_m import LookM
 from rotatek_cache.token_pruning.methods.pyramid_drop import PyramidDrop
 from rotatek_cache.token_pruning.methods.rkv import RKV
@@ -21,6 +22,7 @@ TOKENS: dict[str, type[TokenMethod]] = {
     "akvq_vl": AKVQVL,
     "divprune": DivPrune,
     "fastv": FastV,
+    "hybrid_kv": HybridKV,
     "look_m": LookM,
     "pyramid_drop": PyramidDrop,
     "visionzip": VisionZip,
