@@ -116,7 +116,7 @@ def tokens(gain=0.1):
         for name in ("rival", "channels_only")
         for bound in ("", "_95")
     }
-    bits |= {"first": tenth["first"], "second": tenth["second"] | to_rival | kl}
+    bits |= {turn: tenth[turn] | to_rival | kl for turn in ("first", "second")}
     return {"rows": [row("tokens only"), row("RotateK 1/4", **paired), tenth, stages, bits], "setting": {}}
 
 
