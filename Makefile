@@ -8,9 +8,10 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRANSFORMERS_VERSION := $(shell sed -n 's/^transformers==//p' constraints.txt)
 # Arguments for pytest, such as ARGS="tests/cli -x".
 ARGS ?= -n auto --maxprocesses=8
-# Where `test-sglang` keeps SGLang and its versions of everything, and its arguments for pytest.
+# Where `test-sglang` keeps SGLang and its versions of everything, and its arguments for pytest: two servers at a time,
+# one of each module or class.
 SGLANG_VENV ?= .venv-sglang
-SGLANG_ARGS ?=
+SGLANG_ARGS ?= -n 2 --dist loadscope
 # Where `test-lmms` keeps lmms-eval and what it brings.
 LMMS_VENV ?= .venv-lmms
 # Versions of transformers that `test-hosts` runs, oldest first, where it keeps each, and its arguments for pytest.

@@ -1,6 +1,7 @@
 """Does the compressed cache still read the page? Exact match and KL per method and budget, first and second question.
 
     python -m evals.fidelity --pages 512 --out evals/results/fidelity.json
+    python -m evals.fidelity --reader smol --level easy --third where count --out runs/fidelity_smol.json
     python -m evals.fidelity --model name-or-path --images folder --question "What is it?" --question "Where?"
 
 Every image gets two questions. The prompt (image and first question) is prefilled once, densely; each method then seals
@@ -9,8 +10,10 @@ compressed cache. Greedy answers are exact exactly if every answer token is the 
 so one teacher-forced forward per method scores both answers and gives the KL of the next-token distribution against
 the dense cache on the same tokens.
 
-Without --images the images are pages drawn for the shipped reader, whose true answers are known. With them the dense
-cache's own greedy answers stand for the true ones.
+Without --images the images are pages drawn for one of the readers (`evals.reader.readers`), whose true answers are
+known; the questions ask by address, unless --second names other kinds for the second, or --third adds one more of the
+kinds that it names. With images the dense cache's own greedy answers stand for the true ones. A row's basis file
+`runs/reader_...` stands for that of the reader asked.
 
 Keys and Values are held in half precision, and bytes are those of storage: of the visual Keys and Values of a request
 with everything it owns (coefficients or codes, means, scales folded into bases, an online basis). A calibrated basis is
@@ -22,7 +25,8 @@ states and read through the model's own sdpa. It knows nothing of images: it com
 alike, so that the visual tokens' share of the prompt is their share of its bytes, and its ratio that of the whole
 prompt; so it is with ``text="coded"``, where all tokens are coded and the last 64 are dense. QuantizedCache compresses
 a whole prompt at once; its window of full precision (`residual_length`) holds what comes later, here both answers and
-the second question. Its fp8 backend has one scale a layer for a whole batch.
+the second question. Its fp8 backend has one scale a layer for a whole batch. The peers of `evals.peers` code all tokens
+too, but for the first 4 and the last 64.
 """
 
 import argparse
@@ -36,6 +40,7 @@ import itertools
 import json
 import multiprocessing
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -51,7 +56,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, Cache, DynamicCache, QuantizedCache
 
 from evals import figures
-from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
+from evals.peers.cache import PeerCache
+from evals.peers.registry import PEERS
+from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, KINDS, LEVELS, REPORT_SEEDS, Question, ask, make_page
+from evals.reader.readers import READERS, Reader
 from rotatek_cache import RotateKCache
 from rotatek_cache.cache.coordinator import Coordinator
 from rotatek_cache.cache.layer import LayerKV
@@ -63,8 +71,9 @@ from rotatek_cache.hf.chat import READER, Chat, InputError, open_image
 from rotatek_cache.hf.storage import storage_bytes
 
 DEFAULT_METHODS = Path(__file__).parent / "settings" / "fidelity.yaml"
+ANSWERS = ("first", "second", "third")
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}
-OTHER_CACHES: dict[str, type[Cache]] = {"quantized": QuantizedCache}
+OTHER_CACHES: dict[str, Callable[..., Cache]] = {"quantized": QuantizedCache, **PEERS}
 
 
 class RecordingCache(RotateKCache):
@@ -75,6 +84,11 @@ class RecordingCache(RotateKCache):
         self.seen: dict[int, tuple[Tensor, Tensor, Tensor, float | None]] = {}
         self.visual: Tensor | None = None
         self.coordinator = _RecordingCoordinator(self.positions, self.seen)
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Count the bytes of the recorded Keys and Values, which are in half precision."""
+        return sum(keys.nbytes + values.nbytes for keys, values, _, _ in self.seen.values())
 
     def announce_visual(self, visual: Tensor | None, tokens: int) -> None:
         """Keep which positions are visual, bool ``[B, T]``."""
@@ -93,8 +107,9 @@ class _RecordingCoordinator(Coordinator):
 
     def observe(self, layer: LayerKV, query: Tensor, mask: Tensor | None, scale: float | None = None) -> None:
         """Record the states of a layer."""
-        assert layer.pending is not None
-        keys, values = layer.pending.keys, layer.pending.values
+        dense = layer.dense()
+        assert dense is not None  # nothing of a prompt read at once is sealed
+        keys, values = dense
         if keys.dtype == torch.float32:
             keys, values = keys.half(), values.half()
         self.record[layer.index] = (keys, values, query, scale)
@@ -102,12 +117,12 @@ class _RecordingCoordinator(Coordinator):
 
 @dataclass
 class Batch:
-    """Images and two questions each, tokenised: the prompt, and the rest of the conversation right-padded.
+    """Images and two or three questions each, tokenised: the prompt, and the rest of the conversation right-padded.
 
     Attributes:
         prompt: the model's inputs for image and first question, left-padded.
-        rest: ids ``[B, n]`` of first answer, second question, second answer; 0 where padded.
-        answer: int ``[B, n]``, 1 or 2 on tokens of that answer, 0 elsewhere.
+        rest: ids ``[B, n]`` of first answer, second question, second answer and so on; 0 where padded.
+        answer: int ``[B, n]``, 1, 2 or 3 on tokens of that answer, 0 elsewhere.
     """
 
     prompt: dict[str, Tensor]
@@ -127,17 +142,36 @@ class Batch:
         return positions[:, : -self.rest.shape[1]], positions[:, -self.rest.shape[1] :]
 
 
-def make_batch(processor: Any, seeds: Sequence[int], level: str, kinds: Sequence[str]) -> Batch:
-    """Draw the pages of `seeds` and tokenise two different questions about each."""
+def make_batch(
+    processor: Any,
+    seeds: Sequence[int],
+    level: str,
+    kinds: Sequence[str],
+    second: Sequence[str] | None = None,
+    reader: Reader = READERS["reader"],
+    third: Sequence[str] = (),
+) -> Batch:
+    """Draw the pages of `seeds` and tokenise two or three questions about each.
+
+    Args:
+        kinds: of questions.
+        second: kinds of the second question, where they are others; the first question stays what it is.
+        reader: says them in its words.
+        third: kinds of a third question, if there is one.
+    """
     images, prompts, rests, answers = [], [], [], []
     tokenizer = processor.tokenizer
     for seed in seeds:
         page = make_page(seed, level=level)
         generator = np.random.default_rng(seed)
-        first, second = (ask(page, generator, str(kind)) for kind in generator.choice(kinds, 2))
+        chosen = [str(kind) for kind in generator.choice(kinds, 2)]
+        asked = [reader.say(ask(page, generator, chosen[0]), generator)]
+        later = [chosen[1] if second is None else str(generator.choice(second))]
+        later += [str(generator.choice(third))] if third else []
+        asked += [reader.say(ask(page, generator, kind), generator) for kind in later]
         images.append([page.image])
-        prompts.append(f"<image>\n{first.text}")
-        rest, answer = _conversation(tokenizer, first, second)
+        prompts.append(f"<image>\n{asked[0].text}")
+        rest, answer = _conversation(tokenizer, asked)
         rests.append(rest)
         answers.append(answer)
     prompt = processor(images=images, text=prompts, padding=True, return_tensors="pt")
@@ -148,12 +182,14 @@ def make_batch(processor: Any, seeds: Sequence[int], level: str, kinds: Sequence
     return Batch(dict(prompt), padded, mask, marks)
 
 
-def _conversation(tokenizer: Any, first: Question, second: Question) -> tuple[list[int], list[int]]:
+def _conversation(tokenizer: Any, asked: Sequence[Question]) -> tuple[list[int], list[int]]:
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     end = [tokenizer.eos_token_id]
-    parts = [(ids(first.answer) + end, 1), (ids(second.text), 0), (ids(second.answer) + end, 2)]
+    parts = [(ids(asked[0].answer) + end, 1)]
+    for number, question in enumerate(asked[1:], 2):
+        parts += [(ids(question.text), 0), (ids(question.answer) + end, number)]
     return [t for part, _ in parts for t in part], [mark for part, mark in parts for _ in part]
 
 
@@ -180,17 +216,17 @@ def converse(chat: Chat, path: Path, questions: Sequence[str], most: int) -> Bat
 
 @dataclass
 class Scores:
-    """Per image: exact match and mean KL of both answers; bytes of its visual Keys and Values, and of the model's."""
+    """Per image: exact match and mean KL of its answers; bytes of its visual Keys and Values, and of the model's."""
 
-    exact: list[list[float]] = field(default_factory=lambda: [[], []])
-    divergence: list[list[float]] = field(default_factory=lambda: [[], []])
+    exact: list[list[float]] = field(default_factory=lambda: [[] for _ in ANSWERS])
+    divergence: list[list[float]] = field(default_factory=lambda: [[] for _ in ANSWERS])
     key_bytes: list[float] = field(default_factory=list)
     value_bytes: list[float] = field(default_factory=list)
     shared_bytes: int = 0
 
     def extend(self, other: "Scores") -> None:
         """Add the pages of `other`."""
-        for index in range(2):
+        for index in range(len(ANSWERS)):
             self.exact[index] += other.exact[index]
             self.divergence[index] += other.divergence[index]
         self.key_bytes += other.key_bytes
@@ -228,6 +264,9 @@ def visual_bytes(cache: Cache, visual: Tensor) -> tuple[float, float]:
     """Count the bytes that requests own for visual Keys and Values; `visual`, bool ``[B, T]``, marks the tokens."""
     if not isinstance(cache, RotateKCache):
         share = visual.double().mean().item()
+        if isinstance(cache, PeerCache):
+            keys, values = (storage_bytes(held) for held in cache.held())
+            return share * keys, share * values
         of_kind = [
             [getattr(layer, name, None) for layer in cache.layers for name in (kind, f"_quantized_{kind}")]
             for kind in ("keys", "values")
@@ -251,6 +290,8 @@ def fill(cache: Cache, config: Any, batch: Batch, recorder: RecordingCache) -> N
     if isinstance(cache, RotateKCache):
         cache.learn_config(config)
         cache.announce_visual(recorder.visual, mask.shape[1])
+    elif isinstance(cache, PeerCache):
+        cache.pad(mask)
     seen = mask[:, None, None, :] & causal_mask(mask.shape[1], mask.shape[1], mask.device)
     for index, layer in enumerate(recorder.layers):
         if index not in recorder.seen:
@@ -284,7 +325,7 @@ def score(scores: Scores, batch: Batch, found: Tensor, dense: Tensor) -> None:
     """Add the pages of a batch: log-probabilities `found` against `dense`, ``[B, n, V]``."""
     right = found.argmax(-1) == batch.rest
     divergence = (dense.exp() * (dense - found)).sum(-1)
-    for which in (1, 2):
+    for which in range(1, int(batch.answer.max()) + 1):
         marked = batch.answer == which
         scores.exact[which - 1] += (right | ~marked).all(1).double().tolist()
         scores.divergence[which - 1] += ((divergence * marked).sum(1) / marked.sum(1)).tolist()
@@ -293,7 +334,9 @@ def score(scores: Scores, batch: Batch, found: Tensor, dense: Tensor) -> None:
 def bootstrap(losses: np.ndarray, seed: int = 0, rounds: int = 4000) -> tuple[float, float]:
     """Bound the mean of paired differences by resampling pages, at 95 %."""
     generator = np.random.default_rng(seed)
-    means = [losses[generator.integers(0, len(losses), len(losses))].mean() for _ in range(rounds)]
+    some = max(1, 1_000_000 // len(losses))  # rounds at once, for bounded memory
+    sizes = [min(some, rounds - done) for done in range(0, rounds, some)]
+    means = np.concatenate([losses[generator.integers(0, len(losses), (n, len(losses)))].mean(1) for n in sizes])
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
@@ -313,7 +356,8 @@ def score_part(
     scores = {name: Scores() for name in methods}
     with torch.inference_mode():
         if args.images is None:
-            batch = make_batch(chat.processor, part, args.level, ADDRESS_KINDS)
+            reader = READERS[args.reader]
+            batch = make_batch(chat.processor, part, args.level, ADDRESS_KINDS, args.second, reader, args.third)
         else:
             batch = converse(chat, part[0], args.question, args.max_new_tokens)
         recorder = RecordingCache()
@@ -343,7 +387,13 @@ def read_methods(path: Path, only: Sequence[str] | None = None) -> dict[str, dic
 def chosen_methods(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """List the rows to run, dense first; a ValueError names the row where one cannot be."""
     methods = read_methods(args.methods, args.only)
-    if args.images is not None:
+    if args.images is None:
+        own = {"basis": f"runs/{args.reader}_", "value_basis": f"runs/{args.reader}_"}
+        methods = {
+            name: {key: re.sub("^runs/reader_", own[key], text) if key in own else text for key, text in row.items()}
+            for name, row in methods.items()
+        }
+    else:
         # Rows of the reader's own files have no meaning for another model.
         reader_basis = "runs/reader_basis.safetensors"
         files = {name for name, options in methods.items() if str(options.get("basis")).endswith(".safetensors")}
@@ -355,12 +405,16 @@ def chosen_methods(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             for name, options in methods.items()
             if name not in files - kept
         }
-    config = AutoConfig.from_pretrained(READER)
+    config = AutoConfig.from_pretrained(READER if args.images is not None else READERS[args.reader].path())
     for name, options in methods.items():
         try:
             new_cache(options, config)
         except (ImportError, TypeError, ValueError) as error:
-            hint = "; python -m evals.reader.calibrate makes the reader's" if "does not exist" in str(error) else ""
+            hint = (
+                f"; python -m evals.reader.calibrate --reader {args.reader} makes the reader's"
+                if "does not exist" in str(error)
+                else ""
+            )
             raise ValueError(f"row '{name}': {error}{hint}") from error
     if args.model is not None:
         config = AutoConfig.from_pretrained(args.model)
@@ -393,10 +447,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.workers > 1:
             context = multiprocessing.get_context("spawn")
             deal = stack.enter_context(concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context)).map
-        for part in deal(score_part, itertools.repeat(args), itertools.repeat(methods), parts):
-            for name, scores in part.items():
-                results[name].extend(scores)
-            progress.update(len(part["dense"].key_bytes))
+        with contextlib.suppress(KeyboardInterrupt):  # what has been scored by then is reported
+            for part in deal(score_part, itertools.repeat(args), itertools.repeat(methods), parts):
+                for name, scores in part.items():
+                    results[name].extend(scores)
+                progress.update(len(part["dense"].key_bytes))
+    if not results["dense"].key_bytes:
+        raise ValueError("stopped before the first images were scored: nothing to report")
     return {"methods": {name: summary(results[name], results["dense"], options) for name, options in methods.items()}}
 
 
@@ -412,7 +469,9 @@ def summary(found: Scores, dense: Scores, options: dict[str, Any]) -> dict[str, 
         "visual_bytes_per_image": key_bytes + value_bytes,
         "shared_bytes_per_model": found.shared_bytes,
     }
-    for index, which in enumerate(("first", "second")):
+    for index, which in enumerate(ANSWERS):
+        if not found.exact[index]:
+            continue
         exact, reference = np.array(found.exact[index]), np.array(dense.exact[index])
         low, high = bootstrap(reference - exact)
         row[which] = {
@@ -427,16 +486,17 @@ def summary(found: Scores, dense: Scores, options: dict[str, Any]) -> dict[str, 
 
 def print_table(result: dict[str, Any]) -> None:
     """Print a line a method."""
-    heads = f"{'first EM':>8} {'KL':>8}   {'second EM':>9} {'KL':>8}"
-    print(f"{'method':70} {'K':>6} {'V':>6} {'KV':>6}   {heads}  loss, 95 %")
+    asked = [which for which in ANSWERS if which in result["methods"]["dense"]]
+    heads = "   ".join(f"{f'{which} EM':>9} {'KL':>8}  {'loss, 95 %':22}" for which in asked)
+    print(f"{'method':70} {'K':>6} {'V':>6} {'KV':>6}   {heads}")
     for name, row in result["methods"].items():
-        first, second = row["first"], row["second"]
-        low, high = (100 * bound for bound in second["loss_95"])
-        print(
-            f"{name:70} {row['key_ratio']:5.1f}x {row['value_ratio']:5.1f}x {row['kv_ratio']:5.1f}x   "
-            f"{first['exact_match']:8.4f} {first['kl']:8.5f}   {second['exact_match']:9.4f} {second['kl']:8.5f}  "
-            f"{100 * second['loss']:.2f} [{low:.2f}, {high:.2f}]"
-        )
+        parts = []
+        for which in asked:
+            loss, low, high = (100 * value for value in (row[which]["loss"], *row[which]["loss_95"]))
+            bounds = f"{loss:.2f} [{low:.2f}, {high:.2f}]"
+            parts.append(f"{row[which]['exact_match']:9.4f} {row[which]['kl']:8.5f}  {bounds:22}")
+        ratios = " ".join(f"{row[ratio]:5.1f}x" for ratio in ("key_ratio", "value_ratio", "kv_ratio"))
+        print(f"{name:70} {ratios}   {'   '.join(parts)}")
     shared = {
         row["options"]["basis"]: row["shared_bytes_per_model"]
         for row in result["methods"].values()
@@ -463,7 +523,12 @@ def positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or path; by default the shipped reader")
+    parser.add_argument("--model", help="name or path, with --images; by default the shipped reader")
+    parser.add_argument("--reader", choices=READERS, default="reader", help="that reads drawn pages")
+    parser.add_argument(
+        "--second", nargs="+", choices=KINDS, help="kinds of the second questions, in place of those by address"
+    )
+    parser.add_argument("--third", nargs="+", choices=KINDS, default=[], help="kinds of a third question about a page")
     parser.add_argument("--images", type=Path, help="folder of images, in place of drawn pages")
     parser.add_argument("--question", action="append", help="with --images: give it twice")
     parser.add_argument("--basis", type=Path, help="with --images: file of `rotatek calibrate` for the calibrated rows")
@@ -486,14 +551,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.images is None and (args.question or args.model or args.basis):
         parser.error("--model, --question and --basis need --images: drawn pages are the shipped reader's")
     try:
+        if args.images is None and args.reader != "reader":
+            args.model = READERS[args.reader].path()
         result = run(args)
     except (InputError, OSError, TypeError, ValueError) as error:
         parser.error(str(error))
-    drawn = {"level": args.level, "seeds": args.seeds, "skip": args.skip, "pages": args.pages}
+    drawn = {
+        "second": args.second or list(ADDRESS_KINDS),
+        "third": args.third,
+        "level": args.level,
+        "seeds": args.seeds,
+        "skip": args.skip,
+        "pages": args.pages,
+    }
     asked = {"images": str(args.images), "questions": args.question, "skip": args.skip, "most": args.pages}
     result |= {
         "setting": drawn if args.images is None else asked,
-        "model": args.model or "reader",
+        "model": args.model or args.reader,
         "command": shlex.join(["python", "-m", "evals.fidelity", *(sys.argv[1:] if arguments is None else arguments)]),
         "hardware": f"{platform.machine()}, {args.workers} processes of {args.threads} threads",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from rotatek_cache.token_pruning.registry import token_method
+
 mpl.use("Agg")
 
 WIDTH = 9.0  # inches
@@ -27,6 +29,7 @@ NAMES = {
     "spark": "SparK",
     "spark_mean": "SparK, signed mean",
     "none": "no rotation",
+    "hadamard": "Hadamard",
 }
 
 
@@ -163,7 +166,7 @@ def _ablations(table: Mapping[str, Any]) -> Figure:
 def family(options: Mapping[str, Any]) -> str:
     """Name what a method's options of `RotateKCache` prune."""
     identity = options.get("sparsity") == 0 and not options.get("key_bits")
-    if options.get("tokens"):
+    if options.get("tokens") and token_method(options["tokens"]).drops:
         return "tokens only" if identity else "tokens and channels"
     return "coded" if options.get("key_bits") or options.get("value_bits") else "channels only"
 

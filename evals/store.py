@@ -39,6 +39,7 @@ class Results:
     latency: dict[str, dict[str, Any]] = field(default_factory=dict)
     fidelity: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
+    decoded: dict[str, dict[str, Any]] = field(default_factory=dict)
     other: dict[str, dict[str, Any]] = field(default_factory=dict)
     pictures: dict[str, Path] = field(default_factory=dict)
 
@@ -46,6 +47,9 @@ class Results:
         """Choose where a result belongs."""
         if "tasks" in stored and "settings" in stored:
             return self.accuracy
+        settings = stored.get("settings")
+        if settings and isinstance(settings, Mapping) and all("loss_to_last" in row for row in settings.values()):
+            return self.decoded
         if "geometry" in stored:
             return self.diagnostics
         if {"rows", "largest", "environment"} <= stored.keys():

@@ -78,6 +78,15 @@ def passages(ids: Tensor, length: int, count: int) -> Tensor:
     return torch.stack([ids[start : start + length] for start in starts.tolist()])
 
 
+def write_basis(model: Any, ids: Tensor, path: Path, args: argparse.Namespace, source: str) -> None:
+    """Calibrate on passages of ids ``[n]``, and write the basis file."""
+    state = Calibration(fingerprint(model), model.config.model_type)
+    given = passages(ids, args.length, args.calibrate)
+    prompts = ({"input_ids": row[None]} for row in tqdm(given, desc=f"calibrating on {source}"))
+    calibrate(model, prompts, state, text=True)
+    state.write_basis(path, source=source, method=args.method, value_method=args.value_method)
+
+
 def logits_of(model: Any, ids: Tensor, cache: Any, step: int) -> Tensor:
     """Read ids ``[B, n]``, `step` tokens at a time, and return the logits ``[B, n, vocabulary]``."""
     parts = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in ids.split(step, 1)]
@@ -135,12 +144,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not files:
         folder = Path(tempfile.mkdtemp())
         for name, text in (("same book", book[: len(book) // 2]), ("other text", other)):
-            state = Calibration(fingerprint(model), model.config.model_type)
-            given = passages(ids(text), args.length, args.calibrate)
-            prompts = ({"input_ids": row[None]} for row in tqdm(given, desc=f"calibrating on {name}"))
-            calibrate(model, prompts, state, text=True)
             files[name] = folder / f"{name.replace(' ', '_')}.safetensors"
-            state.write_basis(files[name], source=name, method=args.method, value_method=args.value_method)
+            write_basis(model, ids(text), files[name], args, name)
     settings = [(name, bits) for name in files for bits in args.bits]
     scores = {"dense": Score(), **{f"{name}, {bits} bit": Score() for name, bits in settings}}
     for part in tqdm(scored.split(args.batch), desc="reading"):

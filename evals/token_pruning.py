@@ -4,11 +4,13 @@
 
 Every token method runs alone and joint with channel methods. At each budget the share of tokens is set so that all
 variants hold the same bytes of visual Keys and Values, read from storage, bases, deltas and row tables included; a
-method that cannot get so small (FastV keeps its first layers whole) has no row there. Each page gets two questions:
+method that cannot get so small (FastV and PyramidDrop keep their first layers whole) has no row there. Where the
+methods file lists shares of tokens (`keep`) in place of budgets, as VL-Cache's paper does, each row keeps that share;
+`prompt_share` is what the whole cache holds, text and its free columns included. Each page gets two questions:
 the first is in the prompt, so that methods that look at attention know it; the second comes after the compression.
 Differences are paired by page, with 95 % bounds of the bootstrap. Keys and Values are sealed in half precision.
 
-Images are encoded once. Methods that act during the prefill (FastV, VisionZip, DivPrune) have a prefill of their own;
+Images are encoded once. Methods that act during the prefill (FastV, PyramidDrop, VisionZip, DivPrune) have their own;
 the others seal the states of one dense prefill, as in `fidelity.py`.
 
 The reader was trained on pages of which it saw, with 2 of 9 patches of each cell mostly shown, the rest hidden: it
@@ -19,13 +21,15 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
+import itertools
 import platform
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,17 +44,21 @@ from evals import figures
 from evals.fidelity import SEEDS, Batch, RecordingCache, Scores, bootstrap, fill, load, make_batch, replay, score
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS
 from evals.store import rounded, write_json
-from rotatek_cache import FastV, RotateKCache, VisionZip
+from rotatek_cache import RotateKCache, VisionZip
 from rotatek_cache.cache.layer import LayerKV, Merge
 from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.hf.encoders import encoder_tap, token_signal
 from rotatek_cache.hf.feature_choice import choose
 from rotatek_cache.hf.storage import storage_bytes
-from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
+from rotatek_cache.options import FitOptions
+from rotatek_cache.token_pruning.interface import AttentionMethod, FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import token_method
 
 DEFAULT_METHODS = Path(__file__).parent / "settings" / "token_pruning.yaml"
 QUESTIONS = ("first", "second")
+LEAST_KEPT = 0.01  # of the tokens, that are tried to meet a budget
+NEAR, FAR = 0.01, 0.05  # a budget is met within a share of it, where whole tokens allow, and must be within another
+TRIES = 5
 
 
 class HalfCache(RotateKCache):
@@ -66,10 +74,10 @@ class HalfCache(RotateKCache):
 
 
 class _HalfKV(LayerKV):
-    def seal(self, plan: SealPlan, merge: Merge | None = None) -> None:
+    def seal(self, plan: SealPlan, merge: Merge | None = None, better: FitOptions | None = None) -> None:
         assert self.pending is not None
         self.pending.keys, self.pending.values = self.pending.keys.half(), self.pending.values.half()
-        super().seal(plan, merge)
+        super().seal(plan, merge, better)
 
 
 @dataclass
@@ -81,8 +89,14 @@ class Variant:
     budget: float | None
     method: TokenMethod | None
     options: dict[str, Any]
-    share: float = 1.0  # of the dense bytes, measured
+    share: float = 1.0  # of the dense bytes of visual tokens, measured
+    prompt_share: float = 1.0  # of those of the whole prompt
     scores: Scores = field(default_factory=Scores)
+
+    def place(self, **other: str | None) -> tuple[Any, ...]:
+        """Say where the row stands among all, or where one does that differs in `other`."""
+        keep = None if self.method is None or self.budget is not None else self.method.share
+        return other.get("tokens", self.tokens), other.get("channels", self.channels), self.budget, keep
 
     def cache(self) -> RotateKCache:
         """Make a fresh cache."""
@@ -97,6 +111,14 @@ def visual_share(cache: RotateKCache, pages: int) -> float:
     tokens = sum(int(visual.sum()) for _, _, visual in cache.positions.flags if visual is not None)
     assert all(not kv.kept_dense for kv in layers), f"visual tokens of {pages} pages stayed dense and were not counted"
     return held / (tokens * heads * (width + value_width) * 2 * len(layers))
+
+
+def prompt_share(cache: RotateKCache) -> float:
+    """Compare all bytes of a cache that holds a prompt with those of a dense one in half precision, without padding."""
+    layers = [layer.kv for layer in cache.layers]
+    batch, heads, width, value_width = layers[0].shape
+    tokens = sum(cache.positions.own_before(cache.get_seq_length(), batch))
+    return cache.nbytes() / (tokens * heads * (width + value_width) * 2 * len(layers))
 
 
 def prefill(model: Any, batch: Batch, cache: RotateKCache) -> torch.Tensor:
@@ -134,7 +156,8 @@ class Prompts:
             chosen = [choice.apply(image) for choice, image in zip(choices, self.features, strict=True)]
             cache.chosen = True
             return cache, self._prefill(cache, chosen)
-        if isinstance(variant.method, FastV):
+        layers = range(self.model.config.get_text_config().num_hidden_layers)
+        if isinstance(variant.method, AttentionMethod) and variant.method.masks_prefill(layers):
             return cache, self._prefill(cache, self.features)
         fill(cache, self.model.config, self.batch, self.dense)
         return cache, self.dense_logits
@@ -146,25 +169,41 @@ def variants(config: dict[str, Any], model: Any, batch: Batch, only: list[str] |
 
     def measured(variant: Variant) -> Variant:
         cache, _ = prompts.read(variant)
-        variant.share = visual_share(cache, len(batch))
+        variant.share, variant.prompt_share = visual_share(cache, len(batch)), prompt_share(cache)
         return variant
 
+    def row(tokens: str, channels: str, keep: float, budget: float | None = None) -> Variant:
+        method = _with_keep(config["tokens"][tokens], keep)
+        return measured(Variant(tokens, channels, budget, method, config["channels"][channels]))
+
     yield measured(Variant("none", "dense", None, None, {"sparsity": 0}))
-    for channels, options in config["alone"].items():
+    for channels, options in config.get("alone", {}).items():
         yield measured(Variant("none", channels, None, None, options))
-    for tokens, spec in config["tokens"].items():
-        if only and not any(word in tokens for word in only):
-            continue
-        for channels, options in config["channels"].items():
-            low, high = 0.2, 0.8
-            ends = [
-                measured(Variant(tokens, channels, None, _with_keep(spec, keep), options)).share for keep in (low, high)
-            ]
-            for budget in config["budgets"]:
-                # Bytes are linear in the share of tokens, but for rounding to whole tokens.
-                keep = low + (budget - ends[0]) / (ends[1] - ends[0]) * (high - low)
-                if 0.01 < keep <= 1:
-                    yield measured(Variant(tokens, channels, budget, _with_keep(spec, keep), options))
+    names = [tokens for tokens in config["tokens"] if not only or any(word in tokens for word in only)]
+    for tokens, channels in itertools.product(names, config["channels"]):
+        make = functools.partial(row, tokens, channels)
+        yield from map(make, config.get("keep", []))
+        yield from matched(make, config.get("budgets", []))
+
+
+def matched(make: Callable[[float, float | None], Variant], budgets: Sequence[float]) -> Iterator[Variant]:
+    """Make the rows whose bytes are those of the budgets, each by secants from the shares .2 and .8 of the tokens."""
+    starts = [(keep, make(keep, None).share) for keep in (0.2, 0.8)] if budgets else []
+    for budget in budgets:
+        (before, share_before), (last, share_last) = starts
+        tried: list[Variant] = []
+        for _ in range(TRIES):
+            keep = last + (budget - share_last) * (last - before) / (share_last - share_before)
+            if not LEAST_KEPT < keep <= 1:
+                break  # out of reach
+            tried.append(make(keep, budget))
+            share = tried[-1].share
+            if abs(share - budget) <= NEAR * budget or share == share_last:  # whole tokens are all alike then
+                break
+            (before, share_before), (last, share_last) = (last, share_last), (keep, share)
+        best = min(tried, key=lambda row: abs(row.share - budget), default=None)
+        if best is not None and abs(best.share - budget) <= FAR * budget:
+            yield best
 
 
 def _with_keep(spec: str, keep: float) -> TokenMethod:
@@ -223,26 +262,50 @@ def prefill_times(
     return {tokens: statistics.median(found) for tokens, found in ratios.items()}
 
 
-def summary(row: Variant, dense: Variant, alone: Variant | None) -> dict[str, Any]:
-    """Sum up exact match and paired losses of a row, against dense and against the same tokens' method alone."""
+def compared(row: Variant, rows: Sequence[Variant], rivals: Mapping[str, Any]) -> dict[str, Variant]:
+    """Find the rows that a row is compared with, beside the dense one, by what they are to it.
+
+    `tokens_only` is its token method at the same bytes, `channels_only` its channels with all tokens, `rival` what the
+    methods file names: another token method, or a row of `alone`.
+    """
+    places = {}
+    if row.method is not None:
+        places["tokens_only"] = row.place(channels="tokens only")
+        places["channels_only"] = ("none", row.channels, None, None)
+    rival = rivals.get(row.tokens)
+    if rival is not None:
+        places["rival"] = ("none", rival["alone"], None, None) if isinstance(rival, dict) else row.place(tokens=rival)
+    known = {other.place(): other for other in rows}
+    found = {name: known[place] for name, place in places.items() if place in known}
+    return {name: other for name, other in found.items() if other is not row}
+
+
+def summary(row: Variant, dense: Variant, others: Mapping[str, Variant]) -> dict[str, Any]:
+    """Sum up exact match, KL and paired differences of a row: to the dense one, and to `others` by name."""
     found: dict[str, Any] = {
         "tokens": row.tokens,
         "channels": row.channels,
         "budget": row.budget,
         "keep": None if row.method is None else row.method.share,
         "bytes_share": row.share,
+        "prompt_share": row.prompt_share,
         "method": str(row.method),
         "options": row.options,
     }
+    if "rival" in others:
+        found["rival"] = others["rival"].channels if others["rival"].method is None else others["rival"].tokens
     for index, which in enumerate(QUESTIONS):
-        exact = np.array(row.scores.exact[index])
-        part = {"pages": len(exact), "exact_match": float(exact.mean())}
-        part["kl"] = float(np.mean(row.scores.divergence[index]))
-        for name, other in (("loss", dense), ("loss_to_tokens_only", alone)):
-            if other is not None and other is not row:
-                difference = np.array(other.scores.exact[index]) - exact
-                part[name] = float(difference.mean())
-                part[f"{name}_95"] = list(bootstrap(difference))
+        exact, divergence = np.array(row.scores.exact[index]), np.array(row.scores.divergence[index])
+        part = {"pages": len(exact), "exact_match": float(exact.mean()), "kl": float(divergence.mean())}
+
+        def difference(name: str, values: np.ndarray, part: dict[str, Any] = part) -> None:
+            part[name], part[f"{name}_95"] = float(values.mean()), list(bootstrap(values))
+
+        if row is not dense:
+            difference("loss", np.array(dense.scores.exact[index]) - exact)
+        for name, other in others.items():
+            difference(f"loss_to_{name}", np.array(other.scores.exact[index]) - exact)
+            difference(f"kl_over_{name}", divergence - np.array(other.scores.divergence[index]))
         found[which] = part
     return found
 
@@ -269,9 +332,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw exact match of both questions against bytes: a panel a channel option, a line a token method."""
-    channels = list(dict.fromkeys(row["channels"] for row in result["rows"] if row["budget"] is not None))
+    chosen = [row for row in result["rows"] if row["tokens"] != "none"]
+    channels = list(dict.fromkeys(row["channels"] for row in chosen))
     figure, axes = figures.new(2, len(channels), 3.2, sharex=True, sharey=True)
-    names = list(dict.fromkeys(row["tokens"] for row in result["rows"] if row["budget"] is not None))
+    names = list(dict.fromkeys(row["tokens"] for row in chosen))
     for column, channel in enumerate(channels):
         for line, which in enumerate(QUESTIONS):
             axis = axes[line, column]
@@ -281,7 +345,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 style = {"marker": "osD^v<>P"[number % 8], "color": f"C{number}", "markersize": 4}
                 axis.plot(*(zip(*points, strict=True) if points else ([], [])), label=name, **style)
             for row in result["rows"]:
-                if row["budget"] is None and row["channels"] != "dense":
+                if row["tokens"] == "none" and row["channels"] != "dense":
                     axis.plot(row["bytes_share"], row[which]["exact_match"], marker="*", color="black", linestyle="")
             axis.set_title(f"{channel}\n{which} question", fontsize=9)
             axis.axhline(result["rows"][0][which]["exact_match"], color="grey", linestyle=":", linewidth=1)
@@ -307,9 +371,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write; a PNG of the same name is drawn beside it")
     args = parser.parse_args()
     rows, times = run(args)
-    alone = {(row.tokens, row.budget): row for row in rows if row.channels == "tokens only"}
+    rivals = yaml.safe_load(args.methods.read_text()).get("rivals", {})
     result = {
-        "rows": [summary(row, rows[0], alone.get((row.tokens, row.budget))) for row in rows],
+        "rows": [summary(row, rows[0], compared(row, rows, rivals)) for row in rows],
         "prefill_time_ratio": times,
         "setting": {
             "level": args.level,

@@ -16,22 +16,28 @@ if TYPE_CHECKING:
     from rotatek_cache.hf.families import families
     from rotatek_cache.options import FitOptions
     from rotatek_cache.token_pruning.methods.aircache import AirCache
+    from rotatek_cache.token_pruning.methods.akvq_vl import AKVQVL
     from rotatek_cache.token_pruning.methods.divprune import DivPrune
     from rotatek_cache.token_pruning.methods.fastv import FastV
+    from rotatek_cache.token_pruning.methods.hybrid_kv import HybridKV
     from rotatek_cache.token_pruning.methods.look_m import LookM
+    from rotatek_cache.token_pruning.methods.pyramid_drop import PyramidDrop
     from rotatek_cache.token_pruning.methods.visionzip import VisionZip
     from rotatek_cache.token_pruning.methods.vl_cache import VLCache
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AKVQVL",
     "AirCache",
     "DivPrune",
     "FastV",
     "FitOptions",
+    "HybridKV",
     "KeyBasis",
     "LayerKV",
     "LookM",
+    "PyramidDrop",
     "RotateKCache",
     "SegmentView",
     "VLCache",
@@ -44,13 +50,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AKVQVL": "token_pruning.methods.akvq_vl",
     "AirCache": "token_pruning.methods.aircache",
     "DivPrune": "token_pruning.methods.divprune",
     "FastV": "token_pruning.methods.fastv",
     "FitOptions": "options",
+    "HybridKV": "token_pruning.methods.hybrid_kv",
     "KeyBasis": "core.basis",
     "LayerKV": "cache.layer",
     "LookM": "token_pruning.methods.look_m",
+    "PyramidDrop": "token_pruning.methods.pyramid_drop",
     "RotateKCache": "hf.cache",
     "SegmentView": "core.segments",
     "VLCache": "token_pruning.methods.vl_cache",

@@ -4,6 +4,7 @@
 of the SGLang adapter are made of the same texts.
 """
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -32,18 +33,20 @@ class Allocation(NamedTuple):
         worth: what a coefficient's distortion costs: its variance, its variance times what it adds to the squared error
             of logits or outputs ("gain"), or its share of its head's variance ("relative").
         floor: share in [0, 1] of an equal part that each head gets in any case.
+        first: factor on what the first layer's distortion costs, above 0: all later layers read what it made.
     """
 
     over: Literal["uniform", "layers", "heads"] = "uniform"
     worth: Worth = "gain"
-    floor: float = 0.5
+    floor: float = 0.75
+    first: float = 10.0
 
     @classmethod
     def of(cls, given: object) -> "Allocation":
         """Make an allocation from its name, or from a sequence of its attributes; errors name what was expected."""
         parts = (given,) if isinstance(given, str) else given
-        if not isinstance(parts, Sequence) or not 1 <= len(parts) <= 3:
-            raise TypeError(f"allocation must be a name or (over, worth, floor), got {given!r}")
+        if not isinstance(parts, Sequence) or not 1 <= len(parts) <= len(cls._fields):
+            raise TypeError(f"allocation must be a name or (over, worth, floor, first), got {given!r}")
         found = cls(*parts)
         if found.over not in ("uniform", "layers", "heads"):
             raise ValueError(f"allocation must be 'uniform', 'layers' or 'heads', got {found.over!r}")
@@ -51,6 +54,8 @@ class Allocation(NamedTuple):
             raise ValueError(f"allocation's worth must be 'gain', 'variance' or 'relative', got {found.worth!r}")
         if isinstance(found.floor, bool) or not isinstance(found.floor, int | float) or not 0 <= found.floor <= 1:
             raise ValueError(f"allocation's floor must be in [0, 1], got {found.floor!r}")
+        if isinstance(found.first, bool) or not isinstance(found.first, int | float) or not 0 < found.first < math.inf:
+            raise ValueError(f"allocation's first must be a finite number above 0, got {found.first!r}")
         return found
 
 
@@ -155,7 +160,8 @@ class FitOptions:
         default="rotatek",
         metadata=about(
             "how Keys are stored: a name of rotatek_cache.codecs.registry.CODECS (rotatek is the paper's, pca the same "
-            "without the query weight), or a basis file made by `rotatek calibrate`",
+            "without the query weight, hadamard and none take key_bits and sparsity=0), or a basis file made by "
+            "`rotatek calibrate`",
             takes="a name, or a .safetensors file",
         ),
     )
@@ -163,8 +169,8 @@ class FitOptions:
         default=None,
         metadata=about(
             "quantise coefficients to 8, 4 or 2 bits per channel, or to float8 (e4m3) with a scale per channel; auto "
-            "spends (1 - sparsity) * 16 bits per Key channel on all channels by reverse water-filling. None keeps the "
-            "model's dtype",
+            "spends (1 - sparsity) * 16 bits per Key channel on all channels by reverse water-filling; each row's "
+            "delta, a number per channel, comes on top. None keeps the model's dtype",
             choices=BIT_CHOICES,
         ),
     )
@@ -177,11 +183,12 @@ class FitOptions:
     value_bits: Bits = field(
         default=None, metadata=about("as key_bits, for the coefficients of Values", choices=BIT_CHOICES)
     )
-    value_basis: Literal["auto", "none"] = field(
+    value_basis: Literal["auto", "none", "hadamard"] = field(
         default="auto",
         metadata=about(
-            "auto is PCA, or the file's basis where basis is a file; none quantises Values per token as they are",
-            choices=("auto", "none"),
+            "auto is PCA, or the file's basis where basis is a file; none quantises Values per token as they are; "
+            "hadamard quantises them per channel under a Walsh-Hadamard rotation",
+            choices=("auto", "none", "hadamard"),
         ),
     )
     basis_bits: Literal[8] | None = field(
@@ -223,6 +230,15 @@ class FitOptions:
             "with text='coded', bits of a token per channel, spent on coefficients by reverse water-filling: a number "
             "for Keys and Values alike, or (Keys, Values); 16 keeps whole coefficients. None is 4",
             takes="a number up to 8, 16, or a pair of them",
+        ),
+    )
+    decoded: str | None = field(
+        default=None,
+        metadata=about(
+            "a bound on what an answer adds: 'rkv:512' holds at most 512 of its tokens in each head, by R-KV. When as "
+            "many are held, 128 of them go (or a quarter of the bound), those that are least attended to and most like "
+            "others; settings follow as in 'rkv:512,every=64,window=8'. None keeps all",
+            takes="'<method>:<tokens>', a name of rotatek_cache.token_pruning.registry.DECODED",
         ),
     )
 

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SegmentReport:
-    """One sealed segment of a layer; `tokens` over all rows, bytes from storage."""
+    """One sealed segment of a layer; `tokens` over all rows, bytes from storage, `key_bits` if codes have one width.
+
+    Where KV heads store tokens of their own, `tokens` is their mean, `by_head` what each stores of all rows, and
+    `read_by_head` what it reads of them in a decode step.
+    """
 
     tokens: int
     rank: int
@@ -14,6 +18,9 @@ class SegmentReport:
     key_bytes: int
     value_bytes: int
     basis_bytes: int
+    key_bits: int | None = None
+    by_head: tuple[int, ...] = ()
+    read_by_head: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,8 @@ class LayerReport:
     """One layer: logical `tokens` per row, its segments, dense tokens over all rows, bytes stored and dense.
 
     `kept_dense` lists (row at the seal, visual tokens) that were too few for a basis to save bytes; `dropped` is how
-    many visual tokens of all rows a token method left out.
+    many tokens of the prompt, of all rows, a token method left out; `evicted` is how many tokens of answers each row
+    and head has let go.
     """
 
     index: int
@@ -33,6 +41,7 @@ class LayerReport:
     dense_bytes: int
     kept_dense: list[tuple[int, int]]
     dropped: int = 0
+    evicted: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,9 +80,22 @@ class CacheReport:
         )
         if self.decoding:
             lines.append(f"decode steps are run {self.decoding}")
+        for layer in self.layers:
+            for segment in layer.segments:
+                if segment.by_head:
+                    heads = ", ".join(
+                        f"{stored}" if read == stored else f"{stored} (reads {read})"
+                        for stored, read in zip(segment.by_head, segment.read_by_head, strict=True)
+                    )
+                    lines.append(f"layer {layer.index}: visual tokens by KV head: {heads}")
         if any(layer.dropped for layer in self.layers):
             dropped = ", ".join(f"{layer.index}: {layer.dropped}" for layer in self.layers)
-            lines.append(f"visual tokens dropped, by layer: {dropped}")
+            lines.append(f"tokens dropped, by layer: {dropped}")
+        evicted = max((layer.evicted for layer in self.layers), default=0)
+        if evicted:
+            lines.append(f"tokens of answers that went, of each row and head: {evicted}")
+        if any(len({segment.key_bits for segment in layer.segments}) > 1 for layer in self.layers):
+            lines.append(f"visual tokens by the bits of their Keys, by layer: {self._tokens_by_bits()}")
         if self.shared_bytes:
             lines.append(
                 f"calibrated basis: {readable_bytes(self.shared_bytes)} once per model, shared by all requests and not "
@@ -90,6 +112,17 @@ class CacheReport:
                 f"row {row}: {span} visual tokens stayed dense, since a basis would cost more bytes than it saves"
             )
         return "\n".join(lines)
+
+    def _tokens_by_bits(self) -> str:
+        """Write how many tokens of each layer have how many bits."""
+        told = []
+        for layer in self.layers:
+            counts: dict[int | None, int] = {}
+            for segment in layer.segments:
+                counts[segment.key_bits] = counts.get(segment.key_bits, 0) + segment.tokens
+            parts = (f"{count} at {'mixed or no codes' if bits is None else bits}" for bits, count in counts.items())
+            told.append(f"{layer.index}: {', '.join(parts) or 'none'}")
+        return "; ".join(told)
 
     @staticmethod
     def _layer_lines(layer: LayerReport) -> list[str]:

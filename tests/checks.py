@@ -34,6 +34,10 @@ NOT_POSSIBLE = {
 }
 
 
+# The options of AKVQ-VL: a few tokens in 8 bits, the others in 2.
+AKVQ = {"sparsity": 0, "basis": "hadamard", "key_bits": 2, "value_basis": "hadamard", "value_bits": 2}
+
+
 @functools.cache
 def dense_result(family, way):
     """What the plain model does with DynamicCache; the error where an older transformers cannot do it."""

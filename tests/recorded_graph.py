@@ -3,6 +3,7 @@
 What the host knew while recording is frozen: numbers, shapes, and which tensor an operation reads.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from rotatek_cache.core.attention import reference_attention
+from rotatek_cache.core.attention import attend_by_heads, reference_attention
 
 # What makes the host wait for a device.
 READS = (
@@ -86,6 +87,8 @@ class RecordedGraph:
 
 def attend_on_device(query, segments, scale, *, impl="auto", return_lse=True):
     """`attend` by operations that read tables from the device alone, as the kernels do: each segment gathered whole."""
+    if any(segment.is_by_heads for segment in segments):
+        return attend_by_heads(query, segments, functools.partial(attend_on_device, scale=scale, return_lse=return_lse))
     return reference_attention(query, [_gathered(segment) for segment in segments], scale, return_lse=return_lse)
 
 
@@ -98,6 +101,8 @@ def _gathered(segment):
         return segment
     columns = torch.arange(segment.max_length)
     slots = segment.starts[:, None] + columns
+    if segment.slots is not None:
+        slots = segment.slots.gather(1, slots.clamp(max=segment.slots.shape[1] - 1)).long()
     if isinstance(segment.key_code, HeadCodes) or isinstance(segment.value_code, HeadCodes):
         keys, key_code = _plain(segment.keys, segment.key_code)
         values, value_code = _plain(segment.values, segment.value_code)
@@ -113,6 +118,7 @@ def _gathered(segment):
         lengths=torch.full_like(segment.lengths, segment.max_length),
         row_stride=segment.max_length,
         batched=True,
+        slots=None,
         mask=mask,
         key_code=key_code,
         value_code=value_code,

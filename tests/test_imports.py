@@ -129,7 +129,7 @@ BELOW = {
     "options": set(),
     "report": set(),
     "codecs": {"core", "options"},
-    "token_pruning": {"core"},
+    "token_pruning": {"core", "options"},
     "cache": {"core", "codecs", "token_pruning", "options", "report"},
     "hf": {"core", "codecs", "token_pruning", "cache", "options", "report"},
     "calibration": {"core", "codecs", "cache", "options", "hf"},

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rotatek_cache.token_pruning.interface import AttentionMethod
+from rotatek_cache.token_pruning.interface import AttentionMethod, Stage
 from rotatek_cache.token_pruning.selection import best_tokens, share_of
 
 
@@ -10,7 +10,8 @@ from rotatek_cache.token_pruning.selection import best_tokens, share_of
 class BestAttended(AttentionMethod):
     """Each layer keeps the visual tokens that all queries behind them attend to most."""
 
-    layer_by_layer = True
+    def stages(self, compressed):
+        return [Stage((layer,), (layer,)) for layer in compressed]
 
     def summarise(self, rows):
         return (rows.weights.sum((1, 2)),)

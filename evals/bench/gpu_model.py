@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "r = 32, step by step": {"rank": 32, "graphs": False},
     "r = 32, from a graph": {"rank": 32},
     "K and V r = 32, 4 bit, from a graph": {"rank": 32, "key_bits": 4, "value_sparsity": 0.75, "value_bits": 4},
+    "VL-Cache, .1 of the tokens, from a graph": {"sparsity": 0, "tokens": "vl_cache:0.1"},
 }
 SEALED: dict[str, dict[str, Any]] = {
     "r = 32": METHODS["r = 32, from a graph"],

@@ -10,6 +10,8 @@ needs are counted.
   last tokens and its share of the dense rows for first tokens, so that short requests gain less. The tensors are made
   on the device "meta", with shapes and no memory.
 - **Text dense** fills its pools, so that the process really has them, and counts its bytes besides.
+- **Fewer bits for images** than for text: what rows of one width, images padded, and rows of two widths, in shares that
+  are fixed at the start, would hold. Only arithmetic: neither is built.
 - fp8 and nvfp4 (4 bits and an fp8 scale for each 16 numbers) are SGLang's own: by their formulas, nothing made.
 """
 
@@ -73,7 +75,26 @@ def coded(budget: int, heads: HeadShape, layers: int, basis: str, bits: float, l
         keys, values = CodedLayer(*rows, slots, plan.sinks, plan.rings, torch.bfloat16, "meta").tensors()
         tensors += [*keys, *values]
     held = sum(tensor.nbytes for tensor in tensors) + plan.basis_bytes
-    return {"bits": bits, "request_tokens": length, "requests": requests, "tokens": slots, "storage_bytes": held}
+    return {
+        "bits": bits,
+        "slot_bytes": one.slot_bytes,
+        "request_tokens": length,
+        "requests": requests,
+        "tokens": slots,
+        "storage_bytes": held,
+    }
+
+
+def two_widths(wide: int, narrow: int, planned: float, came: float) -> float:
+    """Count the tokens that fit, as times of a pool whose rows all take `wide` bytes.
+
+    Args:
+        wide, narrow: bytes of a token of text, and of an image.
+        planned: share of the rows that are wide.
+        came: share of the tokens that are text. Images find room in wide rows, text finds none in narrow ones.
+    """
+    rows = wide / (planned * wide + (1 - planned) * narrow)
+    return rows if came <= planned else rows * planned / came
 
 
 def resident() -> int:
@@ -149,6 +170,10 @@ def main() -> None:
             for length in given.lengths:
                 row = coded(large, heads, given.layers, basis, bits, length)
                 all_coded.append({**row, "ratio": row["tokens"] / dense_tokens})
+    token = {row["bits"]: row["slot_bytes"] for row in all_coded}
+    wide, narrow = (token[max(given.bits)], token[min(given.bits)])
+    shares = [(planned, came) for planned in given.text_shares for came in given.text_shares]
+    fewer = [{"planned": p, "came": c, "ratio": two_widths(wide, narrow, p, c)} for p, c in shares]
     # A process for each measurement, so that none inherits another's freed memory.
     with get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
         base = processes.apply(dense, (budget, heads, given.layers))
@@ -165,6 +190,12 @@ def main() -> None:
             f"{row['bits']:4g} {row['request_tokens']:18,} {row['requests']:10,} {row['tokens']:9,} "
             f"{row['ratio']:7.3f} {row['storage_bytes'] / 2**30:13.3f}"
         )
+    print(f"text at {max(given.bits):g} bits, images at {min(given.bits):g}, as times of all at {max(given.bits):g}")
+    print(f"rows of one width, images padded: {wide:,} bytes a token, 1.000 at any text share")
+    print("rows of two widths; text share planned, and that came:")
+    for planned in given.text_shares:
+        came = "   ".join(f"{row['came']:g}: {row['ratio']:.3f}" for row in fewer if row["planned"] == planned)
+        print(f"{planned:10}   {came}")
     print("by their formulas:", ", ".join(f"{name} {ratio:.3f}" for name, ratio in FORMULAS.items()))
     print(f"text dense. Dense: {base['tokens']:,} tokens in {base['storage_bytes'] / 2**20:,.0f} MiB of storage")
     print("text share   tokens   ratio   limit   storage MiB   process MiB (dense)")
@@ -180,6 +211,7 @@ def main() -> None:
         "command": shlex.join(["python", "-m", "evals.bench.serving_capacity", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "coded": all_coded,
+        "two_widths": fewer,
         "dense_in_coded_gib": dense_tokens,
         "formulas": FORMULAS,
         "dense": base,

@@ -70,6 +70,14 @@ def verdicts(results: Results) -> list[Verdict]:
         _beats_tokens,
         _joint_beats_tokens,
         _tenth_of_tokens,
+        _stages_beat_one,
+        _heads_beat_layers,
+        _chunks_keep,
+        _an_eighth_of_bytes,
+        _chunks_are_faster,
+        _answers_in_part,
+        _salient_bits_keep,
+        _salient_bits_beat_kivi,
         _low_rank,
         _weight_helps,
         _stable_subspace,
@@ -261,26 +269,34 @@ def _joint_beats_tokens(results: Results) -> Verdict:
     return Verdict(claim, better / max(1, better + worse), "second question, beyond the 95 % interval: " + told)
 
 
-def _won_pairs(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int, str]:
-    """Count joint rows that answer the second question better and worse than tokens only; say so in words."""
-    seconds = [row["second"] for row in rows]
-    bounds = [negated(second["loss_to_tokens_only_95"]) for second in seconds]
+def _won_pairs(
+    rows: Sequence[Mapping[str, Any]], turn: str = "second", against: str = "loss_to_tokens_only"
+) -> tuple[int, int, str]:
+    """Count rows that do better and worse in a paired comparison, by a stored loss to the other; say so in words."""
+    turns = [row[turn] for row in rows]
+    bounds = [negated(one[f"{against}_95"]) for one in turns]
     better, worse = sum(low > 0 for low, _ in bounds), sum(high < 0 for _, high in bounds)
-    counts = _counts(map(count_of, seconds))
+    counts = _counts(map(count_of, turns))
     return better, worse, f"better in {better}, worse in {worse} of {len(bounds)} pairs, n = {counts}"
+
+
+def _token_rows(results: Results, tokens: Sequence[str], channels: str | None = None) -> list[Mapping[str, Any]]:
+    """List the stored rows of token methods, with all channels or some."""
+    rows = [row for stored in results.tokens.values() for row in stored["rows"] if row["tokens"] in tokens]
+    return [row for row in rows if channels is None or row["channels"] == channels]
 
 
 def _tenth_of_tokens(results: Results) -> Verdict:
     claim = "A tenth of the cache, chosen by VL-Cache, keeps the answers"
     rows = [
         row
-        for stored in results.tokens.values()
-        for row in stored["rows"]
-        if row["tokens"] == "VL-Cache" and row["channels"] == "tokens only" and row["budget"] == 0.1
+        for row in _token_rows(results, ("VL-Cache", "VL-Cache, whole prompt"), "tokens only")
+        if 0.1 in (row["budget"], row["keep"])
     ]
     if not rows:
         return Verdict(claim, None)
-    turns = [(turn, row[turn]) for row in rows for turn in ("first", "second")]
+    named = {row["tokens"]: row for row in rows}  # two sweeps may hold it
+    turns = [(f"{row['tokens']}, {turn}", row[turn]) for row in named.values() for turn in ("first", "second")]
     kept = [row["loss_95"][0] <= 0 for _, row in turns]
     told = "; ".join(
         f"{name} question {points(row['exact_match'])}, loss {interval(row['loss'], row['loss_95'])}"
@@ -288,6 +304,134 @@ def _tenth_of_tokens(results: Results) -> Verdict:
     )
     told += f"; n = {_counts(count_of(row) for _, row in turns)}"
     return Verdict(claim, sum(kept) / len(kept), told)
+
+
+def _stages_beat_one(results: Results) -> Verdict:
+    claim = "Tokens dropped in stages (PyramidDrop) answer better than those dropped at once (FastV) at the same bytes"
+    rows = [row for row in _token_rows(results, ("PyramidDrop",)) if "loss_to_rival" in row["second"]]
+    if not rows:
+        return Verdict(claim, None)
+    won = {turn: _won_pairs(rows, turn, "loss_to_rival") for turn in ("first", "second")}
+    better, worse = (sum(found[place] for found in won.values()) for place in (0, 1))
+    told = "; ".join(f"{turn} question {found[2]}" for turn, found in won.items())
+    best = [max(-row[turn]["loss_to_rival"] for row in rows) for turn in won]
+    return Verdict(
+        claim, better / max(1, better + worse), f"{told}; by up to {points(best[0])} and {points(best[1])} points"
+    )
+
+
+def _heads_beat_layers(results: Results) -> Verdict:
+    claim = "Budgets over heads answer better than budgets over layers at the same bytes (HybridKV, VL-Cache)"
+    rows = [row for row in _token_rows(results, ("HybridKV, all heads static",)) if "loss_to_rival" in row["second"]]
+    if not rows:
+        return Verdict(claim, None)
+    won = {turn: _won_pairs(rows, turn, "loss_to_rival") for turn in ("first", "second")}
+    better, worse = (sum(found[place] for found in won.values()) for place in (0, 1))
+    told = "; ".join(f"{turn} question {found[2]}" for turn, found in won.items())
+    return Verdict(claim, better / max(1, better + worse), told)
+
+
+def _chunk_rows(results: Results) -> list[Mapping[str, Any]]:
+    """List rows of HybridKV in which heads retrieve, and read a tenth of the tokens."""
+    names = ("HybridKV", "HybridKV, all heads dynamic", "HybridKV, all heads dynamic, chunks of 4")
+    return [row for row in _token_rows(results, names) if row["keep"] == 0.1]
+
+
+def _chunks_keep(results: Results) -> Verdict:
+    claim = "A decode step that reads a tenth of the visual tokens, by chunks, keeps the answers (HybridKV)"
+    rows = _chunk_rows(results)
+    if not rows:
+        return Verdict(claim, None)
+    turns = [(f"{row['tokens']}, {row['channels']}, {turn}", row[turn]) for row in rows for turn in ("first", "second")]
+    told = "; ".join(
+        f"{name} question {points(row['exact_match'])}, loss {interval(row['loss'], row['loss_95'])}"
+        for name, row in turns
+    )
+    kept = [row["loss_95"][0] <= 0 for _, row in turns]
+    return Verdict(claim, sum(kept) / len(kept), f"{told}; n = {_counts(count_of(row) for _, row in turns)}")
+
+
+def _an_eighth_of_bytes(results: Results) -> Verdict:
+    claim = "Where a tenth is read, the cache is 7.9 times smaller (HybridKV)"
+    rows = _chunk_rows(results)
+    if not rows:
+        return Verdict(claim, None)
+    ratios = [1 / row["bytes_share"] for row in rows]
+    told = f"{min(ratios):.2f}x to {max(ratios):.2f}x, with what dynamic heads store, which the paper moves to the host"
+    return Verdict(claim, sum(ratio >= 7.9 for ratio in ratios) / len(ratios), told)
+
+
+def _chunks_are_faster(results: Results) -> Verdict:
+    claim = "A decode step that reads a tenth by chunks is 1.52 times as fast (HybridKV)"
+    found = [
+        (gain, row, not stored["environment"]["device"].startswith("CPU"))
+        for stored in results.latency.values()
+        for gain, row in gains(stored["rows"], "token_ms", "HybridKV, .1 read, all heads dynamic")
+    ]
+    if not found:
+        return Verdict(claim, None, NO_GPU)
+    best, row, on_gpu = max(found, key=lambda gain: (gain[2], gain[0]))
+    told = f"{best:.2f}x at {row['context']:,} tokens, batch {row['batch']}, over the fastest dense cache"
+    if not on_gpu:
+        return Verdict(claim, None, f"{NO_GPU}; on a CPU {told}")
+    return Verdict(claim, float(best >= 1.52), told)
+
+
+def _answers_in_part(results: Results) -> Verdict:
+    claim = "Attention less redundancy chooses an answer's tokens better than their age (R-KV)"
+    rows = {
+        name: row
+        for stored in results.decoded.values()
+        for name, row in stored["settings"].items()
+        if name.endswith(", R-KV")
+    }
+    if not rows:
+        return Verdict(claim, None)
+    better = [row["loss_to_last_95"][1] < 0 for row in rows.values()]
+    told = "; ".join(
+        f"{name}: {row['loss_to_last']:+.3f} [{low:+.3f}, {high:+.3f}] nats a token to the last ones, "
+        f"{row['loss']:+.3f} to dense"
+        for name, row in rows.items()
+        for low, high in [row["loss_to_last_95"]]
+    )
+    return Verdict(claim, sum(better) / len(better), f"{told}; n = {_counts(row['passages'] for row in rows.values())}")
+
+
+def _salient_bits_keep(results: Results) -> Verdict:
+    claim = "Codes of 2 bits, and of 8 for the tokens that attention rests on, keep the answers (AKVQ-VL)"
+    rows = _token_rows(results, ("AKVQ-VL",), "Hadamard, 2 bit")
+    turns = [row[turn] for row in rows for turn in ("first", "second")]
+    if not turns:
+        return Verdict(claim, None)
+    worst = max(turns, key=lambda turn: turn["loss"])
+    shares = [row["bytes_share"] for row in rows]
+    told = (
+        f"largest loss {interval(worst['loss'], worst['loss_95'])} of {len(turns)}, at {min(shares):.3f} to "
+        f"{max(shares):.3f} of the bytes; n = {_counts(map(count_of, turns))}"
+    )
+    return Verdict(claim, sum(turn["loss_95"][0] <= 0 for turn in turns) / len(turns), told)
+
+
+def _salient_bits_beat_kivi(results: Results) -> Verdict:
+    claim = "They answer better than codes of 2 bits that are not rotated and alike for all tokens (KIVI's form)"
+    rows = [row for row in _token_rows(results, ("AKVQ-VL",), "Hadamard, 2 bit") if "kl_over_rival" in row["second"]]
+    if not rows:
+        return Verdict(claim, None)
+    won = {
+        f"{turn} question, {word}": _won_pairs(rows, turn, name)
+        for turn in ("first", "second")
+        for name, word in (("loss_to_rival", "exact match"), ("kl_over_rival", "KL"))
+    }
+    told = "; ".join(f"{name} {found[2]}" for name, found in won.items())
+    why = ""
+    if all("kl_over_channels_only" in row["second"] for row in rows):
+        alone = _won_pairs(rows, "second", "kl_over_channels_only")[2]
+        kept = min(row["second"]["kl"] for row in rows)
+        why = (
+            "against the same rotation with 2 bits for all tokens, the second question's KL is "
+            f"{alone}; the least KL is {kept:.2g}"
+        )
+    return Verdict(claim, sum(found[0] for found in won.values()) / (len(won) * len(rows)), told, why)
 
 
 def _error(layers: Sequence[Mapping[str, Any]], basis: str, rank: int) -> float | None:
@@ -456,9 +600,16 @@ def _faster(results: Results) -> Verdict:
 
 
 def _vl_cache(results: Results, claim: str, time: str, stated: float) -> Verdict:
-    found = [gain for stored in on_gpus(results) for gain in gains(stored["rows"], time, "VL-Cache, .1 of the bytes")]
+    name = "VL-Cache, .1 of the bytes"
+    found = [gain for stored in on_gpus(results) for gain in gains(stored["rows"], time, name)]
     if not found:
-        return Verdict(claim, None, NO_GPU)
+        others = [gain for stored in results.latency.values() for gain in gains(stored["rows"], time, name)]
+        if not others:
+            return Verdict(claim, None, NO_GPU)
+        best, row = max(others, key=lambda gain: gain[0])
+        return Verdict(
+            claim, None, f"{NO_GPU}; on a CPU {best:.2f}x at {row['context']:,} tokens, batch {row['batch']}"
+        )
     best, row = max(found, key=lambda gain: gain[0])
     ours = [
         (gain, other["method"])

@@ -1,12 +1,12 @@
-"""Tasks for the reader that ships with the package: pages drawn from seeds, so they need no network.
+"""Tasks for the readers of drawn pages: pages follow from seeds, so they need no network.
 
-A name is "reader-<level>-<what>". What is asked: `cell` (the glyph or colour at an address), `row` (a whole row or
-column), `address` (either), `count`, `compare`, `where`. The first token of a first answer comes from the prefill,
-which attends to dense Keys: answers of one word (`cell`, `count`, `compare`, `where`) say nothing about a cache that
-is compressed after it. `then-cell` and so on ask the same when a first question is answered, on the same cache, and
-count that second answer only; `second` is `then-` any other question by address; `conversation` asks for every row of
-the page in turn (some forty tokens read from one compressed cache) and counts all but the first; `images` shows two
-pages and asks about the first.
+A name is "reader-<level>-<what>", or "smol-..." for the second reader (`evals.reader.readers`). What is asked: `cell`
+(the glyph or colour at an address), `row` (a whole row or column), `address` (either), `count`, `compare`, `where`. The
+first token of a first answer comes from the prefill, which attends to dense Keys: answers of one word (`cell`, `count`,
+`compare`, `where`) say nothing about a cache that is compressed after it. `then-cell` and so on ask the same when a
+first question is answered, on the same cache, and count that second answer only; `second` is `then-` any other question
+by address; `conversation` asks for every row of the page in turn (some forty tokens read from one compressed cache) and
+counts all but the first; `images` shows two pages and asks about the first.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evals.reader.pages import ADDRESS_KINDS, LEVELS, REPORT_SEEDS, Page, Question, ask, make_page
+from evals.reader.readers import READERS, Reader
 from evals.tasks import Sample, TaskError, Turn
 
 SEED_OFFSET = 500_000  # of the seeds for reporting, those that the other scripts have not used
@@ -71,7 +72,7 @@ WHAT = {
 
 def tells_nothing(task: str) -> str:
     """Say why no answer to a task tells how well Keys are kept, "" if answers do."""
-    if not task.startswith("reader-"):
+    if task.split("-", maxsplit=1)[0] not in READERS:
         return ""
     what = "-".join(task.split("-")[2:])
     if what in ("cell", "count", "compare", "where"):
@@ -82,8 +83,8 @@ def tells_nothing(task: str) -> str:
 
 
 def reader_names() -> list[str]:
-    """List the names of all reader tasks."""
-    return [f"reader-{level}-{what}" for level, what in itertools.product(LEVELS, WHAT)]
+    """List the names of all readers' tasks."""
+    return ["-".join(parts) for parts in itertools.product(READERS, LEVELS, WHAT)]
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,15 @@ class ReaderTask:
     name: str
     level: str
     what: What
+    reader: Reader = READERS["reader"]
     metric: str = "exact_match"
     max_new_tokens: int = 16
 
     @classmethod
     def named(cls, name: str) -> "ReaderTask":
         """Make the task of that name."""
-        _, level, what = name.split("-", 2)
-        return cls(name, level, WHAT[what])
+        reader, level, what = name.split("-", 2)
+        return cls(name, level, WHAT[what], READERS[reader])
 
     def __len__(self) -> int:
         return SIZE
@@ -111,7 +113,8 @@ class ReaderTask:
             raise TaskError(f"sample must lie in 0 ... {SIZE - 1}, got {index}")
         seed = REPORT_SEEDS[SEED_OFFSET + list(LEVELS).index(self.level) * LEVEL_OFFSET + index]
         pages = [make_page(seed + number * SIZE * len(LEVELS), self.level) for number in range(self.what.pages)]
-        questions = self.what.ask(pages[0], np.random.default_rng([seed, 11]))
+        rng = np.random.default_rng([seed, 11])
+        questions = [self.reader.say(question, rng) for question in self.what.ask(pages[0], rng)]
         turns = tuple(
             Turn(q.text, {"answers": [q.answer]}, q.kind, scored=self.what.first_counts or number > 0)
             for number, q in enumerate(questions)

@@ -13,13 +13,13 @@ from torch import Tensor
 from rotatek_cache.codecs.finite import FiniteCheck
 from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.core.attention import attend
-from rotatek_cache.core.segments import SegmentView
 from rotatek_sglang import options
 from rotatek_sglang.checks import check_basis, check_model
 from rotatek_sglang.decode_tables import GRAPH_SEGMENTS, GraphTables, count_segments, padded, table_of
 from rotatek_sglang.metrics import Gauges
 from rotatek_sglang.pool import RotateKPool
-from rotatek_sglang.rows import ChunkedPrompt, Segment
+from rotatek_sglang.prompt_attention import OwnTokens, attend_continuation, attend_forms, attend_prompt
+from rotatek_sglang.rows import ChunkedPrompt, Segment, places
 from rotatek_sglang.storage import LayerStorage, SegmentTable
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,20 @@ class RotateKBackend(AttentionBackend):
         if options.from_environment().cuda_graphs and not self.rows_of.is_cuda:
             most = runner.req_to_token_pool.size
             self.init_cuda_graph_state(most, most)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Run every form of attention that requests with up to `GRAPH_SEGMENTS` visual segments need, over nothing.
+
+        So that their kernels are compiled before there are requests; those of a seal ran when the pool was planned.
+        SGLang's own warm-up sends an image that is too small to be compressed.
+        """
+        request = torch.zeros(1, dtype=torch.int64, device=self.rows_of.device)
+        for count in range(GRAPH_SEGMENTS + 1):
+            held = [[Segment(0, first, 1) for first in range(count)]]
+            table = table_of(self.rows_of, request, held, [count + 1])
+            for storage in self.pool.layers:
+                attend_forms(storage.views(table), self.pool.layout.heads, self.pool.layout.dtype)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Find the rows of the forward's tokens; once per forward, for all layers."""
@@ -179,20 +193,23 @@ class RotateKBackend(AttentionBackend):
             assert before is not None
             first = prompt.first
             dense = before.slots[0, first:prefix].long()  # what the chunks before stored, all of it dense, comes last
-            waiting = dense[prompt.visual[: prefix - first].to(dense.device)]
+            waiting = dense[places(prompt.visual[: prefix - first], dense.device)]
             del self.ledger.chunked[request]
         self._read_slots(request, prefix + count)
         rows = self.pool.table.rows[self.slots_of[request, first : prefix + count].long()].long()
         new = rows[prefix - first :]
-        if not bool((rows < 0).any()):
+        compressed = self.ledger.compressed.pop(request, None)
+        if compressed is None or not compressed.any():
             return PromptPart(tokens, None, new, prefix=before, own=own, prompt=prompt)
-        is_visual = new < 0
+        is_visual = compressed[prefix - first :]
+        device = rows.device
+        text = places(~is_visual, device)
         return PromptPart(
             tokens,
-            text=(~is_visual).nonzero()[:, 0],
-            text_rows=new[~is_visual],
-            visual=is_visual.nonzero()[:, 0],
-            visual_rows=-1 - rows[rows < 0],
+            text=text,
+            text_rows=new[text],
+            visual=places(is_visual, device),
+            visual_rows=-1 - rows[places(compressed, device)],
             waiting=waiting,
             basis=self.ledger.segments[request][-1].basis,
             prefix=before,
@@ -329,47 +346,3 @@ def heads_of(q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention) -> tuple[Te
         k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
         v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
     )
-
-
-def attend_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of a prompt ``[n, H, D]`` to itself: ``[n, H_q, D_v]``."""
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-    output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    return output[0].transpose(0, 1)
-
-
-@dataclass(frozen=True)
-class OwnTokens:
-    """The way `count` new tokens of one request see each other: causally; made once for all layers.
-
-    Attributes:
-        starts, lengths: of their segment, ``[1]`` each.
-        mask: bool ``[1, count, count]``.
-    """
-
-    starts: Tensor
-    lengths: Tensor
-    mask: Tensor
-
-    @classmethod
-    def of(cls, count: int, device: torch.device) -> "OwnTokens":
-        """Make it on the device, which nobody waits for."""
-        starts = torch.zeros(1, dtype=torch.int64, device=device)
-        lengths = torch.full((1,), count, dtype=torch.int32, device=device)
-        return cls(starts, lengths, torch.ones(count, count, dtype=torch.bool, device=device).tril_()[None])
-
-
-def attend_continuation(
-    q: Tensor, k: Tensor, v: Tensor, stored: list[SegmentView], own: OwnTokens, scale: float
-) -> Tensor:
-    """Attention of new tokens ``[n, H, D]`` of one request to what is stored of it, and causally to themselves."""
-    view = SegmentView(
-        keys=k.transpose(0, 1),
-        values=v.transpose(0, 1),
-        starts=own.starts,
-        lengths=own.lengths,
-        max_length=len(q),
-        mask=own.mask,
-    )
-    output, _ = attend(q.transpose(0, 1)[None], [*stored, view], scale, return_lse=False)
-    return output[0]

@@ -21,6 +21,8 @@ REFUSED_ATTENTION = {
     "a temperature that grows with the length": lambda layer: layer.xai_temperature_len > 0,
 }
 
+WHY = {"sliding-window layers": ("SGLang gives them a pool and slots of their own, which this backend does not read",)}
+
 
 def check_model(model: torch.nn.Module, on_gpu: bool) -> None:
     """Raise a ValueError that names what the model has and the backend does not do."""
@@ -28,7 +30,9 @@ def check_model(model: torch.nn.Module, on_gpu: bool) -> None:
     layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
     for what, has in REFUSED_ATTENTION.items():
         if any(has(layer) for layer in layers):
-            raise ValueError(f"rotatek_sglang does not serve models with {what} ({name})")
+            raise ValueError(
+                ": ".join([f"rotatek_sglang does not serve models with {what} ({name})", *WHY.get(what, ())])
+            )
     # Those that ask `enable_fused_set_kv_buffer` first are told no (see `plugin.register`).
     sources = [sys.modules[type(module).__module__] for module in model.modules()]
     writers = [source for source in sources if hasattr(source, "create_fused_set_kv_buffer_arg")]

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.runtime_context import get_parallel, get_serving
@@ -13,18 +14,13 @@ from rotatek_cache.codecs.finite import FiniteCheck
 from rotatek_cache.codecs.token_rows import RECENT_TOKENS, SINK_TOKENS
 from rotatek_cache.core.attention import attend
 from rotatek_sglang import metrics, options
-from rotatek_sglang.backend import (
-    OwnTokens,
-    attend_continuation,
-    attend_prompt,
-    heads_of,
-    refuse_extras,
-    report_unanswered,
-)
+from rotatek_sglang.backend import heads_of, refuse_extras, report_unanswered
 from rotatek_sglang.checks import check_basis, check_model
+from rotatek_sglang.coded_layout import CodedPlan
 from rotatek_sglang.coded_pool import CodedPool, to_device
 from rotatek_sglang.coded_storage import CodedTable, DecodeTables, Places, table_before
 from rotatek_sglang.metrics import Gauges
+from rotatek_sglang.prompt_attention import OwnTokens, attend_continuation, attend_forms, attend_prompt
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +63,9 @@ class CodedBackend(AttentionBackend):
             raise ValueError(f"SGLang runs {len(self.slots_of) - 1} requests at once, {plan.requests} were planned for")
         runner.req_to_token_pool.attach_aux_cache(self.ledger)
         if runner.server_args.enable_metrics and get_parallel().tp_rank == 0:
+            rank = get_parallel().dp_rank
             names = {"model_name": get_serving().served_model_name}  # as in SGLang's own
+            names |= {} if rank is None else {"dp_rank": str(rank)}
             pool.gauges = Gauges(names, metrics.CODED_DESCRIPTIONS)
             pool.publish(0)
         self.last_layer = pool.start_layer + pool.layer_num - 1
@@ -76,6 +74,24 @@ class CodedBackend(AttentionBackend):
         self.unanswered: list[FiniteCheck] = []
         self.table: CodedTable | None = None
         self.places: Places | None = None
+        self._warm_up(plan)
+
+    def _warm_up(self, plan: CodedPlan) -> None:
+        """Run every form of attention once, over nothing, so that no request waits for a kernel to be compiled."""
+        device = self.slots_of.device
+
+        def before(length: int, start: int) -> CodedTable:
+            slots = torch.zeros(length, dtype=torch.int32, device=device)
+            return table_before(
+                slots, self.sinks.row_of_slot, 0, start, lambda numbers: to_device(list(numbers), device)
+            )
+
+        long = SINK_TOKENS + 2 * RECENT_TOKENS
+        # Sinks alone; with a ring; with codes, after a prefix that was cached; with both.
+        tables = [before(1, 0), before(SINK_TOKENS + 1, 0), before(long, long), before(long, 0)]
+        for table in (*tables, self.decoding.table(1, SINK_TOKENS), self.decoding.table(1, self.decoding.context)):
+            for storage in self.pool.layers:
+                attend_forms(storage.views(table), plan.heads, plan.dtype)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Find where the forward's tokens are; once per forward, for all layers."""

@@ -16,7 +16,8 @@ from rotatek_cache.codecs.token_rows import token_rows
 from rotatek_cache.options import FitOptions, about, check_option, listed
 
 PREFIX = "ROTATEK_"
-NOT_SERVED = ("value_basis", "streaming")  # pools hold Values rotated, and SGLang decides when a prompt is complete
+# Pools hold Values rotated and all text, and SGLang decides when a prompt is complete.
+NOT_SERVED = ("value_basis", "streaming", "decoded")
 NOT_SERVED_BITS = ("fp8",)  # the pools have not been tried with float8
 
 

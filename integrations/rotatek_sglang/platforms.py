@@ -20,18 +20,35 @@ PAGE_SIZE = 2  # the smallest for which SGLang lets a platform choose the alloca
 MAX_RUNNING_REQUESTS = 32
 MAX_RUNNING_REQUESTS_CODED = 64
 
-# Field of ServerArgs, what it may be, and what it stands for.
-REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("speculative_algorithm", (None,), "speculative decoding"),
-    ("disaggregation_mode", ("null",), "disaggregation of prefill and decoding"),
+# Field of ServerArgs, what it may be, what it stands for, and why it is refused where that is not plain.
+COPIES = "it copies or moves dense Keys by their slots"
+FITTED = "bases of a request are fitted to its own states; code all tokens (--bits), which is served with it"
+REFUSED: tuple[tuple[str, tuple[object, ...], str] | tuple[str, tuple[object, ...], str, str], ...] = (
+    (
+        "speculative_algorithm",
+        (None,),
+        "speculative decoding",
+        "a token that is refused has already taken the place of one that is still read, 64 tokens before it",
+    ),
+    ("disaggregation_mode", ("null",), "disaggregation of prefill and decoding", COPIES),
     ("encoder_only", (False,), "a separate encoder"),
     ("language_only", (False,), "a separate encoder"),
-    ("kv_cache_dtype", ("auto", "bfloat16", "bf16"), "quantised KV caches (fp8, fp4)"),
-    ("enable_mixed_chunk", (False,), "mixed chunks"),
-    ("enable_hierarchical_cache", (False,), "the hierarchical cache (HiCache)"),
-    ("enable_unified_cache_external_linker", (False,), "an external cache"),
-    ("enable_lmcache", (False,), "LMCache"),
-    ("enable_flexkv", (False,), "FlexKV"),
+    (
+        "kv_cache_dtype",
+        ("auto", "bfloat16", "bf16"),
+        "quantised KV caches (fp8, fp4)",
+        "codes of a few bits take their place",
+    ),
+    (
+        "enable_mixed_chunk",
+        (False,),
+        "mixed chunks",
+        "rows of a prompt are counted before those of the step; code all tokens (--bits), which is served with them",
+    ),
+    ("enable_hierarchical_cache", (False,), "the hierarchical cache (HiCache)", COPIES),
+    ("enable_unified_cache_external_linker", (False,), "an external cache", COPIES),
+    ("enable_lmcache", (False,), "LMCache", COPIES),
+    ("enable_flexkv", (False,), "FlexKV", COPIES),
     ("enable_hisparse", (False,), "HiSparse"),
     ("enable_unified_memory", (False,), "a unified memory pool"),
     ("enable_page_major_kv_layout", (False,), "the page-major layout"),
@@ -41,13 +58,13 @@ REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("enable_two_batch_overlap", (False,), "two-batch overlap"),
     ("enable_pdmux", (False,), "PD multiplexing"),
     ("enable_dp_attention", (False,), "data-parallel attention"),
-    ("enable_memory_saver", (False,), "the memory saver"),
+    ("enable_memory_saver", (False,), "the memory saver", COPIES),
     ("dllm_algorithm", (None,), "diffusion language models"),
-    ("enable_lora", (None, False), "LoRA adapters"),
-    ("lora_paths", (None, [], {}), "LoRA adapters"),
+    ("enable_lora", (None, False), "LoRA adapters", FITTED),
+    ("lora_paths", (None, [], {}), "LoRA adapters", FITTED),
     ("kv_canary", ("none",), "the KV canary"),
     ("prefill_only_disable_kv_cache", (False,), "prefill without a KV cache"),
-    ("dp_size", (1,), "data parallelism in one server"),
+    ("dp_size", (1,), "data parallelism in one server", FITTED),
     ("pp_size", (1,), "pipeline parallelism"),
     ("dcp_size", (1,), "decode context parallelism"),
     ("attn_cp_size", (1,), "context parallelism"),
@@ -57,7 +74,8 @@ REFUSED: tuple[tuple[str, tuple[object, ...], str], ...] = (
 )
 
 
-SERVED_CODED = ("enable_mixed_chunk",)  # where all tokens are coded
+# Served where all tokens are coded. A row then follows from its token alone, whoever computed it.
+SERVED_CODED = ("enable_mixed_chunk", "enable_lora", "lora_paths", "dp_size")
 
 
 def refuse_unsupported(args: Any) -> None:
@@ -73,12 +91,13 @@ def refuse_unsupported(args: Any) -> None:
     # On a CPU SGLang has filled in its own before it asks a platform.
     filled_in = "torch_native" if is_host_cpu_arm64() else "intel_amx"
     coded = options.from_environment().fit.codes_text
-    for field, allowed, what in REFUSED:
+    for field, allowed, what, *why in REFUSED:
         if field in SERVED_CODED and coded:
             continue
         value = getattr(args, field)
         if value not in allowed and (field, args.device, value) != ("attention_backend", "cpu", filled_in):
-            raise ValueError(f"rotatek_sglang does not support {what} (--{field.replace('_', '-')} {value})")
+            flag = f"--{field.replace('_', '-')} {value}"
+            raise ValueError(": ".join([f"rotatek_sglang does not support {what} ({flag})", *why]))
 
 
 def switch_off(args: Any) -> None:
@@ -100,6 +119,11 @@ def apply_defaults(args: Any) -> None:
     """Set what a compressed server needs of SGLang's arguments."""
     refuse_unsupported(args)
     switch_off(args)
+    if args.enable_lora or args.lora_paths:
+        log.warning(
+            "RotateK: requests with an adapter are coded in the basis of the model without it; where one changes Keys "
+            "and Values much, calibrate on the model with the adapter merged, and serve that"
+        )
     args.attention_backend = BACKEND
     if args.page_size in (None, 1):
         if args.page_size == 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rotatek_sglang import metrics
 from rotatek_sglang.layout import Plan, Worth
 from rotatek_sglang.metrics import Gauges
-from rotatek_sglang.rows import Need, RequestLedger, SlotTable
+from rotatek_sglang.rows import NOTHING, Need, RequestLedger, SlotTable, added
 from rotatek_sglang.storage import LayerStorage, build_storage
 
 log = logging.getLogger(__name__)
@@ -116,17 +116,23 @@ def describe(plan: Plan, pool: RotateKPool) -> str:
     )
 
 
-def make_room(allocator: Any, tree_cache: Any, need: Need, held: Need) -> bool:
+def make_room(allocator: Any, tree_cache: Any, need: Need, held: Need, later: Need = NOTHING) -> bool:
     """Whether so many rows and bases are free, once cached prefixes that are not in use had to go if they are not.
 
-    Nothing goes where that could not be enough, seeing what running requests hold (`held`, at least).
+    Args:
+        allocator: of the pool.
+        tree_cache: SGLang's prefix cache.
+        need: what is needed now, and made room for.
+        held: what running requests hold, at least. Nothing goes where all else would not be enough.
+        later: what has to fit beside it some time, for which nothing goes yet.
     """
     table: SlotTable = allocator.table
-    if table.fits(need):
-        return True
-    if tree_cache is None or not table.could_fit(need, held, tree_cache.evictable_size()):
+    total = added((need, later))
+    evictable = 0 if tree_cache is None else tree_cache.evictable_size()
+    if not table.fits(total) and not table.could_fit(total, held, evictable):
         return False
     while not table.fits(need):
+        # SGLang chooses what goes, the oldest; of a prompt with an image that is rows of both kinds.
         short = max(need.text - table.text.available, need.visual - table.visual.available, allocator.page_size)
         if not tree_cache.evict(EvictParams(num_tokens=short)).num_tokens_evicted:
             return False

@@ -1,7 +1,6 @@
 """What a request asks of the pools: which of its tokens are stored as visual ones, and whether it fits."""
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from sglang.srt.runtime_context import get_serving
 from torch import Tensor
 
 from rotatek_sglang.pool import RotateKPool, make_room
-from rotatek_sglang.rows import Need, SlotTable
+from rotatek_sglang.rows import Need, SlotTable, added
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +53,16 @@ def assign_prompt(allocated: Any, batch: Any) -> None:
 
 
 def need_of_prompt(pool: RotateKPool, req: Any, *, in_chunks: bool = False, prefix: int | None = None) -> Need:
-    """Count what a request takes for tokens after `prefix` (default: what is cached) and its answer, at most."""
+    """Count what the tokens of a request's prompt after `prefix` (default: what is cached) take, at most."""
     first, end = req.prefix_len if prefix is None else prefix, len(req.full_untruncated_fill_ids)
     tokens = end - first
     visual = int(compressed_tokens(pool, req, first, end).sum())
-    left = max(0, req.sampling_params.max_new_tokens - len(req.output_ids))
-    text = tokens - visual + min(left, CLIP_MAX_NEW_TOKENS)
-    return Need(max(text, tokens) if in_chunks else text, visual, int(visual > 0))
+    return Need(tokens if in_chunks else tokens - visual, visual, int(visual > 0))
+
+
+def need_of_answer(req: Any) -> Need:
+    """Count what the answer of a request that waits takes yet, at most."""
+    return Need(min(max(0, req.sampling_params.max_new_tokens - len(req.output_ids)), CLIP_MAX_NEW_TOKENS))
 
 
 def held_by(pool: RotateKPool, req: Any) -> Need:
@@ -69,11 +71,6 @@ def held_by(pool: RotateKPool, req: Any) -> Need:
     compressed = int(compressed_tokens(pool, req, first, end).sum())
     text = end - first - int(visual_tokens(req, first, end).sum())
     return Need(max(0, text), compressed, int(compressed > 0))
-
-
-def added(needs: Iterable[Need]) -> Need:
-    """Add up what several need."""
-    return Need(*map(sum, zip(Need(), *needs, strict=True)))
 
 
 def generate_nothing_if_refused(req: Any) -> None:
@@ -94,8 +91,7 @@ def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> 
     if not fits and not (adder.can_run_list or pool.ledger.chunked or (running is not None and running.reqs)):
         # Nobody to wait for, so what is cached of its own prompt is in the way: each turn of a chat has a basis of its
         # own, and images too small for one in text rows. All of the prompt fits, or it would have been refused.
-        whole = need_of_prompt(pool, req, prefix=0)
-        make_room(allocator, adder.tree_cache, whole, Need())
+        make_room(allocator, adder.tree_cache, need_of_prompt(pool, req, prefix=0), Need(), need_of_answer(req))
         req.init_next_round_input(adder.tree_cache)
         fits, at_once = fits_beside_others(adder, req)
     if not fits:
@@ -115,7 +111,10 @@ def admit(add_one_req: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> 
 
 
 def fits_beside_others(adder: Any, req: Any) -> tuple[bool, bool]:
-    """Tell whether a request fits, once cached prefixes made way; and whether its prompt is read at once."""
+    """Tell whether a request fits, once cached prefixes made way; and whether its prompt is read at once.
+
+    As in SGLang, prefixes make way for the prompt alone: for answers they do so when those come, step by step.
+    """
     pool = adder.token_to_kv_pool_allocator.get_kvcache()
     chunk = adder.rem_chunk_tokens
     tokens = len(req.full_untruncated_fill_ids) - req.prefix_len
@@ -124,19 +123,21 @@ def fits_beside_others(adder: Any, req: Any) -> tuple[bool, bool]:
     at_once = in_chunks and needs[0].visual > 0 and len(req.full_untruncated_fill_ids) > pool.longest_in_chunks
     if at_once:
         needs = [need_of_prompt(pool, req)]
+    answers = [need_of_answer(req)]
     for other in adder.can_run_list:  # admitted in this pass, nothing allocated yet
         need = need_of_prompt(pool, other)
         # A prompt that goes on has what is left of it reserved.
         needs.append(Need(text=need.text) if other.kv.req_pool_idx in pool.ledger.chunked else need)
+        answers.append(need_of_answer(other))
     running = [] if adder.running_batch is None else adder.running_batch.reqs
     if running:
         # What SGLang expects running requests to decode yet, and a row for the step in flight.
         offset = adder._get_running_request_total_token_offset  # noqa: SLF001 (its own estimate, not a second one)
-        needs += [Need(text=1 + max(0, int(offset(other)))) for other in running]
+        answers += [Need(text=1 + max(0, int(offset(other)))) for other in running]
+    held = added([held_by(pool, other) for other in running])
     with adder._lock_node(req.last_node):  # noqa: SLF001 (what is cached of this request must stay)
-        total = added(needs)
-        held = added([held_by(pool, other) for other in running])
-        return make_room(adder.token_to_kv_pool_allocator, adder.tree_cache, total, held), at_once
+        fits = make_room(adder.token_to_kv_pool_allocator, adder.tree_cache, added(needs), held, added(answers))
+    return fits, at_once
 
 
 def keep_to_itself(stash: Any, scheduler: Any, req: Any) -> None:

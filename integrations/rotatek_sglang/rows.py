@@ -8,7 +8,7 @@ Rows follow their slots. A basis belongs to the visual rows that were encoded wi
 them, so that requests which share a prefix share its rows and its basis.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,6 +26,14 @@ class Need(NamedTuple):
     text: int = 0
     visual: int = 0
     bases: int = 0
+
+
+NOTHING = Need()
+
+
+def added(needs: Iterable[Need]) -> Need:
+    """Add up what several need."""
+    return Need(*map(sum, zip(NOTHING, *needs, strict=True)))
 
 
 class FreeRows:
@@ -92,7 +100,8 @@ class SlotTable:
         self.device = device
         self.text_rows, self.visual_rows, self.base_count = text_rows, visual_rows, bases
         self.rows = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.basis_of_row = torch.zeros(visual_rows, dtype=torch.int32, device=device)
+        # One at least, where all that have no row are looked up.
+        self.basis_of_row = torch.zeros(max(1, visual_rows), dtype=torch.int32, device=device)
         self.clear()
 
     def clear(self) -> None:
@@ -158,24 +167,29 @@ class SlotTable:
         if not count:
             self.assign_text(slots)
             return
-        visual = visual.to(slots.device)
         taken = self.visual.take(count)
         basis = int(self.bases.take(1))
         self.basis_tokens[basis] = count
         self.basis_of_row[taken.long()] = basis
-        self.rows[slots[visual]] = -1 - taken
-        self.assign_text(slots[~visual])
+        self.rows[slots[places(visual, slots.device)]] = -1 - taken
+        self.assign_text(slots[places(~visual, slots.device)])
+
+    def _look_up(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the int32 rows ``[n]`` of slots; rows and, of visual ones, bases on the host, in one read."""
+        rows = self.rows[slots]
+        found = torch.stack([rows, self.basis_of_row[(-1 - rows).clamp_(min=0).long()]]).cpu()
+        return rows, found[0], found[1]
 
     def release(self, slots: Tensor) -> None:
         """Return whatever rows the slots ``[n]`` have, and the bases that no row uses any more."""
-        rows = self.rows[slots]
+        rows, known, bases = self._look_up(slots)
         self.rows[slots] = 0
-        self.text.give(rows[rows > 0])
-        visual = -1 - rows[rows < 0]
-        if not len(visual):
+        self.text.give(rows[places(known > 0, rows.device)])
+        visual = known < 0
+        if not visual.any():
             return
-        used = torch.bincount(self.basis_of_row[visual.long()].cpu(), minlength=self.base_count).tolist()
-        self.visual.give(visual)
+        self.visual.give(-1 - rows[places(visual, rows.device)])
+        used = torch.bincount(bases[visual], minlength=self.base_count).tolist()
         for basis, count in enumerate(used):
             self.basis_tokens[basis] -= count
             if count and not self.basis_tokens[basis]:
@@ -188,16 +202,18 @@ class SlotTable:
             int32 ``[n]`` rows, those of visual tokens first, then those of text, each in the order of the slots; and
             the segments of the visual ones.
         """
-        rows = self.rows[slots.long()]
-        visual = -1 - rows[rows < 0]
-        segments = []
-        if len(visual):
-            bases, counts = torch.unique_consecutive(self.basis_of_row[visual.long()], return_counts=True)
-            first = 0
-            for basis, count in zip(bases.tolist(), counts.tolist(), strict=True):
-                segments.append(Segment(basis, first, count))
-                first += count
-        return torch.cat([visual, rows[rows > 0]]), segments
+        rows, known, bases = self._look_up(slots.long())
+        visual, segments, first = known < 0, [], 0
+        for basis, count in zip(*torch.unique_consecutive(bases[visual], return_counts=True), strict=True):
+            segments.append(Segment(int(basis), first, int(count)))
+            first += int(count)
+        return torch.cat([-1 - rows[places(visual, rows.device)], rows[places(known > 0, rows.device)]]), segments
+
+
+def places(mask: Tensor, device: torch.device) -> Tensor:
+    """int64, on the device, where a mask on the host is True; nobody waits for it."""
+    found = mask.nonzero()[:, 0]
+    return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
 
 
 @dataclass(eq=False)
@@ -226,6 +242,8 @@ class RequestLedger:
         segments: the visual segments of each request, by its number in SGLang's request pool.
         requests: the requests of the batch that runs next, in order.
         moved: requests to whom SGLang gave other slots of the same contents: those of a prefix that is cached.
+        compressed: of prompts whose last chunk, or only one, runs next: bool on the host, which tokens get compressed,
+            from the first on that was not cached.
         chunked: the prompts that are being read in chunks, which is one at a time, or two where one follows another.
         dense_capacity: tokens that can be scheduled, which SGLang asks for.
         changed: called when a request is over.
@@ -243,6 +261,7 @@ class RequestLedger:
         self.requests: list[int] = []
         self.moved: set[int] = set()
         self.chunked: dict[int, ChunkedPrompt] = {}
+        self.compressed: dict[int, Tensor] = {}
 
     reset_allocator = clear
 
@@ -275,6 +294,7 @@ class RequestLedger:
         if prompt is None:
             if is_last:
                 self.table.assign(slots[chunk], visual)
+                self.compressed[request] = visual
                 return none
             prompt = self.chunked[request] = ChunkedPrompt(chunk.start, visual)
         self.table.unreserve(prompt.reserved)
@@ -290,8 +310,9 @@ class RequestLedger:
             self.table.assign_text(slots[chunk])
             return none
         prompt.is_last = True
+        self.compressed[request] = prompt.visual
         read = chunk.start - prompt.first
-        waiting = slots[prompt.first : chunk.start][prompt.visual[:read].to(slots.device)]
+        waiting = slots[prompt.first : chunk.start][places(prompt.visual[:read], slots.device)]
         rows = self.table.rows[waiting]
         self.table.assign(
             torch.cat([waiting, slots[chunk]]),
@@ -303,6 +324,7 @@ class RequestLedger:
         """The request is over, or retracted."""
         self.segments.pop(int(request), None)
         self.moved.discard(int(request))
+        self.compressed.pop(int(request), None)
         prompt = self.chunked.pop(int(request), None)
         if prompt is not None:
             self.table.unreserve(prompt.reserved)

@@ -127,11 +127,14 @@ class Sizes:
     held: int
     images: tuple[tuple[int, ...], ...] = ()
 
-    def kept(self, keep: float) -> list[int]:
-        """Count the visual tokens of each row that a share `keep` leaves."""
+    def kept(self, keep: float, times: int = 1) -> list[int]:
+        """Count the visual tokens of each row that a share `keep` leaves, taken `times` times."""
         if self.images:
             return [sum(image_counts(keep, images)) for images in self.images]
-        return [max(1, round(keep * count)) if count else 0 for count in self.visual]
+        counts = list(self.visual)
+        for _ in range(times):
+            counts = [max(1, round(keep * count)) if count else 0 for count in counts]
+        return counts
 
     @property
     def token_bytes(self) -> int:
@@ -156,6 +159,16 @@ class Planner:
     def __init__(self, budget: Budget, options: FitOptions, tokens: TokenMethod | None, *, rank_open: bool) -> None:
         self.budget, self.options, self.tokens, self.rank_open = budget, options, tokens, rank_open
         self.keep_open = tokens is not None and tokens.keep is None
+        if isinstance(tokens, AttentionMethod) and not tokens.drops:
+            raise ValueError(
+                f"budget={budget.given!r} is divided between dropped tokens and channels, and tokens={tokens} drop "
+                "none: leave out budget"
+            )
+        if isinstance(tokens, AttentionMethod) and tokens.drops_text:
+            raise ValueError(
+                f"budget={budget.given!r} is divided among visual tokens, and tokens={tokens} drop text as well: give "
+                "keep in place of a budget, or leave text as it is (scope='visual')"
+            )
         if options.energy is not None:
             raise ValueError("budget and energy cannot both decide on the rank: give one of them")
         if not rank_open and not self.keep_open:
@@ -386,7 +399,8 @@ class _Estimate:
         self.layers = [layer.index for layer in planner.layers]
         method = planner.tokens
         attends = method if isinstance(method, AttentionMethod) else None
-        self.pruned = set(self.layers if attends is None else attends.pruned(self.layers))
+        once = dict.fromkeys(self.layers, 1)
+        self.times_dropped = once if attends is None else attends.times_dropped(self.layers)
         self.pools = attends is not None and attends.pools_layers
         self.alike = attends is None or attends.alike
         self.sealer = planner.layers[0].sealer
@@ -408,18 +422,17 @@ class _Estimate:
                 counts = [0] * len(self.sizes.visual)
             elif self.counts is not None:
                 counts = list(self.counts[place])
-            elif layer not in self.pruned:
-                counts = list(self.sizes.visual)
             elif self.pools:
                 counts = [max(1, _even(round(keep * n * count), count)[place]) if n else 0 for n in self.sizes.visual]
             else:
-                counts = self.sizes.kept(keep)
+                counts = self.sizes.kept(keep, self.times_dropped[layer])
             last = 0 if last_dense is None else last_dense[place]
             case = (tuple(counts), rank, last)
             if case not in same:
                 same[case] = self._layer(counts, rank, last)
             states, tables, key = same[case]
             found += states
+            key = (key, self.times_dropped[layer])
             if not self.alike or key not in known:
                 found += tables
                 known.add(key)

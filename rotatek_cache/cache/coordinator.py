@@ -65,7 +65,7 @@ class Coordinator:
         begin, plan = layer.pending.begin, self.positions.known_plan
         dropped = self.positions.dropped_of(begin, layer.length)
         if self.selection is not None and plan is not None and plan.end == layer.length:
-            dropped = plan.keeping(self.selection.kept(layer.index, plan)).dropped
+            dropped = self.selection.part_of(layer.index, plan).dropped
         return None if dropped is None else torch.nn.functional.pad(dropped, (begin, 0))
 
     @without_autocast
@@ -92,7 +92,7 @@ class Coordinator:
             self._seal(layer, plan)
             return
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        ready = [(index, plan.keeping(kept)) for index, kept in self.selection.decide(layer, plan, query, mask, scale)]
+        ready = self.selection.decide(layer, plan, query, mask, scale)
         if self.planner is not None and self.planner.rank_open and len(ready) == len(self.layers):
             # No layer has sealed yet, and it is known how many tokens each keeps: their ranks can be planned anew.
             self.planner.divide(layer, plan, [part.counts for _, part in ready])
@@ -138,9 +138,11 @@ class Coordinator:
             layer.use(self.planner.options_of(layer.index))
 
     def _seal(self, layer: LayerKV, plan: SealPlan) -> None:
-        merge = None
+        merge, better = None, None
+        if self.selection is not None and plan.better is not None:
+            better = self.selection.method.options_of_kept(layer.options)
         if self.selection is not None and plan.dropped is not None:
             merge = functools.partial(self.selection.method.merged, kept=plan.visual, dropped=plan.dropped)
         if self.planner is not None and self.planner.made is not None:
             plan = plan.keep_last_dense(self.planner.made.last_dense[layer.index])
-        layer.seal(plan, merge)
+        layer.seal(plan, merge, better)

@@ -26,6 +26,8 @@ class TextCursor:
         text: the text segment of one of these layers.
         column: int64 ``[1]``, the column that the next step writes.
         starts, lengths: int64 and int32 ``[B]``, first slot and number of tokens of each row, the next token included.
+        place: int64 ``[1]``, where the query of the next token goes among the last `window`.
+        window: how many queries are kept, where tokens of the answer are to be evicted by them; 1 elsewhere.
         at: the column on the host.
         alignment: the layout that `starts` and `lengths` were made from.
     """
@@ -34,11 +36,13 @@ class TextCursor:
     column: Tensor
     starts: Tensor
     lengths: Tensor
+    place: Tensor
+    window: int = 1
     at: int = -1
     alignment: Alignment | None = None
 
     @classmethod
-    def of(cls, text: TextSegment) -> "TextCursor":
+    def of(cls, text: TextSegment, window: int) -> "TextCursor":
         """Make the cursor of a text segment that holds something."""
         assert text.keys is not None
         batch, device = text.keys.shape[1], text.keys.device
@@ -47,6 +51,8 @@ class TextCursor:
             torch.zeros(1, dtype=torch.int64, device=device),
             torch.zeros(batch, dtype=torch.int64, device=device),
             torch.zeros(batch, dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            window,
         )
         cursor.refresh()
         return cursor
@@ -58,6 +64,7 @@ class TextCursor:
         self.at, self.alignment = self.text.length, self.text.alignment
         batch, capacity = len(self.starts), self.text.capacity
         self.column.fill_(self.at)
+        self.place.fill_(self.text.next_position % self.window)
         torch.arange(0, batch * capacity, capacity, out=self.starts)
         self.lengths.fill_(self.at + 1)
         if self.alignment is not None and self.alignment.first is not None:
@@ -68,6 +75,8 @@ class TextCursor:
         """Move on by one column; part of what is captured."""
         self.column.add_(1)
         self.lengths.add_(1)
+        if self.window > 1:
+            self.place.add_(1).remainder_(self.window)
 
 
 @dataclass(eq=False)
@@ -79,17 +88,24 @@ class TableCopy:
     copied: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("starts", "lengths", "basis_rows"):
-            self.copied[name] = getattr(self.segment, name)
-            self.tensors[name] = self.copied[name].clone()
+        self.copied = self.segment.table()
+        self.tensors = {name: tensor.clone() for name, tensor in self.copied.items()}
 
     def refresh(self) -> None:
         """Copy what has been selected anew since the last step."""
-        for name, copied in self.copied.items():
-            current = getattr(self.segment, name)
-            if current is not copied:
+        for name, current in self.segment.table().items():
+            if current is not self.copied[name]:
                 self.tensors[name].copy_(current)
                 self.copied[name] = current
+
+    def view(self, view: SegmentView) -> SegmentView:
+        """Return the view of the segment that reads these tensors."""
+        table, chunks = self.tensors, view.chunks
+        if chunks is not None:
+            chunks = chunks.with_rows(table["chunk_starts"], table["chunk_counts"], table["chunk_read"])
+        rows = None if view.basis_rows is None else table["basis_rows"]
+        starts, lengths = table["starts"], table["lengths"]
+        return dataclasses.replace(view, starts=starts, lengths=lengths, basis_rows=rows, chunks=chunks)
 
 
 @dataclass(eq=False)
@@ -105,6 +121,8 @@ class LayerStep:
         keys, values: the text buffers ``[H, B, capacity, D]``.
         cursor: where the next token goes.
         views: what attention reads.
+        queries: the last queries, see `Answer`; None where none are kept.
+        reads: layers that have attended in this step.
     """
 
     layer: LayerKV
@@ -116,11 +134,21 @@ class LayerStep:
     values: Tensor
     cursor: TextCursor
     views: list[SegmentView]
+    queries: Tensor | None = None
+    reads: int = 0
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Write ``[B, H, 1, D]`` and ``[B, H, 1, D_v]`` to the column that the device knows."""
+        self.reads = 0
         self.keys.index_copy_(2, self.cursor.column, keys.transpose(0, 1))
         self.values.index_copy_(2, self.cursor.column, values.transpose(0, 1))
+
+    def keep_query(self, query: Tensor) -> None:
+        """Write ``[B, H_q, 1, D]`` to the place that the device knows."""
+        if self.queries is not None:
+            held = self.queries[self.reads % len(self.queries)]
+            held.index_copy_(2, self.cursor.place, query.to(held.dtype))
+            self.reads += 1
 
     def fits(self) -> bool:
         """Whether the layer still is what this step was made of, with a free column."""
@@ -131,6 +159,7 @@ class LayerStep:
             and text.keys is self.keys
             and text.values is self.values
             and not text.lent
+            and self.queries is _queries(layer)
             and text.length == self.cursor.text.length < text.capacity
             and len(layer.segments) == len(self.segments)
             and all(now is then for now, then in zip(layer.segments, self.segments, strict=True))
@@ -156,14 +185,11 @@ class DecodeStep:
         text = layer.text
         assert text.keys is not None
         assert text.values is not None
-        cursor = self._cursor(text)
+        cursor = self._cursor(text, 1 if layer.answer is None else layer.answer.method.window)
         tables = [self._table(segment) for segment in layer.segments]
         views = []
         for segment, copied in zip(layer.segments, tables, strict=True):
-            table = copied.tensors
-            view = segment.view(layer.positions.forward, None)
-            rows = None if view.basis_rows is None else table["basis_rows"]
-            views.append(dataclasses.replace(view, starts=table["starts"], lengths=table["lengths"], basis_rows=rows))
+            views.append(copied.view(segment.view(layer.positions.forward, None)))
         views.append(
             SegmentView(
                 keys=text.keys.flatten(1, 2),
@@ -175,20 +201,22 @@ class DecodeStep:
             )
         )
         uniform = [segment.uniform for segment in layer.segments]
-        return LayerStep(layer, text, list(layer.segments), tables, uniform, text.keys, text.values, cursor, views)
+        held = text.keys, text.values
+        return LayerStep(layer, text, list(layer.segments), tables, uniform, *held, cursor, views, _queries(layer))
 
-    def _cursor(self, text: TextSegment) -> TextCursor:
+    def _cursor(self, text: TextSegment, window: int) -> TextCursor:
         assert text.keys is not None
         for cursor in self.cursors:
             alike = cursor.text.alignment is text.alignment and cursor.text.length == text.length
             if alike and cursor.text.capacity == text.capacity and cursor.column.device == text.keys.device:
                 return cursor
-        self.cursors.append(TextCursor.of(text))
+        self.cursors.append(TextCursor.of(text, window))
         return self.cursors[-1]
 
     def _table(self, segment: VisualSegment) -> TableCopy:
         for table in self.tables:
-            if all(getattr(segment, name) is copied for name, copied in table.copied.items()):
+            found = segment.table()
+            if found.keys() == table.copied.keys() and all(found[name] is table.copied[name] for name in found):
                 return table
         self.tables.append(TableCopy(segment))
         return self.tables[-1]
@@ -243,19 +271,27 @@ class DecodeStep:
             columns = torch.arange(segment.max_length, device=segment.lengths.device)
             own = columns < segment.lengths[:, None]
             positions = segment.token_positions().masked_fill(~own, 0)
-            found.append((seen.gather(1, positions.to(seen.device)) | ~own.to(seen.device)).all())
+            shown = seen.repeat(segment.heads, 1).gather(1, positions.to(seen.device))
+            found.append((shown | ~own.to(seen.device)).all())
+        found += [seen[:, begin:end].all() for begin, end in self._gone()]
         found.append(seen[:, -1].all())
         return bool(torch.stack([part.to(seen.device) for part in found]).all())
+
+    def _gone(self) -> list[tuple[int, int]]:
+        """List the ranges of positions of which each head holds other tokens; alike in all layers."""
+        answer = self.layers[0].layer.answer
+        return [] if answer is None else [(begin, end) for begin, end, _ in answer.gone]
 
     def form(self) -> Hashable:
         """Say all that a captured graph has frozen but addresses: two steps of one form may share a graph."""
         return tuple(
             (
                 (tuple(layer.keys.shape), tuple(layer.values.shape), layer.keys.dtype, layer.keys.device),
+                None if layer.queries is None else (tuple(layer.queries.shape), layer.queries.dtype),
                 self.cursors.index(layer.cursor),
                 tuple(self.tables.index(table) for table in layer.tables),
                 tuple(
-                    (_form(part.keys), _form(part.values), part.max_length, uniform)
+                    (_form(part.keys), _form(part.values), part.max_length, uniform, part.heads, _chunks_form(part))
                     for part, uniform in zip(layer.segments, layer.uniform, strict=True)
                 ),
             )
@@ -275,13 +311,22 @@ class DecodeStep:
             held.keys.copy_(text.keys)
             held.values.copy_(text.values)
             text.keys, text.values = held.keys, held.values
+            if held.queries is not None:
+                assert layer.answer is not None
+                assert layer.answer.queries is not None
+                held.queries.copy_(layer.answer.queries)
+                layer.answer.queries = held.queries
             joined = []
             for mine, theirs in zip(layer.segments, held.segments, strict=True):
+                chunks = mine.chunks
+                if chunks is not None and theirs.chunks is not None:
+                    theirs.chunks.means.copy_(chunks.means)
+                    chunks = dataclasses.replace(chunks, means=theirs.chunks.means)
                 for new, old in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
                     for source, target in zip(new.tensors(), old.tensors(), strict=True):
                         if source.data_ptr() != target.data_ptr():
                             target.copy_(source)
-                taken = dataclasses.replace(mine, keys=theirs.keys, values=theirs.values)
+                taken = dataclasses.replace(mine, keys=theirs.keys, values=theirs.values, chunks=chunks)
                 for table in tables.values():
                     if table.segment is theirs:
                         table.segment = taken
@@ -298,6 +343,15 @@ class DecodeStep:
         """Whether no copy of the cache shares what it stores."""
         lent = any(layer.text.lent for layer in self.layers)
         return not lent and not any(segment.shared for layer in self.layers for segment in layer.segments)
+
+
+def _queries(layer: LayerKV) -> Tensor | None:
+    return None if layer.answer is None else layer.answer.queries
+
+
+def _chunks_form(segment: VisualSegment) -> Hashable:
+    chunks = segment.chunks
+    return None if chunks is None else (tuple(chunks.means.shape), chunks.size, chunks.most, chunks.most_read)
 
 
 def _form(stored: Stored) -> Hashable:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rotatek_cache.cache.answer import Answer
+from rotatek_cache.cache.head_segments import head_segments
 from rotatek_cache.cache.seal_plan import Compressed, SealPlan
 from rotatek_cache.cache.visual_positions import VisualPositions
 from rotatek_cache.codecs.sealing import Sealer
@@ -23,6 +25,7 @@ from rotatek_cache.core.row_layout import RowLayout, row_index
 from rotatek_cache.core.seal import Places
 from rotatek_cache.core.segments import SegmentView, Stored, TextSegment, VisualSegment, join_segments
 from rotatek_cache.options import FitOptions
+from rotatek_cache.token_pruning.registry import decoded_method
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # Keys and Values [B, H, P, D] to those that are stored
 
@@ -61,9 +64,11 @@ class LayerKV:
         self.pending: Pending | None = None
         self.length = 0  # logical tokens, padding included
         self.kept_dense: list[tuple[int, int]] = []  # (row at its seal, visual tokens) below break-even
-        self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, visual tokens left out [B]
+        self.dropped: list[tuple[int, Tensor]] = []  # by seal: its first position, tokens left out [B]
         self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
         self.dtype: torch.dtype | None = None
+        decoded = self.options.decoded
+        self.answer = None if decoded is None else Answer(decoded_method(decoded), self.readers)
 
     def use(self, options: FitOptions) -> None:
         """Seal with these options from now on."""
@@ -79,6 +84,11 @@ class LayerKV:
         self._check(keys, values)
         self.sealer.check()
         tokens = keys.shape[2]
+        if self.answer is not None:
+            if tokens == 1 and self.make_room():
+                self.answer.reads = 0
+            else:
+                self.answer.close(self.text)
         begin, self.length = self.length, self.length + tokens
         if self.pending is not None:
             self.pending.keys = torch.cat([self.pending.keys, keys], 2)
@@ -88,6 +98,19 @@ class LayerKV:
             self.pending = Pending(keys, values, begin)
         else:
             self.text.append(keys, values)
+
+    def make_room(self) -> bool:
+        """Make sure of a place for one more token of an answer; False where the next is none, or answers may grow."""
+        next_is_decoded = self.length > 0 and self.pending is None
+        if self.answer is None or not next_is_decoded or self.positions.has_visual(self.length, self.length + 1):
+            return False
+        self.answer.make_room(self.text, self.length, self.positions.forward)
+        return True
+
+    def keep_decoded_query(self, query: Tensor, scale: float | None) -> None:
+        """Keep the query ``[B, H_q, 1, D]`` of a token of an answer, by which others are judged."""
+        if self.answer is not None:
+            self.answer.take(query, query.shape[-1] ** -0.5 if scale is None else scale, self.length - 1)
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         batch, heads, _, width = keys.shape
@@ -100,6 +123,8 @@ class LayerKV:
     def count_step(self) -> None:
         """Note a token that a replayed graph has written behind the text."""
         self.sealer.check()
+        if self.answer is not None:
+            self.answer.note(self.length)
         self.length += 1
         self.text.length += 1
 
@@ -118,6 +143,8 @@ class LayerKV:
         """List the segments for attention; `mask`, the model's, is bool or additive ``[B or 1, 1, Q, T]``, or None."""
         if mask is not None:
             self.positions.check_mask(mask)
+            if self.answer is not None:
+                self.answer.check_mask(mask, self.positions.forward)
         forward = self.positions.forward
         views = [segment.view(forward, mask) for segment in self.segments]
         text = self.text.view(forward, mask)
@@ -190,12 +217,14 @@ class LayerKV:
         logits = logits.masked_fill(~visible[:, None, :, self.pending.begin :], -torch.inf)
         return (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
 
-    def seal(self, plan: SealPlan, merge: Merge | None = None) -> None:
+    def seal(self, plan: SealPlan, merge: Merge | None = None, better: FitOptions | None = None) -> None:
         """Store the pending tokens as a plan says.
 
         Args:
             plan: which of them are visual, text, padding or dropped.
             merge: changes their Keys and Values first, where dropped tokens are merged into kept ones.
+            better: how those are stored that the plan stores better, in a segment of their own; None: as the model gave
+                them, among the text.
         """
         pending = self.pending
         assert pending is not None
@@ -204,15 +233,23 @@ class LayerKV:
         if merge is not None:
             pending.keys, pending.values = merge(pending.keys, pending.values)
         compressed: list[tuple[SealPlan, tuple[int, ...]]] = []
-        made: list[VisualSegment] = []
-        # A segment has one layout, and that of a row must not depend on its batch.
-        for part in plan.rows if self.options.follows_content else (plan,):
-            rows, segment = self._compress_worth(pending, part)
-            self.kept_dense += [(row, count) for row, count in enumerate(part.counts) if count and row not in rows]
-            if segment is not None:
-                compressed.append((part, rows))
-                made.append(segment)
-        self.segments += join_segments(made)
+        for part, sealer in self._divided(plan, better):
+            made: list[VisualSegment] = []
+            # A segment has one layout, and that of a row must not depend on its batch.
+            for rows_part in part.rows if self.options.follows_content else (part,):
+                rows, segment = self._compress_worth(pending, rows_part, sealer)
+                self.kept_dense += [
+                    (row, count) for row, count in enumerate(rows_part.counts) if count and row not in rows
+                ]
+                if segment is not None:
+                    compressed.append((rows_part, rows))
+                    made.append(segment)
+            if plan.heads is not None and made:
+                layout = plan.layout(rows, pending.keys.device)
+                self.segments += head_segments(made[0], plan.heads, layout, pending.keys)
+            else:
+                self.segments += join_segments(made)
+            self.sealer.answer_for(sealer)
         self.pending = None
         if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
             # Nothing is compressed and nothing is padding: the tokens keep their logical order.
@@ -220,30 +257,43 @@ class LayerKV:
             return
         self._append_text(pending, plan, tuple(compressed))
 
-    def _compress_worth(self, pending: Pending, plan: SealPlan) -> tuple[tuple[int, ...], VisualSegment | None]:
+    def _divided(self, plan: SealPlan, better: FitOptions | None) -> list[tuple[SealPlan, Sealer]]:
+        """List the parts of a plan that are to be segments, and by what each is stored."""
+        if plan.better is None:
+            return [(plan, self.sealer)]
+        chosen, others = plan.by_quality
+        coded = [] if better is None else [(chosen, Sealer(better, self.index))]
+        return [*coded, (others, self.sealer)]
+
+    def _compress_worth(
+        self, pending: Pending, plan: SealPlan, sealer: Sealer
+    ) -> tuple[tuple[int, ...], VisualSegment | None]:
         """Make a segment of the rows whose visual tokens take fewer bytes in it; returns these rows and the segment."""
-        rows = self._worth(pending, plan, [row for row, count in enumerate(plan.counts) if count], None)
-        segment = self._compress(pending, plan, rows) if rows else None
+        rows = self._worth(pending, plan, [row for row, count in enumerate(plan.counts) if count], sealer)
+        segment = self._compress(pending, plan, rows, sealer) if rows else None
         if segment is not None and self.options.energy is not None:
             # Only now is the rank known; rows that it does not pay for stay dense.
-            worth = self._worth(pending, plan, rows, segment.keys.channels)
+            worth = self._worth(pending, plan, rows, sealer, segment.keys.channels)
             if worth != rows:
-                rows, segment = worth, self._compress(pending, plan, worth) if worth else None
+                rows, segment = worth, self._compress(pending, plan, worth, sealer) if worth else None
         return rows, segment
 
-    def _worth(self, pending: Pending, plan: SealPlan, rows: Sequence[int], rank: int | None) -> tuple[int, ...]:
-        key_width, value_width = pending.keys.shape[-1], pending.values.shape[-1]
-        worth = self.sealer.is_worth
-        return tuple(row for row in rows if worth(plan.counts[row], key_width, value_width, pending.keys.dtype, rank))
+    @staticmethod
+    def _worth(
+        pending: Pending, plan: SealPlan, rows: Sequence[int], sealer: Sealer, rank: int | None = None
+    ) -> tuple[int, ...]:
+        shape = (pending.keys.shape[-1], pending.values.shape[-1], pending.keys.dtype)
+        return tuple(row for row in rows if sealer.is_worth(plan.counts[row], *shape, rank))
 
-    def _compress(self, pending: Pending, plan: SealPlan, rows: tuple[int, ...]) -> VisualSegment:
+    @staticmethod
+    def _compress(pending: Pending, plan: SealPlan, rows: tuple[int, ...], sealer: Sealer) -> VisualSegment:
         layout = plan.layout(rows, pending.keys.device)
         window, valid = pending.window, None
         if window is not None:
             valid = plan.visible_tail(rows, window.shape[2], window.device)
             window = window if len(rows) == len(window) else window[layout.rows]
         keys, values, places = _placed(pending, layout)
-        stored_keys, stored_values = self.sealer.store(keys, values, places, window, valid)
+        stored_keys, stored_values = sealer.store(keys, values, places, window, valid)
         return VisualSegment(
             keys=_own(stored_keys, pending.keys),
             values=_own(stored_values, pending.values),
@@ -275,6 +325,8 @@ class LayerKV:
         for segment in self.segments:
             segment.select_rows(index)
         self.text.select_rows(index)
+        if self.answer is not None:
+            self.answer.select_rows(index)
         self.dropped = [(begin, counts[index]) for begin, counts in self.dropped]
         if self.pending is not None:
             pending = self.pending
@@ -284,6 +336,8 @@ class LayerKV:
 
     def follow(self, padding: Tensor) -> None:
         """Begin an empty text behind all that is held, with so many columns of padding, int64 ``[B]``."""
+        if self.answer is not None:
+            self.answer.close(self.text)
         self.text = TextSegment()
         self.text.follow(self.length, padding)
 
@@ -291,9 +345,11 @@ class LayerKV:
         """Forget the logical positions from `length` on."""
         if length >= self.length:
             return
+        if self.answer is not None:
+            self.answer.check_crop(length)
+        columns, removed = self.text.length, self.length - length
         if self.pending is not None and length > self.pending.begin:
             keep = length - self.pending.begin
-            removed = self.length - length
             window = self.pending.window
             window = None if window is None else window[:, :, : max(0, window.shape[2] - removed)]
             keys, values = self.pending.keys[:, :, :keep], self.pending.values[:, :, :keep]
@@ -307,6 +363,8 @@ class LayerKV:
             self.dropped = [(begin, counts) for begin, counts in self.dropped if begin < length]
             if length == 0:
                 self.text, self.kept_dense = TextSegment(), []
+            if self.answer is not None:
+                self.answer.truncate(self.text, columns, length, removed)
         self.length = length
 
     def dense_tokens(self) -> int:
@@ -324,6 +382,8 @@ class LayerKV:
         if self.pending is not None:
             window = [] if self.pending.window is None else [self.pending.window]
             held += [self.pending.keys, self.pending.values, *window]
+        if self.answer is not None and self.answer.queries is not None:
+            held.append(self.answer.queries)
         return held + [counts for _, counts in self.dropped]
 
 

@@ -17,6 +17,7 @@ from rotatek_cache.core.row_layout import (
     moved,
     own_columns,
 )
+from rotatek_cache.token_pruning.interface import HeadChoice
 
 # Plans of which segments were made, with the batch rows of each.
 Compressed = tuple[tuple["SealPlan", tuple[int, ...]], ...]
@@ -31,8 +32,11 @@ class SealPlan:
     Args:
         visual, visible: bool ``[B, P]`` on the host.
         begin, end: the positions.
-        dropped: bool ``[B, P]``, visual tokens that are to be left out; None: none.
+        dropped: bool ``[B, P]``, tokens that are to be left out; None: none.
         prompt_end: where guesses at the answer begin; None: there are none.
+        asking: bool ``[B, P]``, tokens whose queries weigh; None: those that are stored.
+        better: bool ``[B, P]``, visual tokens that are stored better than the others; None: all are stored alike.
+        heads: which of the visual tokens each KV head stores; None: all.
     """
 
     def __init__(
@@ -43,20 +47,29 @@ class SealPlan:
         end: int,
         dropped: Tensor | None = None,
         prompt_end: int | None = None,
+        asking: Tensor | None = None,
+        better: Tensor | None = None,
+        heads: HeadChoice | None = None,
     ) -> None:
         if dropped is not None:
-            # Handled as padding is: stored nowhere, and its queries weigh nothing.
+            # Handled as padding is: stored nowhere, and queries of visual tokens, which may be masked, weigh nothing.
+            asking = visible & ~(visual & dropped) if asking is None else asking
             visual, visible = visual & ~dropped, visible & ~dropped
         self.visual = visual  # bool [B, P], padding excluded
         self.visible = visible  # bool [B, P]
+        self.asking = visible if asking is None else asking  # bool [B, P]
         self.dropped = dropped
+        self.better = better
+        self.heads = heads
         self.prompt_end = end if prompt_end is None else prompt_end
         self.begin = begin
         self.end = end
         self.counts: list[int] = visual.sum(1).tolist()
         self.all_visible = bool(visible.all())
+        self.all_ask = self.all_visible if self.asking is visible else bool(self.asking.all())
         # By what they follow from; tensors and alignments are compared by identity.
-        self._keeping: dict[Tensor, SealPlan] = {}
+        self._keeping: dict[tuple[Tensor, bool], SealPlan] = {}
+        self._preferring: dict[Tensor, SealPlan] = {}
         self._last_dense: dict[int, SealPlan] = {}
         self._layouts: dict[tuple[tuple[int, ...], torch.device], RowLayout] = {}
         self._dropped_counts: dict[torch.device, Tensor] = {}
@@ -64,29 +77,60 @@ class SealPlan:
         self._texts: dict[object, tuple[TextOrder, Alignment]] = {}
 
     def dropped_counts(self, device: torch.device) -> Tensor:
-        """Count the visual tokens that are left out of each row, ``[B]``."""
+        """Count the tokens that are left out of each row, ``[B]``."""
         assert self.dropped is not None
         if device not in self._dropped_counts:
             (self._dropped_counts[device],) = moved([self.dropped.sum(1)], device)
         return self._dropped_counts[device]
 
     def visible_tail(self, rows: tuple[int, ...], window: int, device: torch.device) -> Tensor | None:
-        """Return bool ``[len(rows), window]`` for the last positions of `rows`; None if nothing is padding."""
-        if self.all_visible:
+        """Return bool ``[len(rows), window]``, which of the last queries of `rows` weigh; None if all queries do."""
+        if self.all_ask:
             return None
         key = (rows, window, device)
         if key not in self._tails:
-            (self._tails[key],) = moved([self.visible[list(rows), -window:]], device)
+            (self._tails[key],) = moved([self.asking[list(rows), -window:]], device)
         return self._tails[key]
 
-    def keeping(self, kept: Tensor | None) -> "SealPlan":
-        """Return the plan of a layer that keeps only the visual tokens of bool ``[B, P]``; the same for one `kept`."""
+    def keeping(self, kept: Tensor | None, *, text_too: bool = False) -> "SealPlan":
+        """Return the plan of a layer that keeps only the tokens of bool ``[B, P]``; the same for one `kept`.
+
+        Args:
+            kept: visual tokens; all text stays.
+            text_too: text that is not in `kept` is left out as well.
+        """
         if kept is None:
             return self
-        if kept not in self._keeping:
-            dropped = self.visual & ~kept.to(self.visual.device)
-            self._keeping[kept] = SealPlan(self.visual, self.visible, self.begin, self.end, dropped)
-        return self._keeping[kept]
+        if (kept, text_too) not in self._keeping:
+            dropped = (self.visible if text_too else self.visual) & ~kept.to(self.visual.device)
+            self._keeping[kept, text_too] = SealPlan(self.visual, self.visible, self.begin, self.end, dropped)
+        return self._keeping[kept, text_too]
+
+    def dividing(self, heads: HeadChoice) -> "SealPlan":
+        """Return the plan of a layer whose KV heads keep tokens of their own; what none of them keeps is left out."""
+        dropped = self.visual & ~heads.stored.any(1).to(self.visual.device)
+        return SealPlan(self.visual, self.visible, self.begin, self.end, dropped, heads=heads)
+
+    def preferring(self, better: Tensor | None) -> "SealPlan":
+        """Return the plan of a layer that stores the visual tokens of bool ``[B, P]`` better; the same for one."""
+        if better is None:
+            return self
+        if better not in self._preferring:
+            own = better.to(self.visual.device)
+            self._preferring[better] = SealPlan(
+                self.visual, self.visible, self.begin, self.end, asking=self.asking, better=own
+            )
+        return self._preferring[better]
+
+    @functools.cached_property
+    def by_quality(self) -> "tuple[SealPlan, SealPlan]":
+        """Plans of the visual tokens that are stored better, and of the others; all else is the same in both."""
+        assert self.better is not None
+        better, others = (
+            SealPlan(self.visual & part, self.visible, self.begin, self.end, asking=self.asking)
+            for part in (self.better, ~self.better)
+        )
+        return better, others
 
     def keep_last_dense(self, tokens: int) -> "SealPlan":
         """Return the plan that counts the last `tokens` visual tokens of each row as text."""
@@ -95,7 +139,9 @@ class SealPlan:
         if tokens not in self._last_dense:
             from_end = self.visual.flip(1).cumsum(1).flip(1)  # 1 for the last visual token
             visual = self.visual & (from_end > tokens)
-            self._last_dense[tokens] = SealPlan(visual, self.visible, self.begin, self.end, self.dropped)
+            self._last_dense[tokens] = SealPlan(
+                visual, self.visible, self.begin, self.end, self.dropped, asking=self.asking
+            )
         return self._last_dense[tokens]
 
     def queries_behind_visual(self, *, last_only: bool = False) -> Tensor:
@@ -115,7 +161,7 @@ class SealPlan:
         """A plan for each batch row with visual tokens."""
         index = torch.arange(len(self.counts), device=self.visual.device)[:, None]
         return tuple(
-            SealPlan(self.visual & (index == row), self.visible, self.begin, self.end)
+            SealPlan(self.visual & (index == row), self.visible, self.begin, self.end, asking=self.asking)
             for row, count in enumerate(self.counts)
             if count
         )

@@ -10,7 +10,7 @@ from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.cache.visual_positions import seen_by_mask
 from rotatek_cache.core.attention import MAX_SCORES, causal_mask
-from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, Summary
+from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, HeadChoice, Stage, Summary
 
 
 class TokenSelection:
@@ -24,7 +24,8 @@ class TokenSelection:
     def _forget(self, plan: SealPlan | None = None) -> None:
         self._plan = plan
         self._seen: dict[int, Summary] = {}
-        self._kept: dict[int, Tensor] | None = None
+        self._kept: dict[int, Tensor | HeadChoice] = {}
+        self._stages: list[Stage] = [] if plan is None else list(self.method.stages(self.compressed))  # still to come
         self._waiting: list[int] = []  # layers that have attended and are not decided on
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TokenSelection":
@@ -37,16 +38,20 @@ class TokenSelection:
         self.method.check_layers(compressed, layers)
         self.compressed = tuple(compressed)
 
-    def kept(self, layer: int, plan: SealPlan | None) -> Tensor | None:
-        """Return the tokens that a layer which seals by `plan` keeps, bool ``[B, P]``; None while that is not known."""
-        if plan is None or plan is not self._plan or self._kept is None:
-            return None
-        return self._kept.get(layer)
+    def part_of(self, layer: int, plan: SealPlan) -> SealPlan:
+        """Return the part of `plan` that a layer keeps, `plan` itself while no stage has decided on that."""
+        return plan if plan is not self._plan else self._keeping(layer, plan)
+
+    def _keeping(self, layer: int, plan: SealPlan) -> SealPlan:
+        kept = self._kept.get(layer)
+        if isinstance(kept, HeadChoice):
+            return plan.dividing(kept)
+        return plan.keeping(kept, text_too=self.method.drops_text) if self.method.drops else plan.preferring(kept)
 
     def decide(
         self, layer: LayerKV, plan: SealPlan, query: Tensor, mask: Tensor | None, scale: float
-    ) -> list[tuple[int, Tensor | None]]:
-        """See a layer attend; returns the layers that can seal now, with the tokens that each keeps (None: all).
+    ) -> list[tuple[int, SealPlan]]:
+        """See a layer attend; returns the layers that can seal now, with the part of `plan` that each keeps.
 
         Args:
             layer: the layer, with its tokens pending.
@@ -55,24 +60,21 @@ class TokenSelection:
             mask: the model's mask, bool ``[B or 1, 1, Q, T]`` or additive.
             scale: factor on the logits.
         """
-        if self.method.layer_by_layer:
-            seen = self._summary(layer, plan, query, mask, scale)
-            return [(layer.index, self.method.select({layer.index: seen}, plan.visual, (layer.index,))[layer.index])]
         if plan is not self._plan:
             self._forget(plan)
-        watched = self.method.watched(self.compressed)
-        if layer.index in watched and self._kept is None:
+        if self._stages and layer.index in self._stages[0].watched:
             self._seen[layer.index] = self._summary(layer, plan, query, mask, scale)
-            if layer.index == watched[-1]:
-                pruned = self.method.pruned(self.compressed)
-                self._kept = self.method.select(self._seen, plan.visual, pruned)
+            if layer.index == self._stages[0].watched[-1]:
+                held = self._keeping(layer.index, plan).visual
+                self._kept |= self.method.select(self._seen, held, self._stages.pop(0).pruned)
+                self._seen = {}
         self._waiting.append(layer.index)
-        kept, pruned = self._kept, self.method.pruned(self.compressed)
-        ready = [index for index in self._waiting if kept is not None or index not in pruned]
-        self._waiting = [index for index in self._waiting if index not in ready]
+        undecided = {index for stage in self._stages for index in stage.pruned}
+        ready = [(index, self._keeping(index, plan)) for index in self._waiting if index not in undecided]
+        self._waiting = [index for index in self._waiting if index in undecided]
         if layer.index == self.compressed[-1]:
             self._forget()
-        return [(index, None if kept is None else kept.get(index)) for index in ready]
+        return ready
 
     def _summary(self, layer: LayerKV, plan: SealPlan, query: Tensor, mask: Tensor | None, scale: float) -> Summary:
         queries = query.shape[2]
@@ -83,6 +85,10 @@ class TokenSelection:
         size = size if self.method.in_parts else queries
         visual = plan.visual.to(query.device)
         visible = self._visible(mask, queries, layer.length, query.device)
+        dropped = self._keeping(layer.index, plan).dropped
+        if dropped is not None:  # the layer does not attend to them
+            gone = torch.nn.functional.pad(dropped.to(query.device), (plan.begin, 0))
+            visible = visible & ~gone[:, None]
         total: Summary | None = None
         for start in range(begin, queries, size):
             chosen = slice(start, min(start + size, queries))
@@ -90,7 +96,8 @@ class TokenSelection:
             weights = layer.pending_attention(query[:, :, chosen], seen, scale)
             part = valid[:, chosen]
             seen = seen[..., plan.begin :] & part[..., None]
-            rows = AttentionRows(weights * seen[:, None], seen, part, visual)
+            assert layer.shape is not None
+            rows = AttentionRows(weights * seen[:, None], seen, part, visual, layer.shape[1])
             summary = self.method.summarise(rows)
             total = summary if total is None else tuple(a + b for a, b in zip(total, summary, strict=True))
         assert total is not None

@@ -10,6 +10,7 @@ from rotatek_cache.codecs.bases.think import ThinK
 from rotatek_cache.codecs.calibrated import Calibrated
 from rotatek_cache.codecs.dense import Dense
 from rotatek_cache.codecs.fitted import BasisMethod, Fitted
+from rotatek_cache.codecs.hadamard import HadamardCodes
 from rotatek_cache.codecs.interface import KeyCodec, StateOptions
 from rotatek_cache.codecs.quantized import ChannelCodes, TokenCodes
 from rotatek_cache.codecs.spark import SparKCodec
@@ -29,6 +30,7 @@ CODECS: dict[str, Callable[[StateOptions], KeyCodec]] = {
     "spark": SparKCodec,
     "spark_mean": functools.partial(SparKCodec, signed_mean=True),
     "none": ChannelCodes,
+    "hadamard": HadamardCodes,
 }
 
 
@@ -68,8 +70,8 @@ def _key_codec(wanted: StateOptions) -> KeyCodec:
 
 def _value_codec(wanted: StateOptions) -> KeyCodec:
     options = wanted.options
-    if options.value_basis == "none":
-        return TokenCodes(wanted)
+    if options.value_basis != "auto":
+        return TokenCodes(wanted) if options.value_basis == "none" else HadamardCodes(wanted)
     if not options.codes_values:
         return Dense(wanted)
     return Calibrated(wanted) if options.is_calibrated else Fitted(wanted, BASES["pca"])

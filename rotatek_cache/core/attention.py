@@ -1,10 +1,11 @@
 """Attention over segment views: the reference in torch, which is the specification, and the way to the kernels."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -57,6 +58,10 @@ def attend(
     """
     if impl not in ("auto", "torch", *KERNELS):
         raise ValueError(f"impl must be 'auto', 'torch', 'triton' or 'cpp', got {impl!r}")
+    if any(segment.is_by_heads for segment in segments):
+        return attend_by_heads(
+            query, segments, functools.partial(attend, scale=scale, impl=impl, return_lse=return_lse)
+        )
     chosen = (_kernel_for(query.device) or "torch") if impl == "auto" else impl
     if chosen != "torch":
         try:
@@ -65,6 +70,23 @@ def attend(
             if impl != "auto":
                 raise
     return reference_attention(query, segments, scale, return_lse=return_lse)
+
+
+def attend_by_heads(
+    query: Tensor,
+    segments: Sequence[SegmentView],
+    attend_rows: Callable[[Tensor, Sequence[SegmentView]], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` where KV heads hold tokens of their own: as over ``H * B`` rows of one head, by `attend_rows`."""
+    heads, batch = max(segment.head_rows for segment in segments), query.shape[0]
+    folded = query.unflatten(1, (heads, -1)).transpose(0, 1).flatten(0, 1)  # [H * B, G, Q, D]
+    # One row of one head each: nothing is left to fold, or to retrieve.
+    views = [
+        dataclasses.replace(segment.heads_as_rows().retrieved(folded), head_rows=1, chunks=None) for segment in segments
+    ]
+    out, lse = attend_rows(folded, views)
+    out = out.unflatten(0, (heads, batch)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return out, None if lse is None else lse.unflatten(0, (heads, batch)).transpose(0, 1).flatten(1, 2)
 
 
 def _kernel_for(device: torch.device) -> Implementation | None:
@@ -94,6 +116,9 @@ def reference_attention(
     query: Tensor, segments: Sequence[SegmentView], scale: float, *, return_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` in plain torch. Half-precision operands are computed in float32."""
+    if any(segment.is_by_heads for segment in segments):
+        attend_rows = functools.partial(reference_attention, scale=scale, return_lse=return_lse)
+        return attend_by_heads(query, segments, attend_rows)
     queries = query.shape[2]
     total = max(1, sum(segment.max_length for segment in segments))
     chunk = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * total))

@@ -1,7 +1,7 @@
 """Index tensors and mask columns that the layers of one forward share."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ RowTable = tuple[Tensor, Tensor]  # first token and number of tokens of each row
 
 # The places of a segment's tokens, compared by identity: positions and first tokens of visual ones, alignment and
 # number of columns of text, counts of the rows' tokens and which of them where all are coded.
-Places = tuple[object, object]
+SegmentPlaces = tuple[object, object]
 
 
 class TextForm(NamedTuple):
@@ -37,10 +37,11 @@ class ForwardTables:
     def clear(self) -> None:
         """Drop all of it: the forward has ended, or rows or positions have changed."""
         self._mask: Tensor | None = None
-        self._columns: dict[Places, Tensor] = {}
+        self._columns: dict[SegmentPlaces, Tensor] = {}
         self._text_rows: dict[TextForm, RowTable] = {}
+        self._made: dict[Hashable, Any] = {}
 
-    def mask_columns(self, mask: Tensor, places: Places, positions: Callable[[], Tensor]) -> Tensor:
+    def mask_columns(self, mask: Tensor, places: SegmentPlaces, positions: Callable[[], Tensor]) -> Tensor:
         """Gather the columns of the model's mask for a segment.
 
         Args:
@@ -56,9 +57,17 @@ class ForwardTables:
         if places not in self._columns:
             # Entries past a row's tokens may point at positions that a crop has removed.
             index = positions().to(mask.device).clamp(max=mask.shape[-1] - 1)
-            rows = mask[:, 0].expand(index.shape[0], -1, -1)
+            # Heads may be rows of their own, all rows of one head after those of another.
+            rows = mask[:, 0] if mask.shape[0] == 1 else mask[:, 0].repeat(index.shape[0] // mask.shape[0], 1, 1)
+            rows = rows.expand(index.shape[0], -1, -1)
             self._columns[places] = rows.gather(2, index[:, None].expand(-1, mask.shape[2], -1))
         return self._columns[places]
+
+    def made(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what the first layer that asked for `key` has made."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def text_rows(self, form: TextForm) -> RowTable:
         """Return the row table of text in this form."""

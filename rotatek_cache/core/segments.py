@@ -16,6 +16,7 @@ from torch import Tensor
 from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.forward_tables import ForwardTables, TextForm, row_table
 from rotatek_cache.core.quantization import Code, HeadCodes, join_tokens
+from rotatek_cache.core.retrieval import Chunks
 from rotatek_cache.core.row_layout import (
     POSITION,
     Alignment,
@@ -56,6 +57,9 @@ class SegmentView:
         value_code: how Values are packed; None if `values` are numbers.
         slots: int32 or int64 ``[B, n]`` where tokens are scattered over a pool: token j of row b is stored at
             ``slots[b, starts[b] + j]``. None if they lie side by side.
+        head_rows: KV heads that are rows of their own: there is one head then, and row ``h * B + b`` is head h of batch
+            row b, in all fields above. 1: heads are heads.
+        chunks: of which a query of one token reads those that it asks for; None: all is read.
     """
 
     keys: Tensor
@@ -72,6 +76,62 @@ class SegmentView:
     value_basis: KeyBasis | None = None
     value_code: Code | None = None
     slots: Tensor | None = None
+    head_rows: int = 1
+    chunks: Chunks | None = None
+
+    @property
+    def is_by_heads(self) -> bool:
+        """Whether KV heads hold or read tokens of their own, so that attention goes over them one by one."""
+        return self.head_rows > 1 or self.chunks is not None
+
+    def heads_as_rows(self) -> "SegmentView":
+        """Return the same with each KV head of each row as a row of its own, see `head_rows`."""
+        if self.head_rows > 1:
+            return self
+        heads, batch = self.heads, len(self.starts)
+        if isinstance(self.key_code, HeadCodes) or isinstance(self.value_code, HeadCodes) or self.slots is not None:
+            raise ValueError(
+                "heads that store tokens of their own cannot be read beside heads with codes of their own, or a pool"
+            )
+        tokens = self.keys.shape[1]
+        head = torch.arange(heads, device=self.starts.device)[:, None]
+        bases, rows = max(1, *(_basis_count(basis) for basis in (self.basis, self.value_basis))), self.basis_rows
+        if rows is not None or bases != batch:
+            rows = torch.arange(batch, device=self.starts.device) if rows is None else rows
+            rows = (head * bases + rows).flatten()
+        return dataclasses.replace(
+            self,
+            keys=self.keys.flatten(0, 1)[None],
+            values=self.values.flatten(0, 1)[None],
+            starts=(head * tokens + self.starts).flatten(),
+            lengths=self.lengths.repeat(heads),
+            batched=self.batched and tokens == batch * self.row_stride,
+            basis=_heads_as_rows(self.basis),
+            value_basis=_heads_as_rows(self.value_basis),
+            basis_rows=rows,
+            mask=None if self.mask is None else self.mask.repeat(heads, 1, 1),
+            head_rows=heads,
+        )
+
+    def retrieved(self, query: Tensor) -> "SegmentView":
+        """Return the tokens of the chunks that a query ``[rows, G, 1, D]`` asks for; all of them, if it has more."""
+        if self.chunks is None or query.shape[2] > 1:
+            return self
+        tokens, lengths = self.chunks.best(query, self.lengths)
+        slots = (self.starts[:, None] + tokens).clamp(max=self.keys.shape[1] - 1)
+        mask = self.mask
+        if mask is not None:
+            mask = mask.gather(2, tokens.clamp(max=mask.shape[2] - 1)[:, None].expand(-1, mask.shape[1], -1))
+        return dataclasses.replace(
+            self,
+            starts=torch.zeros_like(self.starts),
+            lengths=lengths,
+            max_length=slots.shape[1],
+            slots=slots,
+            mask=mask,
+            batched=False,
+            chunks=None,
+        )
 
     @property
     def is_diagonal(self) -> bool:
@@ -145,6 +205,15 @@ def _numbers(stored: Tensor, code: Code | None, pick: Callable[[Tensor], Tensor]
     return (picked if code is None else code.unpack(picked)).to(dtype)
 
 
+def _basis_count(basis: KeyBasis | None) -> int:
+    held = () if basis is None else (basis.B, basis.delta)
+    return next((tensor.shape[1] for tensor in held if tensor is not None), 0)
+
+
+def _heads_as_rows(basis: KeyBasis | None) -> KeyBasis | None:
+    return None if basis is None else basis.select(lambda tensor: tensor.flatten(0, 1)[None])
+
+
 def select_basis(basis: KeyBasis, rows: Tensor) -> KeyBasis:
     """Pick rows (dimension 1) of `basis` by the int64 vector `rows`."""
     return basis.select(lambda tensor: tensor[:, rows])
@@ -166,8 +235,7 @@ class Stored:
     @property
     def basis_count(self) -> int:
         """Sequences that have a basis here."""
-        held = (self.basis.B, self.basis.delta) if self.basis is not None else ()
-        return next((tensor.shape[1] for tensor in held if tensor is not None), 0)
+        return _basis_count(self.basis)
 
     def tensors(self) -> list[Tensor]:
         """List everything held."""
@@ -185,6 +253,8 @@ class VisualSegment:
         positions: int32 ``[N]``, logical position of each token (shared by the layers).
         starts, lengths, basis_rows: the row table, ``[B]`` each.
         is_text: whether it holds text.
+        heads: KV heads that are rows of the table: row ``h * B + b`` is head h of batch row b. 1: heads are heads.
+        chunks: of which a decode step reads those that its query asks for; None: all is read.
     """
 
     keys: "Stored"
@@ -196,6 +266,8 @@ class VisualSegment:
     max_length: int
     uniform: bool
     is_text: bool = False
+    heads: int = 1
+    chunks: Chunks | None = None
     # Whether a copy of the cache reads the same storage.
     shared: bool = field(default=False, metadata={"saved": False})
     _unmasked: SegmentView | None = field(default=None, init=False, repr=False)
@@ -216,11 +288,20 @@ class VisualSegment:
                 key_code=self.keys.code,
                 value_basis=self.values.basis,
                 value_code=self.values.code,
+                head_rows=self.heads,
+                chunks=self.chunks,
             )
         if mask is None:
             return self._unmasked
         columns = forward.mask_columns(mask, (self.positions, self.starts), self.token_positions)
         return dataclasses.replace(self._unmasked, mask=columns)
+
+    def table(self) -> dict[str, Tensor]:
+        """Give what selecting rows changes, by name."""
+        held = {"starts": self.starts, "lengths": self.lengths, "basis_rows": self.basis_rows}
+        if self.chunks is not None:
+            held |= {f"chunk_{name}": getattr(self.chunks, name) for name in ("starts", "counts", "read")}
+        return held
 
     def token_positions(self) -> Tensor:
         """Return logical positions ``[B, max_length]``; entries past a row's length are arbitrary."""
@@ -230,8 +311,12 @@ class VisualSegment:
 
     def select_rows(self, index: Tensor) -> None:
         """Let batch row b be what row ``index[b]`` was."""
+        if self.heads > 1:
+            batch = len(self.starts) // self.heads
+            index = (torch.arange(self.heads, device=index.device)[:, None] * batch + index).flatten()
         self.starts, self.lengths = self.starts[index], self.lengths[index]
         self.basis_rows = self.basis_rows[index]
+        self.chunks = None if self.chunks is None else self.chunks.select_rows(index)
         self.uniform = False  # rows may share storage now, or lie in another order
         self._unmasked = None
 
@@ -247,7 +332,8 @@ class VisualSegment:
     def tensors(self) -> list[Tensor]:
         """List everything held."""
         rows = [self.positions, self.starts, self.lengths, self.basis_rows]
-        return [*self.keys.tensors(), *self.values.tensors(), *rows]
+        chunks = [] if self.chunks is None else self.chunks.tensors()
+        return [*self.keys.tensors(), *self.values.tensors(), *rows, *chunks]
 
     def __deepcopy__(self, memo: dict) -> "VisualSegment":
         # Sealed storage is immutable, so copies of a cache share it; what may change is only ever replaced.
@@ -299,6 +385,8 @@ def _joined_states(parts: list[Stored]) -> Stored:
 
     def join(name: str) -> Tensor | None:
         held = [getattr(basis, name) for basis in bases]
+        if held[0] is not None and name in "AB" and bases[0].shared:
+            return held[0][:, :1].expand(-1, sum(part.shape[1] for part in held), *held[0].shape[2:])
         return None if held[0] is None else torch.cat(held, 1)
 
     decoder = join("B")
@@ -319,6 +407,7 @@ class TextSegment:
         self.values: Tensor | None = None  # [H, B, capacity, D_v]
         self.length = 0
         self.reserved = 0  # the capacity that `reserve` has made, if it did
+        self.most: int | None = None  # columns that there will never be more than, where that is known
         self.lent = False  # whether another cache reads the columns, which are copied before they are written again
         self.alignment: Alignment | None = None  # None: column c is logical position c
 
@@ -332,10 +421,9 @@ class TextSegment:
         keys, values = keys.transpose(0, 1), values.transpose(0, 1)
         end = self.length + keys.shape[2]
         if self.keys is None or self.values is None:
-            self.keys, self.values = _reserved(keys, end), _reserved(values, end)
+            self.keys, self.values = self._reserved(keys, end), self._reserved(values, end)
         elif end > self.capacity or self._frozen():
-            self.keys, self.values = _reserved(self.keys, end, self.length), _reserved(self.values, end, self.length)
-            self.lent = False
+            self._renew(end)
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
@@ -347,7 +435,7 @@ class TextSegment:
         if self.length < self.capacity == self.reserved and not self._frozen():
             return
         wanted = self.length + max(RESERVED, self.length // FILLED_PER_FREE)
-        self.reserved = -(-wanted // RESERVED_STEP) * RESERVED_STEP
+        self.reserved = self._bounded(-(-wanted // RESERVED_STEP) * RESERVED_STEP, self.length + 1)
         self.keys, self.values = (_buffer(held, self.reserved, self.length) for held in (self.keys, self.values))
         self.lent = False
 
@@ -432,9 +520,42 @@ class TextSegment:
     def realign(self, keys: Tensor, values: Tensor, order: TextOrder, alignment: Alignment) -> None:
         """Replace the contents by the tokens `order` of ``keys [B, H, P, D]`` and `values`."""
         width = alignment.width
-        self.keys = _reserved(keys.transpose(0, 1)[:, order.rows, order.columns], width, width)
-        self.values = _reserved(values.transpose(0, 1)[:, order.rows, order.columns], width, width)
+        self.keys = self._reserved(keys.transpose(0, 1)[:, order.rows, order.columns], width, width)
+        self.values = self._reserved(values.transpose(0, 1)[:, order.rows, order.columns], width, width)
         self.length, self.alignment, self.lent = width, alignment, False
+
+    def compact(self, first: int, kept: Tensor, alignment: Alignment) -> None:
+        """Of the columns from `first` on, keep those of int64 `kept` ``[H, B, n]``, counted from there, in place."""
+        assert self.keys is not None
+        assert self.values is not None
+        if self._frozen():
+            self._renew(self.length)
+        end = first + kept.shape[2]
+        for held in (self.keys, self.values):
+            index = kept[..., None].expand(-1, -1, -1, held.shape[-1])
+            held[:, :, first:end] = held[:, :, first : self.length].gather(2, index)
+        self.length, self.alignment = end, alignment
+
+    @property
+    def next_position(self) -> int:
+        """Logical position of the next column."""
+        return (
+            self.length if self.alignment is None else self.alignment.next_position + self.length - self.alignment.width
+        )
+
+    def _renew(self, needed: int) -> None:
+        """Move to buffers of at least `needed` columns, which nothing else reads."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = (self._reserved(held, needed, self.length) for held in (self.keys, self.values))
+        self.lent = False
+
+    def _bounded(self, columns: int, needed: int) -> int:
+        return columns if self.most is None else max(needed, min(columns, self.most))
+
+    def _reserved(self, source: Tensor, needed: int, filled: int = 0) -> Tensor:
+        """Make a buffer ``[H, B, >= needed, D]`` like `source` with its first `filled` columns copied."""
+        return _buffer(source, self._bounded(capacity_for(needed), needed), filled)
 
     def select_rows(self, index: Tensor) -> None:
         """Let batch row b be what row ``index[b]`` was (copies: rows go on differently)."""
@@ -478,11 +599,6 @@ class TextSegment:
 def capacity_for(needed: int) -> int:
     """Return how many columns a text segment reserves for `needed` ones."""
     return needed + max(LEAST_FREE, needed // FILLED_PER_FREE)
-
-
-def _reserved(source: Tensor, needed: int, filled: int = 0) -> Tensor:
-    """Make a buffer ``[H, B, >= needed, D]`` like `source` with its first `filled` columns copied."""
-    return _buffer(source, capacity_for(needed), filled)
 
 
 def _buffer(source: Tensor, capacity: int, filled: int) -> Tensor:

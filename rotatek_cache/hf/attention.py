@@ -58,7 +58,9 @@ def rotatek_attention_forward(
     if isinstance(key, StepHandle):
         # Captured: a mask hides nothing but padding, which is not stored.
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend(query, key.views, scale, return_lse=False)[0], None
+        output = attend(query, key.views, scale, return_lse=False)[0]
+        key.observe(query)
+        return output, None
     if not isinstance(key, LayerHandle):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -26,15 +26,16 @@ from rotatek_cache.codecs.fingerprint import ModelMark
 from rotatek_cache.codecs.registry import codecs_for
 from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
+from rotatek_cache.core.quantization import CodeLayout
 from rotatek_cache.core.row_layout import row_index
-from rotatek_cache.core.segments import SegmentView, Stored, TextSegment
+from rotatek_cache.core.segments import Stored, TextSegment, VisualSegment
 from rotatek_cache.hf.config_shapes import kv_shape
 from rotatek_cache.hf.estimate import CacheEstimate, estimate_bytes, tokens_of
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
 from rotatek_cache.options import Allocation, Bits, FitOptions, RowBits, with_option_docs
 from rotatek_cache.report import CacheReport, LayerReport, SavedBytes, SegmentReport
-from rotatek_cache.token_pruning.interface import FeatureMethod, TokenMethod
-from rotatek_cache.token_pruning.registry import token_method
+from rotatek_cache.token_pruning.interface import AttentionMethod, FeatureMethod, TokenMethod
+from rotatek_cache.token_pruning.registry import decoded_method, token_method
 
 # Layers that are not ours are saved as they are; a dummy stands for one that has nothing to cache.
 for _found in vars(cache_utils).values():
@@ -77,6 +78,7 @@ class LayerHandle:
         if isinstance(self.kv, CodedKV):
             self.kv.settle(mask)
         else:
+            self.kv.keep_decoded_query(query, scale)
             self.coordinator.observe(self.kv, query, mask, scale)
 
     def to(self, device: torch.device, **kwargs: Any) -> Self:
@@ -108,10 +110,20 @@ class LayerHandle:
 class StepHandle:
     """The segments that attention reads while a decode step of fixed addresses is captured, as `update` gives them."""
 
-    __slots__ = ("views",)
+    __slots__ = ("step",)
 
-    def __init__(self, views: list[SegmentView]) -> None:
-        self.views = views
+    def __init__(self, step: LayerStep | CodedLayerStep) -> None:
+        self.step = step
+
+    @property
+    def views(self) -> list[Any]:
+        """What attention reads."""
+        return self.step.views
+
+    def observe(self, query: Tensor) -> None:
+        """Note that the layer has attended with this query ``[B, H_q, 1, D]``."""
+        if isinstance(self.step, LayerStep):
+            self.step.keep_query(query)
 
 
 class MaskedStates:
@@ -250,12 +262,13 @@ class RotateKCache(Cache):
         key_bits: Bits = None,
         value_sparsity: float | None = None,
         value_bits: Bits = None,
-        value_basis: Literal["auto", "none"] = "auto",
+        value_basis: Literal["auto", "none", "hadamard"] = "auto",
         basis_bits: Literal[8] | None = None,
         allocation: Allocation | str = "uniform",
         streaming: bool = False,
         text: Literal["dense", "coded"] = "dense",
         bits: RowBits = None,
+        decoded: str | None = None,
         tokens: TokenMethod | str | None = None,
         budget: str | int | None = None,
         graphs: bool = True,
@@ -277,6 +290,7 @@ class RotateKCache(Cache):
             "streaming": streaming,
             "text": text,
             "bits": bits,
+            "decoded": decoded,
         }
         self._begin(chosen, tokens, budget, visual_mask, config)
         if not isinstance(graphs, bool):
@@ -320,6 +334,8 @@ class RotateKCache(Cache):
         self.options = FitOptions(**{**chosen, "sparsity": DEFAULT_SPARSITY} if rank_open else chosen)
         if tokens is not None and self.options.streaming:
             raise ValueError("tokens cannot be chosen with streaming=True, which seals an image before its end is seen")
+        if self.options.decoded is not None:
+            decoded_method(self.options.decoded)  # raises where it names none
         self.calibrated: CalibratedBasis | None = None
         if self.options.is_calibrated:
             self.calibrated = load_basis(self.options.basis)
@@ -330,6 +346,9 @@ class RotateKCache(Cache):
             name = type(self.tokens).__name__
             if budget is None:
                 raise ValueError(f"tokens={name}: keep must be given where no budget is, as in {name}(keep=0.4)")
+        if isinstance(self.tokens, AttentionMethod) and not self.tokens.drops:
+            self.tokens.options_of_kept(self.options)  # raises where they do not go together
+        self._check_heads_apart(budget)
         planner = None if budget is None else Planner(Budget(budget), self.options, self.tokens, rank_open=rank_open)
         self.positions = VisualPositions(visual_mask)
         self.coordinator = Coordinator(self.positions, self.tokens, planner)
@@ -345,6 +364,25 @@ class RotateKCache(Cache):
         super().__init__(layers=[])
         if config is not None:
             self.learn_config(config)
+
+    def _check_heads_apart(self, budget: object) -> None:
+        """Raise a ValueError for options that do not go with heads that keep tokens of their own."""
+        if not isinstance(self.tokens, AttentionMethod) or not self.tokens.by_head:
+            return
+        name = type(self.tokens).__name__
+        if budget is not None:
+            raise ValueError(
+                f"budget={budget!r} counts tokens of layers, and {name} gives each head tokens of its own: leave out "
+                f"budget, and give the share of reads, as in {name}(keep=0.3), and sparsity or rank"
+            )
+        apart = [f"{kind}_bits='auto'" for kind in ("key", "value") if getattr(self.options, f"{kind}_bits") == "auto"]
+        apart += [f"allocation={self.options.allocation.over!r}"] * (self.options.allocation.over != "uniform")
+        apart += [f"energy={self.options.energy}"] * (self.options.energy is not None)
+        if apart:
+            raise ValueError(
+                f"{', '.join(apart)} lets heads of a layer, or rows, be stored in different forms, and tokens={name} "
+                "packs the tokens of all heads together: give rank or sparsity, and bits that are a number"
+            )
 
     @classmethod
     def estimate(
@@ -486,7 +524,7 @@ class RotateKCache(Cache):
         if self.stepping is not None:
             step = self.stepping[layer_idx]
             step.append(key_states, value_states)
-            handle = StepHandle(step.views)
+            handle = StepHandle(step)
             return handle, handle
         if not self.layers and self.coordinator.needs_layers:
             raise RuntimeError(
@@ -709,6 +747,9 @@ class RotateKCache(Cache):
                 f"the state of linear attention in layers {states} cannot be taken back to before a token, so this "
                 "cache cannot be cropped: keep a copy.deepcopy of it from before"
             )
+        for kv in self._sealed_by_images():
+            if count and kv.answer is not None:
+                kv.answer.check_crop(max(0, held + count))
         self._crop_offsets(max(0, held + count), held)
         super().crop(count)
         self.positions.truncate(self.get_seq_length())
@@ -1020,6 +1061,12 @@ def _rank(stored: Stored, width: int) -> int:
     return width if fitted is None else fitted
 
 
+def _one_width(stored: Stored) -> int | None:
+    """Return the bits of all codes that are stored; None where they differ, or there are none."""
+    blocks = stored.code.blocks if isinstance(stored.code, CodeLayout) else ()
+    return blocks[0][0] if len(blocks) == 1 else None
+
+
 def _layer_report(index: int, layer: Any) -> LayerReport:
     if not isinstance(layer, RotateKLayer):
         stored = storage_bytes(stock_tensors(layer))
@@ -1036,7 +1083,8 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         return _coded_report(kv, index, stored, dense)
     segments = [
         SegmentReport(
-            tokens=int(segment.lengths.sum()),
+            **_by_head(segment),
+            tokens=round(int(segment.lengths.sum()) / segment.heads),
             rank=_rank(segment.keys, width),
             stored_rank=segment.keys.channels,
             head_width=width,
@@ -1045,6 +1093,7 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
             basis_bytes=storage_bytes(
                 [t for stored in (segment.keys, segment.values) for t in stored.tensors() if t is not stored.data]
             ),
+            key_bits=_one_width(segment.keys),
         )
         for segment in kv.segments
         if not segment.is_text
@@ -1059,7 +1108,18 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         dense,
         list(kv.kept_dense),
         sum(int(counts.sum()) for _, counts in kv.dropped),
+        0 if kv.answer is None else kv.answer.evicted,
     )
+
+
+def _by_head(segment: VisualSegment) -> dict[str, tuple[int, ...]]:
+    """Count what each KV head of a segment stores and reads, where they differ in it."""
+    if segment.heads == 1 and segment.chunks is None:
+        return {}
+    lengths = segment.lengths.long()
+    read = lengths if segment.chunks is None else (segment.chunks.read * segment.chunks.size).minimum(lengths)
+    stored, reads = (tuple(counts.unflatten(0, (segment.heads, -1)).sum(1).tolist()) for counts in (lengths, read))
+    return {"by_head": stored, "read_by_head": reads}
 
 
 def _coded_report(kv: CodedKV, index: int, stored: int, dense: int) -> LayerReport:

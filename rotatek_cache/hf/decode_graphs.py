@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rotatek_cache.cache.coded_step import CodedLayerStep, CodedStep
 from rotatek_cache.cache.decode_step import DecodeStep, LayerStep
+from rotatek_cache.cache.layer import LayerKV
 from rotatek_cache.hf.cache import RotateKCache, RotateKLayer
 from rotatek_cache.hf.calls import CACHE_NAMES, arguments_of, cache_argument, cache_in
 
@@ -199,6 +200,11 @@ class DecodeGraphs:
         known.steps += 1
         if known.steps == 1:
             raise Eager("the first step after a prompt")
+        for layer in cache.layers:
+            if isinstance(layer.kv, LayerKV):
+                layer.kv.make_room()
+                if layer.kv.answer is not None and layer.kv.answer.queries is None:
+                    raise Eager("the first step of an answer")
         signature, inputs = _signature(given)
         signature["model"] = self.model.state(inner)
         layers = [layer.kv for layer in cache.layers]

@@ -324,17 +324,23 @@ class Alike(AttentionMethod):
     inner: AttentionMethod | None = None
     pools_layers: ClassVar[bool] = True
 
+    @property
+    def drops_text(self) -> bool:
+        """Whether the method drops text."""
+        return self.inner is not None and self.inner.drops_text
+
     def summarise(self, rows: AttentionRows) -> Summary:
-        """Nothing of interest."""
-        return (rows.weights.sum((1, 2)),)
+        """Which tokens are seen, bool ``[B, P]``."""
+        return (rows.seen.any(1),)
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
         """As many tokens of each layer."""
-        counts, layers = visual.sum(1), len(pruned)
+        candidates = seen[pruned[0]][0] if self.drops_text else visual
+        counts, layers = candidates.sum(1), len(pruned)
         shares = torch.ones(layers, len(counts), dtype=torch.float64, device="cpu")
         dealt = spread(shares, share_of(layers * counts, self.share), counts.clamp(max=1), counts)
         nothing = torch.zeros(visual.shape, dtype=torch.float32, device="cpu")
-        return {layer: best_tokens(nothing, visual, budget) for layer, budget in zip(pruned, dealt, strict=True)}
+        return {layer: best_tokens(nothing, candidates, budget) for layer, budget in zip(pruned, dealt, strict=True)}
 
 
 class AlikeSealer(Sealer):
@@ -386,5 +392,5 @@ class ShapeSelection(TokenSelection):
         """Read an attention that no text pays to anything."""
         rows, columns = plan.visual.shape
         weights = torch.zeros(rows, 1, 1, columns, dtype=torch.float32, device="cpu")
-        seen = torch.ones(rows, 1, columns, dtype=torch.bool, device="cpu")
-        return self.method.summarise(AttentionRows(weights, seen, seen[..., 0], plan.visual.cpu()))
+        valid = torch.ones(rows, 1, dtype=torch.bool, device="cpu")
+        return self.method.summarise(AttentionRows(weights, plan.visible[:, None].cpu(), valid, plan.visual.cpu()))

@@ -167,6 +167,11 @@ def _get_candidate_generator(original: Original, *args: Any, **kwargs: Any) -> A
     given = original.arguments(*args, **kwargs)
     cache = cache_in(given["model_kwargs"])
     if isinstance(cache, RotateKCache):
+        if cache.options.decoded is not None:
+            raise ValueError(
+                f"decoded={cache.options.decoded!r} evicts tokens as they are decoded, one at a time, and assisted "
+                "decoding takes several and gives some back: leave out decoded, or the assistant"
+            )
         cache.positions.set_prompt_end(given["input_ids"].shape[1])
     return original(*args, **kwargs)
 

@@ -10,12 +10,11 @@ import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
+from rotatek_cache.options import FitOptions
 
 Summary = tuple[Tensor, ...]
 
@@ -30,12 +29,44 @@ class AttentionRows:
         seen: bool ``[B, q, P]``, which tokens each query sees; False for queries that are not `valid`.
         valid: bool ``[B, q]``, which queries the method asked for.
         visual: bool ``[B, P]``, which tokens are visual.
+        heads: KV heads; the query heads of one follow each other.
     """
 
     weights: Tensor
     seen: Tensor
     valid: Tensor
     visual: Tensor
+    heads: int = 1
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """The visual tokens that each KV head of a layer stores, and how many of them a decode step reads.
+
+    Attributes:
+        stored: bool ``[B, H, P]``.
+        retrieves: bool ``[B, H]``, heads that read in each step those chunks that its query asks for.
+        read: int64 ``[B, H]``, how many tokens these heads read, whole chunks of them.
+        chunk: tokens of a chunk.
+    """
+
+    stored: Tensor
+    retrieves: Tensor
+    read: Tensor
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers whose attention says what others keep.
+
+    Attributes:
+        watched: layers that are read, in order; tokens are chosen once the last of them has attended.
+        pruned: layers that drop tokens then.
+    """
+
+    watched: tuple[int, ...]
+    pruned: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -45,9 +76,13 @@ class TokenMethod:
     Args:
         keep: share in (0, 1] of the visual tokens that the method keeps (of which layers: see the method); None where
             a budget is to set it.
+
+    Attributes:
+        drops: tokens that are not kept are dropped; else they are stored as the options say, and the kept ones better.
     """
 
     keep: float | None = None
+    drops: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.keep is not None:
@@ -123,35 +158,75 @@ class AttentionMethod(TokenMethod, abc.ABC):
     Attributes:
         last_query_only: read the prompt's last query only, not all of those behind the last visual token.
         in_parts: the summary of many queries is the sum of those of their parts, so that memory can be bounded.
-        layer_by_layer: each layer's tokens follow from its own attention, so that none has to wait for the others.
         pools_layers: `keep` is that of all layers together, of which some keep more than others.
-        alike: all layers that drop tokens drop the same ones.
+        alike: the layers of a stage drop the same tokens.
+        by_head: the KV heads of a layer keep tokens of their own, as a `HeadChoice` says.
     """
 
     last_query_only: ClassVar[bool] = False
     in_parts: ClassVar[bool] = True
-    layer_by_layer: ClassVar[bool] = False
     pools_layers: ClassVar[bool] = False
     alike: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
+
+    @property
+    def drops_text(self) -> bool:
+        """Whether text of the prompt is dropped as visual tokens are."""
+        return False
+
+    def options_of_kept(self, options: FitOptions) -> FitOptions | None:
+        """Say how kept tokens are stored where the others are stored by `options`; None: as the model gave them.
+
+        Asked of methods that drop nothing. Raises a ValueError where `options` cannot do with them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} drops what it does not keep")
 
     def check_layers(self, compressed: Sequence[int], layers: int) -> None:
         """Raise if the method cannot work where only the layers `compressed` of `layers` are ours."""
 
-    def watched(self, compressed: Sequence[int]) -> Sequence[int]:
-        """Layers whose attention is read, in order; tokens are chosen once the last of them has attended."""
-        return compressed
+    def _check_masked(self, first: int, compressed: Sequence[int], layers: int) -> None:
+        """Raise unless all layers from `first` on are ours, where dropped tokens are masked in those behind it."""
+        missing = sorted(set(range(first, layers)) - set(compressed))
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} masks dropped tokens in all layers from {first + 1} on, but the layers "
+                f"{missing} of this model keep the stock cache layer (sliding window), which cannot"
+            )
 
-    def pruned(self, compressed: Sequence[int]) -> Sequence[int]:
-        """Layers that drop tokens."""
-        return compressed
+    def stages(self, compressed: Sequence[int]) -> Sequence[Stage]:
+        """List which layers of `compressed` are read and drop tokens together: by default all, once all have attended.
+
+        Stages follow one another. The layers that one reads hold what the stages before have left them, and alike.
+        """
+        return (Stage(tuple(compressed), tuple(compressed)),)
+
+    def times_dropped(self, compressed: Sequence[int]) -> dict[int, int]:
+        """Count for each layer the stages whose share it keeps: those before what its stage reads, and its own."""
+        times = dict.fromkeys(compressed, 0)
+        for stage in self.stages(compressed):
+            before = times[stage.watched[0]]
+            times |= dict.fromkeys(stage.pruned, before + 1)
+        return times
+
+    def masks_prefill(self, compressed: Sequence[int]) -> bool:
+        """Whether layers drop tokens before they attend to the prompt, so that its hidden states follow the choice."""
+        return any(layer > max(stage.watched) for stage in self.stages(compressed) for layer in stage.pruned)
 
     @abc.abstractmethod
     def summarise(self, rows: AttentionRows) -> Summary:
         """Return what to keep of a layer's attention: tensors that add up over parts of the queries."""
 
     @abc.abstractmethod
-    def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
-        """The tokens that each layer of `pruned` keeps: bool ``[B, P]``, within `visual` ``[B, P]``."""
+    def select(
+        self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]
+    ) -> Mapping[int, "Tensor | HeadChoice"]:
+        """The tokens that each layer of a stage's `pruned` keeps, bool ``[B, P]``; text counts if it `drops_text`.
+
+        Args:
+            seen: of each layer that the stage reads, its summary.
+            visual: bool ``[B, P]``, the visual tokens that these layers hold.
+            pruned: the layers.
+        """
 
     def merged(self, keys: Tensor, values: Tensor, kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and Values ``[B, H, P, D]`` of a layer as they are to be stored; most methods change nothing.

@@ -77,7 +77,7 @@ def test_the_cache_has_the_bytes_of_its_budget(llava: Host, options, counts):
 FAMILIES_OF_BUDGETS = ["qwen2_5_vl", "llava_next", "idefics3", "mistral3", "internvl", "qwen3_vl", "paligemma"]
 
 
-@pytest.mark.parametrize("tokens", [None, "vl_cache", "visionzip", "look_m", "fastv:layer=1"])
+@pytest.mark.parametrize("tokens", [None, "vl_cache", "visionzip", "look_m", "fastv:layer=1", "pyramid_drop"])
 @pytest.mark.parametrize("family", FAMILIES_OF_BUDGETS)
 def test_budgets_are_met_in_other_families(family, tokens):
     host = build_host(family)

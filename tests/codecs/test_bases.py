@@ -44,6 +44,20 @@ def test_every_method_gives_a_projection(name):
 
 
 @pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(("rank", "width", "columns"), [(4, 16, 8), (9, 12, 12)])
+def test_what_a_rank_is_padded_to_holds_directions(name, rank, width, columns):
+    keys = torch.randn(2, 40, width, generator=torch.Generator().manual_seed(0))
+    queries = torch.randn(1, 4, 8, width, generator=torch.Generator().manual_seed(1))
+
+    def stored(rank):
+        keys_codec, _ = codecs_for(FitOptions(rank=rank, basis=name), 0)
+        return keys_codec.store(keys, [(0, 40)], queries)
+
+    padded, whole = stored(rank), stored(columns)
+    assert torch.equal(padded.data, whole.data) and torch.equal(padded.basis.B, whole.basis.B)
+
+
+@pytest.mark.parametrize("name", BASES)
 def test_every_method_works_without_queries(name):
     stats, keys = statistics()
     basis = BASES[name].fit(KeyStatistics(stats.mean, stats.scatter, stats.tokens), 8, "eigh", torch.float64)
@@ -100,7 +114,7 @@ def test_the_query_moment_of_a_group_does_not_cancel_signs():
 
 
 def test_unknown_basis_lists_the_known():
-    with pytest.raises(ValueError, match=r"basis must be one of none, oblique, pca, .*got 'svd'"):
+    with pytest.raises(ValueError, match=r"basis must be one of hadamard, none, oblique, pca, .*got 'svd'"):
         codecs_for(FitOptions(rank=8, basis="svd"))
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rotatek_cache
-from evals import text_fidelity
+from evals import coded_peers, text_fidelity
 
 READER = Path(rotatek_cache.__file__).parent / "reader"
 
@@ -55,3 +55,25 @@ def test_what_is_missing_is_named(folder, capsys):
         text_fidelity.in_package("nothing_here", "weights")
     with pytest.raises(ValueError, match="2 passages of 9 tokens need a text of as many tokens, got 17"):
         text_fidelity.passages(torch.arange(17), 9, 2)
+
+
+def test_peers_read_the_same_passages_at_counted_bits(folder, tmp_path, capsys):
+    out = tmp_path / "found.json"
+    arguments = ["--parts", "text", "--text-model", folder, "--book", folder / "book.txt", "--out", out]
+    arguments += ["--other-text", folder / "other.txt", "--passages", 2, "--prompt", 120, "--read", 20, "--step", 10]
+    arguments += ["--calibrate", 3, "--only", "ours: 4", "ours: 2 bit", "QuaRot", "OSCAR", "fp8"]
+    coded_peers.main([str(argument) for argument in arguments])
+    found = json.loads(out.read_text())["text"]
+    assert "Hadamard (QuaRot): 2 bit" in capsys.readouterr().out
+    assert found["dense"]["kl"] == 0 and found["dense"]["ratio"] == 1
+    four, two = (found[f"Hadamard (QuaRot): {bits} bit"] for bits in (4, 2))
+    assert 0 < four["kl"] < two["kl"]
+    # 16 channels and two numbers of half precision beside them.
+    assert (four["bits"], two["bits"]) == (6, 4) and found["OSCAR: 2 bit, same book"]["bits"] == 4
+    assert found["ours: 4 bit, other text"]["bits"] == 4
+    # Each is held against ours with no more bits, on the same passages and of the same calibration.
+    for name, ours in (("Hadamard (QuaRot): 4 bit", "other text"), ("OSCAR: 2 bit, same book", "same book")):
+        held = found[name]["ours"]
+        assert held["row"] == f"ours: 4 bit, {ours}"
+        assert held["less_kl"] == pytest.approx(found[name]["kl"] - found[held["row"]]["kl"], rel=1e-3)
+    assert found["transformers' QuantizedCache: fp8"]["bits"] == pytest.approx(8, rel=1e-2)

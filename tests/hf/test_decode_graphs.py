@@ -5,6 +5,7 @@ import peft
 import pytest
 import torch
 import ways
+from checks import AKVQ
 from hosts import Host
 from recorded_graph import RecordedGraph, attend_on_device
 from tiny_models import FAMILIES, words
@@ -105,6 +106,8 @@ OPTIONS = [
     {"rank": 8, "tokens": "look_m:0.5"},
     {"rank": 8, "tokens": "divprune:0.7"},
     {"basis": "none", "sparsity": 0, "key_bits": 4},
+    AKVQ | {"tokens": "akvq_vl:0.3,text_layers=1"},
+    {"sparsity": 0, "tokens": "vl_cache:0.4,scope=prompt"},
 ]
 
 

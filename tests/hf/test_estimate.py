@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import ways
+from checks import AKVQ
 from hosts import Host
 from tiny_models import FAMILIES, visual_positions
 from transformers import AutoConfig, DynamicCache
@@ -33,6 +34,8 @@ EXACT = (
     {"sparsity": 0.5, "tokens": "fastv:0.5"},
     {"sparsity": 0.5, "tokens": "look_m:0.4"},
     {"sparsity": 0, "tokens": "divprune:0.5"},
+    {"sparsity": 0.5, "tokens": "pyramid_drop:0.5"},
+    AKVQ | {"tokens": "akvq_vl:0.3,text_layers=1"},
 )
 RANGES = (
     {"energy": 0.9},
@@ -88,7 +91,7 @@ def test_what_follows_from_the_prompt_is_a_range(llava: Host, options):
     assert all(estimate.least < estimate.nbytes for estimate in one)
 
 
-@pytest.mark.parametrize("tokens", ["vl_cache:0.5", "aircache:0.5"])
+@pytest.mark.parametrize("tokens", ["vl_cache:0.5", "vl_cache:0.5,scope=prompt", "aircache:0.5"])
 def test_layers_that_share_their_tokens_are_taken_to_get_alike(llava: Host, tokens):
     inputs = llava.tiny.inputs(llava.tiny.prompt(0, images=(1,)))
     estimate = _estimated(inputs, llava.plain.config, dtype=torch.float32, sparsity=0, tokens=tokens)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from checks import decode
+from checks import AKVQ, decode
 from hosts import build_host
 
 from rotatek_cache import RotateKCache
@@ -15,8 +15,11 @@ from rotatek_cache.codecs.fingerprint import fingerprint
 from rotatek_cache.codecs.registry import CODECS
 
 OPTIONS = [
-    *({"rank": 8, "basis": name, "always_compress": True} for name in CODECS if name != "none"),
+    *({"rank": 8, "basis": name, "always_compress": True} for name in CODECS if name not in ("none", "hadamard")),
     {"sparsity": 0, "basis": "none", "key_bits": 4, "value_basis": "none", "value_bits": 4, "always_compress": True},
+    AKVQ | {"always_compress": True, "tokens": "akvq_vl:0.2,text_layers=1"},
+    AKVQ | {"key_bits": 8, "value_bits": 4},
+    {"energy": 0.7, "always_compress": True, "value_basis": "hadamard", "value_bits": 4},
     {"sparsity": 0.5, "key_bits": "fp8", "value_sparsity": 0.5, "value_bits": "fp8", "always_compress": True},
     {"rank": 8, "solver": "eigh", "always_compress": True},
     {"energy": 0.7, "always_compress": True},
@@ -91,6 +94,9 @@ def test_the_error_of_the_logits_falls_with_the_rank(family, method):
         {"sparsity": 0.5, "allocation": "heads"},
         {"rank": 16, "key_bits": 4, "value_sparsity": 0.5, "value_bits": 8, "allocation": "heads"},
         {"energy": 0.8, "allocation": "heads"},
+        AKVQ | {"always_compress": True, "tokens": "akvq_vl:0.2,text_layers=1"},
+        AKVQ | {"key_bits": 8, "value_bits": 4},
+        {"energy": 0.7, "always_compress": True, "value_basis": "hadamard", "value_bits": 4},
         {"sparsity": 0.5, "key_bits": "fp8", "value_sparsity": 0.25, "value_bits": "fp8"},
     ],
     ids=str,

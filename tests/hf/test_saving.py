@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import ways
-from checks import reached_storages
+from checks import AKVQ, reached_storages
 from hosts import Host, build_host
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -38,8 +38,9 @@ OPTIONS = {
     "budget": {"budget": "0.95x"},
     "budget for attention": {"budget": "0.6x", "tokens": "vl_cache"},
     "budget for features": {"budget": "0.6x", "tokens": "divprune"},
-    **{f"basis {name}": {"sparsity": 0.5, "basis": name} for name in CODECS if name != "none"},
-    **{f"tokens {name}": {"sparsity": 0.5, "tokens": f"{name}:0.5"} for name in TOKENS},
+    "bits by token": AKVQ | {"tokens": "akvq_vl:0.3,text_layers=1"},
+    **{f"basis {name}": {"sparsity": 0.5, "basis": name} for name in CODECS if name not in ("none", "hadamard")},
+    **{f"tokens {name}": {"sparsity": 0.5, "tokens": f"{name}:0.5"} for name in TOKENS if TOKENS[name].drops},
 }
 CALIBRATED = {
     "plain": {"sparsity": 0.5},

@@ -20,9 +20,10 @@ from rotatek_cache.codecs.fingerprint import fingerprint
 from rotatek_cache.core.attention import attend
 from rotatek_cache.hf.feature_choice import choose
 from rotatek_cache.options import FitOptions
+from rotatek_cache.token_pruning.interface import AttentionMethod
 from rotatek_cache.token_pruning.methods.divprune import DivPrune
 from rotatek_cache.token_pruning.methods.visionzip import VisionZip
-from rotatek_cache.token_pruning.registry import token_method
+from rotatek_cache.token_pruning.registry import TOKENS, token_method
 
 ROOT = Path(__file__).parents[2]
 STORED = [
@@ -37,7 +38,8 @@ STORED = [
     {"sparsity": 0.75, "key_bits": "auto", "value_sparsity": 0.75, "value_bits": "auto"},
     {"basis": "none", "sparsity": 0, "key_bits": 4},
 ]
-METHODS = ("fastv", "vl_cache", "aircache", "look_m", "divprune", "visionzip")
+METHODS = [name for name, method in TOKENS.items() if method.drops]
+ATTENTIVE = [name for name in METHODS if issubclass(TOKENS[name], AttentionMethod)]
 CHOSEN = [
     *({"sparsity": 0.5, "tokens": f"{name}:0.5"} for name in METHODS),
     {"budget": "0.95x"},
@@ -103,7 +105,7 @@ def test_what_is_stored_is_the_same(options, setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", METHODS[:4])
+@pytest.mark.parametrize("name", ATTENTIVE)
 def test_tokens_chosen_by_attention_are_the_same(name, setting):
     fit, method = FitOptions(sparsity=0.5), token_method(f"{name}:0.5")
     same(read(fit, method, SETTINGS[setting]), read(fit, method, contextlib.nullcontext))

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rotatek_cache import AirCache, DivPrune, FastV, LookM, RotateKCache, VisionZip, VLCache
-from rotatek_cache.token_pruning.interface import AttentionRows
+from rotatek_cache import AirCache, DivPrune, FastV, LookM, PyramidDrop, RotateKCache, VisionZip, VLCache
+from rotatek_cache.token_pruning.interface import AttentionRows, Stage
 from rotatek_cache.token_pruning.registry import TOKENS, token_method
 from rotatek_cache.token_pruning.selection import best_tokens, share_of, spread
 
@@ -34,18 +34,41 @@ def test_fastv_by_hand():
     kept = FastV(0.5).select({1: (scores,)}, visual, (2, 3))
     assert kept[2].tolist() == [[False, True, False, True, False]]
     assert kept[3] is kept[2]  # the same tokens in all later layers
-    assert FastV(0.5, layer=2).pruned((0, 1, 2, 3)) == (2, 3)
+    assert FastV(0.5, layer=2).stages((0, 1, 2, 3)) == (Stage((1,), (2, 3)),)
+
+
+def test_pyramid_drop_by_hand():
+    # 32 layers in four stages; of 40 tokens a fifth goes on each time: 40, 8, 2 (of 1.6), 1 (at least).
+    method = PyramidDrop(0.2)
+    stages = method.stages(range(32))
+    assert [(stage.watched, stage.pruned[0], stage.pruned[-1]) for stage in stages] == [
+        ((7,), 8, 15),
+        ((15,), 16, 23),
+        ((23,), 24, 31),
+    ]
+    assert [method.times_dropped(range(32))[layer] for layer in (0, 7, 8, 16, 24, 31)] == [0, 0, 1, 2, 3, 3]
+    # Two heads: means .15, .25, .05, .3, .25. Token 3, the best, is not held any more, and token 4 is text.
+    rows = rows_of([[[0.1, 0.4, 0.1, 0.2, 0.2]], [[0.2, 0.1, 0.0, 0.4, 0.3]]])
+    held = torch.tensor([[True, True, True, False, False]])
+    kept = PyramidDrop(0.7).select({7: method.summarise(rows)}, held, (8, 9))
+    assert kept[8].tolist() == [[True, True, False, False, False]]
+    assert kept[9] is kept[8]
+    # A model of fewer layers than stages has a layer a stage, one of two layers drops once.
+    assert method.stages(range(3)) == (Stage((0,), (1,)), Stage((1,), (2,)))
+    with pytest.raises(ValueError, match="PyramidDrop needs a model of two layers or more, got 1"):
+        method.check_layers([0], 1)
 
 
 def test_vl_cache_by_hand():
     # Layer 0, one head, two causal queries over 6 tokens: 5 + 6 entries, 4 of them below 1 % of their row's largest.
     dense = [[[0.6, 0.395, 0.004, 0.001, 0.0, 0.0], [0.5, 0.2, 0.1, 0.002, 0.1, 0.098]]]
     seen = [[True] * 5 + [False], [True] * 6]
-    columns, sparse, total = VLCache(0.5).summarise(rows_of(dense, seen))
+    columns, sparse, total, readers = VLCache(0.5).summarise(rows_of(dense, seen))
     assert columns[0].tolist() == pytest.approx([1.1, 0.595, 0.104, 0.003, 0.1, 0.098])
     assert (int(sparse), int(total)) == (4, 11)
+    assert readers.tolist() == [[2, 2, 2, 2, 2, 1]]
     # gamma 4/11 and 9/11: budgets in the ratio 7 : 2 of 0.5 * 2 layers * 90 tokens.
-    summaries = {0: (columns, sparse, total), 1: (columns, torch.tensor([9]), total)}
+    summaries = {0: (columns, sparse, total, readers), 1: (columns, torch.tensor([9]), total, readers)}
     budgets = VLCache(0.5).layer_budgets(summaries, torch.tensor([90]), (0, 1))
     assert budgets.flatten().tolist() == [70, 20]
     # 80 % uniform: 0.8 * 45 + 0.2 * 70, 0.8 * 45 + 0.2 * 20.
@@ -57,9 +80,13 @@ def test_vl_cache_keeps_a_recent_window_and_the_best():
     scores = torch.tensor([[9.0, 1.0, 8.0, 2.0, 7.0, 3.0, 6.0, 4.0, 5.0, 0.0, 0.5, 99.0]])
     visual = torch.ones(1, 12, dtype=torch.bool)
     visual[0, 11] = False  # text scores nothing, however much it is read
-    summary = (scores, torch.tensor([0]), torch.tensor([10]))
+    readers = torch.tensor([[0] + [2] * 10 + [1]])  # the first token is padding, or no query sees it
+    summary = (scores, torch.tensor([0]), torch.tensor([10]), readers)
     kept = VLCache(5 / 11, recent=0.2).select({0: summary}, visual, (0,))[0]
     assert kept[0].nonzero().flatten().tolist() == [0, 2, 4, 6, 10]  # one of five is recent
+    # The whole prompt has eleven tokens, too, of which the text is the recent one; what no query sees stays as it is.
+    kept = VLCache(5 / 11, recent=0.2, scope="prompt").select({0: summary}, visual, (0,))[0]
+    assert kept[0].nonzero().flatten().tolist() == [0, 2, 4, 6, 8, 11]
 
 
 def test_visionzip_by_hand():
@@ -256,8 +283,14 @@ def test_shares_out_of_range(method, keep):
     [
         (lambda: FastV(0.5, layer=0), "layer must be at least 1"),
         (lambda: FastV(0.5, layer=2.0), "layer must be an int"),
+        (lambda: PyramidDrop(0.5, parts=1), "parts must be at least 2, got 1"),
         (lambda: VLCache(0.5, recent=1.5), "recent must be in"),
         (lambda: VLCache(0.5, uniform=-1), "uniform must be in"),
+        (lambda: VLCache(0.5, scope="text"), "scope must be one of visual, prompt, got 'text'"),
+        (
+            lambda: RotateKCache(budget="0.5x", tokens="vl_cache:scope=prompt"),
+            r"budget='0.5x' is divided among visual tokens.*drop text as well: give keep",
+        ),
         (lambda: AirCache(0.5, elite=2), "elite must be in"),
         (lambda: LookM(0.5, merge="sum"), "merge must be one of pivotal, average, weighted, none, got 'sum'"),
         (lambda: VisionZip(0.5, contextual=0.6), "contextual must be at most keep=0.5, got 0.6"),

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import ways
-from checks import decode, kept_positions, make, reached_storages
+from checks import AKVQ, decode, kept_positions, make, reached_storages
 from hosts import Host, build_host
 from tiny_models import FAMILIES, visual_positions
 from transformers import DynamicCache
 
-from rotatek_cache import AirCache, DivPrune, FastV, LookM, RotateKCache, VisionZip, VLCache
+from rotatek_cache import AirCache, DivPrune, FastV, LookM, PyramidDrop, RotateKCache, VisionZip, VLCache
 from rotatek_cache.hf.families import FAMILIES as FAMILY_TABLE
 from rotatek_cache.token_pruning.interface import FeatureMethod
 from rotatek_cache.token_pruning.registry import TOKENS
@@ -86,36 +86,79 @@ def test_vl_cache_keeps_what_the_formula_says(family):
             assert found[layer] == sorted(best + late)
 
 
-def test_fastv_equals_a_model_that_loses_the_tokens():
-    """Decoder layers run by hand: after layer 1 the dropped tokens are cut out of the hidden states."""
+@pytest.mark.parametrize("method", [FastV(0.4), PyramidDrop(0.6)], ids=str)
+def test_what_the_prefill_drops_is_lost_to_the_model(method):
+    """Decoder layers run by hand: before a layer that drops tokens they are cut out of the hidden states."""
     host = build_host("llava")
     inputs = host.tiny.inputs(host.tiny.prompt(3))
-    visual = visual_positions(inputs["input_ids"])[0]
-    text = host.plain.model.language_model
+    prompt = inputs["input_ids"].shape[1]
+    visual = torch.nn.functional.pad(visual_positions(inputs["input_ids"])[0], (0, 3))
     embeds = ways._merged_embeddings(host.plain, inputs)
     more = torch.tensor([[20, 31, 42]])
     embeds = torch.cat([embeds, host.plain.get_input_embeddings()(more)], 1)
-    prompt, tokens = inputs["input_ids"].shape[1], embeds.shape[1]
-    scores = attention(host, inputs)[1][0, :, -1].mean(0)
-    count = round(0.4 * int(visual.sum()))
-    best = scores.masked_fill(~visual, -1).topk(count).indices
-    kept = ~visual
-    kept[best] = True
-    kept = torch.cat([kept, torch.ones(3, dtype=torch.bool)])
-    positions = torch.arange(tokens)[None]
-    hidden = embeds
+    cuts = {stage.pruned[0]: stage.watched[0] for stage in method.stages(range(3))}
+    text = host.plain.model.language_model
+    reader = eager(host).model.language_model
+    hidden, positions, scores, counts = embeds, torch.arange(embeds.shape[1]), {}, []
     for index, layer in enumerate(text.layers):
-        if index == 2:
-            hidden, positions = hidden[:, kept], positions[:, kept]
-        rotary = text.rotary_emb(hidden, position_ids=positions)
+        if index in cuts:
+            held = (positions < prompt) & visual[positions]
+            counts.append(max(1, round(method.keep * int(held.sum()))))
+            lost = held.clone()
+            lost[scores[cuts[index]].masked_fill(~held, -1).topk(counts[-1]).indices] = False
+            hidden, positions = hidden[:, ~lost], positions[~lost]
+        rotary = text.rotary_emb(hidden, position_ids=positions[None])
+        ends = int((positions < prompt).sum())
+        mask = torch.full((ends, ends), -torch.inf).triu(1)[None, None]
+        normed = reader.layers[index].input_layernorm(hidden[:, :ends])
+        part = tuple(one[:, :ends] for one in rotary)
+        weights = reader.layers[index].self_attn(normed, attention_mask=mask, position_embeddings=part)[1]
+        scores[index] = torch.nn.functional.pad(weights[0, :, -1].mean(0), (0, len(positions) - ends))
         hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    assert counts == sorted(counts, reverse=True)
     expected = host.plain.lm_head(text.norm(hidden))[:, -4:]
-    cache = make(FastV(0.4))()
+    cache = make(method)()
     got = [host.attached(**inputs, past_key_values=cache).logits[:, -1:]]
     got += [host.attached(input_ids=token[None, None], past_key_values=cache).logits for token in more[0]]
     torch.testing.assert_close(torch.cat(got, 1), expected, atol=2e-4, rtol=1e-4)
     assert prompt == cache.get_seq_length() - 3
+    held = [set(kept_positions(cache, layer, 0, visual[None])) for layer in range(3)]
+    assert held[2] <= held[1] <= held[0]
+    assert [len(held[layer]) for layer in cuts] == counts
+
+
+@pytest.mark.parametrize("method", [VLCache(0.3), VLCache(0.2, scope="prompt"), LookM(0.3, merge="none")], ids=str)
+def test_what_is_dropped_behind_the_prefill_is_cut_out_of_a_dense_cache(method):
+    host = build_host("llava")
+    inputs = host.tiny.inputs(host.tiny.prompt(3))
+    prompt = inputs["input_ids"].shape[1]
+    dense, cache, every = DynamicCache(), make(method)(), torch.ones(1, prompt, dtype=torch.bool)
+    logits = host.attached(**inputs, past_key_values=cache).logits
+    torch.testing.assert_close(logits, host.plain(**inputs, past_key_values=dense).logits, atol=5e-5, rtol=1e-5)
+    for layer, cached in enumerate(dense.layers):
+        kept = kept_positions(cache, layer, 0, every)
+        assert len(kept) < prompt
+        cached.keys, cached.values = cached.keys[:, :, kept], cached.values[:, :, kept]
+    for place, token in enumerate([20, 31, 42]):
+        step = {"input_ids": torch.tensor([[token]]), "position_ids": torch.tensor([[prompt + place]])}
+        expected = host.plain(**step, past_key_values=dense).logits
+        got = host.attached(input_ids=step["input_ids"], past_key_values=cache).logits
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        every = torch.nn.functional.pad(every, (0, 1), value=True)
+
+
+def test_vl_cache_of_the_whole_prompt_in_a_batch():
+    """Text counts: the budget is that of the row's own tokens, padding left out, and a row of text keeps all."""
+    host = build_host("llava")
+    inputs = host.tiny.inputs(host.tiny.prompt(1), host.tiny.prompt(2, images=(), text=12))
+    cache = make(VLCache(0.25, scope="prompt"), sparsity=0.5, always_compress=True)()
+    host.attached(**inputs, past_key_values=cache)
+    own = inputs["attention_mask"].sum(1).tolist()
+    seen = inputs["attention_mask"].bool()
+    held = [sum(len(kept_positions(cache, layer, row, seen)) for layer in range(3)) for row in range(2)]
+    assert held == [round(0.25 * 3 * own[0]), 3 * own[1]]
+    assert sum(layer.dropped for layer in cache.report().layers) == 3 * own[0] - held[0]
 
 
 # Ways that give features which were computed elsewhere, or embeddings alone.
@@ -124,7 +167,7 @@ SOME_WAYS = [name for name in ways.WAYS if name not in ("video", "interleaved_co
 
 
 # One method of each kind goes through all ways; the others share its path.
-EVERY_WAY = ("fastv", "vl_cache", "visionzip")
+EVERY_WAY = ("pyramid_drop", "vl_cache", "visionzip")
 A_FEW_WAYS = ("padded_batch", "beams", "second_turn_padded", "chunked_prefill_padded")
 
 
@@ -134,7 +177,9 @@ A_FEW_WAYS = ("padded_batch", "beams", "second_turn_padded", "chunked_prefill_pa
 )
 def test_everything_kept_is_dynamic_cache(name, way):
     host = build_host("llava")
-    maker = make(TOKENS[name](keep=1.0))
+    # Where nothing is dropped, all tokens stay as they are that keep 16 bits.
+    better = {} if TOKENS[name].drops else {"bits": 16, "text_layers": 0}
+    maker = make(TOKENS[name](keep=1.0, **better), **(AKVQ if better else {}))
     if way in NO_FEATURES and issubclass(TOKENS[name], FeatureMethod):
         with pytest.raises(RuntimeError, match=r"chosen from image features.*were not seen"):
             ways.WAYS[way](host.tiny, host.attached, maker)
@@ -171,7 +216,7 @@ def test_fewer_tokens_in_every_family(family, method):
 
 
 @pytest.mark.parametrize("way", SOME_WAYS)
-@pytest.mark.parametrize("method", [FastV(0.3), VLCache(0.3), VisionZip(0.3), DivPrune(0.3)], ids=str)
+@pytest.mark.parametrize("method", [PyramidDrop(0.3), VLCache(0.3), VisionZip(0.3), DivPrune(0.3)], ids=str)
 def test_fewer_tokens_run_everywhere(method, way):
     host = build_host("qwen2_5_vl")
     if way == "forward_loop":
@@ -208,7 +253,17 @@ def test_assisted_decoding_chooses_the_tokens_that_greedy_decoding_does(llava: H
     torch.testing.assert_close(torch.stack(plain.logits), torch.stack(assisted.logits), atol=1e-4, rtol=1e-4)
 
 
-METHODS = [FastV(0.4), FastV(0.4, layer=1), VLCache(0.4), VisionZip(0.4), DivPrune(0.4), AirCache(0.4), LookM(0.4)]
+METHODS = [
+    FastV(0.4),
+    FastV(0.4, layer=1),
+    PyramidDrop(0.4),
+    VLCache(0.4),
+    VLCache(0.4, scope="prompt"),
+    VisionZip(0.4),
+    DivPrune(0.4),
+    AirCache(0.4),
+    LookM(0.4),
+]
 OPTIONS = [{}, {"sparsity": None, "rank": 8, "always_compress": True}]
 
 
@@ -251,7 +306,13 @@ def test_beams_and_selection_keep_each_row_its_own(llava: Host, method, options)
 
 @pytest.mark.parametrize(
     ("method", "waiting"),
-    [(VLCache(0.4), [0, 1, 2]), (AirCache(0.4), [0, 1, 2]), (LookM(0.4), [0, 0, 0]), (FastV(0.4), [0, 0, 0])],
+    [
+        (VLCache(0.4), [0, 1, 2]),
+        (AirCache(0.4), [0, 1, 2]),
+        (LookM(0.4), [0, 0, 0]),
+        (FastV(0.4), [0, 0, 0]),
+        (PyramidDrop(0.4), [0, 0, 0]),
+    ],
     ids=str,
 )
 def test_layers_wait_for_one_another_only_where_the_method_compares_them(llava: Host, monkeypatch, method, waiting):
@@ -270,7 +331,9 @@ def test_layers_wait_for_one_another_only_where_the_method_compares_them(llava: 
     assert not any(layer.kv.pending for layer in cache.layers)
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize(
+    "name", [name for name in TOKENS if TOKENS[name].drops and not getattr(TOKENS[name], "by_head", False)]
+)
 def test_bytes_are_those_of_the_kept_tokens(llava: Host, name):
     inputs = ways.padded(llava.tiny)
     tokens = int(visual_positions(inputs["input_ids"]).sum())
@@ -337,6 +400,12 @@ def test_fastv_with_sliding_layers():
     host = build_host("gemma3")
     with pytest.raises(ValueError, match=r"FastV masks dropped tokens in all layers from 1 on.*stock cache layer"):
         host.attached(**ways.one(host.tiny), past_key_values=make(FastV(0.5, layer=1))())
+
+
+def test_pyramid_drop_with_sliding_layers():
+    host = build_host("gemma3")
+    with pytest.raises(ValueError, match=r"PyramidDrop masks dropped tokens in all layers from .*stock cache layer"):
+        host.attached(**ways.one(host.tiny), past_key_values=make(PyramidDrop(0.5))())
 
 
 def test_fastv_behind_the_last_layer(llava: Host):

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, Summary
+from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, Stage, Summary
 from rotatek_cache.token_pruning.selection import best_tokens, share_of
 
 
@@ -35,20 +35,11 @@ class FastV(AttentionMethod):
         """Raise unless the layers from the watched one on are all ours."""
         if self.layer >= layers:
             raise ValueError(f"FastV: layer must be below the model's {layers} layers, got {self.layer}")
-        missing = sorted(set(range(self.layer - 1, layers)) - set(compressed))
-        if missing:
-            raise ValueError(
-                f"FastV masks dropped tokens in all layers from {self.layer} on, but the layers {missing} of this "
-                "model keep the stock cache layer (sliding window), which cannot"
-            )
+        self._check_masked(self.layer - 1, compressed, layers)
 
-    def watched(self, compressed: Sequence[int]) -> Sequence[int]:
-        """The layer before the first that drops tokens."""
-        return (self.layer - 1,)
-
-    def pruned(self, compressed: Sequence[int]) -> Sequence[int]:
-        """All layers from `layer` on."""
-        return tuple(index for index in compressed if index >= self.layer)
+    def stages(self, compressed: Sequence[int]) -> Sequence[Stage]:
+        """The layer before `layer` says what all from there on keep."""
+        return (Stage((self.layer - 1,), tuple(index for index in compressed if index >= self.layer)),)
 
     def summarise(self, rows: AttentionRows) -> Summary:
         """Attention ``[B, P]`` of the last query, averaged over heads."""

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, Summary
+from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, Stage, Summary
 from rotatek_cache.token_pruning.selection import best_tokens, share_of
 
 MERGES = ("pivotal", "average", "weighted", "none")
@@ -30,12 +29,15 @@ class LookM(AttentionMethod):
     """
 
     merge: str = "pivotal"
-    layer_by_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.merge not in MERGES:
             raise ValueError(f"LookM: merge must be one of {', '.join(MERGES)}, got {self.merge!r}")
+
+    def stages(self, compressed: Sequence[int]) -> Sequence[Stage]:
+        """Each layer by itself."""
+        return tuple(Stage((layer,), (layer,)) for layer in compressed)
 
     def summarise(self, rows: AttentionRows) -> Summary:
         """Column sums ``[B, P]``."""

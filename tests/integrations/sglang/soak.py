@@ -73,14 +73,17 @@ def hang_up(server, messages, seconds):
     connection.close()
 
 
-def soak(server, count, seed=0, workers=12):
-    """Send `count` random requests; returns how many of each kind ended with each HTTP status."""
+def soak(server, count, seed=0, workers=12, longest=40, pause=None):
+    """Send `count` random requests for up to `longest` tokens; returns how many of each kind had which HTTP status.
+
+    Every `pause` seconds all that run are taken back, and go on.
+    """
     draws = [random.Random(f"{seed} {index}") for index in range(count)]
     outcomes, lock = Counter(), threading.Lock()
 
     def one(draw):
         kind, messages = random_messages(draw)
-        tokens = draw.randrange(1, 40)
+        tokens = draw.randrange(1, 40 if kind == "huge" else longest)  # no more fit behind a huge one
         if draw.random() < 0.1:
             kind, status = kind + ", given up", None
             hang_up(server, messages, draw.random() / 5)
@@ -95,8 +98,23 @@ def soak(server, count, seed=0, workers=12):
         with lock:
             outcomes[kind, status] += 1
 
-    with ThreadPoolExecutor(workers) as threads:
-        list(threads.map(one, draws))
+    done = threading.Event()
+
+    def take_back():
+        while not done.wait(pause):
+            server.post("/pause_generation", {"mode": "retract"})
+            server.post("/continue_generation", {})
+            with lock:
+                outcomes["all", "taken back"] += 1
+
+    with ThreadPoolExecutor(workers + 1) as threads:
+        taking = threads.submit(take_back) if pause else None
+        try:
+            list(threads.map(one, draws))
+        finally:
+            done.set()
+        if taking:
+            taking.result()
     return outcomes
 
 
@@ -105,6 +123,10 @@ def main():
     parser.add_argument("--requests", type=int, default=1000, help="of a round")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument(
+        "--longest", type=int, default=200, help="answer, in tokens; long ones have requests taken back"
+    )
+    parser.add_argument("--pause", type=float, default=1, help="seconds after which all that run are taken back; or 0")
     parser.add_argument("--coded", action="store_true", help="all tokens coded, at 4 bits")
     parser.add_argument("--dense", action="store_true", help="SGLang without compression, to compare its memory")
     given = parser.parse_args()
@@ -132,14 +154,14 @@ def main():
             outcomes = Counter()
             for number in range(given.rounds):
                 started = time.monotonic()
-                outcomes += soak(server, given.requests, seed=number, workers=given.workers)
+                outcomes += soak(server, given.requests, number, given.workers, given.longest, given.pause)
                 seconds = time.monotonic() - started
                 free = server.settled()
                 print(f"{given.requests} requests in {seconds:.0f} s; memory after:", server.memory(), flush=True)
             after, log = server.ask(probe, 16), server.log_text()
             for (kind, status), number in sorted(outcomes.items(), key=str):
                 print(f"{number:6} {kind}: {status}")
-            print(f"{log.count('Retract requests')} retractions")
+            print(f"{log.count('Retract requests')} times requests were taken back")
             print("in use:", {name: value for name, value in free.items() if name.endswith(("used", "with_basis"))})
             print("probe unchanged:", before == after)
 

@@ -42,6 +42,7 @@ def setting(request, tiny, tmp_path_factory):
 def server(logs, setting):
     arguments = ["--model-path", setting.model, "--device", "cpu", *POOL, "--max-running-requests", "8"]
     arguments += ["--chunked-prefill-size", "48", "--tp-size", str(setting.processes)]
+    arguments += ["--allow-auto-truncate"]
     # On a CPU SGLang wants to be told which cores each process runs on.
     cores = "|".join(str(rank % os.cpu_count()) for rank in range(setting.processes))
     environment = {f"ROTATEK_{name.upper()}": str(value) for name, value in setting.options.items()}
@@ -67,6 +68,15 @@ def test_in_one_batch(server, setting):
     for request, answer in zip(requests, answers, strict=True):
         expected = greedy_logprobs(setting.model, request, **setting.options)
         assert answer.logprobs == pytest.approx(expected, abs=CODES)
+
+
+def test_a_text_for_which_there_are_too_few_rows_is_cut_where_sglang_is_asked_to(server, setting):
+    """To the 512 text rows, less the two that the answer takes; without the flag it is an error."""
+    answer = server.ask(message("fox " * 150), 4)
+    assert (answer.status, answer.prompt_tokens, len(answer.logprobs)) == (200, 510, 1)
+    assert "was cut to the 512 text rows" in server.log_text()
+    images = server.ask(message("fox " * 150, picture(80)), 4)
+    assert images.status == 400  # as in SGLang
 
 
 def test_each_process_has_heads_of_its_own(server, setting):

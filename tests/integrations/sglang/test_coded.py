@@ -1,56 +1,24 @@
 """All tokens coded, asked through servers: as dense SGLang at full bits, as `RotateKCache` at few."""
 
 import json
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from load import REFUSED, hit_rate, waits
 from oracle import calibrate_basis, greedy_logprobs
-from serving import VIDEOS, Server, message, picture, video
+from prompts import REQUESTS, TOKENS, WORDS
+from serving import VIDEOS, Server, message, picture
 from soak import HUGE, SMALL_POOL, drop, hang_up, soak
+
+from rotatek_sglang import launch
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
-WORDS = "the quick brown fox jumps over the lazy dog "
 COMMON = ["--dtype", "float32", "--device", "cpu", "--mem-fraction-static", "0.3", "--random-seed", "0"]
 LIMITS = ["--max-total-tokens", "8192", "--max-running-requests", "16", "--enable-cache-report", *VIDEOS]
-REQUESTS = {
-    "a word": message("hello"),
-    "long text": message(WORDS * 12),
-    "image": message("what is in this image?", picture(1)),
-    "image and long text": message(WORDS * 6, picture(2, 448, 140)),
-    "small image": message("and this one?", picture(3, 56, 56)),
-    "two images": message("what changed?", picture(4), picture(5, 168, 252)),
-    "another question": message("is there a red circle on a blue square?", picture(1)),  # on the image of "image"
-    "video": message("what happens?", video(1)),
-    "second turn": [
-        *message("what is in this image?", picture(6)),
-        {"role": "assistant", "content": [{"type": "text", "text": "a red circle"}]},
-        *message("and in this image?", picture(7, 140, 140)),
-    ],
-}
-
-
-@pytest.fixture(scope="module")
-def basis(tiny, tmp_path_factory):
-    """A basis of text and images."""
-    path = tmp_path_factory.mktemp("basis") / "tokens.safetensors"
-    prompts = [message(WORDS * (1 + seed), picture(50 + seed)) for seed in range(3)]
-    calibrate_basis(tiny("qwen2_5_vl"), [*prompts, message(WORDS * 20)], path, text=True)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def dense(tiny, logs):
-    """Answers of dense SGLang, one after the other."""
-    arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--attention-backend", "torch_native"]
-    environment = {"SGLANG_PLATFORM": "rotatek"}
-    with Server("sglang.launch_server", *arguments, log=logs / "dense.log", environment=environment) as running:
-        return {name: running.ask(request, 16) for name, request in REQUESTS.items()}
 
 
 class TestFullBits:
@@ -66,10 +34,10 @@ class TestFullBits:
 
     @pytest.mark.parametrize("name", REQUESTS)
     def test_alone(self, server, dense, name):
-        answer = server.ask(REQUESTS[name], 16)
-        assert answer.status == dense[name].status == 200
-        assert answer.prompt_tokens == dense[name].prompt_tokens
-        assert answer.logprobs == pytest.approx(dense[name].logprobs, abs=5e-5)
+        answer = server.ask(REQUESTS[name], TOKENS)
+        assert answer.status == dense.answers[name].status == 200
+        assert answer.prompt_tokens == dense.answers[name].prompt_tokens
+        assert answer.logprobs == pytest.approx(dense.answers[name].logprobs, abs=5e-5)
 
     def test_prompts_came_in_chunks(self, server):
         server.flush()
@@ -80,20 +48,20 @@ class TestFullBits:
     def test_a_cached_prefix_is_used_again(self, server, dense):
         server.flush()
         for name in ("image", "long text"):
-            first, again = server.ask(REQUESTS[name], 16), server.ask(REQUESTS[name], 16)
+            first, again = server.ask(REQUESTS[name], TOKENS), server.ask(REQUESTS[name], TOKENS)
             assert again.cached_tokens > first.cached_tokens
             assert again.cached_tokens >= again.prompt_tokens - 2
-            assert again.logprobs == pytest.approx(dense[name].logprobs, abs=5e-5)
-        assert server.ask(REQUESTS["another question"], 16).cached_tokens >= 64
+            assert again.logprobs == pytest.approx(dense.answers[name].logprobs, abs=5e-5)
+        assert server.ask(REQUESTS["another question"], TOKENS).cached_tokens >= 64
 
     @pytest.mark.parametrize("flushed", [True, False], ids=["nothing cached", "cached"])
     def test_in_mixed_batches(self, server, dense, flushed):
         if flushed:
             server.flush()
         names = [*REQUESTS, *reversed(REQUESTS)]
-        answers = server.ask_all([((REQUESTS[name], 16), {}) for name in names])
+        answers = server.ask_all([((REQUESTS[name], TOKENS), {}) for name in names])
         for name, answer in zip(names, answers, strict=True):
-            assert answer.logprobs == pytest.approx(dense[name].logprobs, abs=5e-5), name
+            assert answer.logprobs == pytest.approx(dense.answers[name].logprobs, abs=5e-5), name
 
 
 class TestFourBits:
@@ -113,12 +81,14 @@ class TestFourBits:
     @pytest.mark.parametrize("name", ["a word", "long text", "image", "image and long text", "two images"])
     def test_answers_are_those_of_the_cache_in_transformers(self, server, tiny, basis, dense, name):
         options = {"basis": basis, "text": "coded", "bits": 4}
-        expected = greedy_logprobs(tiny("qwen2_5_vl"), REQUESTS[name], tokens=16, **options)
+        expected = greedy_logprobs(tiny("qwen2_5_vl"), REQUESTS[name], tokens=TOKENS, **options)
         server.flush()
-        answer = server.ask(REQUESTS[name], 16)
+        answer = server.ask(REQUESTS[name], TOKENS)
         assert answer.logprobs == pytest.approx(expected, abs=self.CODES)
         if answer.prompt_tokens > 100:  # what 4 bits change is larger than what is forgiven above
-            assert max(abs(a - b) for a, b in zip(answer.logprobs, dense[name].logprobs, strict=True)) > self.CODES
+            assert (
+                max(abs(a - b) for a, b in zip(answer.logprobs, dense.answers[name].logprobs, strict=True)) > self.CODES
+            )
 
     def test_many_at_once_are_each_alone(self, server):
         requests = [message(WORDS * count, picture(60 + count)) for count in range(1, 9)]
@@ -177,19 +147,12 @@ class TestSmallPool:
         assert [answer.status for answer in answers] == [400, 200, 400]
         assert server.ask(message("?", HUGE), 2).status == 200  # 1,024 tokens, all but the whole pool
 
-    def test_a_refused_request_holds_up_nobody(self, server, untouched):
-        body = {"text": "x", "session_params": {"id": "nope"}, "sampling_params": {"max_new_tokens": 3000}}
+    @pytest.mark.parametrize("kind", REFUSED)
+    def test_a_refused_request_holds_up_nobody(self, server, untouched, dense, kind):
+        assert max(waits(server, kind)) < 2 * max(dense.waits[kind]) + 2
 
-        def refused(_):
-            with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(server.request(body, "/generate"), timeout=30)
-            return caught.value.code
-
-        with ThreadPoolExecutor(8) as threads:
-            codes = threads.map(refused, range(4))
-            answers = server.ask_all([((TEXT,), {"timeout": 30}), ((IMAGE,), {"timeout": 30})])
-            assert set(codes) == {400}
-        assert [answer.status for answer in answers] == [200, 200]
+    def test_as_much_is_found_in_the_prefix_cache_as_in_dense_sglangs(self, server, untouched, dense):
+        assert hit_rate(server) > 0.95 * dense.hits
 
     def test_cached_prompts_make_way(self, server, untouched):
         """More tokens than there are rows, and more beginnings than have dense rows, one after the other."""
@@ -235,35 +198,56 @@ class TestSmallPool:
         for step in range(10):
             hang_up(server, message("fox " * 120), 0.01 * step)
 
+    def test_the_openai_client(self, server, untouched):
+        """All at once, and as a stream: the same answer; afterwards the last part of a stream counts the tokens."""
+        openai = pytest.importorskip("openai")
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
+        asked = {
+            "model": "tiny",
+            "messages": IMAGE,
+            "max_tokens": 12,
+            "temperature": 0,
+            "extra_body": {"ignore_eos": True},
+        }
+        whole = client.chat.completions.create(**asked)
+        assert whole.usage.completion_tokens == 12
+        *parts, last = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        assert last.usage.prompt_tokens == whole.usage.prompt_tokens
+        streamed = "".join(choice.delta.content or "" for part in parts for choice in part.choices)
+        assert streamed == whole.choices[0].message.content
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model="tiny", messages=message("fox " * 1300), max_tokens=4)
+
     def test_a_soak(self, server, untouched):
-        outcomes = soak(server, 80)
+        """Requests of all kinds, some given up by their clients; all that run are taken back again and again."""
+        outcomes = soak(server, 80, longest=100, pause=0.3)
+        assert outcomes.pop(("all", "taken back")) > 3
         assert sum(outcomes.values()) == 80
         for kind, status in outcomes:
             allowed = (200, 400, 500) if kind.startswith(("huge", "broken")) else (200,)
             assert status in (*allowed, None), (kind, status)
 
 
-def started(*flags):
-    """What the launcher says of flags that it refuses."""
-    done = subprocess.run(
-        [sys.executable, "-m", "rotatek_sglang.launch", *flags], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    return done.stderr
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """What the launcher says of flags that it refuses, before anything starts."""
+
+    def launched(*flags):
+        monkeypatch.setattr("sys.argv", ["launch", *flags])
+        with pytest.raises(SystemExit) as stopped:
+            launch.main()
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    return launched
 
 
-def test_what_cannot_be_coded_is_an_error_at_the_start(tiny, basis, logs, tmp_path_factory):
-    path = tmp_path_factory.mktemp("basis") / "images.safetensors"
+def test_what_cannot_be_coded_is_an_error_at_the_start(tiny, basis, tmp_path, refused):
+    path = tmp_path / "images.safetensors"
     calibrate_basis(tiny("qwen2_5_vl"), [message("?", picture(50 + seed)) for seed in range(2)], path)
-    assert "was calibrated without text" in started("--basis", str(path), "--bits", "4")
-    assert "text='coded' needs a basis file" in started("--bits", "4")
-    assert "bits must be above 0 and at most 8, or 16" in started("--basis", basis, "--bits", "9")
-    assert "text_share is for a server with text dense" in started(
+    assert "was calibrated without text" in refused("--basis", str(path), "--bits", "4")
+    assert "text='coded' needs a basis file" in refused("--bits", "4")
+    assert "bits must be above 0 and at most 8, or 16" in refused("--basis", basis, "--bits", "9")
+    assert "text_share is for a server with text dense" in refused(
         "--basis", basis, "--bits", "4", "--text-share", ".5"
     )
-    arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, "--max-total-tokens", "100", "--basis", basis, "--bits"]
-    with (
-        pytest.raises(RuntimeError, match="the KV pool holds 100 tokens, which no request fits into"),
-        Server("rotatek_sglang.launch", *arguments, "4", log=logs / "tiny_pool.log"),
-    ):
-        pass

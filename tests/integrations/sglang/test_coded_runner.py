@@ -33,30 +33,35 @@ def basis(tiny, tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module", params=[16, 4])
-def said(request, tiny, basis):
-    environment = {**os.environ, "ROTATEK_BASIS": basis, "ROTATEK_BITS": str(request.param), "HF_HUB_OFFLINE": "1"}
-    script = Path(__file__).with_name("runner.py")
-    done = subprocess.run(
-        [sys.executable, str(script), tiny("qwen2"), basis],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def answers(tiny, basis):
+    environment = {**os.environ, "ROTATEK_BASIS": basis, "ROTATEK_TEXT": "coded", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, Path(__file__).with_name("runner.py"), tiny("qwen2"), basis, "16", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {"bits": request.param, **json.loads(done.stdout.splitlines()[-1])}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip((16, 4, "tiny"), map(json.loads, lines), strict=True))
+
+
+@pytest.fixture(params=[16, 4])
+def said(request, answers):
+    found = answers[request.param]
+    assert "error" not in found, found
+    return {"bits": request.param, **found}
 
 
 def test_answers(said):
-    """At full bits those of a dense cache, whatever is cached or cut; else those of the coded one, read at once."""
-    first = said["coded"][:3]  # three prompts in one batch, nothing cached
+    """Those of the coded cache, cut at the same places by chunks and cached prefixes; at full bits of a dense one."""
     assert said["cached"] == [[0, 0, 0], [100], [100], [2, 60]]
-    assert max(first) < 2e-5
+    assert max(said["coded"]) < 2e-5
     if said["bits"] == 16:
         assert max(said["dense"]) < 2e-5
     else:
         assert max(said["dense"][:3]) > 0.1  # what four bits change in this model, and the coded cache changes alike
+
+
+def test_a_pool_that_no_request_fits_into_is_an_error_at_the_start(answers):
+    assert "the KV pool holds 100 tokens, which no request fits into" in answers["tiny"]["error"]
 
 
 def test_everything_comes_back(said):
@@ -66,3 +71,10 @@ def test_everything_comes_back(said):
     assert said["held"][1:] == [128 - 3 * 4 - 2, 0]
     assert said["held"][0] < 400
     assert said["end"] == said["start"]
+
+
+def test_all_forms_of_attention_run_at_the_start(said):
+    """So that no request waits for a kernel to be compiled."""
+    count, new = said["forms"]
+    assert count > 3
+    assert new == 0

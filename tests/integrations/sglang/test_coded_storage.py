@@ -26,6 +26,7 @@ from rotatek_sglang.coded_storage import (
     table_before,
 )
 from rotatek_sglang.layout import HeadShape
+from rotatek_sglang.metrics import CODED_DESCRIPTIONS, coded_values
 
 HEADS = HeadShape(q_heads=4, kv_heads=2, key_width=32, value_width=32)
 SLOTS, CONTEXT, REQUESTS = 900, 256, 6
@@ -240,8 +241,26 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         waits = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
-        self.count += any(name in str(function) for name in waits)
+        by_mask = "index" in str(function) and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for given in args
+            if isinstance(given, list | tuple)
+            for index in given
+        )
+        self.count += by_mask or any(name in str(function) for name in waits)
         return function(*args, **(kwargs or {}))
+
+
+def test_host_reads_are_counted():
+    numbers, mask = torch.arange(4), torch.tensor([True, False, True, False])
+    reads = [lambda: numbers[mask], lambda: int(numbers[0]), mask.nonzero, numbers.unique]
+    for read in reads:
+        with HostReads() as counted:
+            read()
+        assert counted.count == 1
+    with HostReads() as counted:
+        numbers[numbers.flip(0)].masked_fill(mask, 0)
+    assert counted.count == 0
 
 
 def test_what_is_read_on_the_host(file):
@@ -278,3 +297,28 @@ def test_a_basis_of_another_model_is_refused(file):
         CodedPlan.make(fit, range(1), other, torch.float32, 1, None, 64, "cpu")
     with pytest.raises(ValueError, match="has no layer 1"):
         CodedPlan.make(fit, range(2), HEADS, torch.float32, 1, None, 64, "cpu")
+
+
+def test_the_metrics_count_what_is_in_use(file):
+    """Of 100 slots with 8 sinks and 2 rings: a row and its number each, and dense tokens besides."""
+    plan = plan_of(file)
+    sinks = Sinks(200, plan.sinks, "cpu")
+    assert coded_values(200, 0, sinks, 0, plan)["rotatek_compression_ratio"] == 1
+    sinks.take(torch.arange(8))
+    found = coded_values(200, 100, sinks, 2, plan)
+    assert (found["rotatek_rows"], found["rotatek_rows_used"]) == (200, 100)
+    assert (found["rotatek_sinks"], found["rotatek_sinks_used"]) == (plan.sinks, 8)
+    assert (found["rotatek_rings"], found["rotatek_rings_used"]) == (REQUESTS, 2)
+    dense = 2 * 2 * 32 * 4  # 2 KV heads, Keys and Values of 32 channels of 4 bytes
+    row = dense // 8 + 4
+    assert found["rotatek_compression_ratio"] == 100 * dense / (100 * row + 8 * dense + 2 * 64 * dense)
+    assert all(name in CODED_DESCRIPTIONS for name in found)
+
+
+def test_a_part_of_the_heads_takes_what_they_were_dealt(file):
+    """All processes that share a model count slots by the widest row, and together keep what one would."""
+    parts = [HeadShape.of_rank(4, 2, 32, 32, rank, 2) for rank in range(2)]
+    fit = FitOptions(basis=file, text="coded", bits=3, allocation="heads")
+    plans = [CodedPlan.make(fit, range(1), heads, torch.float32, 1, 8, 64, "cpu") for heads in (HEADS, *parts)]
+    assert sum(plan.row_bytes for plan in plans[1:]) == plans[0].row_bytes
+    assert [plan.heads.kv_slice for plan in plans] == [None, slice(0, 1), slice(1, 2)]

@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from serving import Server
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -23,14 +23,21 @@ FLAGS = {
     "another attention backend": ["--attention-backend", "triton"],
     "another attention backend for decoding": ["--decode-attention-backend", "triton"],
 }
+POOL = ["--device", "cpu", "--dtype", "float32", "--mem-fraction-static", "0.3", "--max-total-tokens", "1200"]
+POOLS = {
+    "pool": [POOL, {}],
+    "share": [POOL, {"ROTATEK_TEXT_SHARE": "0.0001"}],
+    "dtype": [[*POOL, "--kv-cache-dtype", "bfloat16"], {}],
+}
 # One process for all: importing SGLang takes longer than everything else here.
 SCRIPT = """
 import json, sys
-from sglang.srt.plugins import load_plugins
-load_plugins()
+from runner import forked, load_sglang, queued, start
+load_sglang()
+said = {name: forked(start, sys.argv[1], *given) for name, given in json.loads(sys.argv[3]).items()}
+said["queued"] = forked(queued, sys.argv[1], json.loads(sys.argv[3])["pool"][0])
 from sglang.srt.server_args import prepare_server_args
 from sglang.srt.arg_groups.overrides import resolution_result
-said = {}
 for name, flags in json.loads(sys.argv[2]).items():
     try:
         args = prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu", *flags])
@@ -79,9 +86,10 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def said(tiny):
-    environment = {**os.environ, "ROTATEK_RANK": "16", "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "ROTATEK_RANK": "16", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
     cases = json.dumps({**FLAGS, "no flags": []})
-    command = [sys.executable, "-c", SCRIPT, tiny("qwen2_5_vl"), cases]
+    command = [sys.executable, "-c", SCRIPT, tiny("qwen2_5_vl"), cases, json.dumps(POOLS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -116,22 +124,38 @@ def test_images_that_sglang_gives_no_offsets_are_found_by_their_ids(said):
     assert said["LLaVA"] == [[no, no, yes, yes, no, no, no], [yes, no, no, no]]
 
 
-def test_a_text_share_that_no_prompt_fits_into_is_refused(tiny, logs):
-    arguments = ["--model-path", tiny("qwen2_5_vl"), "--rank", "16", "--mem-fraction-static", "0.3"]
-    arguments += ["--max-total-tokens", "1200", "--dtype", "float32", "--text-share", "0.01"]
-    with (
-        pytest.raises(RuntimeError, match=r"12 text rows at --text-share 0\.01.*raise --text-share"),
-        Server("rotatek_sglang.launch", *arguments, log=logs / "share.log"),
-    ):
-        pass
+def test_a_text_share_that_no_prompt_fits_into_is_refused(said):
+    assert "the KV pool has 1 text rows at --text-share 0.0001" in said["share"]["error"]
+    assert "raise --text-share" in said["share"]["error"]
 
 
-def test_a_cache_in_another_dtype_than_the_model_is_refused(tiny, logs):
+def test_a_cache_in_another_dtype_than_the_model_is_refused(said):
     """Also where the files of the model ask for it, which is known once it is loaded."""
-    arguments = ["--model-path", tiny("qwen2_5_vl"), "--rank", "16", "--mem-fraction-static", "0.3"]
-    arguments += ["--max-total-tokens", "1200", "--dtype", "float32", "--kv-cache-dtype", "bfloat16"]
-    with (
-        pytest.raises(RuntimeError, match=r"in the model's dtype, torch\.float32; .* ask for torch\.bfloat16"),
-        Server("rotatek_sglang.launch", *arguments, log=logs / "dtype.log"),
-    ):
-        pass
+    assert "in the model's dtype, torch.float32; --kv-cache-dtype" in said["dtype"]["error"]
+    assert "ask for torch.bfloat16" in said["dtype"]["error"]
+
+
+def test_attention_over_images_runs_at_the_start(said):
+    """Steps, and chunks of prompts, with up to four visual segments: no request waits for a kernel to be compiled."""
+    visual, text, own = [True, False], [False, False], [False, True]
+    stored = [[visual] * count + [text] for count in range(5)]
+    steps = [[False, each] for each in stored]
+    chunks = [[True, [*each, own]] for each in stored]
+    later_blocks = [[True, [*each, text, own]] for each in stored]
+    assert all(form in said["pool"]["forms"] for form in steps + chunks + later_blocks)
+
+
+def test_a_pool_that_holds_less_than_a_dense_one_is_warned_of(said):
+    """Bases for the images of 32 requests take more than is saved."""
+    assert any("tokens fit, where a dense cache would hold" in warning for warning in said["pool"]["warned"])
+
+
+def test_cached_prompts_make_way_for_what_is_read_now_and_only_if_that_is_enough(said):
+    assert said["queued"] == {
+        "an answer that would need most of the pool": [True, 200],
+        "an image and a text that fit": [True, 200],
+        "a text beside one that runs": [False, 200],
+        "an image beyond the visual rows": [False, 200],
+        "a text for which two must go": [True, 120],
+        "a text for which all must go": [True, 0],
+    }

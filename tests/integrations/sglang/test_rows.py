@@ -50,6 +50,18 @@ def test_a_prompt_and_its_answer_worked_by_hand():
     assert (table.text.used, table.visual.used, table.bases.used) == (0, 0, 0)
 
 
+def test_the_host_looks_once_at_what_slots_hold(monkeypatch):
+    table = SlotTable(slots=12, text_rows=6, visual_rows=5, bases=2, device="cpu")
+    slots, looks, look = torch.tensor([2, 3, 4, 5, 8]), [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: looks.append(tensor) or look(tensor))
+    table.assign(slots, mask("tvvtv"))
+    assert len(looks) == 0
+    table.layout(slots)
+    assert len(looks) == 1
+    table.release(slots)
+    assert len(looks) == 2
+
+
 def test_what_could_be_free_once_cached_prefixes_are_gone():
     """Six text rows and two visual ones of eight each are in use; requests hold four of the former."""
     table = SlotTable(slots=20, text_rows=8, visual_rows=8, bases=2, device="cpu")
@@ -177,7 +189,10 @@ def test_a_prompt_in_chunks_ends_as_one_that_came_at_once(prompt, cuts, stop_aft
             assert table.text.used == prompt.count("t") + others
             assert table.bases.used == int("v" in prompt)
             assert len(set(table.rows[slots].tolist())) == len(prompt)
+            compressed = ledger.compressed.get(3, torch.zeros(len(prompt), dtype=torch.bool))
+            assert torch.equal(compressed, table.rows[slots] < 0)
     ledger.free(3)
+    assert not ledger.compressed
     table.release(slots)
     for kind, total in ((table.text, 20 - others), (table.visual, 12), (table.bases, 2)):
         assert kind.free == kind.available == total

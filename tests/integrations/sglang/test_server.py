@@ -9,6 +9,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from load import REFUSED, waits
 from oracle import greedy_logprobs, second_question_logprobs
 from PIL import Image
 from serving import Server, as_url, message, picture
@@ -26,7 +27,7 @@ IMAGE = message("what is in this image?", picture(1))
 def server(tiny, logs):
     arguments = ["--model-path", tiny("qwen2_5_vl"), *SMALL_POOL, "--sparsity", "0.75", "--bases", "8"]
     arguments += ["--served-model-name", "tiny"]
-    with Server("rotatek_sglang.launch", *arguments, log=logs / "compressed.log") as running:
+    with Server("rotatek_sglang.launch", *arguments, log=logs / "compressed.log", alone=True) as running:
         yield running
 
 
@@ -133,31 +134,10 @@ def test_a_prompt_larger_than_the_pool_is_an_error_for_it_alone(server, untouche
     assert "900 visual rows and 300 text rows" in answers[0].text
 
 
-REFUSED = {
-    "images beyond the pool": ("/v1/chat/completions", {"messages": message("?", HUGE, picture(98, 896, 896))}),
-    "an unknown session": ("/generate", {"text": "x", "session_params": {"id": "nope"}}),
-    "too long": ("/generate", {"text": "fox " * 4000}),
-    "a grammar that is none": ("/generate", {"text": "x", "sampling_params": {"regex": "(["}}),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_refused_request_holds_up_nobody(server, untouched, what):
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refused_request_holds_up_nobody(server, untouched, dense, kind):
     """Though it asks for a longer answer than there will ever be text rows for."""
-    path, body = REFUSED[what]
-    limits = {"max_new_tokens": 3000, **body.get("sampling_params", {})}
-    body = {"model": "tiny", **body, "sampling_params": limits} if path == "/generate" else {"model": "tiny", **body}
-
-    def refused(_):
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(server.request(body, path), timeout=30)
-        return caught.value.code
-
-    with ThreadPoolExecutor(8) as threads:
-        codes = threads.map(refused, range(4))
-        answers = server.ask_all([((TEXT,), {"timeout": 30}), ((IMAGE,), {"timeout": 30})])
-        assert set(codes) == {400}
-    assert [answer.status for answer in answers] == [200, 200]
+    assert max(waits(server, kind)) < 2 * max(dense.waits[kind]) + 2
 
 
 def test_several_answers_to_one_prompt(server, untouched):

@@ -1,0 +1,115 @@
+"""All tokens coded in several processes: some heads in each, or a whole model in each, which takes a LoRA adapter."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from oracle import greedy_logprobs
+from prompts import REQUESTS
+from safetensors.torch import load_file, save_file
+from serving import Server
+from soak import SMALL_POOL, soak
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+
+CODES = 2e-3  # another library or batch size moves a state a little, and now and then a code with it
+AT_ONCE = ["--device", "cpu", *SMALL_POOL, "--chunked-prefill-size", "-1"]
+USED = r"^rotatek_{}_used\{{[^}}]*\}} (\S+)$"
+
+
+def used(server, what):
+    """Rows, sinks or rings in use, in each process that tells."""
+    return [float(number) for number in re.findall(USED.format(what), server.get("/metrics"), re.MULTILINE)]
+
+
+class TestHeadsInEach:
+    """Two processes with a KV head each, whose rows differ in width: the answers of one that has both."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def server(cls, tiny, logs, basis):
+        arguments = ["--model-path", tiny("qwen2_5_vl"), *AT_ONCE, "--tp-size", "2"]
+        arguments += ["--basis", basis, "--bits", "3.5", "--allocation", "heads"]
+        cores = {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{1 % os.cpu_count()}"}
+        with Server("rotatek_sglang.launch", *arguments, log=logs / "heads.log", environment=cores) as running:
+            yield running
+
+    def test_each_process_has_rows_of_its_own_and_all_have_as_many(self, server):
+        said = re.findall(r"a token takes (\d+) bytes.*; ([\d,]+) tokens fit", server.log_text())
+        widths, tokens = ([int(number.replace(",", "")) for number in found] for found in zip(*said, strict=True))
+        assert tokens == [1200, 1200]
+        assert widths[0] != widths[1]
+        # 2 KV heads, 2 layers, 64 + 64 channels of 3.5 bits on average, in whole blocks of channels.
+        assert 0.9 * 224 <= sum(widths) <= 224
+
+    @pytest.mark.parametrize("name", ["a word", "long text", "two images"])
+    def test_answers_are_those_of_one_process(self, server, tiny, basis, name):
+        options = {"basis": basis, "text": "coded", "bits": 3.5, "allocation": "heads"}
+        expected = greedy_logprobs(tiny("qwen2_5_vl"), REQUESTS[name], tokens=16, **options)
+        server.flush()
+        assert server.ask(REQUESTS[name], 16).logprobs == pytest.approx(expected, abs=CODES)
+
+    def test_everything_comes_back_in_both(self, server):
+        """Where the two did not agree on what is free, one would wait for the other for ever."""
+        outcomes = soak(server, 40, longest=100, pause=0.5)
+        assert {status for kind, status in outcomes if kind in ("text", "long", "image")} == {200}
+        server.flush()
+        assert [used(server, what) for what in ("rows", "sinks", "rings")] == [[0.0]] * 3
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory):
+    """Folders of a drawn LoRA adapter for queries, Keys and Values, and of the model in which it is merged."""
+    folder, generator = tmp_path_factory.mktemp("adapter"), torch.Generator().manual_seed(4)
+    projections = ("q_proj", "k_proj", "v_proj")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": projections}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    merged = folder / "merged"
+    shutil.copytree(tiny("qwen2_5_vl"), merged)
+    weights, drawn = load_file(merged / "model.safetensors"), {}
+    for name, weight in weights.items():
+        if name.endswith(tuple(f"{projection}.weight" for projection in projections)) and "visual" not in name:
+            parts = [
+                0.1 * torch.randn(*shape, generator=generator) for shape in ((4, weight.shape[1]), (len(weight), 4))
+            ]
+            plain = name.removeprefix("model.").removesuffix(".weight")
+            for letter, part in zip("AB", parts, strict=True):
+                drawn[f"base_model.model.model.{plain}.lora_{letter}.weight"] = part
+            weights[name] = weight.float() + 2 * parts[1] @ parts[0]
+    assert len(drawn) == 2 * 2 * len(projections)
+    save_file(drawn, folder / "adapter_model.safetensors")
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    return folder, merged
+
+
+class TestAModelInEach:
+    """Two pools in one server, full bits, and requests with an adapter and without."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def server(cls, tiny, logs, basis, adapter):
+        arguments = ["--model-path", tiny("qwen2_5_vl"), *AT_ONCE, "--dp-size", "2", "--basis", basis, "--bits", "16"]
+        arguments += ["--lora-paths", f"drawn={adapter[0]}", "--lora-backend", "torch_native"]
+        with Server("rotatek_sglang.launch", *arguments, log=logs / "models.log") as running:
+            yield running
+
+    def test_answers_with_an_adapter_and_without(self, server, tiny, adapter):
+        """At once, and again when each finds prefixes in the cache: its own."""
+        folders = {None: tiny("qwen2_5_vl"), "drawn": adapter[1]}
+        asked = [(name, lora) for name in ("long text", "image") for lora in folders]
+        expected = {each: greedy_logprobs(str(folders[each[1]]), REQUESTS[each[0]], 16, sparsity=0) for each in asked}
+        assert expected["image", None] != pytest.approx(expected["image", "drawn"], abs=0.05)
+        for _ in range(3):
+            answers = server.ask_all([((REQUESTS[name], 16), {"lora_path": lora}) for name, lora in asked])
+            for each, answer in zip(asked, answers, strict=True):
+                assert answer.logprobs == pytest.approx(expected[each], abs=5e-5), each
+        assert "coded in the basis of the model without it" in server.log_text()
+
+    def test_each_tells_of_its_own_pool_and_all_comes_back(self, server):
+        assert set(re.findall(r'^rotatek_rows\{dp_rank="(\d)"', server.get("/metrics"), re.MULTILINE)) == {"0", "1"}
+        assert all(rows > 100 for rows in used(server, "rows"))
+        server.flush()
+        assert [used(server, what) for what in ("rows", "sinks", "rings")] == [[0.0, 0.0]] * 3
