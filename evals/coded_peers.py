@@ -2,12 +2,13 @@
 
     python -m evals.reader.calibrate --conversations 120 --pages 0
     python -m evals.coded_peers --out evals/results/coded_peers.json
+    python -m evals.coded_peers --parts answers --reader smol --out runs/coded_peers_smol.json
 
 A prompt is prefilled once, densely; each row of the settings codes the same Keys and Values, text and images alike, and
 answers from its codes. Three parts, each kept in the file until it is run again (`--parts`):
 
-answers: the reader's pages, first question by address, second of the same kind and of another (`--other`), asked after
-    compression. Exact match and KL against the dense cache, paired by page.
+answers: a reader's drawn pages, first question by address, second of the same kind and of another (`--other`), asked
+    after compression. Exact match and KL against the dense cache, paired by page.
 text: SmolLM2-135M reads passages of a book (`evals.text_fidelity` says where both are from): a prompt that is coded,
     then the next tokens. Bases and rotations are calibrated on the book's other half, or on text of another kind.
 bytes: what a prompt takes in the layout of Qwen3-VL-8B (`evals.coded_bytes`).
@@ -41,6 +42,7 @@ from evals.peers import oscar
 from evals.peers.cache import PeerCache
 from evals.peers.recording import prefill, recorded
 from evals.reader.pages import ADDRESS_KINDS, CONTENT_KINDS, LEVELS
+from evals.reader.readers import READERS
 from evals.store import rounded, write_json
 from rotatek_cache import RotateKCache
 from rotatek_cache.calibration.gather import calibrate
@@ -120,8 +122,9 @@ def against(name: str, bits: dict[str, float]) -> str | None:
 @torch.inference_mode()
 def answers(args: argparse.Namespace, methods: Rows) -> dict[str, Any]:
     """Score all rows on drawn pages."""
-    chat = fidelity.load(args.model)
-    files = {name: args.files / f"reader_{name}.safetensors" for name in FILES}
+    reader = READERS[args.reader]
+    chat = fidelity.load(None if args.reader == "reader" else reader.path())
+    files = {name: args.files / f"{reader.name}_{name}.safetensors" for name in FILES}
     rows = {"dense": {"cache": "recorded"}, **{name: with_files(options, files) for name, options in methods.items()}}
     exact: dict[str, dict[str, list[float]]] = {name: {} for name in rows}
     divergence: dict[str, dict[str, list[float]]] = {name: {} for name in rows}
@@ -130,10 +133,11 @@ def answers(args: argparse.Namespace, methods: Rows) -> dict[str, Any]:
     seeds = fidelity.SEEDS[args.seeds][args.skip : args.skip + args.pages]
     for start in tqdm(range(0, len(seeds), args.batch), desc="pages", mininterval=5):
         part = seeds[start : start + args.batch]
-        batches = {"same": fidelity.make_batch(chat.processor, part, args.level, ADDRESS_KINDS)}
-        batches |= {
-            kind: fidelity.make_batch(chat.processor, part, args.level, ADDRESS_KINDS, second=(kind,))
-            for kind in args.other
+        batches = {
+            kind: fidelity.make_batch(
+                chat.processor, part, args.level, ADDRESS_KINDS, None if kind == "same" else (kind,), reader
+            )
+            for kind in ("same", *args.other)
         }
         recorder, first = prefill(chat.model, batches["same"])
         dense: dict[str, Tensor] = {}
@@ -361,8 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--methods", type=Path, default=SETTINGS, help="YAML: family -> variant -> options")
     parser.add_argument("--only", nargs="*", help='rows whose "family: variant" holds one of these words')
-    parser.add_argument("--model", help="answers: name or path of a reader; by default the shipped one")
-    parser.add_argument("--files", type=Path, default=Path("runs"), help="answers: folder of reader_rows.safetensors")
+    parser.add_argument("--reader", choices=READERS, default="reader", help="answers: that reads the pages")
+    parser.add_argument("--files", type=Path, default=Path("runs"), help="answers: folder of what was calibrated")
     parser.add_argument("--level", choices=sorted(LEVELS), default="easy", help="answers: of the pages")
     parser.add_argument("--seeds", choices=sorted(fidelity.SEEDS), default="report", help="answers: of the pages")
     parser.add_argument("--skip", type=natural, default=0, help="answers: pages")

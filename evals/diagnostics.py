@@ -2,12 +2,13 @@
 
     python -m evals.diagnostics --out evals/results/diagnostics_reader.json --figures evals/results/figures
 
-Geometry, for any model and task (`--model`, `--task`; `--options "{path: folder}"` for a dataset at hand): explained
-variance and logit energy per layer and head, the rank that keeps 99 % of them, principal angles between images, between
-visual and text Keys, and between the prompt's window and the queries of the answers, and the error of each basis
-against its rank. Sequences are read one by one with a dense cache that listens. Ablations, on the reader's pages:
-answers without the rotation, the query weight, the centring or delta, with the exact solver, and with windows of 4 to
-128 queries, scored as `evals/fidelity.py` does.
+Geometry, for any model and task (`--model`, `--task`; `--options "{path: folder}"` for a dataset at hand; the second
+reader is `--model runs/smol_reader --task smol-easy-second --pages 0`): outlier channels, explained variance and logit
+energy per layer and head, the rank that keeps 99 % of them, principal angles between images, between visual and text
+Keys, and between the prompt's window and the queries of the answers, and the error of each basis against its rank.
+Sequences are read one by one with a dense cache that listens. Ablations, on the reader's pages: answers without the
+rotation, the query weight, the centring or delta, with the exact solver, and with windows of 4 to 128 queries, scored
+as `evals/fidelity.py` does.
 
 Errors are relative: that of Keys to their distance from the image's mean, that of logits to their spread over the
 image's tokens (a constant per query changes no attention), over the queries that answer.
@@ -149,6 +150,15 @@ def rank_for(cumulative: Tensor, share: float) -> Tensor:
     return (cumulative < share - 1e-6).sum(-1) + 1
 
 
+def outlier_channels(states: Tensor) -> Tensor:
+    """Return how far the largest channel stands out, ``[H]``: its root mean square over the median channel's.
+
+    States are ``[H, n, D]``. RoPE spreads an outlier over the two channels that it turns together; either counts.
+    """
+    sizes = states.square().mean(1).sqrt()
+    return sizes.amax(-1) / sizes.median(-1).values
+
+
 def directions(states: Tensor, rank: int, *, centred: bool = True) -> Tensor:
     """Find the top directions ``[H, D, r]`` of states ``[H, n, D]``, orthonormal; r is at most what n states span."""
     rank = min(rank, states.shape[1] - centred, states.shape[2])
@@ -211,6 +221,9 @@ def geometry(samples: Sequence[list[Heard]], ranks: Sequence[int]) -> dict[str, 
                 }
                 for share in SHARES
             },
+        }
+        row["outlier_channels"] = {
+            name: mean_of([outlier_channels(getattr(one, name)) for one in heard]) for name in ("visual", "text")
         }
         row["angles"] = {
             # Neighbours in a ring, so that each image meets two others.

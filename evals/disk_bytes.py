@@ -5,11 +5,12 @@
 The reader in bfloat16 reads pages in one prompt. Each row is saved twice, `cache.save(path)` and ``compress=True``
 (zlib). Where codes are stored, their entropy is what a coder of single codes could reach at best with the true shares
 of each coefficient's codes in this prompt: mean bits a coefficient, beside the bits that it has. A coder that does much
-better would have to predict a token's codes from others'.
+better would have to predict a token's codes from others'. What zlib makes of the codes alone is stated too.
 """
 
 import argparse
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from evals.accuracy import environment
 from evals.bench.saved_prompt import Bench
 from evals.store import rounded, write_json
 from rotatek_cache import RotateKCache
+from rotatek_cache.cache.saving import ZLIB_LEVEL
 from rotatek_cache.core.quantization import BITS, CodeLayout
 from rotatek_cache.hf.cache import RotateKLayer
 
@@ -49,13 +51,16 @@ def entropies(codes: Tensor, bits: Tensor) -> dict[int, list[float]]:
 
 
 def code_entropy(cache: RotateKCache) -> dict[str, Any] | None:
-    """Sum up the entropies of all layers' codes of fixed width; None where there are none."""
+    """Sum up the entropies of all layers' codes, and what zlib leaves of them; None where there are none."""
     found: dict[int, list[float]] = {}
+    plain = packed = 0
     for layer in cache.layers:
         if not isinstance(layer, RotateKLayer):
             continue
         for code, data in stored_codes(layer):
             bits = (code.levels(data.device) + 1).log2()
+            plain += data.nbytes
+            packed += len(zlib.compress(data.contiguous().numpy().data, ZLIB_LEVEL))
             for width, values in entropies(code.unpack(data), bits).items():
                 found.setdefault(width, []).extend(values)
     if not found:
@@ -63,6 +68,7 @@ def code_entropy(cache: RotateKCache) -> dict[str, Any] | None:
     total = sum(width * len(values) for width, values in found.items())
     return {
         "of_stored_bits": sum(map(sum, found.values())) / total,
+        "zlib_of_stored_bytes": packed / plain,
         "by_width": {str(width): sum(found[width]) / len(found[width]) for width in BITS if width in found},
     }
 
@@ -106,7 +112,8 @@ def main() -> None:
         entropy = row["entropy"]
         if entropy is not None:
             widths = ", ".join(f"{bits:.2f} of {width}" for width, bits in entropy["by_width"].items())
-            line += f"; entropy {100 * entropy['of_stored_bits']:.0f} % of the codes' bits ({widths})"
+            line += f"; of the codes' bits entropy is {100 * entropy['of_stored_bits']:.0f} % ({widths}), "
+            line += f"and zlib leaves {100 * entropy['zlib_of_stored_bytes']:.0f} %"
         print(line, flush=True)
     if args.out is not None:
         result = {

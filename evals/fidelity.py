@@ -1,7 +1,7 @@
 """Does the compressed cache still read the page? Exact match and KL per method and budget, first and second question.
 
     python -m evals.fidelity --pages 512 --out evals/results/fidelity.json
-    python -m evals.fidelity --reader smol --level easy --second where count --out runs/fidelity_smol_other.json
+    python -m evals.fidelity --reader smol --level easy --third where count --out runs/fidelity_smol.json
     python -m evals.fidelity --model name-or-path --images folder --question "What is it?" --question "Where?"
 
 Every image gets two questions. The prompt (image and first question) is prefilled once, densely; each method then seals
@@ -11,8 +11,9 @@ so one teacher-forced forward per method scores both answers and gives the KL of
 the dense cache on the same tokens.
 
 Without --images the images are pages drawn for one of the readers (`evals.reader.readers`), whose true answers are
-known; --second says of what kinds the second questions are, the first asks by address. With images the dense cache's
-own greedy answers stand for the true ones. A row's basis file `runs/reader_...` stands for that of the reader asked.
+known; the questions ask by address, unless --second names other kinds for the second, or --third adds one more of the
+kinds that it names. With images the dense cache's own greedy answers stand for the true ones. A row's basis file
+`runs/reader_...` stands for that of the reader asked.
 
 Keys and Values are held in half precision, and bytes are those of storage: of the visual Keys and Values of a request
 with everything it owns (coefficients or codes, means, scales folded into bases, an online basis). A calibrated basis is
@@ -70,6 +71,7 @@ from rotatek_cache.hf.chat import READER, Chat, InputError, open_image
 from rotatek_cache.hf.storage import storage_bytes
 
 DEFAULT_METHODS = Path(__file__).parent / "settings" / "fidelity.yaml"
+ANSWERS = ("first", "second", "third")
 SEEDS = {"choose": CHOOSE_SEEDS, "report": REPORT_SEEDS}
 OTHER_CACHES: dict[str, Callable[..., Cache]] = {"quantized": QuantizedCache, **PEERS}
 
@@ -115,12 +117,12 @@ class _RecordingCoordinator(Coordinator):
 
 @dataclass
 class Batch:
-    """Images and two questions each, tokenised: the prompt, and the rest of the conversation right-padded.
+    """Images and two or three questions each, tokenised: the prompt, and the rest of the conversation right-padded.
 
     Attributes:
         prompt: the model's inputs for image and first question, left-padded.
-        rest: ids ``[B, n]`` of first answer, second question, second answer; 0 where padded.
-        answer: int ``[B, n]``, 1 or 2 on tokens of that answer, 0 elsewhere.
+        rest: ids ``[B, n]`` of first answer, second question, second answer and so on; 0 where padded.
+        answer: int ``[B, n]``, 1, 2 or 3 on tokens of that answer, 0 elsewhere.
     """
 
     prompt: dict[str, Tensor]
@@ -147,13 +149,15 @@ def make_batch(
     kinds: Sequence[str],
     second: Sequence[str] | None = None,
     reader: Reader = READERS["reader"],
+    third: Sequence[str] = (),
 ) -> Batch:
-    """Draw the pages of `seeds` and tokenise two different questions about each.
+    """Draw the pages of `seeds` and tokenise two or three questions about each.
 
     Args:
         kinds: of questions.
         second: kinds of the second question, where they are others; the first question stays what it is.
         reader: says them in its words.
+        third: kinds of a third question, if there is one.
     """
     images, prompts, rests, answers = [], [], [], []
     tokenizer = processor.tokenizer
@@ -161,12 +165,13 @@ def make_batch(
         page = make_page(seed, level=level)
         generator = np.random.default_rng(seed)
         chosen = [str(kind) for kind in generator.choice(kinds, 2)]
-        asked = reader.say(ask(page, generator, chosen[0]), generator)
-        kind = chosen[1] if second is None else str(generator.choice(second))
-        later = reader.say(ask(page, generator, kind), generator)
+        asked = [reader.say(ask(page, generator, chosen[0]), generator)]
+        later = [chosen[1] if second is None else str(generator.choice(second))]
+        later += [str(generator.choice(third))] if third else []
+        asked += [reader.say(ask(page, generator, kind), generator) for kind in later]
         images.append([page.image])
-        prompts.append(f"<image>\n{asked.text}")
-        rest, answer = _conversation(tokenizer, asked, later)
+        prompts.append(f"<image>\n{asked[0].text}")
+        rest, answer = _conversation(tokenizer, asked)
         rests.append(rest)
         answers.append(answer)
     prompt = processor(images=images, text=prompts, padding=True, return_tensors="pt")
@@ -177,12 +182,14 @@ def make_batch(
     return Batch(dict(prompt), padded, mask, marks)
 
 
-def _conversation(tokenizer: Any, first: Question, second: Question) -> tuple[list[int], list[int]]:
+def _conversation(tokenizer: Any, asked: Sequence[Question]) -> tuple[list[int], list[int]]:
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     end = [tokenizer.eos_token_id]
-    parts = [(ids(first.answer) + end, 1), (ids(second.text), 0), (ids(second.answer) + end, 2)]
+    parts = [(ids(asked[0].answer) + end, 1)]
+    for number, question in enumerate(asked[1:], 2):
+        parts += [(ids(question.text), 0), (ids(question.answer) + end, number)]
     return [t for part, _ in parts for t in part], [mark for part, mark in parts for _ in part]
 
 
@@ -209,17 +216,17 @@ def converse(chat: Chat, path: Path, questions: Sequence[str], most: int) -> Bat
 
 @dataclass
 class Scores:
-    """Per image: exact match and mean KL of both answers; bytes of its visual Keys and Values, and of the model's."""
+    """Per image: exact match and mean KL of its answers; bytes of its visual Keys and Values, and of the model's."""
 
-    exact: list[list[float]] = field(default_factory=lambda: [[], []])
-    divergence: list[list[float]] = field(default_factory=lambda: [[], []])
+    exact: list[list[float]] = field(default_factory=lambda: [[] for _ in ANSWERS])
+    divergence: list[list[float]] = field(default_factory=lambda: [[] for _ in ANSWERS])
     key_bytes: list[float] = field(default_factory=list)
     value_bytes: list[float] = field(default_factory=list)
     shared_bytes: int = 0
 
     def extend(self, other: "Scores") -> None:
         """Add the pages of `other`."""
-        for index in range(2):
+        for index in range(len(ANSWERS)):
             self.exact[index] += other.exact[index]
             self.divergence[index] += other.divergence[index]
         self.key_bytes += other.key_bytes
@@ -301,16 +308,25 @@ def fill(cache: Cache, config: Any, batch: Batch, recorder: RecordingCache) -> N
                 stored.keys, stored.values = stored.keys.to(query.dtype), stored.values.to(query.dtype)
 
 
-def replay(model: Any, cache: Cache, batch: Batch, first_logits: Tensor) -> Tensor:
-    """Predict each token of `batch.rest` from the cache of its prompt; return log-probabilities ``[B, n, V]``."""
-    mask = torch.cat([batch.prompt["attention_mask"], batch.rest_mask], 1)
-    logits = model(
-        input_ids=batch.rest,
-        attention_mask=mask,
-        position_ids=batch.positions()[1],
-        past_key_values=cache,
-        use_cache=True,
-    ).logits
+def replay(model: Any, cache: Cache, batch: Batch, first_logits: Tensor, *, one_by_one: bool = False) -> Tensor:
+    """Predict each token of `batch.rest` from the cache of its prompt; return log-probabilities ``[B, n, V]``.
+
+    One by one where what a cache reads depends on how many tokens come: questions, too, are read so then.
+    """
+    mask, positions = torch.cat([batch.prompt["attention_mask"], batch.rest_mask], 1), batch.positions()[1]
+    parts = batch.rest.split(1, 1) if one_by_one else (batch.rest,)
+    begin, ends, found = batch.rest.shape[1] - mask.shape[1], 0, []
+    for part in parts:
+        first, ends = ends, ends + part.shape[1]
+        output = model(
+            input_ids=part,
+            attention_mask=mask[:, : ends - begin],
+            position_ids=None if positions is None else positions[:, first:ends],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        found.append(output.logits)
+    logits = torch.cat(found, 1)
     return torch.cat([first_logits[:, None], logits[:, :-1]], 1).float().log_softmax(-1)
 
 
@@ -318,7 +334,7 @@ def score(scores: Scores, batch: Batch, found: Tensor, dense: Tensor) -> None:
     """Add the pages of a batch: log-probabilities `found` against `dense`, ``[B, n, V]``."""
     right = found.argmax(-1) == batch.rest
     divergence = (dense.exp() * (dense - found)).sum(-1)
-    for which in (1, 2):
+    for which in range(1, int(batch.answer.max()) + 1):
         marked = batch.answer == which
         scores.exact[which - 1] += (right | ~marked).all(1).double().tolist()
         scores.divergence[which - 1] += ((divergence * marked).sum(1) / marked.sum(1)).tolist()
@@ -327,7 +343,9 @@ def score(scores: Scores, batch: Batch, found: Tensor, dense: Tensor) -> None:
 def bootstrap(losses: np.ndarray, seed: int = 0, rounds: int = 4000) -> tuple[float, float]:
     """Bound the mean of paired differences by resampling pages, at 95 %."""
     generator = np.random.default_rng(seed)
-    means = [losses[generator.integers(0, len(losses), len(losses))].mean() for _ in range(rounds)]
+    some = max(1, 1_000_000 // len(losses))  # rounds at once, for bounded memory
+    sizes = [min(some, rounds - done) for done in range(0, rounds, some)]
+    means = np.concatenate([losses[generator.integers(0, len(losses), (n, len(losses)))].mean(1) for n in sizes])
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
@@ -347,7 +365,8 @@ def score_part(
     scores = {name: Scores() for name in methods}
     with torch.inference_mode():
         if args.images is None:
-            batch = make_batch(chat.processor, part, args.level, ADDRESS_KINDS, args.second, READERS[args.reader])
+            reader = READERS[args.reader]
+            batch = make_batch(chat.processor, part, args.level, ADDRESS_KINDS, args.second, reader, args.third)
         else:
             batch = converse(chat, part[0], args.question, args.max_new_tokens)
         recorder = RecordingCache()
@@ -437,10 +456,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.workers > 1:
             context = multiprocessing.get_context("spawn")
             deal = stack.enter_context(concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context)).map
-        for part in deal(score_part, itertools.repeat(args), itertools.repeat(methods), parts):
-            for name, scores in part.items():
-                results[name].extend(scores)
-            progress.update(len(part["dense"].key_bytes))
+        with contextlib.suppress(KeyboardInterrupt):  # what has been scored by then is reported
+            for part in deal(score_part, itertools.repeat(args), itertools.repeat(methods), parts):
+                for name, scores in part.items():
+                    results[name].extend(scores)
+                progress.update(len(part["dense"].key_bytes))
+    if not results["dense"].key_bytes:
+        raise ValueError("stopped before the first images were scored: nothing to report")
     return {"methods": {name: summary(results[name], results["dense"], options) for name, options in methods.items()}}
 
 
@@ -456,7 +478,9 @@ def summary(found: Scores, dense: Scores, options: dict[str, Any]) -> dict[str, 
         "visual_bytes_per_image": key_bytes + value_bytes,
         "shared_bytes_per_model": found.shared_bytes,
     }
-    for index, which in enumerate(("first", "second")):
+    for index, which in enumerate(ANSWERS):
+        if not found.exact[index]:
+            continue
         exact, reference = np.array(found.exact[index]), np.array(dense.exact[index])
         low, high = bootstrap(reference - exact)
         row[which] = {
@@ -471,16 +495,17 @@ def summary(found: Scores, dense: Scores, options: dict[str, Any]) -> dict[str, 
 
 def print_table(result: dict[str, Any]) -> None:
     """Print a line a method."""
-    heads = f"{'first EM':>8} {'KL':>8}   {'second EM':>9} {'KL':>8}"
-    print(f"{'method':70} {'K':>6} {'V':>6} {'KV':>6}   {heads}  loss, 95 %")
+    asked = [which for which in ANSWERS if which in result["methods"]["dense"]]
+    heads = "   ".join(f"{f'{which} EM':>9} {'KL':>8}  {'loss, 95 %':22}" for which in asked)
+    print(f"{'method':70} {'K':>6} {'V':>6} {'KV':>6}   {heads}")
     for name, row in result["methods"].items():
-        first, second = row["first"], row["second"]
-        low, high = (100 * bound for bound in second["loss_95"])
-        print(
-            f"{name:70} {row['key_ratio']:5.1f}x {row['value_ratio']:5.1f}x {row['kv_ratio']:5.1f}x   "
-            f"{first['exact_match']:8.4f} {first['kl']:8.5f}   {second['exact_match']:9.4f} {second['kl']:8.5f}  "
-            f"{100 * second['loss']:.2f} [{low:.2f}, {high:.2f}]"
-        )
+        parts = []
+        for which in asked:
+            loss, low, high = (100 * value for value in (row[which]["loss"], *row[which]["loss_95"]))
+            bounds = f"{loss:.2f} [{low:.2f}, {high:.2f}]"
+            parts.append(f"{row[which]['exact_match']:9.4f} {row[which]['kl']:8.5f}  {bounds:22}")
+        ratios = " ".join(f"{row[ratio]:5.1f}x" for ratio in ("key_ratio", "value_ratio", "kv_ratio"))
+        print(f"{name:70} {ratios}   {'   '.join(parts)}")
     shared = {
         row["options"]["basis"]: row["shared_bytes_per_model"]
         for row in result["methods"].values()
@@ -512,6 +537,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--second", nargs="+", choices=KINDS, help="kinds of the second questions, in place of those by address"
     )
+    parser.add_argument("--third", nargs="+", choices=KINDS, default=[], help="kinds of a third question about a page")
     parser.add_argument("--images", type=Path, help="folder of images, in place of drawn pages")
     parser.add_argument("--question", action="append", help="with --images: give it twice")
     parser.add_argument("--basis", type=Path, help="with --images: file of `rotatek calibrate` for the calibrated rows")
@@ -541,6 +567,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     drawn = {
         "second": args.second or list(ADDRESS_KINDS),
+        "third": args.third,
         "level": args.level,
         "seeds": args.seeds,
         "skip": args.skip,

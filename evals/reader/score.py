@@ -1,6 +1,7 @@
-"""Held-out exact match of the reader, per kind and level, by real greedy generation.
+"""Held-out exact match of a reader, per kind and level, by real greedy generation.
 
-    python -m evals.reader.score --model rotatek_cache/reader --out evals/results/reader_score.json
+    python -m evals.reader.score --out evals/results/reader_score.json
+    python -m evals.reader.score --reader smol --levels easy --out evals/results/reader_score_smol.json
 
 Every page is fresh (from the seeds for reporting), every question stands alone after its image, and an answer counts
 only when the decoded text equals the expected one. `--turns` also asks a second question in the same conversation.
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evals.reader.pages import ADDRESS_KINDS, KINDS, LEVELS, REPORT_SEEDS, Page, Question, ask, make_page
+from evals.reader.readers import READERS, Reader
 
 LEVEL_OFFSET = 100_000
 """Each level has its own stretch of the seeds for reporting."""
@@ -39,7 +41,14 @@ def answers(model: Any, processor: Any, pages: list[Page], prompts: list[str]) -
 
 
 def score(
-    model: Any, processor: Any, level: str, kinds: tuple[str, ...], count: int, batch: int, turns: int
+    model: Any,
+    processor: Any,
+    level: str,
+    kinds: tuple[str, ...],
+    count: int,
+    batch: int,
+    turns: int,
+    reader: Reader = READERS["reader"],
 ) -> dict[str, list[list[bool]]]:
     """Mark each answer of each kind and turn as right or wrong; a batch mixes kinds, so prompts differ in length."""
     first = REPORT_SEEDS[list(LEVELS).index(level) * LEVEL_OFFSET]
@@ -54,13 +63,14 @@ def score(
         for turn in range(turns):
             # The later turns ask about something else on the same page, after the right earlier answers.
             asked: list[Question] = [
-                ask(page, rng, kinds[(kinds.index(kind) + turn) % len(kinds)])
+                reader.say(ask(page, rng, kinds[(kinds.index(kind) + turn) % len(kinds)]), rng)
                 for page, rng, (_, kind) in zip(pages, rngs, part, strict=True)
             ]
             prompts = [history + question.text for history, question in zip(histories, asked, strict=True)]
             for question, answer in zip(asked, answers(model, processor, pages, prompts), strict=True):
-                right[question.kind][turn].append(answer == question.answer)
-            histories = [f"{prompt} {q.answer}<eos>\n" for prompt, q in zip(prompts, asked, strict=True)]
+                right[question.kind][turn].append(answer.split() == question.answer.split())
+            end = processor.tokenizer.eos_token
+            histories = [f"{prompt} {q.answer.strip()}{end}" for prompt, q in zip(prompts, asked, strict=True)]
     return right
 
 
@@ -72,7 +82,8 @@ def summary(outcomes: list[bool]) -> dict[str, float | int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="rotatek_cache/reader")
+    parser.add_argument("--reader", choices=READERS, default="reader")
+    parser.add_argument("--model", help="folder, in place of the reader's")
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=list(LEVELS))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
@@ -82,6 +93,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     flags = parser.parse_args()
 
+    reader = READERS[flags.reader]
+    flags.model = flags.model or reader.path()
     processor = AutoProcessor.from_pretrained(flags.model)
     model = AutoModelForImageTextToText.from_pretrained(flags.model, dtype=torch.float32).to(flags.device).eval()
     weights = Path(flags.model, "model.safetensors")
@@ -96,7 +109,7 @@ def main() -> None:
         "seeds": {"start": REPORT_SEEDS.start, "level offset": LEVEL_OFFSET},
     }
     for level in flags.levels:
-        right = score(model, processor, level, tuple(flags.kinds), flags.count, flags.batch, flags.turns)
+        right = score(model, processor, level, tuple(flags.kinds), flags.count, flags.batch, flags.turns, reader)
         table: dict[str, Any] = {kind: summary(turns[0]) for kind, turns in right.items()}
         gate = [kind for kind in flags.kinds if kind in ADDRESS_KINDS]
         table["address"] = summary([ok for kind in gate for ok in right[kind][0]]) if gate else None

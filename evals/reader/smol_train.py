@@ -7,6 +7,7 @@ The projector starts where the patches of a cell read as sums of SmolLM2's own w
 and symbol. A sequence holds one page and many short conversations about it, which see the page and not each other, so
 that a page is read once for all of them; of a page, patches of empty cells are mostly left out, and all keep the
 positions that they have in the whole. Started again with the same folder, training goes on from its last checkpoint.
+An adapter is kept with every checkpoint; `python -m evals.reader.smol --mean` takes the mean of the last ones.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ from evals.reader.pages import (
     make_page,
 )
 from evals.reader.smol import (
-    ADAPTER,
     END,
     add_lora,
     base_file,
@@ -368,7 +368,7 @@ def train(flags: argparse.Namespace) -> None:
         }
         torch.save(state, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").replace(checkpoint)
-        save_adapter(model, flags.folder / ADAPTER.name, {"steps": str(step), "questions": str(questions)})
+        save_adapter(model, flags.folder / f"adapter_{step}.safetensors", {"steps": str(step)})
 
     writer = Writer(tokenizer, int(began))
     queue: Any = None

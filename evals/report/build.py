@@ -208,11 +208,14 @@ def tokens_sections(results: Results) -> Iterable[Section]:
                     points(row["first"]["exact_match"]),
                     points(second["exact_match"]),
                     gain,
+                    f"{second['kl']:.2g}",
                 ]
             )
-        head = ["tokens", "channels", "kept", "bytes", "first question", "second question", "over tokens only"]
+        head = ["tokens", "channels", "kept", "bytes", "first question", "second question", "over tokens only", "KL"]
         count = count_of(stored["rows"][0]["second"]) if stored["rows"] else 0
-        caption = f"Exact match at matched bytes of the visual Keys and Values (dense: 1), n = {count}"
+        caption = (
+            f"Exact match and bytes of the visual Keys and Values (dense: 1), KL of the second answer, n = {count}"
+        )
         section = titled(name, "Tokens and channels")
         section.blocks.append(Table(caption, head, rows))
         told = "Exact match against bytes; stars keep all tokens."

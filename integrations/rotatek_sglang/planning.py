@@ -23,11 +23,17 @@ def heads_of_ranks(configurator: Any) -> list[HeadShape]:
             f"files ask for {configurator.kv_cache_dtype}: start the server with --dtype bfloat16 --kv-cache-dtype "
             "bfloat16"
         )
-    size = get_parallel().attn_tp_size
+    size, heads = get_parallel().attn_tp_size, model.get_total_num_kv_heads()
+    # On a CPU SGLang adds heads until they can be split, which no basis file knows of.
+    own = getattr(model.hf_text_config, "original_total_num_kv_heads", heads)
+    if heads != own or (heads % size and size % heads):
+        raise ValueError(
+            f"rotatek_sglang cannot split {own} KV heads between {size} processes: give a --tp-size that divides them"
+        )
     return [
         HeadShape.of_rank(
             model.num_attention_heads,
-            model.get_total_num_kv_heads(),
+            heads,
             model.head_dim,
             model.v_head_dim,
             rank,

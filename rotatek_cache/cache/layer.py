@@ -249,6 +249,7 @@ class LayerKV:
                 self.segments += head_segments(made[0], plan.heads, layout, pending.keys)
             else:
                 self.segments += join_segments(made)
+            self.sealer.answer_for(sealer)
         self.pending = None
         if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:
             # Nothing is compressed and nothing is padding: the tokens keep their logical order.

@@ -61,10 +61,15 @@ class Moments:
         return Moments(self.scatter + other.scatter, self.tokens + other.tokens, sample, cost)
 
     @without_autocast
-    def basis(self, method: str = "pca", shares: Sequence[float] = CLIP_GRID) -> dict[str, Tensor]:
+    def basis(
+        self, method: str = "pca", shares: Sequence[float] = CLIP_GRID, *, spare_outlying: bool = False
+    ) -> dict[str, Tensor]:
         """Make the tensors that a basis file holds of it.
 
         Args:
+            spare_outlying: choose ranges of codes by errors that weigh as much as a token lies far from its image's
+                mean, squared. Clipping hits the few tokens that stand out (what is written on an empty page), and among
+                Keys those are the ones that queries look for.
             shares: clip ranges to try for codes, as shares of the full range of a coefficient.
             method: "pca"; "oblique" (weighted by the cost, shrunk by half; "output" is its name for Values); or "leank"
                 (static selection of channels by query times Key power; a dropped one reads as its mean). Without a cost
@@ -95,8 +100,9 @@ class Moments:
         if decoder is not encoder:
             tensors["decoder"] = decoder.float()
         coefficients = self.sample @ encoder.float()
+        weight = self.sample.square().sum(-1) if spare_outlying else None
         for bits in BITS:
-            _, low, step = quantise(coefficients, CodeLayout(((bits, coefficients.shape[-1]),)), shares)
+            _, low, step = quantise(coefficients, CodeLayout(((bits, coefficients.shape[-1]),)), shares, weight)
             tensors[f"low{bits}"], tensors[f"step{bits}"] = low, step
         return tensors
 
@@ -247,7 +253,7 @@ class Calibration:
         tensors = {
             f"layers.{layer}.{which}.{name}": tensor.contiguous()
             for (layer, which), moments in self.moments.items()
-            for name, tensor in moments.basis(methods[which]).items()
+            for name, tensor in moments.basis(methods[which], spare_outlying=which == "key").items()
         }
         for layer in layers:
             for which, chosen in methods.items():
@@ -276,8 +282,11 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Pat
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
+    partial.touch()
+    mode = partial.stat().st_mode  # as the umask has it; safetensors leaves a file that its owner alone may read
     try:
         save_file(tensors, partial, metadata=metadata)
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    partial.chmod(mode)
     partial.replace(target)

@@ -117,6 +117,12 @@ class Sealer:
             return {}
         return {codec: codec.take(job, one) for (codec, job), one in zip(jobs.items(), sealed, strict=True)}
 
+    def answer_for(self, other: "Sealer") -> None:
+        """Check by `check`, from now on, what another has stored, too."""
+        if other is not self:
+            for own, codec in ((self.keys, other.keys), (self.values, other.values)):
+                own.unanswered += codec.unanswered
+
     def check(self, *, wait: bool = False) -> None:
         """Raise a ValueError if states that were stored are known not to have been finite; `wait` until it is."""
         for codec in (self.keys, self.values):

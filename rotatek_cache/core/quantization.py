@@ -7,7 +7,7 @@ are folded into the decode basis (`KeyBasis.for_codes`), so that attention multi
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -183,13 +183,23 @@ def as_numbers(packed: Tensor, dtype: torch.dtype) -> Tensor:
     return numbers.to(torch.promote_types(dtype, torch.float32))
 
 
+def modelled_distortion(worth: Tensor, widths: Sequence[int]) -> Tensor:
+    """Expect a bit to quarter a coefficient's distortion: ``[n, 1 + widths, channels]`` of its `worth` uncoded."""
+    shares = torch.tensor([4.0**-width for width in (0, *sorted(widths))], dtype=torch.float64, device=worth.device)
+    return worth.double().clamp_min(0)[:, None] * shares[:, None]
+
+
 def allocate_bits(
-    worth: Tensor, budget: int, widths: Sequence[int] = BITS, start: Sequence[Sequence[int]] | None = None
+    worth: Tensor,
+    budget: int,
+    widths: Sequence[int] = BITS,
+    start: Sequence[Sequence[int]] | None = None,
+    distortion: Tensor | None = None,
 ) -> list[list[int]]:
     """Deal bits out by greedy reverse water-filling in blocks over spectra; they sum to at most `budget`.
 
-    A bit quarters a channel's distortion. The step to the next width with the largest drop of distortion per bit spent
-    is taken first, a block of channels at a time; bits too few for a step of a block are not spent.
+    The step to another width with the largest drop of distortion per bit spent is taken first, a block of channels at
+    a time; bits too few for a step of a block are not spent.
 
     Args:
         worth: ``[n, channels]``, what the distortion of each coefficient costs (its variance, or a weight times it),
@@ -197,36 +207,57 @@ def allocate_bits(
         budget: bits per token in all.
         widths: what a channel may have besides nothing.
         start: bits that are given in any case; they count.
+        distortion: what is left of the worth at no bits and at each of the widths, rising, ``[n, 1 + widths,
+            channels]``; by default a bit quarters it.
 
     Returns:
         Bits per channel of each spectrum, falling.
     """
-    # A running minimum keeps widths falling within a spectrum whatever rounding did to its order.
-    energy = worth.double().clamp_min(0).unflatten(-1, (-1, CHANNEL_BLOCK)).sum(-1).cummin(-1).values.tolist()
-    bits = (
-        [[0] * len(spectrum) for spectrum in energy]
-        if start is None
-        else [list(given[::CHANNEL_BLOCK]) for given in start]
-    )
+    left_over = modelled_distortion(worth, widths) if distortion is None else distortion.double()
+    # Running minima keep widths falling within a spectrum whatever rounding did to its order.
+    blocks = left_over.unflatten(-1, (-1, CHANNEL_BLOCK)).sum(-1).cummin(1).values
     levels = [0, *sorted(widths)]
+    bits = (
+        [[0] * blocks.shape[-1] for _ in blocks] if start is None else [list(given[::CHANNEL_BLOCK]) for given in start]
+    )
     left = budget // CHANNEL_BLOCK - sum(map(sum, bits))
     steps = [
-        (-value * (4.0**-low - 4.0**-high) / (high - low), block, index, high - low)
-        for index, spectrum in enumerate(energy)
-        for block, value in enumerate(spectrum)
-        for low, high in itertools.pairwise(levels)
+        (-rate, block, index, high - low)
+        for index, spectrum in enumerate(blocks.tolist())
+        for block, (low, high, rate) in _falling_steps(spectrum, levels)
         if low >= bits[index][block]
     ]
-    # Worth falls from block to block and from step to step, so this order never skips one that must come before.
+    # Rates fall from block to block and from step to step, so this order never skips one that must come before.
     for _, block, index, cost in sorted(steps, key=lambda step: step[:2]):
         if cost <= left:
             bits[index][block] += cost
             left -= cost
-    return [[width for width in blocks for _ in range(CHANNEL_BLOCK)] for blocks in bits]
+    return [[width for width in spectrum for _ in range(CHANNEL_BLOCK)] for spectrum in bits]
+
+
+def _falling_steps(
+    spectrum: Sequence[Sequence[float]], levels: Sequence[int]
+) -> Iterator[tuple[int, tuple[int, int, float]]]:
+    """Yield block, widths and rate of each step, rates made to fall over widths and over blocks.
+
+    Args:
+        spectrum: distortion of each block at each level.
+        levels: bits, rising from 0.
+    """
+    before = [float("inf")] * (len(levels) - 1)
+    for block, left_over in enumerate(zip(*spectrum, strict=True)):
+        rates = [
+            (left_over[index] - left_over[index + 1]) / (high - low)
+            for index, (low, high) in enumerate(itertools.pairwise(levels))
+        ]
+        rates = [min(pair) for pair in zip(itertools.accumulate(rates, min), before, strict=True)]
+        before = rates
+        for (low, high), rate in zip(itertools.pairwise(levels), rates, strict=True):
+            yield block, (low, high, rate)
 
 
 def quantise(
-    coefficients: Tensor, layout: CodeLayout, shares: Sequence[float] = CLIP_GRID
+    coefficients: Tensor, layout: CodeLayout, shares: Sequence[float] = CLIP_GRID, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise one row's coefficients, with the clip range of least squared error per channel.
 
@@ -234,6 +265,7 @@ def quantise(
         coefficients: ``[H, S, channels]``, finite.
         layout: widths of the codes.
         shares: clip ranges to try, as shares of the full range.
+        weight: of each token's squared error, ``[H, S]``; by default all are alike.
 
     Returns:
         uint8 codes ``[H, S, channels]``, ``low`` and ``step`` ``[H, channels]`` in the coefficients' dtype; constant
@@ -247,7 +279,8 @@ def quantise(
     for share in shares:
         low, step = centre - share * half, 2 * share * half / levels
         codes = _codes(coefficients, low, step, levels)
-        error = (codes * step[:, None] + low[:, None] - coefficients).square().sum(1)
+        error = (codes * step[:, None] + low[:, None] - coefficients).square()
+        error = error.sum(1) if weight is None else (error * weight[..., None]).sum(1)
         better = error < best_error
         best, best_error = torch.where(better, share, best), torch.where(better, error, best_error)
     low, step = centre - best * half, 2 * best * half / levels

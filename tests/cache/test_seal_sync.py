@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import AKVQ
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -197,6 +198,7 @@ KINDS = {
     "float8": {"sparsity": 0.75, "key_bits": "fp8", "value_bits": "fp8", "value_sparsity": 0.5},
     "Values alone": {"sparsity": 0, "value_sparsity": 0.5},
     "codes without a basis": {"sparsity": 0.0, "basis": "none", "key_bits": 2, "value_bits": 2, "value_basis": "none"},
+    "codes under a rotation": AKVQ,
     "as they are": {"sparsity": 0},
 }
 CALIBRATED = {

@@ -75,6 +75,12 @@ def test_principal_angles_by_hand():
     assert overlap(plane, eye[..., 2:])["shared"] == pytest.approx([0.0])
 
 
+def test_outlier_channels_by_hand():
+    states = torch.ones(2, 4, 5)
+    states[1, :, 3] = torch.tensor([6.0, -8.0, 8.0, -6.0])  # root mean square: sqrt(50)
+    assert diagnostics.outlier_channels(states).tolist() == pytest.approx([1.0, 50**0.5])
+
+
 def test_few_states_span_few_directions():
     states = torch.randn(1, 4, 16)
     assert directions(states, 8).shape[-1] == 3

@@ -18,6 +18,7 @@ from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.fingerprint import fingerprint
 from rotatek_cache.codecs.registry import CODECS
 from rotatek_cache.options import Allocation, FitOptions
+from rotatek_cache.token_pruning.registry import token_method
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "rotatek_cache" / "reader" / "pages"
@@ -35,6 +36,8 @@ def test_every_row_of_the_table_is_a_valid_cache(name):
         if "cache" in options:
             assert options["cache"] in fidelity.OTHER_CACHES
             continue
+        if "tokens" in options:
+            assert token_method(options.pop("tokens"))
         FitOptions(**{**options, "allocation": Allocation.of(options.get("allocation", "uniform"))})
 
 

@@ -117,7 +117,7 @@ def tokens(gain=0.1):
         for name in ("rival", "channels_only")
         for bound in ("", "_95")
     }
-    bits |= {"first": tenth["first"], "second": tenth["second"] | to_rival | kl}
+    bits |= {turn: tenth[turn] | to_rival | kl for turn in ("first", "second")}
     heads = stages | {"tokens": "HybridKV, all heads static"}
     chunks = tenth | {"tokens": "HybridKV", "keep": 0.1, "bytes_share": 0.1 if gain > 0 else 0.8}
     rows = [row("tokens only"), row("RotateK 1/4", **paired), tenth, stages, bits, heads, chunks]

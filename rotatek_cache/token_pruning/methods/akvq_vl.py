@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -59,7 +59,8 @@ class AKVQVL(AttentionMethod):
                 f"must be numbers below {self.bits} then, at least one of them given (the paper: 2), got "
                 f"key_bits={options.key_bits!r}, value_bits={options.value_bits!r}"
             )
-        return None if self.bits == 16 else dataclasses.replace(options, **dict.fromkeys(coded, self.bits))
+        more: dict[str, Any] = dict.fromkeys(coded, self.bits)
+        return None if self.bits == 16 else dataclasses.replace(options, **more)
 
     def check_layers(self, compressed: Sequence[int], layers: int) -> None:
         """Raise unless a layer is left behind the first ones."""

@@ -83,7 +83,8 @@ class VLCache(AttentionMethod):
 
     def layer_budgets(self, seen: Mapping[int, Summary], counts: Tensor, pruned: Sequence[int]) -> Tensor:
         """Tokens ``[L, B]`` that the layers `pruned` keep of the `counts` ``[B]`` that may be dropped."""
-        dense = torch.stack([1 - sparse / total.clamp(min=1) for _, sparse, total, *_ in map(seen.get, pruned)])
+        parts = (seen[layer][1:3] for layer in pruned)
+        dense = torch.stack([1 - sparse / total.clamp(min=1) for sparse, total in parts])
         adaptive = dense.double() / dense.double().sum(0).clamp_min(1e-300)
         shares = self.uniform / len(pruned) + (1 - self.uniform) * adaptive
         least = share_of(counts, min(self.share, LEAST_SHARE))

@@ -46,7 +46,7 @@ TOLERANCE = 5e-3
 def environment(device):
     """What lets SGLang run without its kernels."""
     if device == "cpu":
-        return {}
+        return {"SGLANG_PLATFORM": "rotatek"}  # dense serving in plain torch, too
     given = {"SGLANG_FORCE_FUSED_OP_BACKEND": "native", "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1"}
     if importlib.util.find_spec("sgl_kernel") is None:
         paths = [str(HERE / "no_kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -106,8 +106,7 @@ def step_times(given, model, basis, folder):
         for name in found:
             command = [*flags(given.device, name == "coded", basis), "--model-path", model, "--dtype", "bfloat16"]
             command += ["--max-total-tokens", str(pool), "--max-running-requests", str(given.at_once)]
-            log = folder / f"{name}.log"
-            server = Server(*command, log=log, environment=environment(given.device) | {"SGLANG_PLATFORM": "rotatek"})
+            server = Server(*command, log=folder / f"{name}.log", environment=environment(given.device))
             servers[name] = running.enter_context(server)
             seconds(servers[name], prompts, 2)  # the prompts are cached from here on
         for _ in range(given.rounds):

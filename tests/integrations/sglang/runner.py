@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from rotatek_cache import RotateKCache, attend
+from rotatek_cache.cache.token_counts import DENSE_COLUMNS
 from rotatek_cache.hf.attention import NAME
 
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--mem-fraction-static", "0.3", "--max-total-tokens", "600"]
@@ -116,14 +117,19 @@ class Runner:
 
 
 @torch.no_grad()
-def reference(model, ids, answer, cache):
-    """Log-probabilities ``[steps, V]`` of transformers over an answer that is given."""
-    found, tokens = [], torch.tensor([ids])
-    for token in answer:
-        out = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        found.append(out.logits[0, -1].float().log_softmax(-1))
-        tokens = torch.tensor([[token]])
-    return torch.stack(found)
+def reference(model, ids, answer, cache, cached, chunk):
+    """Log-probabilities ``[steps, V]`` of transformers over an answer that is given, read with the same cuts."""
+
+    def read(tokens):
+        out = model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+        return out.logits[0, -1].float().log_softmax(-1)
+
+    if cached:
+        # What has left the ring comes back, when what follows is cut off, as its codes say: as a prefix is found.
+        read(ids[:cached] + [ids[0]] * DENSE_COLUMNS)
+        cache.crop(cached - cache.get_seq_length())
+    found = [read(ids[first : first + chunk]) for first in range(cached, len(ids), chunk)][-1:]
+    return torch.stack(found + [read([token]) for token in answer[:-1]])
 
 
 def forked(work, *arguments):
@@ -220,10 +226,10 @@ def served(model, basis, bits):
     def serve(prompts, steps, chunk=10**6):
         cached, answers, found = runner.serve(prompts, steps, chunk)
         said["cached"].append(cached)
-        for ids, answer, row in zip(prompts, answers, found, strict=True):
+        for ids, answer, row, known in zip(prompts, answers, found, cached, strict=True):
             cache = RotateKCache(basis=basis, text="coded", bits=bits)
             for name, host, held in (("coded", coded, cache), ("dense", dense, transformers.DynamicCache())):
-                said[name].append(float((row - reference(host, ids, answer, held)).abs().max()))
+                said[name].append(float((row - reference(host, ids, answer, held, known, chunk)).abs().max()))
 
     start = draw(100)
     serve([start + draw(20), draw(2), draw(90)], 71)

@@ -41,7 +41,21 @@ try:
     rmsnorm(None)
 except RuntimeError as error:
     refused = str(error)
+
+from rotatek_sglang import planning
+split = {}
+for own, heads, size in ((4, 4, 2), (2, 2, 4), (3, 3, 2), (3, 4, 2), (2, 4, 4)):
+    model = SimpleNamespace(
+        dtype=torch.bfloat16, num_attention_heads=8, get_total_num_kv_heads=lambda: heads, head_dim=64, v_head_dim=64,
+        hf_text_config=SimpleNamespace(original_total_num_kv_heads=own))
+    planning.get_parallel = lambda: SimpleNamespace(attn_tp_size=size)
+    try:
+        shapes = planning.heads_of_ranks(SimpleNamespace(model_config=model, kv_cache_dtype=torch.bfloat16))
+        split[f"{own} of {heads} in {size}"] = [(each.first_kv_head, each.kv_heads) for each in shapes]
+    except ValueError as error:
+        split[f"{own} of {heads} in {size}"] = str(error)
 print(json.dumps({
+    "split": split,
     "attention": resolution_result(args, "attention_backend"),
     "decode": graphs.decode.backend, "sizes": graphs.decode.bs, "prefill": graphs.prefill.backend,
     "overlap": not resolution_result(args, "disable_overlap_schedule"), "refused": refused}))
@@ -64,3 +78,12 @@ def test_graphs_of_decoding_are_on_and_no_kernel_of_sglang_is_needed_to_start(ti
     assert (said["decode"], said["prefill"], said["overlap"]) == ("full", "disabled", True)
     assert said["sizes"][-1] == 64  # all requests at once
     assert "sgl_kernel.rmsnorm is not installed" in said["refused"]
+    # Heads of the model, with those that SGLang adds on a CPU, and processes: the first head of each, and how many.
+    no = "rotatek_sglang cannot split {} KV heads between {} processes: give a --tp-size that divides them"
+    assert said["split"] == {
+        "4 of 4 in 2": [[0, 2], [2, 2]],
+        "2 of 2 in 4": [[0, 1], [0, 1], [1, 1], [1, 1]],
+        "3 of 3 in 2": no.format(3, 2),
+        "3 of 4 in 2": no.format(3, 2),
+        "2 of 4 in 4": no.format(2, 4),
+    }
