@@ -18,6 +18,7 @@ from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.fingerprint import fingerprint
 from rotatek_cache.codecs.registry import CODECS
 from rotatek_cache.options import Allocation, FitOptions
+from rotatek_cache.token_pruning.registry import token_method
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "rotatek_cache" / "reader" / "pages"
@@ -28,13 +29,17 @@ quanto = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("name", ["fidelity.yaml", "fidelity_choice.yaml", "fidelity_allocation.yaml"])
+@pytest.mark.parametrize(
+    "name", ["fidelity.yaml", "fidelity_choice.yaml", "fidelity_allocation.yaml", "fidelity_smol.yaml"]
+)
 def test_every_row_of_the_table_is_a_valid_cache(name):
     methods = fidelity.read_methods(ROOT / "evals" / "settings" / name)
     for options in methods.values():
         if "cache" in options:
             assert options["cache"] in fidelity.OTHER_CACHES
             continue
+        if "tokens" in options:
+            assert token_method(options.pop("tokens"))
         FitOptions(**{**options, "allocation": Allocation.of(options.get("allocation", "uniform"))})
 
 

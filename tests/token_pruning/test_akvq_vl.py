@@ -1,5 +1,7 @@
 """AKVQ-VL: which tokens keep more bits, what both kinds take, and that attention reads what was stored."""
 
+import copy
+
 import pytest
 import torch
 import ways
@@ -46,9 +48,8 @@ def test_pivots_are_what_the_text_attends_to():
     host = build_host("llava")
     inputs = ways.padded(host.tiny)
     visual = visual_positions(inputs["input_ids"])
-    eager = type(host.plain)(host.plain.config)
-    eager.load_state_dict(host.plain.state_dict())
-    eager.eval().set_attn_implementation({"text_config": "eager"})
+    eager = copy.deepcopy(host.plain)
+    eager.set_attn_implementation({"text_config": "eager"})
     matrices = eager(**inputs, output_attentions=True).attentions
     cache = make(AKVQVL(0.25, text_layers=1), always_compress=True, **AKVQ)()
     host.attached(**inputs, past_key_values=cache)
