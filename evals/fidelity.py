@@ -308,16 +308,25 @@ def fill(cache: Cache, config: Any, batch: Batch, recorder: RecordingCache) -> N
                 stored.keys, stored.values = stored.keys.to(query.dtype), stored.values.to(query.dtype)
 
 
-def replay(model: Any, cache: Cache, batch: Batch, first_logits: Tensor) -> Tensor:
-    """Predict each token of `batch.rest` from the cache of its prompt; return log-probabilities ``[B, n, V]``."""
-    mask = torch.cat([batch.prompt["attention_mask"], batch.rest_mask], 1)
-    logits = model(
-        input_ids=batch.rest,
-        attention_mask=mask,
-        position_ids=batch.positions()[1],
-        past_key_values=cache,
-        use_cache=True,
-    ).logits
+def replay(model: Any, cache: Cache, batch: Batch, first_logits: Tensor, *, one_by_one: bool = False) -> Tensor:
+    """Predict each token of `batch.rest` from the cache of its prompt; return log-probabilities ``[B, n, V]``.
+
+    One by one where what a cache reads depends on how many tokens come: questions, too, are read so then.
+    """
+    mask, positions = torch.cat([batch.prompt["attention_mask"], batch.rest_mask], 1), batch.positions()[1]
+    parts = batch.rest.split(1, 1) if one_by_one else (batch.rest,)
+    begin, ends, found = batch.rest.shape[1] - mask.shape[1], 0, []
+    for part in parts:
+        first, ends = ends, ends + part.shape[1]
+        output = model(
+            input_ids=part,
+            attention_mask=mask[:, : ends - begin],
+            position_ids=None if positions is None else positions[:, first:ends],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        found.append(output.logits)
+    logits = torch.cat(found, 1)
     return torch.cat([first_logits[:, None], logits[:, :-1]], 1).float().log_softmax(-1)
 
 
@@ -447,10 +456,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.workers > 1:
             context = multiprocessing.get_context("spawn")
             deal = stack.enter_context(concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context)).map
-        for part in deal(score_part, itertools.repeat(args), itertools.repeat(methods), parts):
-            for name, scores in part.items():
-                results[name].extend(scores)
-            progress.update(len(part["dense"].key_bytes))
+        with contextlib.suppress(KeyboardInterrupt):  # what has been scored by then is reported
+            for part in deal(score_part, itertools.repeat(args), itertools.repeat(methods), parts):
+                for name, scores in part.items():
+                    results[name].extend(scores)
+                progress.update(len(part["dense"].key_bytes))
+    if not results["dense"].key_bytes:
+        raise ValueError("stopped before the first images were scored: nothing to report")
     return {"methods": {name: summary(results[name], results["dense"], options) for name, options in methods.items()}}
 
 

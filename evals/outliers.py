@@ -12,6 +12,7 @@ and of SmolLM2-135M.
 """
 
 import argparse
+import json
 import shlex
 import sys
 import tempfile
@@ -189,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibrate", type=positive, default=24, help="conversations that calibrate")
     parser.add_argument("--spread", action="store_true", help="print how far channels of models' own Keys stand out")
     parser.add_argument("--threads", type=positive, default=1)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, help="JSON file to write; factors that are not run stay as they are")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     try:
@@ -215,9 +216,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(line)
     if args.out:
         given = sys.argv[1:] if arguments is None else list(arguments)
-        result["setting"] = {name: getattr(args, name) for name in ("pairs", "level", "second", "skip", "pages")}
-        result["command"] = shlex.join(["python", "-m", "evals.outliers", *given])
-        write_json(args.out, rounded({**result, "environment": environment("cpu", 1)}))
+        run = {
+            "setting": {
+                name: getattr(args, name) for name in ("pairs", "level", "second", "skip", "pages", "calibrate")
+            },
+            "command": shlex.join(["python", "-m", "evals.outliers", *given]),
+            "environment": environment("cpu", 1),
+        }
+        for found in result.get("factors", {}).values():
+            found["run"] = run
+        before = json.loads(args.out.read_text()).get("factors", {}) if args.out.is_file() else {}
+        kept = {"factors": {**before, **result["factors"]}} if "factors" in result else {**result, "run": run}
+        write_json(args.out, rounded(kept))
 
 
 if __name__ == "__main__":

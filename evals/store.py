@@ -47,8 +47,9 @@ class Results:
         """Choose where a result belongs."""
         if "tasks" in stored and "settings" in stored:
             return self.accuracy
-        settings = stored.get("settings")
-        if settings and isinstance(settings, Mapping) and all("loss_to_last" in row for row in settings.values()):
+        rows = stored.get("settings")
+        rows = list(rows.values()) if isinstance(rows, Mapping) else []
+        if rows and all(isinstance(row, Mapping) and "loss_to_last" in row for row in rows):
             return self.decoded
         if "geometry" in stored:
             return self.diagnostics

@@ -44,7 +44,7 @@ from evals import figures
 from evals.fidelity import SEEDS, Batch, RecordingCache, Scores, bootstrap, fill, load, make_batch, replay, score
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, LEVELS
 from evals.store import rounded, write_json
-from rotatek_cache import RotateKCache, VisionZip
+from rotatek_cache import HybridKV, RotateKCache, VisionZip
 from rotatek_cache.cache.layer import LayerKV, Merge
 from rotatek_cache.cache.seal_plan import SealPlan
 from rotatek_cache.hf.encoders import encoder_tap, token_signal
@@ -236,7 +236,9 @@ def score_batch(model: Any, batch: Batch, rows: list[Variant]) -> list[Scores]:
     dense, all_scores = None, []
     for row in rows:
         cache, next_logits = prompts.read(row)
-        found = replay(model, cache, batch, next_logits)
+        # Heads that retrieve do so for a token that comes alone; several read all.
+        retrieves = isinstance(row.method, HybridKV) and row.method.static > 0
+        found = replay(model, cache, batch, next_logits, one_by_one=retrieves)
         dense = found if dense is None else dense
         scores = Scores()
         score(scores, batch, found, dense)

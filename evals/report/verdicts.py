@@ -389,8 +389,8 @@ def _answers_in_part(results: Results) -> Verdict:
         return Verdict(claim, None)
     better = [row["loss_to_last_95"][1] < 0 for row in rows.values()]
     told = "; ".join(
-        f"{name}: {row['loss_to_last']:+.3f} [{low:+.3f}, {high:+.3f}] nats a token to the last ones, {row['loss']:+.3f} "
-        "to dense"
+        f"{name}: {row['loss_to_last']:+.3f} [{low:+.3f}, {high:+.3f}] nats a token to the last ones, "
+        f"{row['loss']:+.3f} to dense"
         for name, row in rows.items()
         for low, high in [row["loss_to_last_95"]]
     )

@@ -12,9 +12,12 @@ INTERPRETED = not isinstance(tl.sum, triton.runtime.JITFunction)
 class Block(NamedTuple):
     """Columns of a stored token: numbers as they are (`bits` 0), or codes of `bits`, ``8 // bits`` to a byte.
 
+    Bytes are read as words of two; all widths and offsets are even.
+
     Where heads have widths of their own (`width` 0), which columns there are and what they hold is in a `HeadTable`.
-    Bytes are read as digits of `bits` then, the fewest of any code: a code of more bits is a sum of digits times powers
-    of two, which are folded into the projected queries, and for Values into the sum. So one body reads all mixtures.
+    Bytes are read as digits of `bits` then, the fewest of any code there: a code of more bits is a sum of digits times
+    powers of two, which are folded into the projected queries, and for Values into the sum. So one body reads all
+    mixtures.
     """
 
     bits: int

@@ -20,7 +20,7 @@ from rotatek_cache.core.quantization import CodeLayout, HeadCodes, Numbers
 from rotatek_cache.core.segments import SegmentView
 from rotatek_kernels.decode import Launch, plan
 from rotatek_kernels.occupancy import H200
-from rotatek_kernels.shapes import BlockSizes, shapes_of
+from rotatek_kernels.shapes import BlockSizes, shapes_of, sizes_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -272,10 +272,17 @@ def segment_of_shape(
 
 
 def plan_of_shape(
-    segments: Sequence[SegmentView], group: int, width: int, queries: int = 1, sizes: BlockSizes | None = None
+    segments: Sequence[SegmentView],
+    group: int,
+    width: int,
+    queries: int = 1,
+    sizes: BlockSizes | None = None,
+    *,
+    amd: bool = False,
 ) -> list[Launch]:
     """Plan the launches over segments without storage, by a query of their dtype; `sizes` in place of the table's."""
     heads, batch = segments[0].heads, segments[0].starts.shape[0]
     dtype = next((s.keys.dtype for s in segments if s.key_code is None), torch.bfloat16)
     query = torch.empty(batch, heads * group, queries, width, dtype=dtype, device="meta")
+    sizes = sizes or sizes_of(query, segments, amd=amd)
     return plan(shapes_of(query, segments, sizes), query, segments, width**-0.5, SLOTS)[0]

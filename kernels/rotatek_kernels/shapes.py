@@ -34,7 +34,8 @@ class BlockSizes(NamedTuple):
         queries: most of them (positions times heads of a group) that share a tile of tokens; 8: the other half of a
             matrix product holds what rounding takes from the projected queries.
         tokens: most tokens of a block.
-        tile: most bytes of a block's Keys and Values, a code counted as one byte.
+        tile: most bytes of a block's Keys and Values, unpacked; a code counts as 4 bytes, as one where
+            one warp reads it.
         stages: blocks in flight.
         registers: of a thread, at most (NVIDIA); where left to itself, the compiler spills one to hold more programs.
         channels: of the query that are projected at once.
@@ -57,13 +58,13 @@ BLOCK_SIZES = {
     # Bound by bytes, so instructions may be spent: 18 a token at D 128, r 32 against 70 that the bytes leave time for.
     # At most 168 registers and 70 KiB let three programs share a processor.
     "plain": BlockSizes(warps=4, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=168),
-    # Bound by instructions: several warps would each unpack all codes (14 a token with one warp, 26 with two, 52 with
-    # four, at 4 bits and r 32). Larger tiles spill beside a text segment of D 128, which then has 16 tokens a block.
+    # Bound by instructions: several warps would each unpack all codes. One takes 5.1 a token at 4 bits and r 32 (5.8 in
+    # blocks of 64). Larger tiles spill beside a text segment of D 128, which then has 32 tokens a block.
     "codes": BlockSizes(warps=1, queries=8, tokens=128, tile=8 * 1024, stages=3, registers=None),
-    # In heads of at most `NARROW` channels, where on sm_90 blocks of 64 tokens spill beside a text segment.
+    # In heads of at most `NARROW` channels.
     "8 bit": BlockSizes(warps=1, queries=8, tokens=64, tile=8 * 1024, stages=3, registers=None),
-    # Blocks of 32 tokens of 16 bytes each are not loaded ahead of their use, 16 are: 28 instructions a token, not 37.
-    "2 bit": BlockSizes(warps=1, queries=8, tokens=64, tile=8 * 1024, stages=3, registers=None),
+    # Blocks of 64 tokens spill beside a text segment.
+    "2 bit": BlockSizes(warps=1, queries=8, tokens=64, tile=4 * 1024, stages=3, registers=None),
     # Without tensor cores; with four warps the dense segment needs twice the registers.
     "float32": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=None),
     # 64 queries by 64 tokens spill (976 instructions of it at D 128 with a mask), 64 by 32 do not.
@@ -146,7 +147,7 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
     heads = segments[0].heads
     group = q_heads // heads
     value_width = segments[0].value_width
-    sizes = sizes or BLOCK_SIZES[kind_of(query, segments)]
+    sizes = sizes or sizes_of(query, segments)
     # Few block sizes, so that few kernels are made: a tile holds as many positions as fit.
     paired = sizes.queries <= PAIRED and group <= PAIRED
     queries = PAIRED if paired else max(_block(group), min(sizes.queries, _block(positions * group)))
@@ -198,6 +199,14 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
     )
 
 
+def sizes_of(
+    query: Tensor, segments: Sequence[SegmentView], *, amd: bool = torch.version.hip is not None
+) -> BlockSizes:
+    """Look up the sizes for these arguments; AMD's compiler keeps more of a block of codes in registers."""
+    sizes = BLOCK_SIZES[kind_of(query, segments)]
+    return sizes._replace(tile=sizes.tile // 2) if amd and sizes.warps == 1 else sizes
+
+
 def kind_of(query: Tensor, segments: Sequence[SegmentView]) -> str:
     """Choose the entry of `BLOCK_SIZES` for these arguments."""
     widest = max(query.shape[3], *(segment.value_width for segment in segments))
@@ -228,9 +237,10 @@ def _is_narrow(code: Code | None) -> bool:
     return code is not None
 
 
-def _unpacked(blocks: tuple[Block, ...], itemsize: int) -> int:
-    """Count the bytes of a token in tiles; a code takes less than a number, since it is unpacked in registers."""
-    return sum(block.parts * block.padded * (1 if block.bits else itemsize) for block in blocks)
+def _unpacked(blocks: tuple[Block, ...], itemsize: int, warps: int) -> int:
+    """Count the bytes of a token in tiles, as `BlockSizes.tile` does."""
+    code = 1 if warps == 1 else 4
+    return sum(block.parts * block.padded * (code if block.bits else itemsize) for block in blocks)
 
 
 class StoredForm(NamedTuple):
@@ -304,7 +314,7 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
 def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: torch.dtype) -> SegmentShape:
     keys = _shape_stored(segment.keys, segment.key_code, sizes.warps)
     values = _shape_stored(segment.values, segment.value_code, sizes.warps)
-    unpacked = _unpacked(keys.blocks + values.blocks, dtype.itemsize)
+    unpacked = _unpacked(keys.blocks + values.blocks, dtype.itemsize, sizes.warps)
     mask = segment.mask
     # The lowest finite number stands for "not seen" in additive masks.
     hidden = None if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
@@ -372,7 +382,7 @@ def _runs(code: CodeLayout | Numbers) -> list[tuple[int, int, int]]:
 def _digit_blocks(code: HeadCodes, columns: int, width: int) -> tuple[Block, ...]:
     """Cut a token whose head says what it holds into blocks of `width` columns; see `Block`.
 
-    The bits of a block are the fewest of its columns in any head: widths fall, so that the first blocks often have more.
+    The bits of a block are the fewest of its columns in any head: they fall, so that the first blocks often have more.
     """
     stored = [[bits for bits, run, _ in _runs(part) for _ in range(run)] for part in code.parts]
     blocks: list[Block] = []

@@ -282,8 +282,11 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Pat
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
+    partial.touch()
+    mode = partial.stat().st_mode  # as the umask has it; safetensors leaves a file that its owner alone may read
     try:
         save_file(tensors, partial, metadata=metadata)
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    partial.chmod(mode)
     partial.replace(target)

@@ -73,8 +73,8 @@ class Fitted(KeyCodec):
         self.expect_finite(scatter.diagonal(dim1=-2, dim2=-1))
         tokens = integers([length for _, length in ranges], states.device)
         stats = KeyStatistics(mean, scatter, tokens, queries, valid)
-        if rank is None:
-            rank = self.rank_of(stats)
+        # What storage pads a rank to costs the same bytes with directions in it.
+        rank = min(width, padded_rank(self.rank_of(stats) if rank is None else rank))
         # Spending bits freely needs all directions, the best ones first.
         automatic = wanted.bits == "auto"
         basis = self.method.fit(stats, width if automatic else rank, wanted.options.solver, states.dtype)
@@ -104,7 +104,7 @@ class Fitted(KeyCodec):
             return "float8 coefficients and bases of 8 bits are stored by torch alone"
         channels = padded_rank(rank)
         code = None if wanted.bits is None else CodeLayout(((int(wanted.bits), channels),))
-        fit = Fit(rank, self.method.exponent, queries, valid)
+        fit = Fit(min(states.shape[-1], channels), self.method.exponent, queries, valid)
         return SealJob(f"{wanted.kind}s", states, channels, fit, code)
 
     def take(self, job: SealJob, sealed: Sealed) -> Stored:

@@ -222,13 +222,13 @@ def allocate_bits(
     )
     left = budget // CHANNEL_BLOCK - sum(map(sum, bits))
     steps = [
-        (-rate, block, index, high - low, low)
+        (-rate, block, index, high - low)
         for index, spectrum in enumerate(blocks.tolist())
         for block, (low, high, rate) in _falling_steps(spectrum, levels)
         if low >= bits[index][block]
     ]
     # Rates fall from block to block and from step to step, so this order never skips one that must come before.
-    for _, block, index, cost, low in sorted(steps, key=lambda step: (step[0], step[1], step[4])):
+    for _, block, index, cost in sorted(steps, key=lambda step: step[:2]):
         if cost <= left:
             bits[index][block] += cost
             left -= cost

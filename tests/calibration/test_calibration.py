@@ -1,7 +1,9 @@
 """Calibrated bases: one pass or two, stopping and resuming, what a file gives, and which files are refused."""
 
 import copy
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from rotatek_cache.cli.app import app
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.codecs.fingerprint import fingerprint, same_fingerprint, sample_weight
 from rotatek_cache.codecs.sealing import Sealer
-from rotatek_cache.codecs.shared_basis import StateBasis
+from rotatek_cache.codecs.shared_basis import HeadBudget, StateBasis
 from rotatek_cache.core.quantization import HeadCodes
 from rotatek_cache.hf.chat import open_image
 from rotatek_cache.options import Allocation
@@ -465,6 +467,40 @@ def test_worth_by_hand():
     assert state.worth("gain")[0, :2].tolist() == [2, 3]
     assert state.worth("relative")[0, :2].tolist() == pytest.approx([0.8, 0.2])
     assert state.ranks_for_energy(0.8) == [1] and state.ranks_for_energy(0.81) == [2]
+
+
+def test_codes_leave_what_rounding_does():
+    state = StateBasis(
+        encoder=torch.eye(8)[None],
+        decoder=torch.eye(8)[None],
+        spectrum=torch.tensor([[4.0, 1.0, *[0.0] * 6]]),
+        gain=torch.tensor([[0.5, 3.0, *[1.0] * 6]]),
+        low={},
+        step={2: torch.tensor([[3.0, 6.0, *[0.0] * 6]]), 4: torch.full((1, 8), 0.6)},
+    )
+    found = state.distortion("gain", (4, 2))[0].T
+    # 9 / 12 and .36 / 12 of the first; two bits of the second are no better than none.
+    assert found[0].tolist() == pytest.approx([2, 0.375, 0.015]) and found[1].tolist() == pytest.approx([3, 3, 0.09])
+    assert not found[2:].any()
+
+
+def test_the_first_layer_weighs_as_much_as_is_asked(basis_file):
+    def shares(first: float) -> list[int]:
+        allocation = Allocation("heads", "gain", 0.25, first)
+        codes = (load_basis(basis_file).code(n, "key", "auto", HeadBudget(bits=32), allocation) for n in (0, 1))
+        return [sum(code.widths) for code in codes]
+
+    even, weighed = shares(1e-6), shares(1e6)
+    assert even[0] < even[1] and weighed[0] > weighed[1]
+
+
+def test_files_may_be_read_as_the_umask_says(state, tmp_path):
+    before = os.umask(0o027)
+    try:
+        state.save(tmp_path / "state")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o640
 
 
 def test_gain_is_what_a_unit_of_distortion_costs():

@@ -44,6 +44,20 @@ def test_every_method_gives_a_projection(name):
 
 
 @pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(("rank", "width", "columns"), [(4, 16, 8), (9, 12, 12)])
+def test_what_a_rank_is_padded_to_holds_directions(name, rank, width, columns):
+    keys = torch.randn(2, 40, width, generator=torch.Generator().manual_seed(0))
+    queries = torch.randn(1, 4, 8, width, generator=torch.Generator().manual_seed(1))
+
+    def stored(rank):
+        keys_codec, _ = codecs_for(FitOptions(rank=rank, basis=name), 0)
+        return keys_codec.store(keys, [(0, 40)], queries)
+
+    padded, whole = stored(rank), stored(columns)
+    assert torch.equal(padded.data, whole.data) and torch.equal(padded.basis.B, whole.basis.B)
+
+
+@pytest.mark.parametrize("name", BASES)
 def test_every_method_works_without_queries(name):
     stats, keys = statistics()
     basis = BASES[name].fit(KeyStatistics(stats.mean, stats.scatter, stats.tokens), 8, "eigh", torch.float64)

@@ -82,6 +82,27 @@ def test_a_shared_budget_goes_to_the_spectrum_that_is_worth_more():
     assert allocate_bits(worth, 8 * 32, (16,)) == [[16] * 8 + [0] * 8, [16] * 8 + [0] * 8]
 
 
+def test_bits_follow_the_distortion_that_is_left():
+    # Two bits leave half of the first block, four next to nothing; the second block is as is assumed of any.
+    distortion = torch.tensor([[16.0, 8.0, 0.0, 0.0], [8.0, 0.5, 1 / 32, 0.0]]).T
+    distortion = distortion[None].repeat_interleave(8, -1)
+    assert allocate_bits(distortion[:, 0], 8 * 2, distortion=distortion)[0] == [2] * 8 + [0] * 8
+    assert allocate_bits(distortion[:, 0], 8 * 4, distortion=distortion)[0] == [4] * 8 + [0] * 8
+    assert allocate_bits(distortion[:, 0], 8 * 6, distortion=distortion)[0] == [4] * 8 + [2] * 8
+
+
+def test_weighted_ranges_spare_the_tokens_that_weigh():
+    coefficients = torch.randn(1, 2000, 8, generator=torch.Generator().manual_seed(0)) / 4
+    coefficients[0, :20] += 4
+    weight = coefficients.square().sum(-1)
+
+    def error(weight):
+        codes, low, step = quantise(coefficients, CodeLayout(((4, 8),)), weight=weight)
+        return (codes * step[:, None] + low[:, None] - coefficients)[0, :20].square().mean()
+
+    assert error(weight) < 0.5 * error(None)
+
+
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 999), budget=st.integers(16 * 8, 3 * 64 * 8))
 def test_no_move_of_bits_between_spectra_lowers_the_distortion(seed, budget):

@@ -66,6 +66,7 @@ def latency(device="NVIDIA X", step=2.0, share=0.01):
 
     rows = [row("dense, sdpa", 4.0, None), row("RotateK r=32", step, share)]
     rows.append(row("VL-Cache, .1 of the bytes", step * 0.8, share, step / 4))
+    rows.append(row("HybridKV, .1 read, all heads dynamic", step, share))
     rows.append({"method": "other", "context": 16384, "batch": 1, "skipped": "it needs a thing"})
     return {
         "model": "m", "dtype": "bfloat16", "command": "c", "rows": rows, "largest": [],
@@ -117,7 +118,15 @@ def tokens(gain=0.1):
         for bound in ("", "_95")
     }
     bits |= {turn: tenth[turn] | to_rival | kl for turn in ("first", "second")}
-    return {"rows": [row("tokens only"), row("RotateK 1/4", **paired), tenth, stages, bits], "setting": {}}
+    heads = stages | {"tokens": "HybridKV, all heads static"}
+    chunks = tenth | {"tokens": "HybridKV", "keep": 0.1, "bytes_share": 0.1 if gain > 0 else 0.8}
+    rows = [row("tokens only"), row("RotateK 1/4", **paired), tenth, stages, bits, heads, chunks]
+    return {"rows": rows, "setting": {}}
+
+
+def decoded(gain=0.1):
+    row = {"passages": 16, "loss": 0.2, "loss_to_last": -gain, "loss_to_last_95": [-gain - 0.05, -gain + 0.05]}
+    return {"settings": {"64 tokens, R-KV": row}}
 
 
 def says(results):
@@ -134,6 +143,7 @@ def test_verdicts_follow_the_numbers():
         diagnostics={"d": diagnostics()},
         latency={"l": latency()},
         tokens={"t": tokens()},
+        decoded={"d": decoded()},
     )
     assert set(says(good).values()) == {"holds"}, says(good)
     bad = Results(
@@ -141,6 +151,7 @@ def test_verdicts_follow_the_numbers():
         diagnostics={"d": diagnostics(kept=0.7, shared=0.1)},
         latency={"l": latency(step=3.9, share=0.2)},
         tokens={"t": tokens(gain=-0.1)},
+        decoded={"d": decoded(gain=-0.1)},
     )
     assert set(says(bad).values()) == {"does not hold"}, says(bad)
 

@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rotatek_cache
-from evals import coded_peers, text_fidelity
+from evals import coded_peers, decoded_text, text_fidelity
+from evals.store import Results
 
 READER = Path(rotatek_cache.__file__).parent / "reader"
 
@@ -77,3 +78,22 @@ def test_peers_read_the_same_passages_at_counted_bits(folder, tmp_path, capsys):
         assert held["row"] == f"ours: 4 bit, {ours}"
         assert held["less_kl"] == pytest.approx(found[name]["kl"] - found[held["row"]]["kl"], rel=1e-3)
     assert found["transformers' QuantizedCache: fp8"]["bits"] == pytest.approx(8, rel=1e-2)
+
+
+def test_more_tokens_held_are_nearer_to_dense(folder, tmp_path, capsys):
+    out = tmp_path / "found.json"
+    arguments = ["--model", folder, "--book", folder / "book.txt", "--caps", 16, 32, "--prompt", 8, "--answer", 48]
+    decoded_text.main([str(argument) for argument in [*arguments, "--passages", 2, "--batch", 2, "--out", out]])
+    stored = json.loads(out.read_text())
+    rows = stored["settings"]
+    assert len(rows) == 8 and "16 tokens, R-KV" in capsys.readouterr().out
+    assert all(rows["32 tokens, R-KV"]["kl"] < rows[f"16 tokens, {name}"]["kl"] for name in decoded_text.methods(16))
+    assert all(row["loss_to_last"] == 0 for name, row in rows.items() if name.endswith("the last tokens"))
+    results = Results()
+    assert results.kind_of(stored) is results.decoded
+
+
+def test_answers_shorter_than_the_cap_are_refused(folder, capsys):
+    with pytest.raises(SystemExit):
+        decoded_text.main(["--model", str(folder), "--caps", "64", "--answer", "60"])
+    assert "expected more tokens than the largest of --caps [64], got 60" in capsys.readouterr().err

@@ -89,7 +89,8 @@ def waits(server, kind, asked=8):
 def dense_server(model, log, *flags):
     """Dense SGLang on a CPU."""
     arguments = ["--model-path", model, "--device", "cpu", "--attention-backend", "torch_native", *SMALL_POOL, *flags]
-    return Server("sglang.launch_server", *arguments, log=log, environment={"SGLANG_PLATFORM": "rotatek"})
+    environment = {"SGLANG_PLATFORM": "rotatek"}  # without our pool: another platform than the nursery's
+    return Server("sglang.launch_server", *arguments, log=log, environment=environment, alone=True)
 
 
 def main():

@@ -12,9 +12,10 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from nursery import Nursery
 from PIL import Image, ImageDraw
 
-from rotatek_sglang.process import running
+from rotatek_sglang.process import running, start
 
 VIDEOS = ["--mm-process-config", json.dumps({"video": {"fps": 2, "min_pixels": 56 * 56, "max_pixels": 84 * 112}})]
 
@@ -68,12 +69,16 @@ class Answer:
 
 
 class Server:
-    """An SGLang server on 127.0.0.1, ended with the `with` block."""
+    """An SGLang server on 127.0.0.1, ended with the `with` block: a fork of `nursery`, or `alone`: as users do it."""
 
-    def __init__(self, module, *arguments, log, environment=None):
+    nursery = Nursery()
+
+    def __init__(self, module, *arguments, log, environment=None, alone=False):
         self.log = Path(log)
         environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
-        self.starting = running([module, *arguments], self.log, environment)
+        self.starting = running(
+            [module, *arguments], self.log, environment, starting=start if alone else self.nursery.start
+        )
 
     def __enter__(self):
         self.port = self.starting.__enter__()

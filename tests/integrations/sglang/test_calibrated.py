@@ -72,10 +72,10 @@ def test_in_one_batch(server, setting):
 
 def test_a_text_for_which_there_are_too_few_rows_is_cut_where_sglang_is_asked_to(server, setting):
     """To the 512 text rows, less the two that the answer takes; without the flag it is an error."""
-    answer = server.ask(message("fox " * 700), 4)
+    answer = server.ask(message("fox " * 150), 4)
     assert (answer.status, answer.prompt_tokens, len(answer.logprobs)) == (200, 510, 1)
     assert "was cut to the 512 text rows" in server.log_text()
-    images = server.ask(message("fox " * 700, picture(80)), 4)
+    images = server.ask(message("fox " * 150, picture(80)), 4)
     assert images.status == 400  # as in SGLang
 
 

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 CODES = 2e-3  # another library or batch size moves a state a little, and now and then a code with it
 AT_ONCE = ["--device", "cpu", *SMALL_POOL, "--chunked-prefill-size", "-1"]
+CORES = {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{1 % os.cpu_count()}"}  # on a CPU SGLang wants to be told of each process's
 USED = r"^rotatek_{}_used\{{[^}}]*\}} (\S+)$"
 
 
@@ -33,8 +34,7 @@ class TestHeadsInEach:
     def server(cls, tiny, logs, basis):
         arguments = ["--model-path", tiny("qwen2_5_vl"), *AT_ONCE, "--tp-size", "2"]
         arguments += ["--basis", basis, "--bits", "3.5", "--allocation", "heads"]
-        cores = {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{1 % os.cpu_count()}"}
-        with Server("rotatek_sglang.launch", *arguments, log=logs / "heads.log", environment=cores) as running:
+        with Server("rotatek_sglang.launch", *arguments, log=logs / "heads.log", environment=CORES) as running:
             yield running
 
     def test_each_process_has_rows_of_its_own_and_all_have_as_many(self, server):
@@ -93,7 +93,7 @@ class TestAModelInEach:
     def server(cls, tiny, logs, basis, adapter):
         arguments = ["--model-path", tiny("qwen2_5_vl"), *AT_ONCE, "--dp-size", "2", "--basis", basis, "--bits", "16"]
         arguments += ["--lora-paths", f"drawn={adapter[0]}", "--lora-backend", "torch_native"]
-        with Server("rotatek_sglang.launch", *arguments, log=logs / "models.log") as running:
+        with Server("rotatek_sglang.launch", *arguments, log=logs / "models.log", environment=CORES) as running:
             yield running
 
     def test_answers_with_an_adapter_and_without(self, server, tiny, adapter):

@@ -19,7 +19,9 @@ def server(tiny, logs):
     arguments = ["--model-path", tiny("qwen2_5_vl"), *COMMON, *LIMITS, "--chunked-prefill-size", "32"]
     environment = {"ROTATEK_RANK": "64", "ROTATEK_ALWAYS_COMPRESS": "1", "ROTATEK_CUDA_GRAPHS": "1"}
     environment["ROTATEK_TEXT_SHARE"] = "0.925"  # leaves 614 visual rows, for all images but one and all videos
-    with Server("sglang.launch_server", *arguments, log=logs / "full.log", environment=environment) as running:
+    with Server(
+        "sglang.launch_server", *arguments, log=logs / "full.log", environment=environment, alone=True
+    ) as running:
         yield running
 
 

@@ -27,7 +27,7 @@ IMAGE = message("what is in this image?", picture(1))
 def server(tiny, logs):
     arguments = ["--model-path", tiny("qwen2_5_vl"), *SMALL_POOL, "--sparsity", "0.75", "--bases", "8"]
     arguments += ["--served-model-name", "tiny"]
-    with Server("rotatek_sglang.launch", *arguments, log=logs / "compressed.log") as running:
+    with Server("rotatek_sglang.launch", *arguments, log=logs / "compressed.log", alone=True) as running:
         yield running
 
 
