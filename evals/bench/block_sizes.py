@@ -11,6 +11,7 @@ two, and candidates that spill are out. That orders candidates; how long they ta
 import argparse
 import datetime
 import functools
+import itertools
 import json
 import math
 import shlex
@@ -129,9 +130,14 @@ def by_code(kind: str, name: str, width: int, gpu: Gpu) -> dict[str, Any]:
 
 
 def by_clock(
-    clock: Any, common: dict[str, Any], shapes: Sequence[tuple[str, str]] = TIMED, tokens: int = 32768, batch: int = 8
+    clock: Any,
+    common: dict[str, Any],
+    shapes: Sequence[tuple[str, str]] = TIMED,
+    tokens: int = 32768,
+    batch: int = 8,
+    most: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Time the same candidates on the current device, for shapes that the decode benchmark draws."""
+    """Time the same candidates, `most` of them, on the current device, for shapes that the decode benchmark draws."""
     from evals.bench.kernel_cuda import Setting, draw, ours_error  # noqa: PLC0415 (it imports a figure's library)
 
     setting = Setting(batch, tokens, **common)
@@ -139,7 +145,7 @@ def by_clock(
         query, segments = draw(setting, name)
         scale = setting.width**-0.5
         row: dict[str, Any] = {"kind": kind, "shape": name, "width": setting.width, "candidates": []}
-        for sizes in candidates(kind):
+        for sizes in itertools.islice(candidates(kind), most):
             error = ours_error(query, segments, scale, sizes)
             step = functools.partial(decode.decode_attention, query, segments, scale, sizes=sizes)
             # Replayed from a graph: the host takes longer to launch a small kernel than the GPU to run it.

@@ -82,6 +82,7 @@ class Extent:
         swept: batch, visual tokens and kind of a sweep of splits.
         most_splits: numbers of splits tried; None for all.
         varied, variants: batch and visual tokens, and kinds of segments, whose variants are timed.
+        most_variants: of each; None for all.
         called: batch and visual tokens of the host's time for a call.
         shape: of the model, in `shapes.yaml`.
         rank: of the model's methods.
@@ -113,6 +114,7 @@ class Extent:
     most_splits: int | None = None
     varied: Sequence[tuple[int, int]] = ((8, 32768), (1, 16384))
     variants: Sequence[str] = ("4 bit", "per head", "r = 32")
+    most_variants: int | None = None
     called: tuple[int, int] = (1, 4096)
     shape: str = "llava-next-8b"
     rank: int = 32
@@ -139,6 +141,7 @@ REHEARSAL = Extent(
     most_splits=2,
     varied=((2, 20),),
     variants=("4 bit",),
+    most_variants=2,
     called=(1, 40),
     shape="rehearsal",
     rank=8,
@@ -257,7 +260,7 @@ class Run:
             if part == "decode":
                 return kernel.table_items(extent.sizes, extent.kinds, common, clock)
             if part == "variants":
-                return kernel.variant_items(extent.variants, extent.varied, common, clock)
+                return kernel.variant_items(extent.variants, extent.varied, common, clock, extent.most_variants)
             if part == "splits":
                 return kernel.split_items(extent.swept, common, clock, extent.most_splits)
             return kernel.call_items(extent.called, extent.kinds, common, clock)

@@ -103,12 +103,16 @@ def split_items(
 
 
 def variant_items(
-    kinds: Sequence[str], sizes: Sequence[tuple[int, int]], common: dict[str, Any], clock: GraphClock
+    kinds: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    common: dict[str, Any],
+    clock: GraphClock,
+    most: int | None = None,
 ) -> Iterator[Item]:
     """List kinds and sizes (batch, visual tokens) for which the candidates of `block_sizes` are timed in turn."""
 
     def row(batch: int, tokens: int, kind: str) -> dict[str, Any]:
-        (found,) = by_clock(clock, common, [(entry_of(kind), kind)], tokens, batch)
+        (found,) = by_clock(clock, common, [(entry_of(kind), kind)], tokens, batch, most)
         return {"batch": batch, "tokens": tokens, **found}
 
     for batch, tokens in sizes:

@@ -3,6 +3,9 @@
     python -m evals.reader.smol_train --minutes 60 --folder runs/smol
     python -m evals.reader.smol_train --minutes 4 --folder runs/smol --device cuda --pages 48 --length 640 --workers 12
 
+(the first took an hour of one core; evals/results/reader_smol_training.json has the commands of the stored adapter, the
+second has not been run on a GPU yet).
+
 The projector starts where the patches of a cell read as sums of SmolLM2's own words for the cell's column, row, colour
 and symbol. A sequence holds one page and many short conversations about it, which see the page and not each other, so
 that a page is read once for all of them; of a page, patches of empty cells are mostly left out, and all keep the

@@ -439,15 +439,11 @@ def _head(
     """
     if CODED:
         stored = stored.to(tl.pointer_type(tl.int16), bitcast=True)
-        UNIT: tl.constexpr = ALIGN // 2
-        WORDS: tl.constexpr = STRIDE // 2
-    else:
-        UNIT: tl.constexpr = ALIGN
-        WORDS: tl.constexpr = STRIDE
+    UNIT: tl.constexpr = ALIGN // 2 if CODED else ALIGN
     if table is None:
         heads = stored  # there is none to be read
         tokens = stored + head * head_stride * UNIT
-        stride = WORDS
+        stride = STRIDE // 2 if CODED else STRIDE
     else:
         # With a table the stride of heads is the number of tokens stored, and tokens are as wide as they lie apart.
         heads = table + head * (3 + 3 * TABLE.columns)

@@ -117,6 +117,18 @@ def test_more_splits_than_one_block_of_the_merge(many_splits):
     assert_within_budget(decode_attention(query, segments, case.scale), query, segments, case.scale)
 
 
+@pytest.mark.parametrize("scale", [-0.2, 0.0])
+def test_a_scale_may_be_negative_or_zero(scale):
+    query, segments = draw(CASES["coded-keys-plain-values"], torch.float16, DEVICE)
+    assert_within_budget(decode_attention(query, segments, scale), query, segments, scale)
+
+
+def test_codes_an_odd_number_of_bytes_apart_go_to_torch():
+    query, (visual,) = draw(CASES["codes-2-bit-no-text"], torch.float16, DEVICE)
+    odd = dataclasses.replace(visual, keys=torch.nn.functional.pad(visual.keys, (0, 1))[..., :-1])
+    assert r"segments[0].keys must lie an even number of bytes apart" in decode.unsupported_reason(query, [odd])
+
+
 def test_attend_dispatches():
     query, segments = draw(CASES["bool-mask"], torch.float16, DEVICE)
     expected = decode_attention(query, segments, 0.125)

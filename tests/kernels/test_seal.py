@@ -134,7 +134,7 @@ def test_the_basis_spans_what_five_rounds_in_float64_span(width, rank, tokens, w
 
 
 @pytest.mark.parametrize(
-    ("width", "tokens", "weighted"), [(16, 5, True), (48, 5, False), (48, 130, True), (80, 90, False)]
+    ("width", "tokens", "weighted"), [(16, 5, True), (32, 5, False), (48, 130, True), (64, 90, False)]
 )
 def test_full_rank_gives_the_keys_back(width, tokens, weighted):
     keys = decaying(2, tokens, width).float()
@@ -230,7 +230,7 @@ def test_codes_are_those_of_the_codecs(bits, dtype):
 
 
 def test_padding_columns_are_stored_as_nothing():
-    keys = decaying(1, 90, 32).float()
+    keys = decaying(1, 40, 16).float()
     sealed, _, _ = fit(keys, 5)
     assert (sealed.data[..., 5:] == 0).all() and (sealed.decoder[..., 5:] == 0).all()
     coded, _, _ = fit(keys, 5, 4)
@@ -324,7 +324,7 @@ def read(stored, row, length, start) -> torch.Tensor:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_layer_stores_what_torch_stores(name, basis_file):
     options, places = options_of(name, basis_file), ragged_places()
-    heads = 1 if name in ("tempered", "coded", "coded values") else 2  # a program of the solver each
+    heads = 1 if name in ("tempered", "both", "coded", "coded values") else 2  # a program of the solver each
     # Values may be of another width.
     keys, values = pending(heads=heads), pending(heads=heads, seed=50, width=48 if name == "both" else 32)
     queries = normal(2, 2 * heads, 6, 32, seed=9).float().to(DEVICE)
@@ -393,6 +393,7 @@ def test_launches_of_a_seal(name, basis_file, monkeypatch):
 @pytest.mark.parametrize("name", ["keys", "coded", "calibrated codes"])
 def test_a_batch_with_padding_seals_through_the_kernel(name, basis_file, monkeypatch):
     options = dataclasses.replace(options_of(name, basis_file), always_compress=True)
+    heads = 1 if name == "coded" else 2
     lengths, tokens = torch.tensor([[20], [33]]), 60
     layers = []
     for kernel in ("triton", None):
@@ -401,8 +402,8 @@ def test_a_batch_with_padding_seals_through_the_kernel(name, basis_file, monkeyp
         columns = torch.arange(tokens)
         positions.announce(0, tokens, (columns >= 20) & (columns < 20 + lengths))
         kv = LayerKV(options, positions, 0)
-        kv.append(pending(), pending(seed=50))
-        query = normal(2, 4, tokens, 32, seed=9).float().to(DEVICE)
+        kv.append(pending(heads=heads), pending(heads=heads, seed=50))
+        query = normal(2, 2 * heads, tokens, 32, seed=9).float().to(DEVICE)
         mask = torch.ones(2, 1, tokens, tokens, dtype=torch.bool).tril()
         mask[0, :, :, :7] = False
         Coordinator(positions).observe(kv, query, mask.to(DEVICE))
