@@ -283,6 +283,11 @@ class Extreme:
 def extremes(cache: Any, width: int) -> Iterator[Extreme]:
     """List the cases that bound the bytes of heads of `width` channels; one where they are certain."""
     options, method = cache.options, cache.tokens
+    if isinstance(method, AttentionMethod) and method.by_head:
+        raise ValueError(
+            f"tokens={method}: which heads store all tokens, and which a few, follows from the prompt, and bytes with "
+            "it: leave out tokens for about the most that they can be, or ask a cache that has read a prompt (nbytes)"
+        )
     follows = []  # in the order in which they are named
     equal: Sequence[int | None] = (None,)
     if options.follows_content:
