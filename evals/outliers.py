@@ -128,7 +128,7 @@ def run_factor(args: argparse.Namespace, methods: dict[str, dict[str, Any]], fac
         stands_out = torch.stack([spread(keys) for keys, *_ in recorder.seen.values()])
     return {
         "largest_channel_over_median": float(stands_out.mean()),
-        "dense_exact_match": [float(np.mean(part)) for part in scores["dense"].exact],
+        "dense_exact_match": [float(np.mean(part)) for part in scores["dense"].exact if part],
         "rows": {name: compared(name, scores, bits, methods[name]) for name in methods},
     }
 

@@ -1,15 +1,17 @@
 """What every kernel of the decode attention must do; each has a module of tests that brings a `kernel` fixture."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from rotatek_cache.core.attention import UnsupportedError, reference_attention
+from rotatek_cache.core.attention import UnsupportedError, attend_by_heads, reference_attention
 from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.quantization import CodeLayout, HeadCodes, Numbers
+from rotatek_cache.core.retrieval import Chunks
 from rotatek_cache.core.segments import SegmentView
 
 
@@ -691,3 +693,44 @@ def test_what_is_not_a_number_is_not_hidden(state, spoilt, kernel):
     assert torch.equal(out.isnan(), expected_out.isnan())
     assert torch.equal(lse.isnan(), expected_lse.isnan())
     assert out[0].isnan().all()
+
+
+def test_heads_of_their_own_are_rows(kernel):
+    """Heads with 3 and 20 of 30 tokens, one of them in chunks, beside text: as over what is read alone."""
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator).to(kernel.device)
+
+    heads, batch, width = 2, 2, 32
+    query, text = drawn(batch, 4, 1, width), drawn(2, heads, batch * 8, width)
+    counts = torch.tensor([3, 20, 5, 9], device=kernel.device)  # head 0 of both rows, then head 1
+    packed = drawn(2, 1, int(counts.sum()), width)
+    starts = counts.cumsum(0) - counts
+    chunks = Chunks.of(packed[0, 0], starts, counts, torch.tensor([3, 8, 8, 8], device=kernel.device), 4)
+    view = SegmentView(packed[0], packed[1], starts, counts.int(), 20, head_rows=heads, chunks=chunks, basis_rows=None)
+    dense = SegmentView(
+        *text,
+        torch.arange(2, device=kernel.device) * 8,
+        torch.full((2,), 8, dtype=torch.int32, device=kernel.device),
+        8,
+        8,
+        batched=True,
+    )
+    read_rows = functools.partial(kernel.decode_attention, scale=0.2)
+    found, lse = attend_by_heads(query, [view, dense], read_rows)
+    tokens, lengths = chunks.best(query.unflatten(1, (2, 2)).transpose(0, 1).flatten(0, 1), counts)
+    assert lengths.tolist()[:3] == [3, 8, 5]
+    assert int(lengths[3]) in (5, 8)  # the last chunk of nine has one token
+    for row in range(batch):
+        for head in range(heads):
+            place = head * batch + row
+            read = starts[place] + tokens[place, : lengths[place]]
+            keys, values = (
+                torch.cat([part[0, read], dense_part[head, row * 8 : row * 8 + 8]])
+                for part, dense_part in zip(packed, text, strict=True)
+            )
+            group = query[row, 2 * head : 2 * head + 2, 0]
+            logits = group @ keys.mT * 0.2
+            torch.testing.assert_close(found[row, 0, 2 * head : 2 * head + 2], logits.softmax(-1) @ values)
+            torch.testing.assert_close(lse[row, 2 * head : 2 * head + 2, 0], logits.logsumexp(-1))

@@ -252,7 +252,9 @@ def _heard(model: Any, cache: Cache) -> Iterator[list[_Call]]:
         del cache.update
 
 
-def attention_steps(model: Any, cache: Cache, batch: int, tokens: int) -> list[float]:
+def attention_steps(
+    model: Any, cache: Cache, batch: int, tokens: int, clock: Callable[[torch.device], float] = clock
+) -> list[float]:
     """Time the attention alone of each of `tokens` decode steps: append and attend, through all layers.
 
     One step of the whole model is heard; after it, its states go through cache and attention function by themselves.

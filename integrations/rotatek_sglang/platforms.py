@@ -22,6 +22,7 @@ MAX_RUNNING_REQUESTS_CODED = 64
 
 # Field of ServerArgs, what it may be, what it stands for, and why it is refused where that is not plain.
 COPIES = "it copies or moves dense Keys by their slots"
+UNTRIED = "not tried, since SGLang runs adapters on no CPU; serve the model with the adapter merged, and its own basis"
 FITTED = "bases of a request are fitted to its own states; code all tokens (--bits), which is served with it"
 REFUSED: tuple[tuple[str, tuple[object, ...], str] | tuple[str, tuple[object, ...], str, str], ...] = (
     (
@@ -60,8 +61,8 @@ REFUSED: tuple[tuple[str, tuple[object, ...], str] | tuple[str, tuple[object, ..
     ("enable_dp_attention", (False,), "data-parallel attention"),
     ("enable_memory_saver", (False,), "the memory saver", COPIES),
     ("dllm_algorithm", (None,), "diffusion language models"),
-    ("enable_lora", (None, False), "LoRA adapters", FITTED),
-    ("lora_paths", (None, [], {}), "LoRA adapters", FITTED),
+    ("enable_lora", (None, False), "LoRA adapters", UNTRIED),
+    ("lora_paths", (None, [], {}), "LoRA adapters", UNTRIED),
     ("kv_canary", ("none",), "the KV canary"),
     ("prefill_only_disable_kv_cache", (False,), "prefill without a KV cache"),
     ("dp_size", (1,), "data parallelism in one server", FITTED),
@@ -75,7 +76,7 @@ REFUSED: tuple[tuple[str, tuple[object, ...], str] | tuple[str, tuple[object, ..
 
 
 # Served where all tokens are coded. A row then follows from its token alone, whoever computed it.
-SERVED_CODED = ("enable_mixed_chunk", "enable_lora", "lora_paths", "dp_size")
+SERVED_CODED = ("enable_mixed_chunk", "dp_size")
 
 
 def refuse_unsupported(args: Any) -> None:
@@ -119,11 +120,6 @@ def apply_defaults(args: Any) -> None:
     """Set what a compressed server needs of SGLang's arguments."""
     refuse_unsupported(args)
     switch_off(args)
-    if args.enable_lora or args.lora_paths:
-        log.warning(
-            "RotateK: requests with an adapter are coded in the basis of the model without it; where one changes Keys "
-            "and Values much, calibrate on the model with the adapter merged, and serve that"
-        )
     args.attention_backend = BACKEND
     if args.page_size in (None, 1):
         if args.page_size == 1:

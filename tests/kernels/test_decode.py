@@ -32,6 +32,7 @@ from kernel_contract import (  # noqa: E402
     test_basis_may_be_wider_than_the_keys,  # noqa: F401
     test_beams_share_storage_and_basis,  # noqa: F401
     test_full_rank_is_dense,  # noqa: F401
+    test_heads_of_their_own_are_rows,  # noqa: F401
     test_identity_basis_is_dense,  # noqa: F401
     test_order_of_segments_does_not_matter,  # noqa: F401
     test_rows_without_tokens_see_nothing,  # noqa: F401

@@ -13,7 +13,7 @@ from tiny_models import words
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
-from rotatek_cache import HybridKV, RotateKCache, SegmentView, attend
+from rotatek_cache import HybridKV, RotateKCache
 from rotatek_cache.calibration.gather import calibrate
 from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.fingerprint import fingerprint
@@ -164,36 +164,6 @@ def test_heads_of_their_own_are_read_from_a_graph(options, way, llava, monkeypat
     assert any(graph.replays for graph in RecordedGraph.made)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("impl", ["cpp", "torch"])
-def test_kernels_read_heads_of_their_own_as_rows(impl):
-    """Heads with 3 and 20 of 30 tokens, one of them in chunks, beside text: as over what is read alone."""
-    torch.manual_seed(3)
-    heads, batch, width = 2, 2, 32
-    query, text = torch.randn(batch, 4, 1, width), torch.randn(2, heads, batch * 8, width)
-    counts = torch.tensor([3, 20, 5, 9])  # head 0 of both rows, then head 1
-    packed = torch.randn(2, 1, int(counts.sum()), width)
-    starts = counts.cumsum(0) - counts
-    chunks = Chunks.of(packed[0, 0], starts, counts, torch.tensor([3, 8, 8, 8]), 4)
-    view = SegmentView(packed[0], packed[1], starts, counts.int(), 20, head_rows=heads, chunks=chunks, basis_rows=None)
-    dense = SegmentView(*text, torch.arange(2) * 8, torch.full((2,), 8, dtype=torch.int32), 8, 8, batched=True)
-    found, lse = attend(query, [view, dense], 0.2, impl=impl)
-    tokens, lengths = chunks.best(query.unflatten(1, (2, 2)).transpose(0, 1).flatten(0, 1), counts)
-    assert lengths.tolist()[:3] == [3, 8, 5]
-    assert int(lengths[3]) in (5, 8)  # the last chunk of nine has one token
-    for row in range(batch):
-        for head in range(heads):
-            place = head * batch + row
-            read = starts[place] + tokens[place, : lengths[place]]
-            keys, values = (
-                torch.cat([part[0, read], dense_part[head, row * 8 : row * 8 + 8]])
-                for part, dense_part in zip(packed, text, strict=True)
-            )
-            group = query[row, 2 * head : 2 * head + 2, 0]
-            logits = group @ keys.mT * 0.2
-            torch.testing.assert_close(found[row, 0, 2 * head : 2 * head + 2], logits.softmax(-1) @ values)
-            torch.testing.assert_close(lse[row, 2 * head : 2 * head + 2, 0], logits.logsumexp(-1))
 
 
 @pytest.mark.parametrize(
