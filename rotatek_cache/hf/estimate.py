@@ -335,11 +335,11 @@ class Alike(AttentionMethod):
         return self.inner is not None and self.inner.drops_text
 
     def summarise(self, rows: AttentionRows) -> Summary:
-        """Which tokens are seen, bool ``[B, P]``."""
+        """Note which tokens are seen, bool ``[B, P]``."""
         return (rows.seen.any(1),)
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
-        """As many tokens of each layer."""
+        """Choose as many tokens of each layer."""
         candidates = seen[pruned[0]][0] if self.drops_text else visual
         counts, layers = candidates.sum(1), len(pruned)
         shares = torch.ones(layers, len(counts), dtype=torch.float64, device="cpu")
