@@ -189,8 +189,9 @@ class AttentionMethod(TokenMethod, abc.ABC):
         missing = sorted(set(range(first, layers)) - set(compressed))
         if missing:
             raise ValueError(
-                f"{type(self).__name__} masks dropped tokens in all layers from {first + 1} on, but the layers "
-                f"{missing} of this model keep the stock cache layer (sliding window), which cannot"
+                f"{type(self).__name__} reads layer {first} and masks dropped tokens in all layers from {first + 1} on, "
+                f"but the layers {missing} of this model keep the stock cache layer (sliding window or linear "
+                "attention), which cannot: use a method that masks none, such as VLCache"
             )
 
     def stages(self, compressed: Sequence[int]) -> Sequence[Stage]:
