@@ -189,7 +189,7 @@ class AttentionMethod(TokenMethod, abc.ABC):
         missing = sorted(set(range(first, layers)) - set(compressed))
         if missing:
             raise ValueError(
-                f"{type(self).__name__} reads layer {first} and masks dropped tokens in all layers from {first + 1} on, "
+                f"{type(self).__name__} reads layer {first} and masks dropped tokens in all from {first + 1} on, "
                 f"but the layers {missing} of this model keep the stock cache layer (sliding window or linear "
                 "attention), which cannot: use a method that masks none, such as VLCache"
             )
