@@ -1,7 +1,7 @@
 """Tables that go to a device together, and right-aligned text."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotatek_cache.core.row_layout import ALIGNED, align_right, integers, moved, parts_of
@@ -9,6 +9,7 @@ from rotatek_cache.core.row_layout import ALIGNED, align_right, integers, moved,
 DTYPES = [torch.bool, torch.int32, torch.int64]
 
 
+@settings(deadline=None)
 @given(
     shapes=st.lists(
         st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), min_size=1, max_size=3)), min_size=1, max_size=5

@@ -30,7 +30,8 @@ quanto = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "name", ["fidelity.yaml", "fidelity_choice.yaml", "fidelity_allocation.yaml", "fidelity_smol.yaml"]
+    "name",
+    ["fidelity.yaml", "fidelity_choice.yaml", "fidelity_allocation.yaml", "fidelity_other.yaml", "fidelity_smol.yaml"],
 )
 def test_every_row_of_the_table_is_a_valid_cache(name):
     methods = fidelity.read_methods(ROOT / "evals" / "settings" / name)

@@ -4,7 +4,7 @@ import platform
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotatek_cache.core import basis, compiled, fitting, quantization
@@ -85,6 +85,7 @@ def test_processors_with_shorter_vectors_do_the_same(processor, monkeypatch):
     check_steps()
 
 
+@settings(deadline=None)
 @given(
     tokens=st.integers(1, 200),
     width=st.integers(1, 140),
@@ -111,6 +112,7 @@ def test_any_shape(tokens, width, rank, threads, seed):
         torch.testing.assert_close(encoded @ found.mT + mean[:, None], states, rtol=1e-4, atol=1e-4)
 
 
+@settings(deadline=None)
 @given(bits=st.sampled_from([8, 4, 2]), channels=EIGHTS, tokens=st.integers(1, 1200), seed=st.integers(0, 99))
 def test_codes_are_torchs(bits, channels, tokens, seed):
     layout, rows = CodeLayout(((bits, channels),)), draw(2, tokens, channels, seed=seed)
@@ -131,6 +133,7 @@ def test_codes_are_torchs(bits, channels, tokens, seed):
     assert (lost(layout.unpack(packed), *found) <= lost(codes, low, step) * (1 + 1e-4) + 1e-9).all()
 
 
+@settings(deadline=None)
 @given(bits=st.sampled_from([8, 4, 2]), channels=EIGHTS, tokens=st.integers(1, 200), seed=st.integers(0, 99))
 def test_codes_of_given_ranges_are_torchs(bits, channels, tokens, seed):
     layout, rows = CodeLayout(((bits, channels),)), draw(2, tokens, channels, seed=seed)
