@@ -239,7 +239,7 @@ class FitOptions:
             "a bound on what an answer adds: 'rkv:512' holds at most 512 of its tokens in each head, by R-KV. When as "
             "many are held, 128 of them go (or a quarter of the bound), those that are least attended to and most like "
             "others; settings follow as in 'rkv:512,every=64,window=8'. None keeps all",
-            takes="'<method>:<tokens>', a name of rotatek_cache.token_pruning.registry.DECODED",
+            takes="a name of rotatek_cache.token_pruning.registry.DECODED and a number of tokens, as 'rkv:512'",
         ),
     )
 

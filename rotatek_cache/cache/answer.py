@@ -75,7 +75,8 @@ class Answer:
         last = torch.arange(tokens - window, tokens, device=keys.device).expand(batch, heads, -1)
         kept = torch.cat([chosen, last], 2).transpose(0, 1)
         alignment = forward.made(
-            ("evicted", text.alignment, text.length, self.first), lambda: self._alignment(text, batch, position)
+            ("evicted", text.alignment, text.length, self.first, keys.device),
+            lambda: self._alignment(text, batch, position),
         )
         text.compact(self.first, kept, alignment)
         self.gone = [one for one in self.gone if one[0] != self.begin]

@@ -4,9 +4,12 @@ Kernels and reference read rows of any length. A segment in which each KV head o
 thus needs nothing new of them: one head, ``H * B`` rows, a query folded alike (`rotatek_cache.core.attention`).
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
+from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.retrieval import Chunks
 from rotatek_cache.core.row_layout import LENGTH, RowLayout
 from rotatek_cache.core.segments import Stored, VisualSegment
@@ -70,7 +73,19 @@ def _divided(segment: VisualSegment, chosen: Tensor, rows: Tensor) -> VisualSegm
 def _of_heads(stored: Stored, index: Tensor) -> Stored:
     """Pick the tokens `index` of storage ``[H, N, w]`` with heads one behind the other: ``[1, n, w]``."""
     data = stored.data.flatten(0, 1)[index][None]
-    basis = stored.basis
-    if basis is not None:
-        basis = basis.select(lambda tensor: tensor.flatten(0, 1)[None])
-    return Stored(data, basis, stored.code)
+    return Stored(data, None if stored.basis is None else _basis_of_heads(stored.basis), stored.code)
+
+
+def _basis_of_heads(basis: KeyBasis) -> KeyBasis:
+    """Lay the rows of a basis out as `_divided` counts them; what has to be copied for it is the request's own."""
+    divided = basis.select(lambda tensor: tensor.flatten(0, 1)[None])
+
+    def is_copied(name: str) -> bool:
+        new, old = getattr(divided, name), getattr(basis, name)
+        return new is not None and new.untyped_storage().data_ptr() != old.untyped_storage().data_ptr()
+
+    return dataclasses.replace(
+        divided,
+        shared=basis.shared and not is_copied("A") and not is_copied("B"),
+        delta_shared=basis.delta_shared and not is_copied("delta"),
+    )

@@ -241,14 +241,15 @@ class LayerKV:
                 self.kept_dense += [
                     (row, count) for row, count in enumerate(rows_part.counts) if count and row not in rows
                 ]
-                if segment is not None:
-                    compressed.append((rows_part, rows))
+                if segment is None:
+                    continue
+                compressed.append((rows_part, rows))
+                if plan.heads is None:
                     made.append(segment)
-            if plan.heads is not None and made:
-                layout = plan.layout(rows, pending.keys.device)
-                self.segments += head_segments(made[0], plan.heads, layout, pending.keys)
-            else:
-                self.segments += join_segments(made)
+                else:
+                    layout = rows_part.layout(rows, pending.keys.device)
+                    self.segments += head_segments(segment, plan.heads, layout, pending.keys)
+            self.segments += join_segments(made)
             self.sealer.answer_for(sealer)
         self.pending = None
         if not compressed and not self.segments and self.text.alignment is None and plan.all_visible:

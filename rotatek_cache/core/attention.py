@@ -77,7 +77,7 @@ def attend_by_heads(
     segments: Sequence[SegmentView],
     attend_rows: Callable[[Tensor, Sequence[SegmentView]], tuple[Tensor, Tensor | None]],
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend` where KV heads hold tokens of their own: as over ``H * B`` rows of one head, by `attend_rows`."""
+    """Attend where KV heads hold tokens of their own: as over ``H * B`` rows of one head, by `attend_rows`."""
     heads, batch = max(segment.head_rows for segment in segments), query.shape[0]
     folded = query.unflatten(1, (heads, -1)).transpose(0, 1).flatten(0, 1)  # [H * B, G, Q, D]
     # One row of one head each: nothing is left to fold, or to retrieve.

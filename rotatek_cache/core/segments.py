@@ -525,7 +525,7 @@ class TextSegment:
         self.length, self.alignment, self.lent = width, alignment, False
 
     def compact(self, first: int, kept: Tensor, alignment: Alignment) -> None:
-        """Of the columns from `first` on, keep those of int64 `kept` ``[H, B, n]``, counted from there, in place."""
+        """Keep of the columns from `first` on those of int64 `kept` ``[H, B, n]``, counted from there, in place."""
         assert self.keys is not None
         assert self.values is not None
         if self._frozen():

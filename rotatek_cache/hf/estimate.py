@@ -283,6 +283,11 @@ class Extreme:
 def extremes(cache: Any, width: int) -> Iterator[Extreme]:
     """List the cases that bound the bytes of heads of `width` channels; one where they are certain."""
     options, method = cache.options, cache.tokens
+    if isinstance(method, AttentionMethod) and method.by_head:
+        raise ValueError(
+            f"tokens={method}: which heads store all tokens, and which a few, follows from the prompt, and bytes with "
+            "it: leave out tokens for about the most that they can be, or ask a cache that has read a prompt (nbytes)"
+        )
     follows = []  # in the order in which they are named
     equal: Sequence[int | None] = (None,)
     if options.follows_content:
@@ -330,11 +335,11 @@ class Alike(AttentionMethod):
         return self.inner is not None and self.inner.drops_text
 
     def summarise(self, rows: AttentionRows) -> Summary:
-        """Which tokens are seen, bool ``[B, P]``."""
+        """Note which tokens are seen, bool ``[B, P]``."""
         return (rows.seen.any(1),)
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
-        """As many tokens of each layer."""
+        """Choose as many tokens of each layer."""
         candidates = seen[pruned[0]][0] if self.drops_text else visual
         counts, layers = candidates.sum(1), len(pruned)
         shares = torch.ones(layers, len(counts), dtype=torch.float64, device="cpu")

@@ -56,7 +56,7 @@ class DecodedMethod(abc.ABC):
 
     @abc.abstractmethod
     def choose(self, keys: Tensor, queries: Tensor, visible: Tensor) -> Tensor:
-        """The tokens before the window that stay: int64 ``[B, H, kept - window]``, in order.
+        """Choose the tokens before the window that stay: int64 ``[B, H, kept - window]``, in order.
 
         Args:
             keys: of the buffer, ``[B, H, n, D]``; the last `window` are not asked about.

@@ -111,7 +111,7 @@ class TokenMethod:
             raise ValueError(f"{type(self).__name__}: {name} must be at least {least}, got {value}")
 
     def with_keep(self, keep: float) -> Self:
-        """The same method with another share."""
+        """Return the same method with another share."""
         return dataclasses.replace(self, keep=keep)
 
 
@@ -133,7 +133,7 @@ class FeatureMethod(TokenMethod, abc.ABC):
     def choose(
         self, features: Tensor, wanted: int, scores: Tensor | None, keys: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The tokens of one image that stay, and the ones that take the others in.
+        """Choose the tokens of one image that stay, and the ones that take the others in.
 
         Args:
             features: ``[n, d]``, one of each placeholder.
@@ -147,7 +147,7 @@ class FeatureMethod(TokenMethod, abc.ABC):
         """
 
     def merged(self, features: Tensor, taken_by: Tensor) -> Tensor:
-        """Features ``[n, d]`` of which kept tokens have taken in others, as `choose` says; dropped ones matter not."""
+        """Let kept tokens' features ``[n, d]`` take in others, as `choose` says; dropped ones matter not."""
         raise NotImplementedError(f"{type(self).__name__} merges nothing")
 
 
@@ -189,8 +189,9 @@ class AttentionMethod(TokenMethod, abc.ABC):
         missing = sorted(set(range(first, layers)) - set(compressed))
         if missing:
             raise ValueError(
-                f"{type(self).__name__} masks dropped tokens in all layers from {first + 1} on, but the layers "
-                f"{missing} of this model keep the stock cache layer (sliding window), which cannot"
+                f"{type(self).__name__} reads layer {first} and masks dropped tokens in all from {first + 1} on, "
+                f"but the layers {missing} of this model keep the stock cache layer (sliding window or linear "
+                "attention), which cannot: use a method that masks none, such as VLCache"
             )
 
     def stages(self, compressed: Sequence[int]) -> Sequence[Stage]:
@@ -209,7 +210,7 @@ class AttentionMethod(TokenMethod, abc.ABC):
         return times
 
     def masks_prefill(self, compressed: Sequence[int]) -> bool:
-        """Whether layers drop tokens before they attend to the prompt, so that its hidden states follow the choice."""
+        """Say whether layers drop tokens before they attend to the prompt: its hidden states follow the choice."""
         return any(layer > max(stage.watched) for stage in self.stages(compressed) for layer in stage.pruned)
 
     @abc.abstractmethod
@@ -220,7 +221,7 @@ class AttentionMethod(TokenMethod, abc.ABC):
     def select(
         self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]
     ) -> Mapping[int, "Tensor | HeadChoice"]:
-        """The tokens that each layer of a stage's `pruned` keeps, bool ``[B, P]``; text counts if it `drops_text`.
+        """Choose what each layer of a stage's `pruned` keeps, bool ``[B, P]``; text counts if it `drops_text`.
 
         Args:
             seen: of each layer that the stage reads, its summary.
@@ -229,7 +230,7 @@ class AttentionMethod(TokenMethod, abc.ABC):
         """
 
     def merged(self, keys: Tensor, values: Tensor, kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and Values ``[B, H, P, D]`` of a layer as they are to be stored; most methods change nothing.
+        """Make Keys and Values ``[B, H, P, D]`` of a layer what is to be stored; most methods change nothing.
 
         Args:
             keys, values: of the tokens that wait for their seal; not to be written to.

@@ -36,7 +36,7 @@ M = TypeVar("M")
 
 
 def token_method(spec: TokenMethod | str) -> TokenMethod:
-    """A token method as it is, or from a name, a share and further settings: ``"vl_cache:0.4"``.
+    """Take a token method as it is, or make one of a name, a share and further settings: ``"vl_cache:0.4"``.
 
     Settings follow as ``name=value``, separated by commas: ``"vl_cache:0.4,uniform=0.8"``. Without a share, which a
     budget then sets: ``"vl_cache"``.
@@ -49,7 +49,7 @@ def token_method(spec: TokenMethod | str) -> TokenMethod:
 
 
 def decoded_method(spec: str) -> DecodedMethod:
-    """A method for decoded tokens from its name, cap and further settings: ``"rkv:512,every=64"``."""
+    """Make a method for decoded tokens of its name, cap and further settings: ``"rkv:512,every=64"``."""
     if not isinstance(spec, str):
         raise TypeError(f"decoded must be a string such as 'rkv:512', got {type(spec).__name__}")
     if ":" not in spec and spec in DECODED:

@@ -12,7 +12,7 @@ def share_of(counts: Tensor, keep: float) -> Tensor:
 
 
 def best_tokens(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
-    """bool ``[B, P]``: the `counts` ``[B]`` best of the candidates of each row; earlier tokens win ties."""
+    """Find the `counts` ``[B]`` best of the candidates of each row, bool ``[B, P]``; earlier tokens win ties."""
     ranked = scores.double().masked_fill(~candidates, -math.inf).argsort(dim=-1, descending=True, stable=True)
     places = torch.empty_like(ranked).scatter_(
         1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)

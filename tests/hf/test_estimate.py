@@ -163,6 +163,7 @@ SOFTCAP = AutoConfig.for_model("paligemma", text_config={"model_type": "gemma2"}
         ({"config": SOFTCAP}, ValueError, "a model of 'paligemma' cannot use RotateKCache: .* a softcap"),
         ({"sparsity": None}, ValueError, "exactly one of sparsity, rank and energy"),
         ({"tokens": "fastv:0.5,layer=40"}, ValueError, "FastV: layer must be below"),
+        ({"tokens": "hybrid_kv:0.3"}, ValueError, "which heads store all tokens, and which a few, follows"),
     ],
 )
 def test_what_cannot_be(llava: Host, arguments, error, message):

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import ways
+from checks import reached_storages
 from hosts import build_host
 from recorded_graph import RecordedGraph, attend_on_device
 from tiny_models import words
@@ -13,6 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from rotatek_cache import HybridKV, RotateKCache
+from rotatek_cache.calibration.gather import calibrate
+from rotatek_cache.calibration.moments import Calibration
+from rotatek_cache.codecs.fingerprint import fingerprint
 from rotatek_cache.core.retrieval import Chunks
 from rotatek_cache.hf.attachment import inner_model
 from rotatek_cache.token_pruning.interface import AttentionRows
@@ -204,3 +208,21 @@ def test_bytes_are_those_of_what_heads_store(llava, tmp_path):
     assert torch.equal(*found)
     cache.crop(5)
     assert not cache.layers[0].kv.segments
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_heads_need_of_a_calibrated_basis_is_the_model_s_or_counted(llava, tmp_path, rows):
+    path = tmp_path / "basis.safetensors"
+    state = Calibration(fingerprint(llava.attached), "llava")
+    calibrate(llava.attached, [llava.tiny.inputs(llava.tiny.prompt())], state)
+    state.write_basis(path)
+    cache = RotateKCache.for_study(sparsity=0.5, basis=path, tokens=METHOD, always_compress=True)
+    ways.generate(llava.attached, llava.tiny.inputs(*map(llava.tiny.prompt, range(rows))), cache)
+    model_s = reached_storages(cache.calibrated, {}, set())
+    counted = {tensor.untyped_storage().data_ptr() for tensor in cache.tensors()}
+    for layer in cache.layers:
+        assert layer.kv.segments
+        for segment in layer.kv.segments:
+            basis = segment.keys.basis
+            assert basis.shared == (rows == 1)
+            assert basis.B.untyped_storage().data_ptr() in (model_s if rows == 1 else counted)

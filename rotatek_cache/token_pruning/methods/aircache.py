@@ -54,7 +54,7 @@ class AirCache(AttentionMethod):
         return (read.sum(2).mean(1) / elite.sum(1, keepdim=True).clamp(min=1),)
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
-        """The best tokens of each layer's budget."""
+        """Choose the best tokens of each layer's budget."""
         scores = torch.stack([seen[layer][0] for layer in pruned])
         visual = visual.to(scores.device)
         counts = visual.sum(1)

@@ -71,15 +71,15 @@ class AKVQVL(AttentionMethod):
             )
 
     def stages(self, compressed: Sequence[int]) -> Sequence[Stage]:
-        """Each layer behind the first ones by itself."""
+        """Take each layer behind the first ones by itself."""
         return tuple(Stage((layer,), (layer,)) for layer in compressed if layer >= self.text_layers)
 
     def summarise(self, rows: AttentionRows) -> Summary:
-        """Column sums ``[B, P]``."""
+        """Sum up columns ``[B, P]``."""
         return (rows.weights.sum((1, 2)),)
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
-        """The pivots."""
+        """Choose the pivots."""
         visual = visual.to(seen[pruned[0]][0].device)
         counts = share_of(visual.sum(1), self.share)
         return {layer: best_tokens(seen[layer][0], visual, counts) for layer in pruned}

@@ -22,7 +22,7 @@ class DivPrune(FeatureMethod):
     def choose(
         self, features: Tensor, wanted: int, scores: Tensor | None, keys: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The chosen tokens; nothing is merged."""
+        """Choose tokens; nothing is merged."""
         count = len(features)
         kept = torch.ones(count, dtype=torch.bool, device=features.device)
         if wanted == count:

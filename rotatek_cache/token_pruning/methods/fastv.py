@@ -38,15 +38,15 @@ class FastV(AttentionMethod):
         self._check_masked(self.layer - 1, compressed, layers)
 
     def stages(self, compressed: Sequence[int]) -> Sequence[Stage]:
-        """The layer before `layer` says what all from there on keep."""
+        """Let the layer before `layer` say what all from there on keep."""
         return (Stage((self.layer - 1,), tuple(index for index in compressed if index >= self.layer)),)
 
     def summarise(self, rows: AttentionRows) -> Summary:
-        """Attention ``[B, P]`` of the last query, averaged over heads."""
+        """Average the attention ``[B, P]`` of the last query over heads."""
         return (rows.weights.mean(1).sum(1),)
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
-        """The tokens that got most, the same ones in all layers."""
+        """Choose the tokens that got most, the same ones in all layers."""
         (scores,) = seen[self.layer - 1]
         visual = visual.to(scores.device)
         kept = best_tokens(scores, visual, share_of(visual.sum(1), self.share))

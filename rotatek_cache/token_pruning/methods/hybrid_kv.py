@@ -50,11 +50,11 @@ class HybridKV(AttentionMethod):
         self._check_whole("chunk", 1)
 
     def summarise(self, rows: AttentionRows) -> Summary:
-        """Sums ``[B, H, P]`` over queries and the query heads of each KV head."""
+        """Sum up ``[B, H, P]`` over queries and the query heads of each KV head."""
         return (rows.weights.unflatten(1, (rows.heads, -1)).sum((2, 3)),)
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, HeadChoice]:
-        """The best tokens of each static head, all of the others."""
+        """Choose the best tokens of each static head, all of the others."""
         visual = visual.to(seen[pruned[0]][0].device)
         scores = torch.stack([seen[layer][0] for layer in pruned])  # [L, B, H, P]
         concentrated = self.concentration(scores, visual)
@@ -73,7 +73,7 @@ class HybridKV(AttentionMethod):
 
     @staticmethod
     def concentration(scores: Tensor, visual: Tensor) -> Tensor:
-        """The share ``[L, B, H]`` of attention to visual tokens that the best tenth of them gets; 1 without any."""
+        """Find the share ``[L, B, H]`` of attention to visual tokens that their best tenth gets; 1 without any."""
         scores = scores.double() * visual[:, None]
         top = share_of(visual.sum(1), TOP)
         ranked = scores.sort(dim=-1, descending=True).values
@@ -82,7 +82,7 @@ class HybridKV(AttentionMethod):
         return torch.where(total > 0, (ranked * inside).sum(-1) / total.clamp_min(1e-300), torch.ones_like(total))
 
     def head_budgets(self, concentration: Tensor, counts: Tensor) -> Tensor:
-        """Tokens ``[L, B, H]`` that heads of a concentration ``[L, B, H]`` read of the `counts` ``[B]`` visual ones."""
+        """Deal out how many of `counts` ``[B]`` tokens heads of a concentration ``[L, B, H]`` read: ``[L, B, H]``."""
         layers, _, heads = concentration.shape
         wide = 1 - concentration
         least = counts.clamp(max=1)
@@ -95,7 +95,7 @@ class HybridKV(AttentionMethod):
         return torch.stack(by_head)
 
     def _shares(self, wide: Tensor) -> Tensor:
-        """Shares ``[n, B]`` in proportion to `wide`, of which a part is alike for all n."""
+        """Make shares ``[n, B]`` in proportion to `wide`, a part of which is alike for all n."""
         adaptive = wide / wide.sum(0).clamp_min(1e-300)
         return self.uniform / len(wide) + (1 - self.uniform) * torch.where(
             wide.sum(0) > 0, adaptive, torch.full_like(wide, 1 / len(wide))

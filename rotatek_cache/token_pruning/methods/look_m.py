@@ -36,21 +36,21 @@ class LookM(AttentionMethod):
             raise ValueError(f"LookM: merge must be one of {', '.join(MERGES)}, got {self.merge!r}")
 
     def stages(self, compressed: Sequence[int]) -> Sequence[Stage]:
-        """Each layer by itself."""
+        """Take each layer by itself."""
         return tuple(Stage((layer,), (layer,)) for layer in compressed)
 
     def summarise(self, rows: AttentionRows) -> Summary:
-        """Column sums ``[B, P]``."""
+        """Sum up columns ``[B, P]``."""
         return (rows.weights.sum((1, 2)),)
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
-        """The best tokens of each layer."""
+        """Choose the best tokens of each layer."""
         visual = visual.to(seen[pruned[0]][0].device)
         counts = share_of(visual.sum(1), self.share)
         return {layer: best_tokens(seen[layer][0], visual, counts) for layer in pruned}
 
     def merged(self, keys: Tensor, values: Tensor, kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and Values ``[B, H, P, D]`` with the dropped tokens of ``[B, P]`` merged into the kept visual ones."""
+        """Merge the dropped tokens of Keys and Values ``[B, H, P, D]`` into the kept visual ones."""
         if self.merge == "none" or not bool(dropped.any()):
             return keys, values
         keys, values = keys.clone(), values.clone()

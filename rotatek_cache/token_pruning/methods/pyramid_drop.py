@@ -50,16 +50,16 @@ class PyramidDrop(AttentionMethod):
         self._check_masked(self._beginnings(layers)[1] - 1, compressed, layers)
 
     def stages(self, compressed: Sequence[int]) -> Sequence[Stage]:
-        """The last layer of each part says what the next part keeps."""
+        """Let the last layer of each part say what the next part keeps."""
         beginnings = self._beginnings(compressed[-1] + 1)[1:]
         return tuple(Stage((begin - 1,), tuple(range(begin, end))) for begin, end in pairwise(beginnings))
 
     def summarise(self, rows: AttentionRows) -> Summary:
-        """Attention ``[B, P]`` of the last query, averaged over heads."""
+        """Average the attention ``[B, P]`` of the last query over heads."""
         return (rows.weights.mean(1).sum(1),)
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
-        """The tokens that got most, the same ones in all layers of the stage."""
+        """Choose the tokens that got most, the same ones in all layers of the stage."""
         ((scores,),) = seen.values()
         visual = visual.to(scores.device)
         return dict.fromkeys(pruned, best_tokens(scores, visual, share_of(visual.sum(1), self.share)))

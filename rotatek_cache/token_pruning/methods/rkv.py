@@ -47,7 +47,7 @@ class RKV(DecodedMethod):
             raise ValueError(f"RKV: pool must be odd, a token and as many neighbours on both sides, got {self.pool}")
 
     def choose(self, keys: Tensor, queries: Tensor, visible: Tensor) -> Tensor:
-        """The best tokens before the window, earlier ones where two are equal."""
+        """Choose the best tokens before the window, earlier ones where two are equal."""
         keys = keys.float()
         scores = self.importance * self.attention(keys, queries.float(), visible)
         scores = scores - (1 - self.importance) * self.redundancy(keys)[..., : -self.window]
@@ -55,7 +55,7 @@ class RKV(DecodedMethod):
         return order[..., : self.kept - self.window].sort(dim=-1).values
 
     def attention(self, keys: Tensor, queries: Tensor, visible: Tensor) -> Tensor:
-        """I of the tokens before the window, ``[B, H, n - window]``."""
+        """Compute I of the tokens before the window, ``[B, H, n - window]``."""
         if not queries.shape[3]:
             return keys.new_zeros(*keys.shape[:2], keys.shape[2] - self.window)
         logits = (queries @ keys.mT[:, :, None]).masked_fill(~visible, -torch.inf)  # [B, H, G, q, n]
@@ -64,7 +64,7 @@ class RKV(DecodedMethod):
         return pooled.unflatten(0, keys.shape[:2]).mean(2)
 
     def redundancy(self, keys: Tensor) -> Tensor:
-        """R of all tokens, ``[B, H, n]``."""
+        """Compute R of all tokens, ``[B, H, n]``."""
         tokens = keys.shape[2]
         directions = torch.nn.functional.normalize(keys, dim=-1).flatten(0, 1)
         places = torch.arange(1, tokens + 1, device=keys.device)

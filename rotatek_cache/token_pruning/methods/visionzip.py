@@ -70,7 +70,7 @@ class VisionZip(FeatureMethod):
         return kept, taken_by
 
     def merged(self, features: Tensor, taken_by: Tensor) -> Tensor:
-        """Each target plus the mean of the tokens that it takes in."""
+        """Add to each target the mean of the tokens that it takes in."""
         rest = (taken_by >= 0).nonzero()[:, 0]
         target = taken_by[rest]
         given = torch.zeros_like(features, dtype=torch.float32).index_add(0, target, features[rest].float())

@@ -58,7 +58,7 @@ class VLCache(AttentionMethod):
         return self.scope == "prompt"
 
     def summarise(self, rows: AttentionRows) -> Summary:
-        """Column sums ``[B, P]``; how many causal weights are sparse, and how many there are ``[B]``; columns' queries.
+        """Sum up columns ``[B, P]``; count sparse causal weights, and all of them ``[B]``; count columns' queries.
 
         The last is ``[B, P]``, how many queries see each token: 0 for padding and for what comes behind the prompt.
         """
@@ -68,7 +68,7 @@ class VLCache(AttentionMethod):
         return rows.weights.sum((1, 2)), sparse.sum((1, 2, 3)), total, rows.seen.sum(1)
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
-        """The recent and the best tokens of each layer's budget."""
+        """Choose the recent and the best tokens of each layer's budget."""
         scores, _, _, readers = seen[pruned[0]]
         candidates = readers > 0 if self.drops_text else visual.to(scores.device)
         budgets = self.layer_budgets(seen, candidates.sum(1), pruned)
@@ -82,7 +82,7 @@ class VLCache(AttentionMethod):
         return kept
 
     def layer_budgets(self, seen: Mapping[int, Summary], counts: Tensor, pruned: Sequence[int]) -> Tensor:
-        """Tokens ``[L, B]`` that the layers `pruned` keep of the `counts` ``[B]`` that may be dropped."""
+        """Deal out how many of the `counts` ``[B]`` that may be dropped the layers `pruned` keep: ``[L, B]``."""
         parts = (seen[layer][1:3] for layer in pruned)
         dense = torch.stack([1 - sparse / total.clamp(min=1) for sparse, total in parts])
         adaptive = dense.double() / dense.double().sum(0).clamp_min(1e-300)

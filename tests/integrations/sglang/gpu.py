@@ -54,6 +54,11 @@ def environment(device):
     return given
 
 
+def alone(given, log):
+    """What a server is started with: a process that has imported SGLang for a CPU forks none for CUDA."""
+    return {"log": log, "environment": environment(given.device), "alone": True}
+
+
 def flags(device, coded, basis):
     """Flags of a server."""
     common = ["--device", device, "--mem-fraction-static", "0.3"]
@@ -67,7 +72,7 @@ def flags(device, coded, basis):
 def answers_and_requests(given, model, basis, folder):
     """Ask a small pool; what it answers, and what is left of many requests."""
     command = [*flags(given.device, True, basis), "--model-path", model, *SMALL_POOL, "--chunked-prefill-size", "-1"]
-    with Server(*command, log=folder / "coded.log", environment=environment(given.device)) as server:
+    with Server(*command, **alone(given, folder / "coded.log")) as server:
         differences = {}
         for name, question in QUESTIONS.items():
             expected = greedy_logprobs(model, question, tokens=40, basis=basis, text="coded", bits=BITS)
@@ -106,8 +111,7 @@ def step_times(given, model, basis, folder):
         for name in found:
             command = [*flags(given.device, name == "coded", basis), "--model-path", model, "--dtype", "bfloat16"]
             command += ["--max-total-tokens", str(pool), "--max-running-requests", str(given.at_once)]
-            server = Server(*command, log=folder / f"{name}.log", environment=environment(given.device))
-            servers[name] = running.enter_context(server)
+            servers[name] = running.enter_context(Server(*command, **alone(given, folder / f"{name}.log")))
             seconds(servers[name], prompts, 2)  # the prompts are cached from here on
         for _ in range(given.rounds):
             for name, server in servers.items():
