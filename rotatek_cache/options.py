@@ -170,7 +170,8 @@ class FitOptions:
         metadata=about(
             "quantise coefficients to 8, 4 or 2 bits per channel, or to float8 (e4m3) with a scale per channel; auto "
             "spends (1 - sparsity) * 16 bits per Key channel on all channels by reverse water-filling; each row's "
-            "delta, a number per channel, comes on top. None keeps the model's dtype",
+            "delta comes on top, with the bytes of one dense token (two in bfloat16): n visual tokens take "
+            "1 / (1 - sparsity + 1 / n) times fewer bytes. None keeps the model's dtype",
             choices=BIT_CHOICES,
         ),
     )

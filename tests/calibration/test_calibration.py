@@ -22,6 +22,7 @@ from rotatek_cache.calibration.moments import Calibration, Moments
 from rotatek_cache.cli.app import app
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.codecs.fingerprint import fingerprint, same_fingerprint, sample_weight
+from rotatek_cache.codecs.registry import codecs_for
 from rotatek_cache.codecs.sealing import Sealer
 from rotatek_cache.codecs.shared_basis import HeadBudget, StateBasis
 from rotatek_cache.core.quantization import HeadCodes
@@ -203,6 +204,18 @@ def test_the_request_owns_codes_and_means_only(llava, prompts, basis_file):
     online = RotateKCache.for_study(basis="pca", **options)
     llava.attached(**prompts[0], past_key_values=online, use_cache=True)
     assert cache.nbytes() < online.nbytes()
+
+
+@pytest.mark.parametrize(("dtype", "means"), [(torch.float32, 1), (torch.float16, 1), (torch.bfloat16, 2)])
+@pytest.mark.parametrize("tokens", [12, 300])
+def test_a_request_takes_what_the_sparsity_leaves_and_a_token_for_means(basis_file, dtype, means, tokens):
+    """What docs promise of automatic bits; half precision alone is what bits are counted against."""
+    codec = codecs_for(FitOptions(sparsity=0.75, key_bits="auto", basis=str(basis_file)), layer=1)[0]
+    stored = codec.store(torch.randn(2, tokens, 32).to(dtype), [(0, tokens)])
+    token = 2 * 32 * 2  # bytes of two dense heads in half precision
+    assert stored.data.nbytes == tokens * token / 4
+    assert sum(held.nbytes for held in stored.basis.tensors()) == means * token * (2 if dtype == torch.float32 else 1)
+    assert codec.stored_bytes(tokens, 32, dtype) * 2 == stored.data.nbytes + means * 2 * 32 * dtype.itemsize
 
 
 def test_caches_of_one_model_share_the_file(basis_file):
