@@ -16,6 +16,7 @@ from rotatek_cache.core.forward_tables import ForwardTables
 from rotatek_cache.core.row_layout import POSITION, Alignment, column_positions
 from rotatek_cache.core.segments import TextSegment
 from rotatek_cache.token_pruning.decoded import DecodedMethod
+from rotatek_cache.token_pruning.registry import decoded_method
 
 
 @dataclass
@@ -45,6 +46,11 @@ class Answer:
     scale: float = 1.0
     slots: list[int] = field(default_factory=list)
     reads: int | None = None
+
+    @classmethod
+    def by_name(cls, method: str, readers: int) -> "Answer":
+        """Make the answers of a layer that so many layers read, by the name and settings of their method."""
+        return cls(decoded_method(method), readers)
 
     def make_room(self, text: TextSegment, position: int, forward: ForwardTables) -> None:
         """Begin an answer at a logical position if none is being given; evict tokens where no column is free."""

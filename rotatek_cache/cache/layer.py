@@ -25,7 +25,6 @@ from rotatek_cache.core.row_layout import RowLayout, row_index
 from rotatek_cache.core.seal import Places
 from rotatek_cache.core.segments import SegmentView, Stored, TextSegment, VisualSegment, join_segments
 from rotatek_cache.options import FitOptions
-from rotatek_cache.token_pruning.registry import decoded_method
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # Keys and Values [B, H, P, D] to those that are stored
 
@@ -68,7 +67,7 @@ class LayerKV:
         self.shape: tuple[int, int, int, int] | None = None  # B, H, D, D_v
         self.dtype: torch.dtype | None = None
         decoded = self.options.decoded
-        self.answer = None if decoded is None else Answer(decoded_method(decoded), self.readers)
+        self.answer = None if decoded is None else Answer.by_name(decoded, self.readers)
 
     def use(self, options: FitOptions) -> None:
         """Seal with these options from now on."""

@@ -185,8 +185,8 @@ def as_numbers(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 def modelled_distortion(worth: Tensor, widths: Sequence[int]) -> Tensor:
     """Expect a bit to quarter a coefficient's distortion: ``[n, 1 + widths, channels]`` of its `worth` uncoded."""
-    shares = torch.tensor([4.0**-width for width in (0, *sorted(widths))], dtype=torch.float64, device=worth.device)
-    return worth.double().clamp_min(0)[:, None] * shares[:, None]
+    uncoded = worth.double().clamp_min(0)
+    return torch.stack([uncoded * 4.0**-width for width in (0, *sorted(widths))], 1)
 
 
 def allocate_bits(

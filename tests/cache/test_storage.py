@@ -188,7 +188,7 @@ def test_report_and_repr(llava: Host):
     assert report.dense_bytes == sum(layer.dense_bytes for layer in report.layers)
     tokens = cache.get_seq_length()
     assert report.layers[0].dense_bytes == 2 * tokens * HEADS * 2 * WIDTH * FLOAT
-    assert "9+7/32" in str(report)
+    assert "16/32" in str(report)  # a rank that is no multiple of 8 is filled up with directions
 
 
 def test_placeholders_that_were_generated_are_text(llava: Host):

@@ -321,7 +321,7 @@ def test_codes_need_finite_values():
         ),
         ({"sparsity": 0.5, "basis": "spark", "key_bits": 4}, "basis='spark' takes sparsity or rank and no key_bits"),
         ({"energy": 0.9, "basis": "spark_mean"}, "basis='spark_mean' takes sparsity or rank and no key_bits"),
-        ({"sparsity": 0.5, "value_basis": "svd"}, "value_basis must be 'auto' or 'none', got 'svd'"),
+        ({"sparsity": 0.5, "value_basis": "svd"}, "value_basis must be 'auto', 'none' or 'hadamard', got 'svd'"),
         (
             {"sparsity": 0.5, "value_basis": "none"},
             "value_basis='none' takes no value_sparsity and value_bits of 8, 4 or 2",

@@ -43,9 +43,9 @@ def test_the_queries_of_all_layers_that_read_the_keys_weigh_them(host: Host, mon
     sealed = {}
     seal = LayerKV.seal
 
-    def noting(self, plan, merge=None):
+    def noting(self, *arguments):
         sealed[self.index] = self.pending.window
-        seal(self, plan, merge)
+        seal(self, *arguments)
 
     monkeypatch.setattr(LayerKV, "seal", noting)
     model = host.attached

@@ -125,7 +125,7 @@ def test_candidates_are_judged_by_hand():
     from rotatek_kernels.resources import Resources
     from rotatek_kernels.shapes import BLOCK_SIZES
 
-    found = Resources(160, 0, 70000, {16: 8}, [320, 40], 2000, asynchronous=True)
+    found = Resources(160, 0, 70000, {16: 8}, [320, 40], 2000, asynchronous=True, token_loop=320)
     sizes = BLOCK_SIZES["plain"]._replace(warps=4, stages=3)
     one = judged(found, sizes, 64, 320, H200)
     assert one["instructions a token"] == 20
