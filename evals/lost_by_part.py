@@ -1,6 +1,7 @@
 """Which part of a compressed cache costs the answers? One part at a time is coded, all else stays dense.
 
     python -m evals.lost_by_part --second count --out evals/results/lost_by_part.json
+    python -m evals.lost_by_part --reader smol --basis runs/smol_basis.safetensors --bits 60 --only Values first others
 
 Parts are the Keys or the Values of one layer, with the codes of `key_bits="auto"` and the same bits for all heads. For
 the Keys of the first layer also: what all bits give as codes of 2 bits, what rounding does to those without clipping,
@@ -9,8 +10,9 @@ and clipping without rounding. Pages are drawn from the seeds for choosing; the 
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from evals.accuracy import environment
 from evals.fidelity import Batch, RecordingCache, Scores, bootstrap, fill, load, make_batch, natural, positive, replay
 from evals.fidelity import score as add_scores
 from evals.reader.pages import ADDRESS_KINDS, CHOOSE_SEEDS, KINDS, LEVELS
+from evals.reader.readers import READERS
 from evals.store import rounded, write_json
 from rotatek_cache import RotateKCache
 from rotatek_cache.codecs.basis_file import load_basis
@@ -58,9 +61,14 @@ def rows(file: CalibratedBasis, bits: int) -> Iterator[tuple[str, dict[Part, Cha
     yield "Keys and Values", changes
     for wanted in ("key", "value"):
         yield f"all {wanted}s", {part: change for part, change in changes.items() if part[1] == wanted}
+    first = min(file.layers)
+    yield "keys of the first layer", {(first, "key"): changes[first, "key"]}
+    yield (
+        "keys of the others",
+        {(layer, which): changes[layer, which] for layer, which in parts if which == "key" and layer > first},
+    )
     for layer, which in parts:
         yield f"{which}s of layer {layer}", {(layer, which): changes[layer, which]}
-    first = min(file.layers)
     state, code = file.state(first, "key"), CodeLayout(((2, bits // 2 // CHANNEL_BLOCK * CHANNEL_BLOCK),))
     name = f"keys of layer {first}, {code.channels} of 2 bits"
     yield name, {(first, "key"): coded(state, code)}
@@ -86,13 +94,14 @@ def changed(recorder: RecordingCache, changes: dict[Part, Change]) -> RecordingC
 
 
 @torch.inference_mode()
-def score_batch(batch: Batch, scores: dict[str, Scores], file: CalibratedBasis, bits: int) -> None:
-    """Add the answers of a batch to the scores of each row."""
-    model = load(None).model
+def score_batch(
+    model: Any, batch: Batch, scores: dict[str, Scores], made: Iterable[tuple[str, dict[Part, Change]]]
+) -> None:
+    """Add the answers of a batch to the scores of each row; the first codes nothing."""
     recorder = RecordingCache()
     prefill = model(**batch.prompt, position_ids=batch.positions()[0], past_key_values=recorder, use_cache=True)
     dense: Tensor | None = None
-    for name, changes in rows(file, bits):
+    for name, changes in made:
         cache = RotateKCache(sparsity=0)
         fill(cache, model.config, batch, changed(recorder, changes))
         found = replay(model, cache, batch, prefill.logits[:, -1])
@@ -102,22 +111,29 @@ def score_batch(batch: Batch, scores: dict[str, Scores], file: CalibratedBasis, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reader", choices=READERS, default="reader")
     parser.add_argument("--basis", type=Path, default=Path("runs/reader_basis.safetensors"))
     parser.add_argument("--bits", type=positive, default=120, help="of a token and head, for Keys and Values each")
     parser.add_argument("--second", choices=KINDS, default="count", help="kind of the second question")
     parser.add_argument("--level", choices=sorted(LEVELS), default="easy")
     parser.add_argument("--skip", type=natural, default=0)
     parser.add_argument("--pages", type=positive, default=64)
+    parser.add_argument(
+        "--only", nargs="+", help="words of which a row's name has one; the dense row always comes first"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    file = load_basis(args.basis)
+    reader, file = READERS[args.reader], load_basis(args.basis)
+    chat = load(reader.path())
     scores: dict[str, Scores] = {}
     seeds = CHOOSE_SEEDS[args.skip : args.skip + args.pages]
     for start in range(0, len(seeds), 32):
         part = seeds[start : start + 32]
-        batch = make_batch(load(None).processor, part, args.level, ADDRESS_KINDS, [args.second])
-        score_batch(batch, scores, file, args.bits)
+        batch = make_batch(chat.processor, part, args.level, ADDRESS_KINDS, [args.second], reader)
+        wanted = ["dense", *args.only] if args.only else [""]
+        made = ((name, part) for name, part in rows(file, args.bits) if any(word in name for word in wanted))
+        score_batch(chat.model, batch, scores, made)
     dense = torch.tensor(scores["dense"].exact[1])
     found = []
     for name, row in scores.items():
@@ -127,7 +143,13 @@ def main() -> None:
         found.append({"coded": name, "loss": losses.mean().item(), "loss_95": [low, high], "kl": divergence})
         print(f"{name:52} {100 * losses.mean():6.2f} [{100 * low:.1f}, {100 * high:.1f}]  KL {divergence:.4f}")
     if args.out is not None:
-        setting = {"second": args.second, "level": args.level, "bits": args.bits, "pages": len(dense)}
+        setting = {
+            "reader": args.reader,
+            "second": args.second,
+            "level": args.level,
+            "bits": args.bits,
+            "pages": len(dense),
+        }
         command = " ".join(["python -m evals.lost_by_part", *sys.argv[1:]])
         result = {"rows": found, "exact_match_dense": dense.mean().item(), "setting": setting, "command": command}
         write_json(args.out, rounded(result | {"environment": environment("cpu", 1)}))
