@@ -1,6 +1,7 @@
 """Choose tokens: shares as whole numbers, the best by score, a total spread over layers."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ def best_tokens(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
         1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
     )
     return (places < counts[:, None]) & candidates
+
+
+def best_share(scores: Mapping[int, Tensor], candidates: Tensor, keep: float) -> dict[int, Tensor]:
+    """Find the best share `keep` of the candidates in each layer, bool ``[B, P]``, by the layer's scores ``[B, P]``."""
+    candidates = candidates.to(next(iter(scores.values())).device)
+    counts = share_of(candidates.sum(1), keep)
+    return {layer: best_tokens(found, candidates, counts) for layer, found in scores.items()}
 
 
 def spread(shares: Tensor, total: Tensor, least: Tensor, capacity: Tensor) -> Tensor:

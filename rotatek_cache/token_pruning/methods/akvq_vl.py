@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rotatek_cache.options import FitOptions
 from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, Stage, Summary
-from rotatek_cache.token_pruning.selection import best_tokens, share_of
+from rotatek_cache.token_pruning.selection import best_share
 
 PIVOT_BITS = (16, 8, 4)  # 16: as the model gave them
 
@@ -80,6 +80,4 @@ class AKVQVL(AttentionMethod):
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
         """Choose the pivots."""
-        visual = visual.to(seen[pruned[0]][0].device)
-        counts = share_of(visual.sum(1), self.share)
-        return {layer: best_tokens(seen[layer][0], visual, counts) for layer in pruned}
+        return best_share({layer: seen[layer][0] for layer in pruned}, visual, self.share)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rotatek_cache.token_pruning.interface import AttentionMethod, AttentionRows, Stage, Summary
-from rotatek_cache.token_pruning.selection import best_tokens, share_of
+from rotatek_cache.token_pruning.selection import best_share
 
 MERGES = ("pivotal", "average", "weighted", "none")
 
@@ -45,9 +45,7 @@ class LookM(AttentionMethod):
 
     def select(self, seen: Mapping[int, Summary], visual: Tensor, pruned: Sequence[int]) -> dict[int, Tensor]:
         """Choose the best tokens of each layer."""
-        visual = visual.to(seen[pruned[0]][0].device)
-        counts = share_of(visual.sum(1), self.share)
-        return {layer: best_tokens(seen[layer][0], visual, counts) for layer in pruned}
+        return best_share({layer: seen[layer][0] for layer in pruned}, visual, self.share)
 
     def merged(self, keys: Tensor, values: Tensor, kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
         """Merge the dropped tokens of Keys and Values ``[B, H, P, D]`` into the kept visual ones."""
