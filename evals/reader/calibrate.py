@@ -3,7 +3,8 @@
     python -m evals.reader.calibrate --pages 768
     python -m evals.reader.calibrate --reader smol --pages 96 --conversations 0 --levels easy
 
-writes runs/reader_basis.safetensors (PCA of Keys and Values), runs/reader_oblique.safetensors (Keys weighted by
+writes runs/reader_fisher.safetensors (Keys and Values weighted by what their errors do to answers, questions of all
+kinds), runs/reader_basis.safetensors (PCA of Keys and Values), runs/reader_oblique.safetensors (Keys weighted by
 queries, Values by the output projection) and runs/reader_leank.safetensors (static channels), the files that
 evals/settings/fidelity.yaml names, and, from fewer pages with the rest of a conversation, runs/reader_rows.safetensors,
 by which all tokens are coded (evals/settings/fidelity_coded.yaml), runs/reader_weighted.safetensors (the same with
@@ -24,7 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from evals.fidelity import make_batch
 from evals.peers import oscar
 from evals.peers.recording import recorded
-from evals.reader.pages import ADDRESS_KINDS, LEVELS, TRAIN_SEEDS, ask, make_page
+from evals.reader.pages import ADDRESS_KINDS, KINDS, LEVELS, TRAIN_SEEDS, ask, make_page
 from evals.reader.readers import READERS, Reader
 from rotatek_cache import attach
 from rotatek_cache.calibration.gather import calibrate
@@ -32,7 +33,12 @@ from rotatek_cache.calibration.moments import Calibration
 from rotatek_cache.codecs.fingerprint import fingerprint
 
 ROTATION_PAGES = 64  # OSCAR's moments of 128 x 128 are of all tokens of a page, and settle soon
-FILES = {"basis": ("pca", "pca"), "oblique": ("oblique", "output"), "leank": ("leank", "pca")}
+FILES = {
+    "fisher": ("fisher", "fisher"),
+    "basis": ("pca", "pca"),
+    "oblique": ("oblique", "output"),
+    "leank": ("leank", "pca"),
+}
 
 
 def prompts(
@@ -44,7 +50,7 @@ def prompts(
         seed = TRAIN_SEEDS[-1 - index]
         page = make_page(seed, level=levels[index % len(levels)])
         generator = np.random.default_rng(seed)
-        question = reader.say(ask(page, generator, str(generator.choice(ADDRESS_KINDS))), generator)
+        question = reader.say(ask(page, generator, str(generator.choice(KINDS))), generator)
         yield dict(processor(images=[page.image], text=f"<image>\n{question.text}", return_tensors="pt"))
 
 

@@ -42,7 +42,7 @@ def calibrate(
         `state`.
     """
     # The maths needs no transformers.
-    from rotatek_cache.calibration.sensitivity import answer_sensitivity  # noqa: PLC0415
+    from rotatek_cache.calibration.sensitivity import answer_sensitivity, text_sensitivity  # noqa: PLC0415
     from rotatek_cache.hf.cache import RotateKCache, RotateKLayer  # noqa: PLC0415
     from rotatek_cache.hf.calls import cache_argument  # noqa: PLC0415
 
@@ -63,13 +63,18 @@ def calibrate(
             cache.positions.announce(0, ids.shape[1], None)
         model(**prompt, **cache_argument(model, cache), use_cache=True)
         visual = cache.positions.visual(0, cache.positions.end)
-        if text and visual is None:
-            state.texts += 1
-            continue
-        if sensitivity and visual is not None:
+        ids, of_text = prompt["input_ids"], text and visual is None
+        if sensitivity and of_text:
+            layers = sorted({layer for layer, _, _ in state.token_moments})
+            state.add_sensitivity("text", text_sensitivity(model, ids, SINK_TOKENS, layers, state.texts))
+        elif sensitivity and visual is not None:
             layers = sorted({layer for layer, _ in state.moments})
-            state.add_sensitivity(answer_sensitivity(model, prompt, visual[0].cpu(), layers, state.images))
-        state.images += 1
+            found = answer_sensitivity(model, prompt, visual[0].cpu(), layers, state.images)
+            state.add_sensitivity("image", found)
+        if of_text:
+            state.texts += 1
+        else:
+            state.images += 1
     return state
 
 

@@ -73,15 +73,15 @@ class Moments:
         """Make the tensors that a basis file holds of it.
 
         Args:
-            sensitivity: ``[H, D, D]`` float64, sum over images of what `answer_sensitivity` found: an error's price in
-                the divergence of answers, so that Keys and Values, layers and heads compare.
+            sensitivity: ``[H, D, D]`` float64, an error's price in the divergence of what is said next, so that Keys
+                and Values, layers and heads compare.
             spare_outlying: choose ranges of codes by errors that weigh as much as a token lies far from its image's
                 mean, squared. Clipping hits the few tokens that stand out (what is written on an empty page), and among
                 Keys those are the ones that queries look for.
             shares: clip ranges to try for codes, as shares of the full range of a coefficient.
-            method: "fisher" (weighted by the sensitivity, shrunk by half); "oblique" (so by the cost; "output" is its name
-                for Values); "leank" (static selection of channels by query times Key power; a dropped one reads as its
-                mean); or "pca". Where what a method weighs by is not known it is "pca".
+            method: "fisher" (weighted by the sensitivity, shrunk by half); "oblique" (so by the cost; "output" is its
+                name for Values); "leank" (static selection of channels by query times Key power; a dropped one reads
+                as its mean); or "pca". Where what a method weighs by is not known it is "pca".
         """
         covariance = self.scatter / self.tokens
         by_cost = method in ("oblique", "output", "leank") or sensitivity is None
@@ -103,8 +103,7 @@ class Moments:
             spectrum, encoder = spectrum.flip(-1), vectors.flip(-1)
             decoder, gain = encoder, torch.ones_like(spectrum)
             if price is not None:
-                power, metric = _shrunk(price)
-                gain = power[..., 0] * (decoder * (metric @ decoder)).sum(-2)
+                gain = (decoder * (price @ decoder)).sum(-2)
         tensors = {"encoder": encoder.float(), "spectrum": spectrum.clamp_min(0).float(), "gain": gain.float()}
         if decoder is not encoder:
             tensors["decoder"] = decoder.float()
@@ -154,7 +153,10 @@ class TokenMoments:
 
     @staticmethod
     def basis(
-        kinds: Sequence["TokenMoments"], method: str = "pca", shares: Sequence[float] = CLIP_GRID
+        kinds: Sequence["TokenMoments"],
+        method: str = "pca",
+        shares: Sequence[float] = CLIP_GRID,
+        sensitivity: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Make the tensors that a basis file holds for rows of all tokens.
 
@@ -168,7 +170,7 @@ class TokenMoments:
         sample = torch.cat([kind.sample[:, :size] for kind in kinds], 1) - mean.float()[:, None]
         costs = [kind.cost for kind in kinds if kind.cost is not None]
         whole = Moments(covariance, 1, sample, sum(costs[1:], costs[0]) if costs else None)
-        return {**whole.basis(method, shares), "mean": mean.float()}
+        return {**whole.basis(method, shares, sensitivity=sensitivity), "mean": mean.float()}
 
 
 class Calibration:
@@ -182,7 +184,7 @@ class Calibration:
         self.skipped = 0  # images that could not be read
         self.texts = 0  # prompts of text alone
         self.moments: dict[tuple[int, str], Moments] = {}
-        self.sensitivities: dict[tuple[int, str], Tensor] = {}  # sums over images
+        self.sensitivities: dict[tuple[int, str, str], Tensor] = {}  # by layer, state and kind: sums over prompts
         self.token_moments: dict[tuple[int, str, str], TokenMoments] = {}  # by layer, state and kind of token
 
     def add(self, layer: int, which: str, states: Tensor, cost: Tensor | None = None) -> None:
@@ -191,11 +193,19 @@ class Calibration:
         old = self.moments.get((layer, which))
         self.moments[layer, which] = new if old is None else old + new
 
-    def add_sensitivity(self, found: dict[tuple[int, str], Tensor]) -> None:
-        """Take what `answer_sensitivity` found of a prompt whose images have been added."""
-        for key, matrix in found.items():
-            before = self.sensitivities.get(key)
-            self.sensitivities[key] = matrix if before is None else before + matrix
+    def add_sensitivity(self, kind: str, found: dict[tuple[int, str], Tensor]) -> None:
+        """Take what `answer_sensitivity` found of an image, or `text_sensitivity` of a text: `kind` is of `KINDS`."""
+        for (layer, which), matrix in found.items():
+            before = self.sensitivities.get((layer, which, kind))
+            self.sensitivities[layer, which, kind] = matrix if before is None else before + matrix
+
+    def sensitivity(self, layer: int, which: str, kinds: Sequence[str]) -> Tensor | None:
+        """Sum the means over prompts of these kinds, ``[H, D, D]`` float64; None if none was gathered."""
+        prompts = {"image": self.images, "text": self.texts}
+        found = [
+            self.sensitivities[at] / prompts[at[2]] for k in kinds if (at := (layer, which, k)) in self.sensitivities
+        ]
+        return sum(found[1:], found[0]) if found else None
 
     def add_tokens(self, layer: int, which: str, kind: str, states: Tensor, cost: Tensor | None = None) -> None:
         """Take states ``[H, S, D]`` of tokens of one of `KINDS` of a prompt at one layer, for rows of all tokens."""
@@ -213,8 +223,8 @@ class Calibration:
             tensors[f"layers.{layer}.{which}.tokens"] = torch.tensor(moments.tokens, device="cpu")
             if moments.cost is not None:
                 tensors[f"layers.{layer}.{which}.cost"] = moments.cost
-        for (layer, which), matrix in self.sensitivities.items():
-            tensors[f"sensitivity.{layer}.{which}.matrix"] = matrix
+        for (layer, which, kind), matrix in self.sensitivities.items():
+            tensors[f"sensitivity.{layer}.{which}.{kind}.matrix"] = matrix
         for (layer, which, kind), token_moments in self.token_moments.items():
             for name in ("total", "square", "sample", "cost"):
                 if getattr(token_moments, name) is not None:
@@ -253,7 +263,7 @@ class Calibration:
                     tensors.get(prefix + "cost"),
                 )
             if of == "sensitivity":
-                state.sensitivities[int(layer), which] = tensor
+                state.sensitivities[int(layer), which, kind[0]] = tensor
         return state
 
     def write_basis(
@@ -276,7 +286,7 @@ class Calibration:
             raise ValueError(f"method must be one of {', '.join(KEY_METHODS)}, got {method!r}")
         if value_method not in VALUE_METHODS:
             raise ValueError(f"value_method must be one of {', '.join(VALUE_METHODS)}, got {value_method!r}")
-        if "fisher" in (method, value_method) and self.moments.keys() - self.sensitivities.keys():
+        if "fisher" in (method, value_method) and not self.sensitivities:
             raise ValueError(
                 "method 'fisher' weighs by the sensitivity of the answers, which was not gathered: calibrate with "
                 "sensitivity=True, or choose 'pca'"
@@ -293,7 +303,7 @@ class Calibration:
             f"layers.{layer}.{which}.{name}": tensor.contiguous()
             for (layer, which), moments in self.moments.items()
             for name, tensor in moments.basis(
-                methods[which], sensitivity=self.sensitivities.get((layer, which)), spare_outlying=which == "key"
+                methods[which], sensitivity=self.sensitivity(layer, which, ("image",)), spare_outlying=which == "key"
             ).items()
         }
         for layer in layers:
@@ -301,7 +311,8 @@ class Calibration:
                 kinds = [self.token_moments[layer, which, k] for k in KINDS if (layer, which, k) in self.token_moments]
                 # A Value that is clipped costs its error; a Key that is, perhaps the one that a query looks for.
                 shares = FINE_CLIP_GRID if which == "value" else CLIP_GRID
-                for name, tensor in TokenMoments.basis(kinds, chosen, shares).items():
+                sensitivity = self.sensitivity(layer, which, KINDS)
+                for name, tensor in TokenMoments.basis(kinds, chosen, shares, sensitivity).items():
                     tensors[f"layers.{layer}.token_{which}.{name}"] = tensor.contiguous()
         tensors["fingerprint"] = self.fingerprint
         provenance = {
@@ -319,7 +330,7 @@ class Calibration:
 
 
 def _shrunk(price: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the mean diagonal of `price` ``[H, D, D]``, ``[H, 1, 1]``, and a metric of power one, shrunk to the identity.
+    """Give the mean diagonal of `price` ``[H, D, D]``, ``[H, 1, 1]``, and a metric of power one, nearer the identity.
 
     A few thousand gradients or queries say which directions matter most, not that others never will.
     """
