@@ -542,7 +542,7 @@ def test_values_weighted_by_the_output_need_its_projection(state, tmp_path):
     state.images = 1
     with pytest.raises(ValueError, match="value_method='output' needs the output projections"):
         state.write_basis(tmp_path / "b.safetensors", value_method="output")
-    with pytest.raises(ValueError, match="value_method must be one of pca, output, got 'svd'"):
+    with pytest.raises(ValueError, match="value_method must be one of fisher, pca, output, got 'svd'"):
         state.write_basis(tmp_path / "b.safetensors", value_method="svd")
 
 
