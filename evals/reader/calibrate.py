@@ -8,8 +8,8 @@ kinds), runs/reader_basis.safetensors (PCA of Keys and Values), runs/reader_obli
 queries, Values by the output projection) and runs/reader_leank.safetensors (static channels), the files that
 evals/settings/fidelity.yaml names, and, from fewer pages with the rest of a conversation, runs/reader_rows.safetensors,
 by which all tokens are coded (evals/settings/fidelity_coded.yaml), runs/reader_weighted.safetensors and
-runs/reader_fisher_rows.safetensors (the same with weighted directions) and runs/reader_oscar.safetensors (a peer's rotations) for evals/settings/coded_peers.yaml. With
---reader they begin with that reader's name.
+runs/reader_fisher_rows.safetensors (the same with weighted directions) and runs/reader_oscar.safetensors (a peer's
+rotations) for evals/settings/coded_peers.yaml. With --reader they begin with that reader's name.
 """
 
 import argparse
@@ -39,6 +39,7 @@ FILES = {
     "oblique": ("oblique", "output"),
     "leank": ("leank", "pca"),
 }
+ROW_FILES = {"rows": ("pca", "pca"), "weighted": ("oblique", "output"), "fisher_rows": ("fisher", "fisher")}
 
 
 def prompts(
