@@ -41,7 +41,7 @@ from rotatek_cache.calibration.gather import calibrate
 from rotatek_cache.calibration.moments import KEY_METHODS, VALUE_METHODS, Calibration
 from rotatek_cache.codecs.fingerprint import fingerprint
 from rotatek_cache.hf.attention import NAME
-from rotatek_cache.hf.cache import storage_bytes
+from rotatek_cache.hf.storage import storage_bytes
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BOOK = "3rdparty/libbacktrace/Isaac.Newton-Opticks.txt"

@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from evals.accuracy import READER, environment
 from evals.store import rounded, write_json
 from rotatek_cache import RotateKCache, attach
-from rotatek_cache.hf.cache import storage_bytes
+from rotatek_cache.hf.storage import storage_bytes
 
 STORED: Mapping[str, Mapping[str, Any]] = {
     "dense": {"sparsity": 0},
