@@ -6,8 +6,9 @@ import pytest
 import torch
 import ways
 from hosts import Host, build_host
-from tiny_models import FAMILIES, TRANSFORMERS
+from tiny_models import FAMILIES
 from tiny_more import EVERY
+from tiny_parts import TRANSFORMERS
 from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache

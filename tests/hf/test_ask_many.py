@@ -7,7 +7,8 @@ import torch
 import ways
 from checks import reached_storages
 from hosts import Host, build_host
-from tiny_models import FAMILIES, PAD, Prompt, words
+from tiny_models import FAMILIES
+from tiny_parts import PAD, Prompt, words
 from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache

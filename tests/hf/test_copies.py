@@ -7,7 +7,7 @@ import pytest
 import torch
 import ways
 from hosts import Host, build_host
-from tiny_models import words
+from tiny_parts import words
 
 from rotatek_cache import RotateKCache
 

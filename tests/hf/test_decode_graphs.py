@@ -8,7 +8,8 @@ import ways
 from checks import AKVQ
 from hosts import Host
 from recorded_graph import RecordedGraph, attend_on_device
-from tiny_models import FAMILIES, words
+from tiny_models import FAMILIES
+from tiny_parts import words
 
 from rotatek_cache import RotateKCache, attach, detach
 from rotatek_cache.cache.decode_step import DecodeStep

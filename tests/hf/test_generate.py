@@ -7,8 +7,9 @@ import torch
 import ways
 from checks import NOT_POSSIBLE, dense_result, possible, same
 from hosts import Host, build_host
-from tiny_models import FAMILIES, visual_positions
+from tiny_models import FAMILIES
 from tiny_more import EVERY, MORE
+from tiny_parts import visual_positions
 
 from rotatek_cache import RotateKCache
 

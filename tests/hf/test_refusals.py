@@ -11,7 +11,7 @@ import pytest
 import torch
 import ways
 from hosts import Host, build_host
-from tiny_models import IMAGE, TEXT, VISION, visual_positions, words
+from tiny_parts import IMAGE, TEXT, VISION, visual_positions, words
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from rotatek_cache import RotateKCache, attach

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import FAMILIES, Tiny, words
+from tiny_models import FAMILIES
+from tiny_parts import Tiny, words
 
 from rotatek_cache import RotateKCache, attach
 from rotatek_cache.cache import saving
