@@ -118,7 +118,7 @@ class Score:
         self.count += kl.numel()
 
     def summary(self) -> dict[str, Any]:
-        """Perplexity, KL (nats a token) with its standard error over passages, share of equal predictions, bytes."""
+        """Sum up perplexity, KL (nats a token) with its standard error over passages, equal predictions, bytes."""
         spread = float(torch.tensor(self.kls).std()) / math.sqrt(len(self.kls)) if len(self.kls) > 1 else math.nan
         return {
             "perplexity": math.exp(self.nll / self.count),

@@ -116,7 +116,7 @@ class CodedBackend(AttentionBackend):
             self.decoding = DecodeTables(max_bs, self.slots_of.shape[1], self.slots_of.device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """The length of a row of padding: one token, which goes where padding is written."""
+        """Return the length of a row of padding: one token, which goes where padding is written."""
         return 1
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
@@ -229,5 +229,5 @@ class CodedBackend(AttentionBackend):
         return output.flatten(1)
 
     def support_triton(self) -> bool:
-        """Whether SGLang may use its Triton helpers around this backend."""
+        """Say whether SGLang may use its Triton helpers around this backend."""
         return bool(self.slots_of.is_cuda)

@@ -164,7 +164,7 @@ class RotateKLayer(CacheLayerMixin):
 
     @keys.setter
     def keys(self, value: None) -> None:
-        """Base classes set it to None."""
+        """Accept None, which base classes set."""
 
     values = keys
 
