@@ -28,6 +28,7 @@ from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
 from rotatek_cache.core.row_layout import row_index
 from rotatek_cache.core.segments import TextSegment
+from rotatek_cache.hf.calls import cache_name
 from rotatek_cache.hf.config_shapes import kv_shape
 from rotatek_cache.hf.estimate import CacheEstimate, estimate_bytes, tokens_of
 from rotatek_cache.hf.layer_report import layer_report, stock_report
@@ -236,7 +237,7 @@ class RotateKCache(Cache):
     with a model prepared by `attach`::
 
         model = attach(model)
-        model.generate(**inputs, past_key_values=RotateKCache(sparsity=0.5))
+        model.generate(**inputs, cache=RotateKCache(sparsity=0.5))
 
     Args:
         <options>
@@ -599,7 +600,7 @@ class RotateKCache(Cache):
         """Write all that the cache holds to one file, which `load` reads in any process.
 
         The file is safetensors with a checksum; a calibrated basis is not in it but named. To save a prompt, read it by
-        `model.generate(**inputs, past_key_values=cache, max_new_tokens=1)`, and `seal` it if it ends in an image.
+        `model.generate(**inputs, cache=cache, max_new_tokens=1)`, and `seal` it if it ends in an image.
 
         Args:
             path: of the file; an existing one is replaced once the new one is whole.
@@ -829,7 +830,7 @@ class RotateKCache(Cache):
         one stays as it is, to be asked again. Drop what is returned when the questions are answered::
 
             cache = RotateKCache(sparsity=0.75, basis="pca")
-            model.generate(**prompt, past_key_values=cache, max_new_tokens=1)  # read once, without a question
+            model.generate(**prompt, cache=cache, max_new_tokens=1)  # read once, without a question
             cache.seal()  # if nothing follows the image
             ids = processor.tokenizer(questions, return_tensors="pt", padding=True, padding_side="left", ...)
             asked = cache.ask_many(ids["input_ids"], ids["attention_mask"])
@@ -848,7 +849,8 @@ class RotateKCache(Cache):
                 returns them: ``conversation=output`` asks on after an answer.
 
         Returns:
-            Arguments of `generate`: `input_ids` (the whole conversation), `attention_mask` and `past_key_values`.
+            Arguments of `generate`: `input_ids` (the whole conversation), `attention_mask` and the cache, under
+            the name that this transformers has for it.
 
         Raises:
             ValueError: nothing is cached, or it is not sealed; questions are padded on the right, or at all where the
@@ -896,7 +898,7 @@ class RotateKCache(Cache):
         return {
             "input_ids": torch.cat([known[:, :length], new], 1),
             "attention_mask": torch.cat([before, seen], 1).long(),
-            "past_key_values": many,
+            cache_name(): many,
         }
 
     def _branch(self, index: Tensor, padding: Tensor) -> Self:
