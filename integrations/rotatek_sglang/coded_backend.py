@@ -1,6 +1,5 @@
 """The attention backend "rotatek" where all tokens are coded: it reads and writes the pool of `coded_pool`."""
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,6 @@ from rotatek_sglang.coded_pool import CodedPool, to_device
 from rotatek_sglang.coded_storage import CodedTable, DecodeTables, Places, table_before
 from rotatek_sglang.metrics import Gauges
 from rotatek_sglang.prompt_attention import OwnTokens, attend_continuation, attend_forms, attend_prompt
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
