@@ -5,8 +5,8 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from tiny_models import Tiny
 from tiny_more import EVERY
+from tiny_parts import Tiny
 
 from rotatek_cache import attach
 

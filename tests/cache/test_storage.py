@@ -8,7 +8,8 @@ import torch
 import ways
 from checks import reached_storages
 from hosts import Host, build_host
-from tiny_models import FAMILIES, IMAGE, visual_positions
+from tiny_models import FAMILIES
+from tiny_parts import IMAGE, visual_positions
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
 
@@ -72,8 +73,10 @@ def test_nothing_dense_survives_the_seal(family, monkeypatch):
 
     monkeypatch.setattr(RotateKLayer, "update", noting)
     cache = RotateKCache(sparsity=0.5)
+    gc.freeze()  # the models of other tests are not gone through
     host.attached(**ways.one(host.tiny), past_key_values=cache)
     gc.collect()
+    gc.unfreeze()
     assert handed
     assert all(reference.expired() for reference in handed)
 
