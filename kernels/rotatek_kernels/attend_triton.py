@@ -1,8 +1,9 @@
 """The kernel that attends: each program reads a share of a segment's tokens for one (row, KV head, tile of queries).
 
-It leaves a partial state, which `merge_triton.py` adds up. Logarithms are base 2 until the merge ends. Blocks: M
-queries (the heads of a group side by side, position after position), N tokens, D head width, W columns that one token
-stores in one block of its layout. What differs between segments comes in tuples, an entry each (`forms.py`).
+It leaves a partial state, which `merge_triton.py` adds up: in a launch of its own, or in the program that ends last
+(`MERGE`). Logarithms are base 2 until the merge ends. Blocks: M queries (the heads of a group side by side, position
+after position), N tokens, D head width, W columns that one token stores in one block of its layout. What differs
+between segments comes in tuples, an entry each (`forms.py`).
 
 A matrix product takes 16 queries at least. Where there are no more than 8 (`PAIRED`) the other 8 lines of the projected
 queries hold what rounding took from the first: one product instead of two, and the softmax is that of 8.
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from rotatek_kernels.forms import STATE_ALIGN, basis_row_of, decode_integers, form_of
+from rotatek_kernels.merge_triton import merge_queries
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SMALLEST = tl.constexpr(2.0**-126)  # of normal float32: no unit of logits is less, or what is hidden would be NaN
@@ -809,6 +811,59 @@ def _attend_segment(
 
 
 @triton.jit
+def _merge_if_last(
+    states,
+    lses,
+    merging,
+    queries,
+    total_splits,
+    programs,
+    tile,
+    head,
+    row,
+    G: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    MERGE: tl.constexpr,
+):
+    """Merge the states of a tile's queries, if the other programs of (row, KV head, tile) have stored theirs.
+
+    They are counted, one counter for each such triple. What all threads stored before the barrier is released by the
+    one that counts, and acquired by whoever counts after it. The last to count sets the counter back for the next
+    launch.
+    """
+    heads = tl.num_programs(1)
+    counter = merging.counters + (row * heads + head) * (tl.num_programs(0) // programs) + tile
+    tl.debug_barrier()
+    ended = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if ended == programs - 1:
+        tl.store(counter, 0)
+        offs_q = tl.arange(0, MERGE.queries)  # [M]
+        position = tile * TILE_Q + offs_q // G  # [M]
+        merge_queries(
+            states,
+            lses,
+            merging.out,
+            merging.lse,
+            merging.segments,
+            position * G + offs_q % G,
+            (offs_q < TILE_Q * G) & (position < queries),
+            queries,
+            head,
+            heads,
+            row,
+            total_splits,
+            0,
+            MERGE.forms,
+            G,
+            MERGE.width,
+            MERGE.block,
+            MERGE.numbers,
+            MERGE.splits,
+            MERGE.stages,
+        )
+
+
+@triton.jit
 def attend_splits(
     query,  # [B, H * G, Q, D]
     states,  # float32, written: each segment's [B, H, splits, Q * G, state_width], and base-2 log-sum-exps
@@ -816,6 +871,7 @@ def attend_splits(
     scale,
     # Encoded: Q, total_splits, where lses begin, splits of this launch, its first, strides of the query in QUERY_ALIGN.
     integers,
+    merging,  # a MergingArguments where the last program merges, else None
     FORMS: tl.constexpr,  # a SegmentForm each
     SINGLE: tl.constexpr,  # Q is 1
     G: tl.constexpr,
@@ -827,6 +883,7 @@ def attend_splits(
     BLOCK_K: tl.constexpr,  # channels of the query projected at once
     PAIRED: tl.constexpr,
     ASSEMBLY: tl.constexpr,  # of NVIDIA
+    MERGE: tl.constexpr,  # a LastMerge in a tuple, or nothing
 ):
     """Attend to segments and store partial states; grid (splits of these segments * tiles of queries, H, B)."""
     queries, total_splits, first_lse, programs, first_split, row_stride, head_stride, stride = decode_integers(integers)
@@ -875,3 +932,7 @@ def attend_splits(
                 PAIRED,
                 ASSEMBLY,
             )
+    if len(MERGE) > 0:
+        _merge_if_last(
+            states, lses, merging, queries, total_splits, programs, tile, head, row, G, TILE_Q, form_of(MERGE, 0)
+        )

@@ -108,6 +108,27 @@ class MergeArguments(NamedTuple):
     basis_strides: tuple[int, ...]
 
 
+class MergingArguments(NamedTuple):
+    """Tensors of a launch whose last programs merge."""
+
+    counters: Any  # int32, of each row, KV head and tile of queries: programs that have ended; left zero
+    out: Any  # [B, Q, H * G, D_v], written
+    lse: Any  # [B, H * G, Q] float32, natural, written
+    segments: Any  # a MergeArguments each
+
+
+class LastMerge(NamedTuple):
+    """Facts of a merge by the last program for which the attending kernel is compiled."""
+
+    forms: tuple[MergeForm, ...]
+    queries: int  # the power of two that holds those of a tile
+    width: int  # D_v
+    block: int  # the power of two that holds it
+    numbers: int  # of states read at once
+    splits: int  # at most of them
+    stages: int  # times as many are on their way
+
+
 def form_of(forms, index, _semantic=None):
     """Return entry `index` of `FORMS` as a tuple of Triton, which before 3.9 makes none of tuples of tuples itself."""
     form = forms[index]

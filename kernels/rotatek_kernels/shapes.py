@@ -11,11 +11,14 @@ from torch import Tensor
 from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.quantization import Code, CodeLayout, HeadCodes, Numbers
 from rotatek_cache.core.segments import SegmentView
-from rotatek_kernels.forms import INTERPRETED, Block, HeadTable, MergeForm, SegmentForm, encode_integer
+from rotatek_kernels.forms import INTERPRETED, Block, HeadTable, LastMerge, MergeForm, SegmentForm, encode_integer
 from rotatek_kernels.occupancy import CODE_WORK
 
 MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
 MERGE_SPLITS = 16  # states that it reads at once
+MERGE_STAGES = 3
+THREAD_NUMBERS = 8  # of states that a thread holds where the last of the attending programs merges
+SEGMENTS_PER_LAUNCH = 8  # each is a branch of the kernel
 ONE_WARP = 128  # head width up to which one warp holds the output of text
 FOUR_WARPS = 256  # and up to which four warps do
 NARROW = 64  # channels of a head
@@ -119,6 +122,7 @@ class Shapes(NamedTuple):
         value_width: of the output.
         query_strides: encoded, in units of their alignment.
         constants, merge_constants: of the two kernels.
+        one_launch: whether the last of the attending programs merges, so that there is no second launch.
         forms, merge_forms: of all segments.
         merge_blocks: of channels of the output.
         options, merge_options: for Triton.
@@ -134,6 +138,7 @@ class Shapes(NamedTuple):
     query_strides: tuple[int, ...]
     constants: dict[str, Any]
     merge_constants: dict[str, Any]
+    one_launch: bool
     forms: tuple[SegmentForm, ...]
     merge_forms: tuple[MergeForm, ...]
     merge_blocks: int
@@ -141,8 +146,13 @@ class Shapes(NamedTuple):
     merge_options: dict[str, Any]
 
 
-def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None = None) -> Shapes:
-    """Work out what follows from the shapes and strides of checked arguments; `sizes` in place of the table's."""
+def shapes_of(
+    query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None = None, *, counted: bool = False
+) -> Shapes:
+    """Work out what follows from the shapes and strides of checked arguments; `sizes` in place of the table's.
+
+    Where ended programs are `counted`, the last merges: those of one query a row, in one launch.
+    """
     batch, q_heads, positions, width = query.shape
     heads = segments[0].heads
     group = q_heads // heads
@@ -162,6 +172,13 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
     align = _alignment(query, *query.stride()[:3])
     # With a slot table the compiler keeps within them by itself, and spills where it is told to; widths per head need
     # more.
+    merge_forms = tuple([shape.merge_form for shape in shaped])
+    last: tuple[LastMerge, ...] = ()
+    if counted and positions == 1 and 0 < len(shaped) <= SEGMENTS_PER_LAUNCH:
+        held = THREAD_NUMBERS * 32 * sizes.warps
+        last = (
+            LastMerge(merge_forms, _power(group), value_width, _block(value_width), held, MERGE_SPLITS, MERGE_STAGES),
+        )
     free = any(segment.slots is not None or isinstance(segment.key_code, HeadCodes) for segment in segments)
     registers = None if free else sizes.registers
     return Shapes(
@@ -184,10 +201,18 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
             "BLOCK_K": min(sizes.channels, _block(width)),
             "PAIRED": paired,
             "ASSEMBLY": not INTERPRETED and not torch.version.hip,
+            "MERGE": last,
         },
-        merge_constants={"G": group, "D_V": value_width, "BLOCK_DV": merge_block, "BLOCK_S": MERGE_SPLITS},
+        merge_constants={
+            "G": group,
+            "D_V": value_width,
+            "BLOCK_DV": merge_block,
+            "NUMBERS": MERGE_NUMBERS,
+            "MOST_S": MERGE_SPLITS,
+        },
+        one_launch=bool(last),
         forms=tuple([shape.form for shape in shaped]),
-        merge_forms=tuple([shape.merge_form for shape in shaped]),
+        merge_forms=merge_forms,
         merge_blocks=-(-value_width // merge_block),
         options={
             "num_warps": sizes.warps,
@@ -450,4 +475,9 @@ def _alignment(tensor: Tensor, *strides: int) -> int:
 
 def _block(size: int) -> int:
     """Find the power of two, at least the 16 of a matrix product, that holds `size`."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, _power(size))
+
+
+def _power(size: int) -> int:
+    """Find the power of two that holds `size`."""
+    return 1 << (size - 1).bit_length()
