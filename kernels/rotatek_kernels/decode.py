@@ -12,7 +12,7 @@ from torch import Tensor
 from rotatek_cache.core.attention import UnsupportedError
 from rotatek_cache.core.segments import SegmentView
 from rotatek_kernels import checks
-from rotatek_kernels.attend_triton import attend_splits
+from rotatek_kernels.attend_triton import attend_splits, project_queries
 from rotatek_kernels.checks import arguments_key, check_arguments, check_scale
 from rotatek_kernels.forms import STATE_ALIGN, MergeArguments, MergingArguments, SegmentArguments, encode_integer
 from rotatek_kernels.merge_triton import merge_splits
@@ -81,17 +81,19 @@ class Layout(NamedTuple):
     """Places of the states of all splits, and the launches that compute them.
 
     Attributes:
-        places: of each segment: first split, splits, where its states begin; encoded.
+        places: of each segment: first split, splits, where its states and projected queries begin; encoded.
         numbers: of all states and their log-sum-exps, which lie behind them.
         largest: of the integers in it.
         parts: the launches over segments.
+        projects: what launches before each of them; empty where each program projects its queries.
         merge: the launch that merges; None where the last program does.
     """
 
-    places: tuple[tuple[int, int, int], ...]
+    places: tuple[tuple[int, int, int, int], ...]
     numbers: int
     largest: int
     parts: tuple[Part, ...]
+    projects: tuple[Part, ...]
     merge: Part | None
 
 
@@ -305,7 +307,10 @@ def _run_compiled(
         ]
     )
     merging = None if layout.merge else (counters, out, lse, merged)
-    for part, kernel in zip(layout.parts, compiled, strict=False):  # the last kernel may merge
+    kernels = iter(compiled)
+    for part in layout.projects:
+        next(kernels)[part.grid](query, states, attended[part.segments], scale, part.integers, *part.values)
+    for part, kernel in zip(layout.parts, kernels, strict=False):  # the last kernel may merge
         kernel[part.grid](query, states, attended[part.segments], scale, part.integers, merging, *part.values)
     if layout.merge:
         compiled[-1][layout.merge.grid](states, out, lse, merged, layout.merge.integers, *layout.merge.values)
@@ -366,7 +371,7 @@ def _slots(
         return processor.multiprocessors
     held = []
     for launch in plan(shapes, query, segments, scale, processor.multiprocessors, counters)[0]:
-        if launch.kernel is merge_splits:
+        if launch.kernel is not attend_splits:
             continue
         compiled = launch.compile()
         compiled.run  # noqa: B018 - loads it, which tells its registers
@@ -406,13 +411,21 @@ def _layout(prepared: Prepared, shapes: Shapes, query: Tensor, segments: Sequenc
 def _lay_out(shapes: Shapes, splits: tuple[int, ...]) -> Layout:
     """Give each segment's states a place: one allocation for all that only the kernels see, log-sum-exps last."""
     states_of_split = shapes.batch * shapes.q_heads * shapes.positions
-    places, first_split, first_state = [], 0, 0
-    for shape, count in zip(shapes.segments, splits, strict=True):
-        places.append((encode_integer(first_split), encode_integer(count), encode_integer(first_state)))
+    places, first_split, first = [], 0, 0
+    for shape, count, projections in zip(shapes.segments, splits, shapes.projections, strict=True):
+        first_projection = first + -(-states_of_split * count * shape.form.state_width // UNIT)
+        places.append(
+            (
+                encode_integer(first_split),
+                encode_integer(count),
+                encode_integer(first),
+                encode_integer(first_projection),
+            )
+        )
         first_split += count
-        first_state += -(-states_of_split * count * shape.form.state_width // UNIT)
-    common = (encode_integer(shapes.positions), encode_integer(sum(splits)), encode_integer(first_state))
-    parts = []
+        first = first_projection + -(-projections // UNIT)
+    common = (encode_integer(shapes.positions), encode_integer(sum(splits)), encode_integer(first))
+    parts, projects = [], []
     for start in range(0, len(splits), SEGMENTS_PER_LAUNCH):
         part = slice(start, start + SEGMENTS_PER_LAUNCH)
         programs = sum(splits[part])
@@ -420,13 +433,19 @@ def _lay_out(shapes: Shapes, splits: tuple[int, ...]) -> Layout:
         constants = {"FORMS": shapes.forms[part], **shapes.constants}
         grid = (programs * shapes.tiles, shapes.heads, shapes.batch)
         parts.append(Part(part, grid, integers, constants, tuple(constants.values())))
+        if shapes.project_constants is not None:
+            integers = (common[0], *shapes.query_strides)
+            constants = {"FORMS": shapes.forms[part], **shapes.project_constants}
+            grid = (len(shapes.forms[part]) * shapes.tiles, shapes.heads, shapes.batch)
+            projects.append(Part(part, grid, integers, constants, tuple(constants.values())))
     constants = {"FORMS": shapes.merge_forms, **shapes.merge_constants}
     grid = (shapes.q_heads * shapes.positions, shapes.batch, shapes.merge_blocks)
     return Layout(
         places=tuple(places),
-        numbers=first_state * UNIT + states_of_split * sum(splits),
+        numbers=first * UNIT + states_of_split * sum(splits),
         largest=max(*common, *(number for part in parts for number in part.integers)),
         parts=tuple(parts),
+        projects=tuple(projects),
         merge=None if shapes.one_launch else Part(slice(None), grid, common, constants, tuple(constants.values())),
     )
 
@@ -464,6 +483,9 @@ def _launches(
     merge = layout.merge
     merging = None if merge else MergingArguments(counters, out, lse, to_merge)
     launches = []
+    for part in layout.projects:
+        projected_by = (query, states, tuple(arguments[part.segments]), scale, part.integers)
+        launches.append(Launch(project_queries, part.grid, projected_by, part.constants, shapes.project_options))
     for part in layout.parts:
         leading = (query, states, tuple(arguments[part.segments]), scale, part.integers, merging)
         launches.append(Launch(attend_splits, part.grid, leading, part.constants, shapes.options))

@@ -61,6 +61,7 @@ class SegmentForm(NamedTuple):
     stages: int
     key_heads: HeadTable
     value_heads: HeadTable
+    projected: int  # numbers that are kept of a query projected once: all parts of all blocks, and ``q . delta``
 
 
 class SegmentArguments(NamedTuple):
@@ -78,7 +79,7 @@ class SegmentArguments(NamedTuple):
     delta: Any  # [H, R, D], or None
     scale: Any  # [H, R, channels] of an int8 decoder, or None
     basis_rows: Any  # [B], or None: row b uses row b of the basis
-    place: tuple[int, ...]  # first split, splits, where its states begin in units of STATE_ALIGN
+    place: tuple[int, ...]  # first split, splits, where states and projected queries begin in units of STATE_ALIGN
     # max_length; strides of the mask's rows and queries; of heads of Keys, of Values (or the tokens stored); of slots
     sizes: tuple[int, ...]
     basis_strides: tuple[int, ...]  # of heads and rows of the decoder, of delta, of the scale

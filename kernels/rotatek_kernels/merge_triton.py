@@ -36,7 +36,7 @@ def _merge_segment(
         columns = tl.arange(0, FORM.block_w)  # [W]
     LINES: tl.constexpr = query_index.shape[0] * columns.shape[0]
     BLOCK_S: tl.constexpr = min(MOST_S, max(1, NUMBERS // LINES))
-    first_split, splits, first_state = decode_integers(seg.place)
+    first_split, splits, first_state, _ = decode_integers(seg.place)
     width = FORM.state_width
     if seg.value_heads is not None:
         width = tl.load(seg.value_heads + head * (3 + 3 * FORM.value_heads.columns) + 2)

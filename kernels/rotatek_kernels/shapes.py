@@ -14,6 +14,7 @@ from rotatek_cache.core.segments import SegmentView
 from rotatek_kernels.forms import INTERPRETED, Block, HeadTable, LastMerge, MergeForm, SegmentForm, encode_integer
 from rotatek_kernels.occupancy import CODE_WORK
 
+PROJECTED_CHANNELS = 128  # of the query at once, where it is projected once
 MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
 MERGE_SPLITS = 16  # states that it reads at once
 MERGE_STAGES = 3
@@ -42,6 +43,7 @@ class BlockSizes(NamedTuple):
         stages: blocks in flight.
         registers: of a thread, at most (NVIDIA); where left to itself, the compiler spills one to hold more programs.
         channels: of the query that are projected at once.
+        projected: whether queries are projected once, in a launch before, and not in each program.
     """
 
     warps: int
@@ -51,6 +53,7 @@ class BlockSizes(NamedTuple):
     stages: int
     registers: int | None
     channels: int = 32
+    projected: bool = False
 
 
 # Chosen by what the compiler reports (`tests/kernels/test_compile.py -s`: registers, spills, shared memory;
@@ -59,8 +62,9 @@ class BlockSizes(NamedTuple):
 # (evals/results/gpu_decode_sweep_h200.json); the others have not been timed.
 BLOCK_SIZES = {
     # Bound by bytes, so instructions may be spent: 18 a token at D 128, r 32 against 70 that the bytes leave time for.
-    # At most 168 registers and 70 KiB let three programs share a processor.
-    "plain": BlockSizes(warps=4, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=168),
+    # At most 168 registers and 70 KiB let three programs share a processor. The decoder comes in one load: in four it
+    # takes no fewer registers, and four times as long until the first Key is asked for.
+    "plain": BlockSizes(warps=4, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=168, channels=128),
     # Bound by instructions: several warps would each unpack all codes. One takes 5.1 a token at 4 bits and r 32 (5.8 in
     # blocks of 64). Larger tiles spill beside a text segment of D 128, which then has 32 tokens a block.
     "codes": BlockSizes(warps=1, queries=8, tokens=128, tile=8 * 1024, stages=3, registers=None),
@@ -73,13 +77,13 @@ BLOCK_SIZES = {
     # 64 queries by 64 tokens spill (976 instructions of it at D 128 with a mask), 64 by 32 do not.
     "queries": BlockSizes(warps=4, queries=64, tokens=32, tile=16 * 1024, stages=2, registers=None),
     # Heads of more than `ONE_WARP` channels, codes, too. "plain" spills at rank 128 of 256 on sm_90, whatever registers
-    # it may take; half the tile takes 140, which lets three programs share a processor.
-    "wide": BlockSizes(warps=4, queries=16, tokens=64, tile=16 * 1024, stages=3, registers=None),
+    # it may take; half the tile takes 128, which lets four programs share a processor.
+    "wide": BlockSizes(warps=4, queries=16, tokens=64, tile=16 * 1024, stages=3, registers=None, channels=128),
     # 64 queries by 32 tokens spill with four warps, and take all registers with eight.
     "wide queries": BlockSizes(warps=8, queries=32, tokens=32, tile=32 * 1024, stages=2, registers=None),
     "wide float32": BlockSizes(warps=8, queries=16, tokens=64, tile=16 * 1024, stages=2, registers=None),
     # Of more than `FOUR_WARPS`, where four warps spill, three blocks in flight, and 32 queries.
-    "wider": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=2, registers=None),
+    "wider": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=2, registers=None, channels=128),
     "wider queries": BlockSizes(warps=8, queries=16, tokens=32, tile=32 * 1024, stages=2, registers=None),
     "wider float32": BlockSizes(warps=16, queries=16, tokens=64, tile=32 * 1024, stages=2, registers=None),
 }
@@ -122,10 +126,12 @@ class Shapes(NamedTuple):
         value_width: of the output.
         query_strides: encoded, in units of their alignment.
         constants, merge_constants: of the two kernels.
+        project_constants: of the kernel that projects queries; None where each program does.
+        projections: numbers of all projected queries of each segment.
         one_launch: whether the last of the attending programs merges, so that there is no second launch.
         forms, merge_forms: of all segments.
         merge_blocks: of channels of the output.
-        options, merge_options: for Triton.
+        options, project_options, merge_options: for Triton.
     """
 
     segments: list[SegmentShape]
@@ -137,12 +143,15 @@ class Shapes(NamedTuple):
     value_width: int
     query_strides: tuple[int, ...]
     constants: dict[str, Any]
+    project_constants: dict[str, Any] | None
     merge_constants: dict[str, Any]
+    projections: tuple[int, ...]
     one_launch: bool
     forms: tuple[SegmentForm, ...]
     merge_forms: tuple[MergeForm, ...]
     merge_blocks: int
     options: dict[str, Any]
+    project_options: dict[str, Any]
     merge_options: dict[str, Any]
 
 
@@ -181,6 +190,16 @@ def shapes_of(
         )
     free = any(segment.slots is not None or isinstance(segment.key_code, HeadCodes) for segment in segments)
     registers = None if free else sizes.registers
+    common = {
+        "G": group,
+        "D": width,
+        "QUERY_ALIGN": align,
+        "TILE_Q": tile_queries,
+        "BLOCK_M": _block(queries),
+    }
+    of_queries = batch * heads * -(-positions // tile_queries) * (PAIRED if paired else _block(queries))
+    forms = tuple([shape.form for shape in shaped])
+    once = sizes.projected and any(form.decoder_stride for form in forms)
     return Shapes(
         segments=shaped,
         batch=batch,
@@ -192,17 +211,17 @@ def shapes_of(
         query_strides=tuple(encode_integer(stride // align) for stride in query.stride()[:3]),
         constants={
             "SINGLE": positions == 1,
-            "G": group,
-            "D": width,
-            "QUERY_ALIGN": align,
-            "TILE_Q": tile_queries,
-            "BLOCK_M": _block(queries),
+            **common,
             "BLOCK_D": _block(width),
             "BLOCK_K": min(sizes.channels, _block(width)),
             "PAIRED": paired,
             "ASSEMBLY": not INTERPRETED and not torch.version.hip,
+            "PROJECTED": once,
             "MERGE": last,
         },
+        project_constants={**common, "BLOCK_K": min(PROJECTED_CHANNELS, _block(width)), "PAIRED": paired}
+        if once
+        else None,
         merge_constants={
             "G": group,
             "D_V": value_width,
@@ -210,8 +229,9 @@ def shapes_of(
             "NUMBERS": MERGE_NUMBERS,
             "MOST_S": MERGE_SPLITS,
         },
+        projections=tuple([of_queries * form.projected if once else 0 for form in forms]),
         one_launch=bool(last),
-        forms=tuple([shape.form for shape in shaped]),
+        forms=forms,
         merge_forms=merge_forms,
         merge_blocks=-(-value_width // merge_block),
         options={
@@ -220,6 +240,7 @@ def shapes_of(
             "enable_fp_fusion": True,
             **({} if registers is None or torch.version.hip else {"maxnreg": registers}),
         },
+        project_options={"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True},
         merge_options={"num_warps": 4 if widest else 2, "num_stages": 2, "enable_fp_fusion": True},
     )
 
@@ -359,6 +380,7 @@ def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: t
         stages=sizes.stages,
         key_heads=keys.heads,
         value_heads=values.heads,
+        projected=sum(block.parts * block.padded for block in keys.blocks) + 1 if key_basis else 0,
     )
     tables = (segment.starts, segment.lengths, segment.basis_rows)
     return SegmentShape(

@@ -149,6 +149,16 @@ def test_the_last_program_merges_in_every_replay(case, splits, request):
     assert spoilt.isnan().all()
 
 
+@pytest.mark.parametrize("case", ["heads-mixed-bits", "width128-rank32-ragged", "queries-masked", "int8-basis"])
+def test_queries_may_be_projected_once(case):
+    case = CASES[case]
+    query, segments = draw(case, torch.float16, DEVICE)
+    sizes = shapes.sizes_of(query, segments)._replace(projected=True)
+    assert len(decode.plan(shapes.shapes_of(query, segments, sizes), query, segments, 1.0, 4)[0]) == 3
+    state = decode_attention(query, segments, -case.scale, sizes=sizes)
+    assert_within_budget(state, query, segments, -case.scale)
+
+
 def test_several_queries_a_row_are_merged_by_a_launch_of_its_own():
     case = CASES["queries-masked"]
     query, segments = draw(case, torch.float16, DEVICE)
