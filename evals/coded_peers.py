@@ -114,7 +114,7 @@ def stored_bits(cache: Cache, recorder: RecordingCache) -> tuple[float, float]:
 
 
 def against(name: str, bits: dict[str, float]) -> str | None:
-    """Find the best row of ours with the most bits that has no more than the row `name`; None for ours, or without one."""
+    """Find the `BEST` row with the most bits that has no more than the row `name`; None for ours, or without one."""
     if name.startswith(("ours", "dense")):
         return None
     ours = [row for row in bits if row.startswith(BEST) and bits[row] <= bits[name] + BITS_AGREE]
