@@ -57,6 +57,7 @@ PARTS = ("answers", "text", "bytes")
 SOURCES = ("same book", "other text")
 OURS = {"rows": ("pca", "pca"), "weighted": ("oblique", "output"), "fisher": ("fisher", "fisher")}
 FILES = (*OURS, "oscar")
+BEST = "ours, weighted by answers, bits over heads: "  # what peers are held against
 BITS_AGREE = 0.01  # of two rows that have the same bits but for padding
 FILE_OPTIONS = {"basis", "rotations"}  # whose values are of them
 Rows = dict[str, dict[str, Any]]
@@ -113,10 +114,10 @@ def stored_bits(cache: Cache, recorder: RecordingCache) -> tuple[float, float]:
 
 
 def against(name: str, bits: dict[str, float]) -> str | None:
-    """Find the row of ours with the most bits that has no more than the row `name`; None for ours, or without one."""
+    """Find the `BEST` row with the most bits that has no more than the row `name`; None for ours, or without one."""
     if name.startswith(("ours", "dense")):
         return None
-    ours = [row for row in bits if row.startswith("ours: ") and bits[row] <= bits[name] + BITS_AGREE]
+    ours = [row for row in bits if row.startswith(BEST) and bits[row] <= bits[name] + BITS_AGREE]
     return max(ours, key=lambda row: bits[row]) if ours else None
 
 

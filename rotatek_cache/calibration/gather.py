@@ -17,6 +17,7 @@ from rotatek_cache.core.fitting import KeyStatistics
 from rotatek_cache.core.segments import Stored
 
 
+@torch.inference_mode(False)  # what is differentiated must not have been made within it
 @torch.no_grad()
 def calibrate(
     model: torch.nn.Module,

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from rotatek_cache.hf.calls import cache_argument
 
-ANSWER_TOKENS = 8  # of the model's own answer to a question about an image
+ANSWER_TOKENS = 32  # of the model's own answer to a question about an image, at most
 SAMPLES = 4  # tokens drawn at each place: one backward pass each, over the text behind alone
 CANDIDATES = 16  # tokens that are drawn from, the likeliest
 TEMPERATURE = 2.0

@@ -99,7 +99,8 @@ def test_the_model_is_left_as_it_was():
     model.requires_grad_(True)
     model.get_input_embeddings().weight.requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
-    calibrate(model, [host.tiny.inputs(host.tiny.prompt(0))], Calibration(fingerprint(model), "llava"))
+    with torch.inference_mode():  # a caller's own
+        calibrate(model, [host.tiny.inputs(host.tiny.prompt(0))], Calibration(fingerprint(model), "llava"))
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
 

@@ -41,7 +41,7 @@ def basis_of(family: str) -> str:
     prompts = [host.tiny.inputs(host.tiny.prompt(seed, text=40, tail=30)) for seed in range(30, 34)]
     prompts += [host.tiny.inputs(Prompt(words(120, seed))) for seed in range(4)]
     path = Path(tempfile.mkdtemp()) / f"{family}.safetensors"
-    calibrate(host.attached, prompts, state, text=True).write_basis(path)
+    calibrate(host.attached, prompts, state, text=True, sensitivity=False).write_basis(path)
     return str(path)
 
 
