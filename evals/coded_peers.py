@@ -55,7 +55,8 @@ from rotatek_cache.hf.calls import cache_argument
 SETTINGS = Path(__file__).parent / "settings" / "coded_peers.yaml"
 PARTS = ("answers", "text", "bytes")
 SOURCES = ("same book", "other text")
-FILES = ("rows", "weighted", "oscar")
+OURS = {"rows": ("pca", "pca"), "weighted": ("oblique", "output"), "fisher": ("fisher", "fisher")}
+FILES = (*OURS, "oscar")
 BITS_AGREE = 0.01  # of two rows that have the same bits but for padding
 FILE_OPTIONS = {"basis", "rotations"}  # whose values are of them
 Rows = dict[str, dict[str, Any]]
@@ -124,7 +125,10 @@ def answers(args: argparse.Namespace, methods: Rows) -> dict[str, Any]:
     """Score all rows on drawn pages."""
     reader = READERS[args.reader]
     chat = fidelity.load(None if args.reader == "reader" else reader.path())
-    files = {name: args.files / f"{reader.name}_{name}.safetensors" for name in FILES}
+    written = dict.fromkeys(FILES) | {
+        "fisher": "fisher_rows"
+    }  # by evals.reader.calibrate; "fisher" serves images alone
+    files = {name: args.files / f"{reader.name}_{written[name] or name}.safetensors" for name in FILES}
     rows = {"dense": {"cache": "recorded"}, **{name: with_files(options, files) for name, options in methods.items()}}
     exact: dict[str, dict[str, list[float]]] = {name: {} for name in rows}
     divergence: dict[str, dict[str, list[float]]] = {name: {} for name in rows}
@@ -292,8 +296,8 @@ def calibrated(model: Any, prompts: Sequence[dict[str, Tensor]], folder: Path, s
     state = Calibration(fingerprint(model), model.config.model_type)
     calibrate(model, tqdm(prompts, desc=f"calibrating on {source}"), state, text=True)
     files = {name: folder / f"{name}.safetensors" for name in FILES}
-    state.write_basis(files["rows"], source=source)
-    state.write_basis(files["weighted"], source=source, method="oblique", value_method="output")
+    for name, (method, value_method) in OURS.items():
+        state.write_basis(files[name], source=source, method=method, value_method=value_method)
     oscar.fit(recorded(model, prompts), files["oscar"])
     return files
 
@@ -307,8 +311,8 @@ def layout_bytes(args: argparse.Namespace, methods: Rows) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.safetensors" for name in FILES}
-        coded_bytes.basis(files["rows"])
-        coded_bytes.basis(files["weighted"])
+        for name in OURS:
+            coded_bytes.basis(files[name])
         drawn = torch.randn(3, 1, heads, 8, width, generator=torch.Generator().manual_seed(0))
         oscar.fit(
             [{layer: (drawn[0], drawn[1], drawn[2].repeat(1, 4, 1, 1)) for layer in range(layers)}], files["oscar"]

@@ -1,8 +1,9 @@
 """The kernel that attends: each program reads a share of a segment's tokens for one (row, KV head, tile of queries).
 
-It leaves a partial state, which `merge_triton.py` adds up. Logarithms are base 2 until the merge ends. Blocks: M
-queries (the heads of a group side by side, position after position), N tokens, D head width, W columns that one token
-stores in one block of its layout. What differs between segments comes in tuples, an entry each (`forms.py`).
+It leaves a partial state, which `merge_triton.py` adds up: in a launch of its own, or in the program that ends last
+(`MERGE`). Logarithms are base 2 until the merge ends. Blocks: M queries (the heads of a group side by side, position
+after position), N tokens, D head width, W columns that one token stores in one block of its layout. What differs
+between segments comes in tuples, an entry each (`forms.py`).
 
 A matrix product takes 16 queries at least. Where there are no more than 8 (`PAIRED`) the other 8 lines of the projected
 queries hold what rounding took from the first: one product instead of two, and the softmax is that of 8.
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from rotatek_kernels.forms import STATE_ALIGN, basis_row_of, decode_integers, form_of
+from rotatek_kernels.merge_triton import merge_queries
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SMALLEST = tl.constexpr(2.0**-126)  # of normal float32: no unit of logits is less, or what is hidden would be NaN
@@ -188,9 +190,9 @@ def _project(
     negative,  # whether the queries change their sign
     seg,
     heads,  # this head's entry of the table, where there is one
-    width,  # of a token
+    key_stride,
     head,
-    basis_row,
+    row,
     FORM: tl.constexpr,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -199,6 +201,10 @@ def _project(
 
     Channels are read `BLOCK_K` at a time: all of them at once would fill the registers.
     """
+    basis_row = row
+    if seg.basis_rows is not None:
+        basis_row = tl.load(seg.basis_rows + row).to(tl.int64)
+    width = key_stride * (2 if FORM.key_blocks[0].bits > 0 else 1)
     shift = tl.zeros([query.shape[0]], tl.float32)  # [BLOCK_M]
     sums = _zeros(FORM.key_blocks, query.shape[0], False, False)
     strides = decode_integers(seg.basis_strides)
@@ -242,6 +248,40 @@ def _project(
                     projected = projected * scale[None, :]
             projections = projections + (projected,)
     return projections, shift
+
+
+@triton.jit
+def _of_projections(states, first, block, FORM: tl.constexpr, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
+    """Point at what `project_queries` keeps of a block (row, KV head, tile) of queries: lines [BLOCK_M], and width."""
+    QUERIES: tl.constexpr = 8 if PAIRED else BLOCK_M
+    lines = tl.arange(0, BLOCK_M) % QUERIES  # [BLOCK_M]
+    return states + first.to(tl.int64) * STATE_ALIGN + (block * QUERIES + lines) * FORM.projected
+
+
+@triton.jit
+def _store_projections(pointers, projections, shift, FORM: tl.constexpr):
+    """Store projected queries [M, W], part after part, then ``q . delta``."""
+    start = 0
+    for index in tl.static_range(len(FORM.key_blocks)):
+        columns = tl.arange(0, FORM.key_blocks[index].padded)  # [W]
+        for part in tl.static_range(FORM.key_blocks[index].parts):
+            projected = projections[FORM.key_blocks[index].first_part + part]
+            tl.store(pointers[:, None] + (start + columns)[None, :], projected)
+            start += FORM.key_blocks[index].padded
+    tl.store(pointers + start, shift)
+
+
+@triton.jit
+def _load_projections(pointers, FORM: tl.constexpr):
+    """Load what `_store_projections` stored."""
+    projections = ()
+    start = 0
+    for index in tl.static_range(len(FORM.key_blocks)):
+        columns = tl.arange(0, FORM.key_blocks[index].padded)  # [W]
+        for _ in tl.static_range(FORM.key_blocks[index].parts):
+            projections = projections + (tl.load(pointers[:, None] + (start + columns)[None, :]),)
+            start += FORM.key_blocks[index].padded
+    return projections, tl.load(pointers + start)
 
 
 @triton.jit
@@ -611,6 +651,7 @@ def _attend_segment(
     scale_log2,
     total_splits,
     all_queries,  # Q * G
+    block,  # (pair * tiles + tile)
     FORM: tl.constexpr,
     SINGLE: tl.constexpr,
     D: tl.constexpr,
@@ -618,6 +659,7 @@ def _attend_segment(
     BLOCK_K: tl.constexpr,
     PAIRED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    PROJECTED: tl.constexpr,
 ):
     """Attend to one share of a segment's tokens and store the state: normalised output and base-2 log-sum-exp.
 
@@ -626,7 +668,7 @@ def _attend_segment(
     BLOCK_M: tl.constexpr = query.shape[0]
     QUERIES: tl.constexpr = 8 if PAIRED else BLOCK_M
     BLOCK_N: tl.constexpr = FORM.block_n
-    first_split, splits, first_state = decode_integers(seg.place)
+    first_split, splits, first_state, first_projection = decode_integers(seg.place)
     (
         max_length,
         mask_row_stride,
@@ -678,13 +720,13 @@ def _attend_segment(
         rests = ((),)
         shift = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
     else:
-        basis_row = row
-        if seg.basis_rows is not None:
-            basis_row = tl.load(seg.basis_rows + row).to(tl.int64)
-        key_width = key_stride * (2 if FORM.key_blocks[0].bits > 0 else 1)
-        projections, shift = _project(
-            query, there, negative, seg, key_heads, key_width, head, basis_row, FORM, D, BLOCK_K
-        )
+        if PROJECTED:
+            pointers = _of_projections(states, first_projection, block, FORM, BLOCK_M, PAIRED)
+            projections, shift = _load_projections(pointers, FORM)
+        else:
+            projections, shift = _project(
+                query, there, negative, seg, key_heads, key_stride, head, row, FORM, D, BLOCK_K
+            )
         if FORM.key_blocks[0].bits > 0 and DTYPE != tl.float32:
             tiles, rests, unit, shift = _as_tiles(projections, unit, shift * scale_log2, tl.float16, FORM, PAIRED)
         else:
@@ -809,6 +851,166 @@ def _attend_segment(
 
 
 @triton.jit
+def _merge_if_last(
+    states,
+    lses,
+    merging,
+    queries,
+    total_splits,
+    programs,
+    tile,
+    head,
+    row,
+    G: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    MERGE: tl.constexpr,
+):
+    """Merge the states of a tile's queries, if the other programs of (row, KV head, tile) have stored theirs.
+
+    They are counted, one counter for each such triple. What all threads stored before the barrier is released by the
+    one that counts, and acquired by whoever counts after it. The last to count sets the counter back for the next
+    launch.
+    """
+    heads = tl.num_programs(1)
+    counter = merging.counters + (row * heads + head) * (tl.num_programs(0) // programs) + tile
+    tl.debug_barrier()
+    ended = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if ended == programs - 1:
+        tl.store(counter, 0)
+        offs_q = tl.arange(0, MERGE.queries)  # [M]
+        position = tile * TILE_Q + offs_q // G  # [M]
+        merge_queries(
+            states,
+            lses,
+            merging.out,
+            merging.lse,
+            merging.segments,
+            position * G + offs_q % G,
+            (offs_q < TILE_Q * G) & (position < queries),
+            queries,
+            head,
+            heads,
+            row,
+            total_splits,
+            0,
+            MERGE.forms,
+            G,
+            MERGE.width,
+            MERGE.block,
+            MERGE.numbers,
+            MERGE.splits,
+            MERGE.stages,
+        )
+
+
+@triton.jit
+def _queries(
+    query,
+    row_stride,
+    head_stride,
+    stride,
+    queries,
+    tile,
+    head,
+    row,
+    G: tl.constexpr,
+    QUERY_ALIGN: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    """Point at the queries of a tile, and tell whether they are there, both [BLOCK_M]."""
+    QUERIES: tl.constexpr = 8 if PAIRED else BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M) % QUERIES  # [BLOCK_M]
+    there = (offs_m < TILE_Q * G) & (tile * TILE_Q + offs_m // G < queries)  # [BLOCK_M]
+    pointers = (  # [BLOCK_M]
+        query
+        + row * row_stride * QUERY_ALIGN
+        + (head * G + offs_m % G) * head_stride * QUERY_ALIGN
+        + (tile * TILE_Q + offs_m // G).to(tl.int64) * stride * QUERY_ALIGN
+    )
+    return pointers, there
+
+
+@triton.jit
+def project_queries(
+    query,  # [B, H * G, Q, D]
+    states,  # float32, written: each segment's projected queries [B, H, tiles, M, projected]
+    segments,  # a SegmentArguments each
+    scale,
+    integers,  # encoded: Q, strides of the query in QUERY_ALIGN
+    FORMS: tl.constexpr,  # a SegmentForm each
+    G: tl.constexpr,
+    D: tl.constexpr,
+    QUERY_ALIGN: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    """Project queries once for all programs of `attend_splits`; grid (segments * tiles of queries, H, B)."""
+    queries, row_stride, head_stride, stride = decode_integers(integers)
+    tiles = tl.num_programs(0) // len(FORMS)
+    own = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    pointers, there = _queries(
+        query, row_stride, head_stride, stride, queries, tile, head, row, G, QUERY_ALIGN, TILE_Q, BLOCK_M, PAIRED
+    )
+    for index in tl.static_range(len(FORMS)):
+        if own == index:
+            _project_segment(
+                pointers,
+                there,
+                states,
+                segments[index],
+                scale,
+                head,
+                row,
+                (row * tl.num_programs(1) + head) * tiles + tile,
+                form_of(FORMS, index),
+                D,
+                BLOCK_K,
+                PAIRED,
+            )
+
+
+@triton.jit
+def _project_segment(
+    query,
+    there,
+    states,
+    seg,
+    scale,
+    head,
+    row,
+    block,
+    FORM: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    """Project queries on what the Keys of a segment store, if they have a basis, and store that."""
+    if seg.decoder is not None:
+        _, _, _, first_projection = decode_integers(seg.place)
+        _, _, _, key_head_stride, _, _ = decode_integers(seg.sizes)
+        _, heads, key_stride = _head(
+            seg.stored_keys,
+            seg.key_heads,
+            head,
+            key_head_stride,
+            FORM.key_stride,
+            FORM.key_align,
+            FORM.key_heads,
+            FORM.key_blocks[0].bits > 0,
+        )
+        projections, shift = _project(query, there, scale < 0, seg, heads, key_stride, head, row, FORM, D, BLOCK_K)
+        pointers = _of_projections(states, first_projection, block, FORM, query.shape[0], PAIRED)
+        _store_projections(pointers, projections, shift, FORM)
+
+
+@triton.jit
 def attend_splits(
     query,  # [B, H * G, Q, D]
     states,  # float32, written: each segment's [B, H, splits, Q * G, state_width], and base-2 log-sum-exps
@@ -816,6 +1018,7 @@ def attend_splits(
     scale,
     # Encoded: Q, total_splits, where lses begin, splits of this launch, its first, strides of the query in QUERY_ALIGN.
     integers,
+    merging,  # a MergingArguments where the last program merges, else None
     FORMS: tl.constexpr,  # a SegmentForm each
     SINGLE: tl.constexpr,  # Q is 1
     G: tl.constexpr,
@@ -827,6 +1030,8 @@ def attend_splits(
     BLOCK_K: tl.constexpr,  # channels of the query projected at once
     PAIRED: tl.constexpr,
     ASSEMBLY: tl.constexpr,  # of NVIDIA
+    PROJECTED: tl.constexpr,  # whether `project_queries` ran before
+    MERGE: tl.constexpr,  # a LastMerge in a tuple, or nothing
 ):
     """Attend to segments and store partial states; grid (splits of these segments * tiles of queries, H, B)."""
     queries, total_splits, first_lse, programs, first_split, row_stride, head_stride, stride = decode_integers(integers)
@@ -836,19 +1041,14 @@ def attend_splits(
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     QUERIES: tl.constexpr = 8 if PAIRED else BLOCK_M
-    offs_m = tl.arange(0, BLOCK_M) % QUERIES  # [BLOCK_M]
-    there = (offs_m < TILE_Q * G) & (tile * TILE_Q + offs_m // G < queries)  # [BLOCK_M]
-    pointers = (  # [BLOCK_M]
-        query
-        + row * row_stride * QUERY_ALIGN
-        + (head * G + offs_m % G) * head_stride * QUERY_ALIGN
-        + (tile * TILE_Q + offs_m // G).to(tl.int64) * stride * QUERY_ALIGN
+    pointers, there = _queries(
+        query, row_stride, head_stride, stride, queries, tile, head, row, G, QUERY_ALIGN, TILE_Q, BLOCK_M, PAIRED
     )
     offs_q = tl.arange(0, QUERIES)  # [M]
     positions = tile * TILE_Q + offs_q // G  # [M]
     inside = (offs_q < TILE_Q * G) & (positions < queries)  # [M]
     for index in tl.static_range(len(FORMS)):
-        first_split, splits, _ = decode_integers(segments[index].place)
+        first_split, splits, _, _ = decode_integers(segments[index].place)
         own = split - first_split
         if (own >= 0) & (own < splits):
             _attend_segment(
@@ -867,6 +1067,7 @@ def attend_splits(
                 scale * LOG2_E,
                 total_splits,
                 queries * G,
+                (row * tl.num_programs(1) + head) * (tl.num_programs(0) // programs) + tile,
                 form_of(FORMS, index),
                 SINGLE,
                 D,
@@ -874,4 +1075,9 @@ def attend_splits(
                 BLOCK_K,
                 PAIRED,
                 ASSEMBLY,
+                PROJECTED,
             )
+    if len(MERGE) > 0:
+        _merge_if_last(
+            states, lses, merging, queries, total_splits, programs, tile, head, row, G, TILE_Q, form_of(MERGE, 0)
+        )

@@ -61,6 +61,7 @@ class SegmentForm(NamedTuple):
     stages: int
     key_heads: HeadTable
     value_heads: HeadTable
+    projected: int  # numbers that are kept of a query projected once: all parts of all blocks, and ``q . delta``
 
 
 class SegmentArguments(NamedTuple):
@@ -78,7 +79,7 @@ class SegmentArguments(NamedTuple):
     delta: Any  # [H, R, D], or None
     scale: Any  # [H, R, channels] of an int8 decoder, or None
     basis_rows: Any  # [B], or None: row b uses row b of the basis
-    place: tuple[int, ...]  # first split, splits, where its states begin in units of STATE_ALIGN
+    place: tuple[int, ...]  # first split, splits, where states and projected queries begin in units of STATE_ALIGN
     # max_length; strides of the mask's rows and queries; of heads of Keys, of Values (or the tokens stored); of slots
     sizes: tuple[int, ...]
     basis_strides: tuple[int, ...]  # of heads and rows of the decoder, of delta, of the scale
@@ -106,6 +107,27 @@ class MergeArguments(NamedTuple):
     value_heads: Any
     place: tuple[int, ...]
     basis_strides: tuple[int, ...]
+
+
+class MergingArguments(NamedTuple):
+    """Tensors of a launch whose last programs merge."""
+
+    counters: Any  # int32, of each row, KV head and tile of queries: programs that have ended; left zero
+    out: Any  # [B, Q, H * G, D_v], written
+    lse: Any  # [B, H * G, Q] float32, natural, written
+    segments: Any  # a MergeArguments each
+
+
+class LastMerge(NamedTuple):
+    """Facts of a merge by the last program for which the attending kernel is compiled."""
+
+    forms: tuple[MergeForm, ...]
+    queries: int  # the power of two that holds those of a tile
+    width: int  # D_v
+    block: int  # the power of two that holds it
+    numbers: int  # of states read at once
+    splits: int  # at most of them
+    stages: int  # times as many are on their way
 
 
 def form_of(forms, index, _semantic=None):

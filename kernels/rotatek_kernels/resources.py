@@ -279,10 +279,15 @@ def plan_of_shape(
     sizes: BlockSizes | None = None,
     *,
     amd: bool = False,
+    counted: bool = False,
 ) -> list[Launch]:
-    """Plan the launches over segments without storage, by a query of their dtype; `sizes` in place of the table's."""
+    """Plan the launches over segments without storage, by a query of their dtype; `sizes` in place of the table's.
+
+    Where ended programs are `counted`, the last merges.
+    """
     heads, batch = segments[0].heads, segments[0].starts.shape[0]
     dtype = next((s.keys.dtype for s in segments if s.key_code is None), torch.bfloat16)
     query = torch.empty(batch, heads * group, queries, width, dtype=dtype, device="meta")
     sizes = sizes or sizes_of(query, segments, amd=amd)
-    return plan(shapes_of(query, segments, sizes), query, segments, width**-0.5, SLOTS)[0]
+    counters = torch.empty(batch * heads, dtype=torch.int32, device="meta") if counted else None
+    return plan(shapes_of(query, segments, sizes, counted=counted), query, segments, width**-0.5, SLOTS, counters)[0]

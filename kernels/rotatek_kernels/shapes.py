@@ -11,11 +11,15 @@ from torch import Tensor
 from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.quantization import Code, CodeLayout, HeadCodes, Numbers
 from rotatek_cache.core.segments import SegmentView
-from rotatek_kernels.forms import INTERPRETED, Block, HeadTable, MergeForm, SegmentForm, encode_integer
+from rotatek_kernels.forms import INTERPRETED, Block, HeadTable, LastMerge, MergeForm, SegmentForm, encode_integer
 from rotatek_kernels.occupancy import CODE_WORK
 
+PROJECTED_CHANNELS = 128  # of the query at once, where it is projected once
 MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
 MERGE_SPLITS = 16  # states that it reads at once
+MERGE_STAGES = 3
+THREAD_NUMBERS = 8  # of states that a thread holds where the last of the attending programs merges
+SEGMENTS_PER_LAUNCH = 8  # each is a branch of the kernel
 ONE_WARP = 128  # head width up to which one warp holds the output of text
 FOUR_WARPS = 256  # and up to which four warps do
 NARROW = 64  # channels of a head
@@ -39,6 +43,7 @@ class BlockSizes(NamedTuple):
         stages: blocks in flight.
         registers: of a thread, at most (NVIDIA); where left to itself, the compiler spills one to hold more programs.
         channels: of the query that are projected at once.
+        projected: whether queries are projected once, in a launch before, and not in each program.
     """
 
     warps: int
@@ -48,6 +53,7 @@ class BlockSizes(NamedTuple):
     stages: int
     registers: int | None
     channels: int = 32
+    projected: bool = False
 
 
 # Chosen by what the compiler reports (`tests/kernels/test_compile.py -s`: registers, spills, shared memory;
@@ -56,8 +62,9 @@ class BlockSizes(NamedTuple):
 # (evals/results/gpu_decode_sweep_h200.json); the others have not been timed.
 BLOCK_SIZES = {
     # Bound by bytes, so instructions may be spent: 18 a token at D 128, r 32 against 70 that the bytes leave time for.
-    # At most 168 registers and 70 KiB let three programs share a processor.
-    "plain": BlockSizes(warps=4, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=168),
+    # At most 168 registers and 70 KiB let three programs share a processor. The decoder comes in one load: in four it
+    # takes no fewer registers, and four times as long until the first Key is asked for.
+    "plain": BlockSizes(warps=4, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=168, channels=128),
     # Bound by instructions: several warps would each unpack all codes. One takes 5.1 a token at 4 bits and r 32 (5.8 in
     # blocks of 64). Larger tiles spill beside a text segment of D 128, which then has 32 tokens a block.
     "codes": BlockSizes(warps=1, queries=8, tokens=128, tile=8 * 1024, stages=3, registers=None),
@@ -70,13 +77,13 @@ BLOCK_SIZES = {
     # 64 queries by 64 tokens spill (976 instructions of it at D 128 with a mask), 64 by 32 do not.
     "queries": BlockSizes(warps=4, queries=64, tokens=32, tile=16 * 1024, stages=2, registers=None),
     # Heads of more than `ONE_WARP` channels, codes, too. "plain" spills at rank 128 of 256 on sm_90, whatever registers
-    # it may take; half the tile takes 140, which lets three programs share a processor.
-    "wide": BlockSizes(warps=4, queries=16, tokens=64, tile=16 * 1024, stages=3, registers=None),
+    # it may take; half the tile takes 128, which lets four programs share a processor.
+    "wide": BlockSizes(warps=4, queries=16, tokens=64, tile=16 * 1024, stages=3, registers=None, channels=128),
     # 64 queries by 32 tokens spill with four warps, and take all registers with eight.
     "wide queries": BlockSizes(warps=8, queries=32, tokens=32, tile=32 * 1024, stages=2, registers=None),
     "wide float32": BlockSizes(warps=8, queries=16, tokens=64, tile=16 * 1024, stages=2, registers=None),
     # Of more than `FOUR_WARPS`, where four warps spill, three blocks in flight, and 32 queries.
-    "wider": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=2, registers=None),
+    "wider": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=2, registers=None, channels=128),
     "wider queries": BlockSizes(warps=8, queries=16, tokens=32, tile=32 * 1024, stages=2, registers=None),
     "wider float32": BlockSizes(warps=16, queries=16, tokens=64, tile=32 * 1024, stages=2, registers=None),
 }
@@ -119,9 +126,12 @@ class Shapes(NamedTuple):
         value_width: of the output.
         query_strides: encoded, in units of their alignment.
         constants, merge_constants: of the two kernels.
+        project_constants: of the kernel that projects queries; None where each program does.
+        projections: numbers of all projected queries of each segment.
+        one_launch: whether the last of the attending programs merges, so that there is no second launch.
         forms, merge_forms: of all segments.
         merge_blocks: of channels of the output.
-        options, merge_options: for Triton.
+        options, project_options, merge_options: for Triton.
     """
 
     segments: list[SegmentShape]
@@ -133,16 +143,25 @@ class Shapes(NamedTuple):
     value_width: int
     query_strides: tuple[int, ...]
     constants: dict[str, Any]
+    project_constants: dict[str, Any] | None
     merge_constants: dict[str, Any]
+    projections: tuple[int, ...]
+    one_launch: bool
     forms: tuple[SegmentForm, ...]
     merge_forms: tuple[MergeForm, ...]
     merge_blocks: int
     options: dict[str, Any]
+    project_options: dict[str, Any]
     merge_options: dict[str, Any]
 
 
-def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None = None) -> Shapes:
-    """Work out what follows from the shapes and strides of checked arguments; `sizes` in place of the table's."""
+def shapes_of(
+    query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None = None, *, counted: bool = False
+) -> Shapes:
+    """Work out what follows from the shapes and strides of checked arguments; `sizes` in place of the table's.
+
+    Where ended programs are `counted`, the last merges: those of one query a row, in one launch.
+    """
     batch, q_heads, positions, width = query.shape
     heads = segments[0].heads
     group = q_heads // heads
@@ -162,8 +181,25 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
     align = _alignment(query, *query.stride()[:3])
     # With a slot table the compiler keeps within them by itself, and spills where it is told to; widths per head need
     # more.
+    merge_forms = tuple([shape.merge_form for shape in shaped])
+    last: tuple[LastMerge, ...] = ()
+    if counted and positions == 1 and 0 < len(shaped) <= SEGMENTS_PER_LAUNCH:
+        held = THREAD_NUMBERS * 32 * sizes.warps
+        last = (
+            LastMerge(merge_forms, _power(group), value_width, _block(value_width), held, MERGE_SPLITS, MERGE_STAGES),
+        )
     free = any(segment.slots is not None or isinstance(segment.key_code, HeadCodes) for segment in segments)
     registers = None if free else sizes.registers
+    common = {
+        "G": group,
+        "D": width,
+        "QUERY_ALIGN": align,
+        "TILE_Q": tile_queries,
+        "BLOCK_M": _block(queries),
+    }
+    of_queries = batch * heads * -(-positions // tile_queries) * (PAIRED if paired else _block(queries))
+    forms = tuple([shape.form for shape in shaped])
+    once = sizes.projected and any(form.decoder_stride for form in forms)
     return Shapes(
         segments=shaped,
         batch=batch,
@@ -175,19 +211,28 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
         query_strides=tuple(encode_integer(stride // align) for stride in query.stride()[:3]),
         constants={
             "SINGLE": positions == 1,
-            "G": group,
-            "D": width,
-            "QUERY_ALIGN": align,
-            "TILE_Q": tile_queries,
-            "BLOCK_M": _block(queries),
+            **common,
             "BLOCK_D": _block(width),
             "BLOCK_K": min(sizes.channels, _block(width)),
             "PAIRED": paired,
             "ASSEMBLY": not INTERPRETED and not torch.version.hip,
+            "PROJECTED": once,
+            "MERGE": last,
         },
-        merge_constants={"G": group, "D_V": value_width, "BLOCK_DV": merge_block, "BLOCK_S": MERGE_SPLITS},
-        forms=tuple([shape.form for shape in shaped]),
-        merge_forms=tuple([shape.merge_form for shape in shaped]),
+        project_constants={**common, "BLOCK_K": min(PROJECTED_CHANNELS, _block(width)), "PAIRED": paired}
+        if once
+        else None,
+        merge_constants={
+            "G": group,
+            "D_V": value_width,
+            "BLOCK_DV": merge_block,
+            "NUMBERS": MERGE_NUMBERS,
+            "MOST_S": MERGE_SPLITS,
+        },
+        projections=tuple([of_queries * form.projected if once else 0 for form in forms]),
+        one_launch=bool(last),
+        forms=forms,
+        merge_forms=merge_forms,
         merge_blocks=-(-value_width // merge_block),
         options={
             "num_warps": sizes.warps,
@@ -195,6 +240,7 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
             "enable_fp_fusion": True,
             **({} if registers is None or torch.version.hip else {"maxnreg": registers}),
         },
+        project_options={"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True},
         merge_options={"num_warps": 4 if widest else 2, "num_stages": 2, "enable_fp_fusion": True},
     )
 
@@ -334,6 +380,7 @@ def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: t
         stages=sizes.stages,
         key_heads=keys.heads,
         value_heads=values.heads,
+        projected=sum(block.parts * block.padded for block in keys.blocks) + 1 if key_basis else 0,
     )
     tables = (segment.starts, segment.lengths, segment.basis_rows)
     return SegmentShape(
@@ -450,4 +497,9 @@ def _alignment(tensor: Tensor, *strides: int) -> int:
 
 def _block(size: int) -> int:
     """Find the power of two, at least the 16 of a matrix product, that holds `size`."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, _power(size))
+
+
+def _power(size: int) -> int:
+    """Find the power of two that holds `size`."""
+    return 1 << (size - 1).bit_length()

@@ -162,9 +162,16 @@ def calibrate(
     question: Annotated[
         list[str] | None, typer.Option(help="Questions to ask in turn; may be given several times.")
     ] = None,
-    method: Annotated[str, typer.Option(help=f"Basis of Keys: {', '.join(KEY_METHODS)}.")] = KEY_METHODS[0],
+    method: Annotated[
+        str,
+        typer.Option(
+            help=f"Basis of Keys: {', '.join(KEY_METHODS)}. fisher weighs errors by what they do to answers of the "
+            "model, which is differentiated for it."
+        ),
+    ] = KEY_METHODS[0],
     value_method: Annotated[
-        str, typer.Option(help=f"Basis of Values: {', '.join(VALUE_METHODS)} (weighted by the output projection).")
+        str,
+        typer.Option(help=f"Basis of Values: {', '.join(VALUE_METHODS)} (the last weighs by the output projection)."),
     ] = VALUE_METHODS[0],
     most: Annotated[int | None, typer.Option(min=1, help="Use the first so many images only.")] = None,
     text_tokens: Annotated[

@@ -230,6 +230,25 @@ def check_loads(name, shape, loads):
     assert masks == 0 or "mask" in shape, name
 
 
+COUNTED = """
+segment, text = segment_of_shape(8, 8, 16384, 128, torch.bfloat16, rank=32), segment_of_shape(8, 8, 512, 128,
+                                                                                            torch.bfloat16)
+(launch,) = plan_of_shape([segment, text], 4, 128, counted=True)
+found = dataclasses.asdict(resources(launch, "sm_90"))
+(amd,) = plan_of_shape([segment, text], 4, 128, counted=True, amd=True)
+print(json.dumps([found, resources(amd, "gfx942").spills, compile_launch(launch, "sm_90").asm["ptx"]]))
+"""
+
+
+@needs_triton
+def test_the_last_program_counts_after_all_threads_have_stored_and_merges():
+    found, amd_spills, code = json.loads(run(PLAN + COUNTED))
+    assert max(found["spills"], amd_spills) <= 24  # of numbers that outlive the loop over tokens
+    before, _, after = code.partition("atom.global.gpu.acq_rel.add")
+    assert max(before.rfind("bar.sync"), before.rfind("bar.warp.sync")) > before.rfind("st.global")
+    assert after.index("bar.sync") < after.index("cp.async")
+
+
 # Takes the way of a real launch up to the launch itself, with a driver that claims a GPU.
 GROW = """
 kernels = [set(), set()]
