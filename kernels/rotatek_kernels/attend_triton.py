@@ -144,23 +144,46 @@ def _inside(columns, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _channels(heads, columns, inside, part: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr):
-    """Return the channel of part `part` of a block's columns, [W], and the power of two by which it counts there."""
+def _channels(heads, columns, inside, digit, part: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr):
+    """Return the channel of part `part` of a block's columns, [W], and the power of two by which it counts there.
+
+    Also which of the columns have such a part: those that are `inside`, unless the head has fewer digits to a byte.
+    """
     if BLOCK.width > 0:
         channels = BLOCK.channel + part * BLOCK.width + columns
         power = 1.0
     else:
-        DIGIT: tl.constexpr = part * BLOCK.bits
+        first_bit = part * digit + tl.zeros_like(columns)  # [W]
+        inside = inside & (first_bit < 8)
         log_bits = _column(heads, 0, BLOCK.offset + columns, inside, TABLE)
         channels = _column(heads, 1, BLOCK.offset + columns, inside, TABLE)
-        channels += (DIGIT >> log_bits) * _column(heads, 2, BLOCK.offset + columns, inside, TABLE)
+        channels += (first_bit >> log_bits) * _column(heads, 2, BLOCK.offset + columns, inside, TABLE)
         channels = tl.max_contiguous(tl.multiple_of(channels, TABLE.align), TABLE.align)
-        power = (1 << (DIGIT & ((1 << log_bits) - 1))).to(tl.float32)
-    return channels, power
+        power = (1 << (first_bit & ((1 << log_bits) - 1))).to(tl.float32)
+    return channels, power, inside
 
 
 @triton.jit
-def _add_projections(sums, q, lines, there, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr):
+def _digit(heads, index: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr):
+    """Return the bits of a head's digits in block `index`; -1 where the head ends before it."""
+    if BLOCK.width > 0:
+        digit = BLOCK.bits
+    else:
+        digit = tl.load(heads + 3 + 3 * TABLE.columns + index)
+    return digit
+
+
+@triton.jit
+def _digits_of(heads, BLOCKS: tl.constexpr, TABLE: tl.constexpr):
+    """List what `_digit` says of all blocks."""
+    digits = ()
+    for index in tl.static_range(len(BLOCKS)):
+        digits = digits + (_digit(heads, index, BLOCKS[index], TABLE),)
+    return digits
+
+
+@triton.jit
+def _add_projections(sums, q, lines, there, heads, width, digit, BLOCK: tl.constexpr, TABLE: tl.constexpr):
     """Add the products of query channels with a block's part of the decoder to its `sums`.
 
     `lines` are pointers to these channels' lines of the decoder, `there` whether they are there.
@@ -169,9 +192,9 @@ def _add_projections(sums, q, lines, there, heads, width, BLOCK: tl.constexpr, T
     inside = _inside(columns, width, BLOCK)
     projected = ()
     for part in tl.static_range(BLOCK.parts):
-        channels, _ = _channels(heads, columns, inside, part, BLOCK, TABLE)
+        channels, _, held = _channels(heads, columns, inside, digit, part, BLOCK, TABLE)
         decoder = tl.load(  # [BLOCK_K, W]
-            lines[:, None] + channels[None, :], mask=there[:, None] & inside[None, :], other=0.0
+            lines[:, None] + channels[None, :], mask=there[:, None] & held[None, :], other=0.0
         )
         if decoder.dtype == q.dtype:
             product = tl.dot(q, decoder, sums[BLOCK.first_part + part], input_precision="ieee")
@@ -207,6 +230,7 @@ def _project(
     width = key_stride * (2 if FORM.key_blocks[0].bits > 0 else 1)
     shift = tl.zeros([query.shape[0]], tl.float32)  # [BLOCK_M]
     sums = _zeros(FORM.key_blocks, query.shape[0], False, False)
+    digits = _digits_of(heads, FORM.key_blocks, FORM.key_heads)
     strides = decode_integers(seg.basis_strides)
     decoder = basis_row_of(seg.decoder, strides, head, basis_row, 0, FORM.decoder_align)
     for first in tl.range(0, D, BLOCK_K, num_stages=1):
@@ -226,7 +250,7 @@ def _project(
         more = ()
         for index in tl.static_range(len(FORM.key_blocks)):
             more = more + _add_projections(
-                sums, q, lines, channels < D, heads, width, FORM.key_blocks[index], FORM.key_heads
+                sums, q, lines, channels < D, heads, width, digits[index], FORM.key_blocks[index], FORM.key_heads
             )
         sums = more
     projections = ()
@@ -236,13 +260,15 @@ def _project(
             columns = tl.arange(0, FORM.key_blocks[index].padded)  # [W]
             inside = _inside(columns, width, FORM.key_blocks[index])
             if FORM.key_blocks[index].width == 0 or seg.scale is not None:
-                own, power = _channels(heads, columns, inside, part, FORM.key_blocks[index], FORM.key_heads)
+                own, power, held = _channels(
+                    heads, columns, inside, digits[index], part, FORM.key_blocks[index], FORM.key_heads
+                )
                 if FORM.key_blocks[index].width == 0:
                     projected = projected * power[None, :]
                 if seg.scale is not None:
                     scale = tl.load(  # [W]
                         basis_row_of(seg.scale, strides, head, basis_row, 4, FORM.scale_align) + own,
-                        mask=inside,
+                        mask=held,
                         other=0.0,
                     )
                     projected = projected * scale[None, :]
@@ -285,7 +311,7 @@ def _load_projections(pointers, FORM: tl.constexpr):
 
 
 @triton.jit
-def _as_tiles(projections, unit, shift, DTYPE: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr):
+def _as_tiles(projections, unit, shift, digits, DTYPE: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr):
     """Round projected queries to what Keys are multiplied with: tuples of tiles [M, W] and of rests for each block.
 
     The projected query is no number of the query's dtype. Rounding it would cost more precision than all else here; a
@@ -315,7 +341,10 @@ def _as_tiles(projections, unit, shift, DTYPE: tl.constexpr, FORM: tl.constexpr,
             rest = (projected - rounded.to(tl.float32)).to(DTYPE)
             if CODED:
                 held = rounded.to(tl.float32) + rest.to(tl.float32)
-                shift -= 2.0 ** FORM.key_blocks[index].bits * tl.sum(held, 1) * unit
+                if FORM.key_blocks[index].width > 0:
+                    shift -= 2.0 ** FORM.key_blocks[index].bits * tl.sum(held, 1) * unit
+                else:
+                    shift -= (1 << tl.maximum(digits[index], 0)).to(tl.float32) * tl.sum(held, 1) * unit
             if PAIRED:
                 first = tl.arange(0, 16)[:, None] < 8
                 rounded = tl.where(first, rounded, rest)
@@ -344,40 +373,72 @@ def _by_byte(tile, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_logits(
-    logits,
-    tiles,
-    rests,
-    k_ptrs,
-    inside,
-    width,
-    BLOCK: tl.constexpr,
-    EDGE: tl.constexpr,
-    PAIRED: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    """Add the products of projected queries with one block of the tokens' Keys to `logits` [M, BLOCK_N]."""
+def _load_keys(k_ptrs, inside, width, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """Load a block of the tokens' Keys as they are stored, [W, BLOCK_N]."""
     columns, offset = _stored_columns(BLOCK)
     there = _stored_inside(columns, width, BLOCK)[:, None]
     if EDGE:
-        there = there & inside[None, :]  # [W, BLOCK_N]
+        there = there & inside[None, :]
     pointers = k_ptrs[None, :] + (offset + columns)[:, None]
     # Codes are finite whatever their bits, and what meets those that are not there is zero: they need no fill.
     if BLOCK.bits > 0:
         stored = tl.load(pointers, mask=there)
     else:
         stored = tl.load(pointers, mask=there, other=0.0)
+    return stored
+
+
+@triton.jit
+def _load_values(v_ptrs, inside, width, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """Load a block of the tokens' Values as they are stored, [BLOCK_N, W]."""
+    columns, offset = _stored_columns(BLOCK)
+    there = _stored_inside(columns, width, BLOCK)[None, :]
+    if EDGE:
+        there = there & inside[:, None]
+    pointers = v_ptrs[:, None] + (offset + columns)[None, :]
+    if BLOCK.bits > 0:
+        stored = tl.load(pointers, mask=there)
+    else:
+        stored = tl.load(pointers, mask=there, other=0.0)
+    return stored
+
+
+@triton.jit
+def _add_logits(logits, tiles, rests, stored, digit, BLOCK: tl.constexpr, PAIRED: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Add the products of projected queries with one block of the tokens' Keys to `logits` [M, BLOCK_N]."""
+    if BLOCK.width > 0:
+        logits = _add_products(logits, tiles, rests, stored, BLOCK.bits, BLOCK, PAIRED, ASSEMBLY)
+    else:
+        for index in tl.static_range(len(BLOCK.digits)):
+            if digit == BLOCK.digits[index]:
+                logits = _add_products(logits, tiles, rests, stored, BLOCK.digits[index], BLOCK, PAIRED, ASSEMBLY)
+    return logits
+
+
+@triton.jit
+def _add_products(
+    logits,
+    tiles,
+    rests,
+    stored,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIRED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Do so for digits of `BITS`."""
     DTYPE: tl.constexpr = tiles[0].dtype
-    for part in tl.static_range(len(tiles)):
-        if BLOCK.bits == 0:
+    TILES: tl.constexpr = len(tiles) * BLOCK.bits // BITS if BITS > 0 else 1
+    for part in tl.static_range(TILES):
+        if BITS == 0:
             keys = stored
         elif BLOCK.padded == 16:
             keys = _halves(
-                _unpack(stored, part, 0, BLOCK.bits, False, ASSEMBLY),
-                _unpack(stored, part, 1, BLOCK.bits, False, ASSEMBLY),
+                _unpack(stored, part, 0, BITS, False, ASSEMBLY),
+                _unpack(stored, part, 1, BITS, False, ASSEMBLY),
             ).to(DTYPE)
         else:
-            keys = _unpack(stored, part // 2, part % 2, BLOCK.bits, False, ASSEMBLY).to(DTYPE)
+            keys = _unpack(stored, part // 2, part % 2, BITS, False, ASSEMBLY).to(DTYPE)
         logits = tl.dot(tiles[part], keys, logits, input_precision="ieee")
         if len(rests) > 0 and not PAIRED and DTYPE != tl.float32:
             logits = tl.dot(rests[part], keys, logits, input_precision="ieee")
@@ -385,45 +446,64 @@ def _add_logits(
 
 
 @triton.jit
+def _sums_of(acc, BLOCK: tl.constexpr):
+    """Return those of the sums that are a block's own: one for each part, and for each byte of a word of codes."""
+    BYTES: tl.constexpr = 2 if BLOCK.bits > 0 else 1
+    own = ()
+    for part in tl.static_range(BLOCK.parts * BYTES):
+        own = own + (acc[BLOCK.first_part * BYTES + part],)
+    return own
+
+
+@triton.jit
 def _add_values(
-    acc,
+    own,
     alpha,
     p,  # weights [M, BLOCK_N]
-    v_ptrs,
-    inside,
-    width,
+    stored,
+    digit,
     BLOCK: tl.constexpr,
-    EDGE: tl.constexpr,
     PAIRED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """Add a block's weighted Values to those of the sums `acc` that are its own, times `alpha` [M]."""
-    columns, offset = _stored_columns(BLOCK)
-    there = _stored_inside(columns, width, BLOCK)[None, :]
-    if EDGE:
-        there = there & inside[:, None]  # [BLOCK_N, W]
-    pointers = v_ptrs[:, None] + (offset + columns)[None, :]
-    if BLOCK.bits > 0:
-        stored = tl.load(pointers, mask=there)
-    else:
-        stored = tl.load(pointers, mask=there, other=0.0)
+    """Add a block's weighted Values to its own sums, times `alpha` [M]."""
     if PAIRED and BLOCK.bits > 0:
         p = _halves(p, tl.zeros_like(p))
         alpha = tl.reshape(tl.permute(tl.join(alpha, alpha), 1, 0), [16])
-    new_acc = ()
-    for part in tl.static_range(BLOCK.parts):
-        if BLOCK.bits == 0 and PAIRED:
-            scaled = acc[BLOCK.first_part + part] * alpha[None, :]
-            new_acc = new_acc + (tl.dot(tl.trans(stored), tl.trans(p), scaled, input_precision="ieee"),)
-        elif BLOCK.bits == 0:
-            scaled = acc[BLOCK.first_part + part] * alpha[:, None]
-            new_acc = new_acc + (tl.dot(p, stored, scaled, input_precision="ieee"),)
-        else:
+    if BLOCK.width > 0:
+        own = _add_weighted(own, alpha, p, stored, BLOCK.bits, BLOCK, PAIRED, ASSEMBLY)
+    else:
+        for index in tl.static_range(len(BLOCK.digits)):
+            if digit == BLOCK.digits[index]:
+                own = _add_weighted(own, alpha, p, stored, BLOCK.digits[index], BLOCK, PAIRED, ASSEMBLY)
+    return own
+
+
+@triton.jit
+def _add_weighted(
+    own,
+    alpha,
+    p,
+    stored,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIRED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Do so for digits of `BITS`, of which there may be fewer than sums; the others stay zero."""
+    new = ()
+    if BITS == 0 and PAIRED:
+        new = (tl.dot(tl.trans(stored), tl.trans(p), own[0] * alpha[None, :], input_precision="ieee"),)
+    elif BITS == 0:
+        new = (tl.dot(p, stored, own[0] * alpha[:, None], input_precision="ieee"),)
+    else:
+        for part in tl.static_range(8 // BITS):
             for byte in tl.static_range(2):
-                values = _unpack(stored, part, byte, BLOCK.bits, True, ASSEMBLY).to(p.dtype)
-                scaled = acc[2 * (BLOCK.first_part + part) + byte] * alpha[:, None]
-                new_acc = new_acc + (tl.dot(p, values, scaled, input_precision="ieee"),)
-    return new_acc
+                values = _unpack(stored, part, byte, BITS, True, ASSEMBLY).to(p.dtype)
+                new = new + (tl.dot(p, values, own[2 * part + byte] * alpha[:, None], input_precision="ieee"),)
+        for rest in tl.static_range(16 // BITS, len(own)):
+            new = new + (own[rest],)
+    return new
 
 
 @triton.jit
@@ -442,23 +522,28 @@ def _sum_of(acc, part: tl.constexpr, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def _store_block(states, there, acc, l_i, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr, PAIRED: tl.constexpr):
+def _store_block(
+    states, there, acc, l_i, heads, width, digit, BLOCK: tl.constexpr, TABLE: tl.constexpr, PAIRED: tl.constexpr
+):
     """Store a block's channels of the state, [M] pointers, with the centre of its codes put back."""
     columns = tl.arange(0, BLOCK.padded)  # [W]
     inside = _inside(columns, width, BLOCK)
+    if BLOCK.bits == 0:
+        centre = 0.0
+    elif BLOCK.width > 0:
+        centre = 2.0 ** (BLOCK.bits - 1)
+    else:
+        centre = (1 << tl.maximum(digit, 1) >> 1).to(tl.float32)
     for part in tl.static_range(BLOCK.parts):
-        out = _sum_of(acc, part, BLOCK, PAIRED) / l_i[:, None]
-        if BLOCK.bits > 0:
-            out += 2.0 ** (BLOCK.bits - 1)
-        channels, power = _channels(heads, columns, inside, part, BLOCK, TABLE)
-        stored = inside
+        out = _sum_of(acc, part, BLOCK, PAIRED) / l_i[:, None] + centre
+        channels, power, stored = _channels(heads, columns, inside, digit, part, BLOCK, TABLE)
         if BLOCK.width == 0:
             # The first digit of a code takes the others to it.
-            stored = inside & (power == 1.0)
+            stored = stored & (power == 1.0)
             for other in tl.static_range(part + 1, BLOCK.parts):
-                digit = _sum_of(acc, other, BLOCK, PAIRED) / l_i[:, None] + 2.0 ** (BLOCK.bits - 1)
-                others, weight = _channels(heads, columns, inside, other, BLOCK, TABLE)
-                out += tl.where((others == channels)[None, :], digit * weight[None, :], 0.0)
+                others, weight, held = _channels(heads, columns, inside, digit, other, BLOCK, TABLE)
+                more = (_sum_of(acc, other, BLOCK, PAIRED) / l_i[:, None] + centre) * weight[None, :]
+                out += tl.where((held & (others == channels))[None, :], more, 0.0)
         tl.store(states[:, None] + channels[None, :], out, mask=there[:, None] & stored[None, :])
 
 
@@ -486,7 +571,7 @@ def _head(
         stride = STRIDE // 2 if CODED else STRIDE
     else:
         # With a table the stride of heads is the number of tokens stored, and tokens are as wide as they lie apart.
-        heads = table + head * (3 + 3 * TABLE.columns)
+        heads = table + head * TABLE.entries
         tokens = stored + tl.load(heads).to(tl.int64) * head_stride * UNIT
         stride = tl.load(heads + 1) * UNIT
     return tokens, heads, stride
@@ -526,6 +611,8 @@ def _attend_block(
     inside_queries,
     key_stride,
     value_stride,
+    key_digits,
+    value_digits,
     FORM: tl.constexpr,
     DTYPE: tl.constexpr,  # of the query
     EDGE: tl.constexpr,  # some tokens may not be there
@@ -536,36 +623,12 @@ def _attend_block(
     """Take a block of tokens in: the largest logit, the sum of weights and the weighted Values after it."""
     BLOCK_M: tl.constexpr = tiles[0][0].shape[0]
     logits = tl.zeros([BLOCK_M, FORM.block_n], tl.float32)  # [BLOCK_M, BLOCK_N]
+    # Loads are left out of branches, inside which they would not be begun blocks ahead.
     for index in tl.static_range(len(FORM.key_blocks)):
-        if FORM.key_blocks[index].width == 0 and index > 0:
-            if key_stride > FORM.key_blocks[index].offset // (
-                2 if FORM.key_blocks[index].bits > 0 else 1
-            ):  # or this head ends before it
-                logits = _add_logits(
-                    logits,
-                    tiles[index],
-                    rests[index],
-                    k_ptrs,
-                    inside,
-                    key_stride,
-                    FORM.key_blocks[index],
-                    EDGE,
-                    PAIRED,
-                    ASSEMBLY,
-                )
-        else:
-            logits = _add_logits(
-                logits,
-                tiles[index],
-                rests[index],
-                k_ptrs,
-                inside,
-                key_stride,
-                FORM.key_blocks[index],
-                EDGE,
-                PAIRED,
-                ASSEMBLY,
-            )
+        keys = _load_keys(k_ptrs, inside, key_stride, FORM.key_blocks[index], EDGE)
+        logits = _add_logits(
+            logits, tiles[index], rests[index], keys, key_digits[index], FORM.key_blocks[index], PAIRED, ASSEMBLY
+        )
     if PAIRED:
         logits = tl.sum(tl.reshape(logits, [2, 8, FORM.block_n]), 0)  # [M, BLOCK_N] from here on
     if mask is not None:
@@ -597,40 +660,19 @@ def _attend_block(
         p_rounded = p.to(tl.float16)
     else:
         p_rounded = p.to(DTYPE)
-    BYTES: tl.constexpr = 2 if FORM.value_blocks[0].bits > 0 else 1  # of what is stored, side by side
     new_acc = ()
     for index in tl.static_range(len(FORM.value_blocks)):
-        if FORM.value_blocks[index].width == 0 and index > 0:
-            block_acc = ()
-            for part in tl.static_range(FORM.value_blocks[index].parts * BYTES):
-                block_acc = block_acc + (acc[FORM.value_blocks[index].first_part * BYTES + part],)
-            if value_stride > FORM.value_blocks[index].offset // BYTES:
-                block_acc = _add_values(
-                    acc,
-                    alpha,
-                    p_rounded,
-                    v_ptrs,
-                    inside,
-                    value_stride,
-                    FORM.value_blocks[index],
-                    EDGE,
-                    PAIRED,
-                    ASSEMBLY,
-                )
-            new_acc = new_acc + block_acc
-        else:
-            new_acc = new_acc + _add_values(
-                acc,
-                alpha,
-                p_rounded,
-                v_ptrs,
-                inside,
-                value_stride,
-                FORM.value_blocks[index],
-                EDGE,
-                PAIRED,
-                ASSEMBLY,
-            )
+        values = _load_values(v_ptrs, inside, value_stride, FORM.value_blocks[index], EDGE)
+        new_acc = new_acc + _add_values(
+            _sums_of(acc, FORM.value_blocks[index]),
+            alpha,
+            p_rounded,
+            values,
+            value_digits[index],
+            FORM.value_blocks[index],
+            PAIRED,
+            ASSEMBLY,
+        )
     return m_ij, l_i, new_acc
 
 
@@ -706,6 +748,8 @@ def _attend_segment(
         FORM.value_heads,
         FORM.value_blocks[0].bits > 0,
     )
+    key_digits = _digits_of(key_heads, FORM.key_blocks, FORM.key_heads)
+    value_digits = _digits_of(value_heads, FORM.value_blocks, FORM.value_heads)
     DTYPE: tl.constexpr = query.dtype.element_ty
     # The unit of logits is positive; queries have the scale's sign.
     negative = scale_log2 < 0
@@ -728,9 +772,13 @@ def _attend_segment(
                 query, there, negative, seg, key_heads, key_stride, head, row, FORM, D, BLOCK_K
             )
         if FORM.key_blocks[0].bits > 0 and DTYPE != tl.float32:
-            tiles, rests, unit, shift = _as_tiles(projections, unit, shift * scale_log2, tl.float16, FORM, PAIRED)
+            tiles, rests, unit, shift = _as_tiles(
+                projections, unit, shift * scale_log2, key_digits, tl.float16, FORM, PAIRED
+            )
         else:
-            tiles, rests, unit, shift = _as_tiles(projections, unit, shift * scale_log2, DTYPE, FORM, PAIRED)
+            tiles, rests, unit, shift = _as_tiles(
+                projections, unit, shift * scale_log2, key_digits, DTYPE, FORM, PAIRED
+            )
     if PAIRED:
         unit = _first_half(unit)
         shift = _first_half(shift)
@@ -779,6 +827,8 @@ def _attend_segment(
                 inside_queries,
                 key_stride,
                 value_stride,
+                key_digits,
+                value_digits,
                 FORM,
                 DTYPE,
                 False,
@@ -811,6 +861,8 @@ def _attend_segment(
             inside_queries,
             key_stride,
             value_stride,
+            key_digits,
+            value_digits,
             FORM,
             DTYPE,
             True,
@@ -844,6 +896,7 @@ def _attend_segment(
             l_i,
             value_heads,
             value_stride * (2 if FORM.value_blocks[index].bits > 0 else 1),
+            value_digits[index],
             FORM.value_blocks[index],
             FORM.value_heads,
             PAIRED,

@@ -15,13 +15,14 @@ class Block(NamedTuple):
     Bytes are read as words of two; all widths and offsets are even.
 
     Where heads have widths of their own (`width` 0), which columns there are and what they hold is in a `HeadTable`.
-    Bytes are read as digits of `bits` then, the fewest of any code there: a code of more bits is a sum of digits times
-    powers of two, which are folded into the projected queries, and for Values into the sum. So one body reads all
-    mixtures.
+    Bytes are read as digits then, of the fewest bits of any code of the head there, one of `digits`: a code of more
+    bits is a sum of digits times powers of two, which are folded into the projected queries, and for Values into the
+    sum. So one kernel reads all mixtures.
     """
 
-    bits: int
-    parts: int  # codes, or digits, to a byte
+    bits: int  # the fewest in any head
+    parts: int  # codes, or digits, to a byte, at most
+    digits: tuple[int, ...]  # widths of digits in bits, one of them each head's; `bits` alone where all are alike
     offset: int  # first number or byte within the token
     width: int  # numbers or bytes; 0: the head's own
     padded: int  # the power of two that holds `width`
@@ -30,15 +31,17 @@ class Block(NamedTuple):
 
 
 class HeadTable(NamedTuple):
-    """Where the numbers stand that a head has of its own, int32 ``[H, 3 + 3 * columns]``.
+    """Where the numbers stand that a head has of its own, int32 ``[H, entries]``.
 
     Of the head: where its tokens begin, per token of the storage, and how wide they are, both in units of the alignment
     of its rows; its channels. Of each column: the binary logarithm of its bits, the channel of its first code, and how
-    many channels further on that of the next code in the same byte is.
+    many channels further on that of the next code in the same byte is. Of each block: the bits of its digits (0:
+    numbers); -1 where the head ends before it.
     """
 
     columns: int  # 0: all heads are alike, and there is no table
     align: int  # divides all runs of channels that lie side by side
+    entries: int  # of a head: 3, 3 to a column, 1 to a block
 
 
 class SegmentForm(NamedTuple):

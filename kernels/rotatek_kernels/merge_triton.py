@@ -39,7 +39,7 @@ def _merge_segment(
     first_split, splits, first_state, _ = decode_integers(seg.place)
     width = FORM.state_width
     if seg.value_heads is not None:
-        width = tl.load(seg.value_heads + head * (3 + 3 * FORM.value_heads.columns) + 2)
+        width = tl.load(seg.value_heads + head * FORM.value_heads.entries + 2)
     m_i = tl.full(query_index.shape, float("-inf"), tl.float32)
     l_i = tl.zeros(query_index.shape, tl.float32)
     acc = tl.zeros([query_index.shape[0], columns.shape[0]], tl.float32)  # [M, W]

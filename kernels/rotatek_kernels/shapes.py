@@ -20,6 +20,7 @@ MERGE_SPLITS = 16  # states that it reads at once
 MERGE_STAGES = 3
 THREAD_NUMBERS = 8  # of states that a thread holds where the last of the attending programs merges
 SEGMENTS_PER_LAUNCH = 8  # each is a branch of the kernel
+ONE_WARP_TILE = 8 * 1024  # bytes of a block of numbers that one warp reads: more spill
 ONE_WARP = 128  # head width up to which one warp holds the output of text
 FOUR_WARPS = 256  # and up to which four warps do
 NARROW = 64  # channels of a head
@@ -70,8 +71,8 @@ BLOCK_SIZES = {
     "codes": BlockSizes(warps=1, queries=8, tokens=128, tile=8 * 1024, stages=3, registers=None),
     # In heads of at most `NARROW` channels.
     "8 bit": BlockSizes(warps=1, queries=8, tokens=64, tile=8 * 1024, stages=3, registers=None),
-    # Blocks of 64 tokens spill beside a text segment.
-    "2 bit": BlockSizes(warps=1, queries=8, tokens=64, tile=4 * 1024, stages=3, registers=None),
+    # 8.7 instructions a token at r 64; 15.4 in blocks of 32, whose Values the compiler moves through shared memory.
+    "2 bit": BlockSizes(warps=1, queries=8, tokens=64, tile=8 * 1024, stages=3, registers=None, channels=128),
     # Without tensor cores; with four warps the dense segment needs twice the registers.
     "float32": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=None),
     # 64 queries by 64 tokens spill (976 instructions of it at D 128 with a mask), 64 by 32 do not.
@@ -329,14 +330,15 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
         columns = -(-widest // block) * block
         align = math.gcd(16 // stored.element_size(), *code.widths)
         runs = [run for part in code.parts for _, run, _ in _runs(part)]
-        heads = HeadTable(columns, math.gcd(16, *runs))
+        digits = _digits(code, columns, block)
+        heads = HeadTable(columns, math.gcd(16, *runs), 3 + 3 * columns + len(digits))
         width = sum(code.widths)
         return StoredForm(
-            blocks=_digit_blocks(code, columns, block),
+            blocks=_digit_blocks(digits, block),
             stride=0,
             align=align,
             heads=heads,
-            table=_head_table(code, columns, align, stored.device),
+            table=_head_table(code, columns, block, align, stored.device),
             head_stride=encode_integer(stored.numel() // width),
             channels=code.channels,
             work=-(-_work(stored, code) // len(code.parts)),
@@ -348,7 +350,7 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
         blocks=_blocks(stored.shape[-1], code),
         stride=stride,
         align=align,
-        heads=HeadTable(0, 1),
+        heads=HeadTable(0, 1, 0),
         table=None,
         head_stride=encode_integer(stored.stride(0) // align),
         channels=stored.shape[-1] if code is None else code.channels,
@@ -361,6 +363,7 @@ def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: t
     keys = _shape_stored(segment.keys, segment.key_code, sizes.warps)
     values = _shape_stored(segment.values, segment.value_code, sizes.warps)
     unpacked = _unpacked(keys.blocks + values.blocks, dtype.itemsize, sizes.warps)
+    tile = min(sizes.tile, ONE_WARP_TILE) if sizes.warps == 1 and not keys.coded and not values.coded else sizes.tile
     mask = segment.mask
     # The lowest finite number stands for "not seen" in additive masks.
     hidden = None if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
@@ -376,7 +379,7 @@ def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: t
         state_width=values.channels,
         mask_stride=0 if mask is None else mask.stride(2) if mask.shape[2] > 1 else 1,
         hidden=hidden,
-        block_n=max(16, min(sizes.tokens, (1 << (sizes.tile // unpacked).bit_length()) // 2)),
+        block_n=max(16, min(sizes.tokens, (1 << (tile // unpacked).bit_length()) // 2)),
         stages=sizes.stages,
         key_heads=keys.heads,
         value_heads=values.heads,
@@ -409,12 +412,12 @@ def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: t
 def _blocks(columns: int, code: Code | None) -> tuple[Block, ...]:
     """Cut a stored token into blocks: `columns` numbers, or bytes packed as `code` says."""
     if code is None:
-        return (Block(0, 1, 0, columns, _block(columns), 0, 0),)
+        return (Block(0, 1, (0,), 0, columns, _block(columns), 0, 0),)
     assert isinstance(code, CodeLayout)
     blocks: list[Block] = []
     offset = channel = first_part = 0
     for bits, width, parts in _runs(code):
-        blocks.append(Block(bits, parts, offset, width, _block(width), channel, first_part))
+        blocks.append(Block(bits, parts, (bits,), offset, width, _block(width), channel, first_part))
         offset, channel, first_part = offset + width, channel + width * parts, first_part + parts
     return tuple(blocks)
 
@@ -426,27 +429,30 @@ def _runs(code: CodeLayout | Numbers) -> list[tuple[int, int, int]]:
     return [(bits, channels * bits // 8, 8 // bits) for bits, channels in code.blocks]
 
 
-def _digit_blocks(code: HeadCodes, columns: int, width: int) -> tuple[Block, ...]:
-    """Cut a token whose head says what it holds into blocks of `width` columns; see `Block`.
-
-    The bits of a block are the fewest of its columns in any head: they fall, so that the first blocks often have more.
-    """
+def _digits(code: HeadCodes, columns: int, width: int) -> list[list[int]]:
+    """List the fewest bits of each head's codes in each block of `width` columns; -1 where the head ends before it."""
     stored = [[bits for bits, run, _ in _runs(part) for _ in range(run)] for part in code.parts]
+    return [[min(head[offset : offset + width], default=-1) for head in stored] for offset in range(0, columns, width)]
+
+
+def _digit_blocks(digits: list[list[int]], width: int) -> tuple[Block, ...]:
+    """Make the blocks of tokens whose head says what they hold, of `width` columns each; see `Block`."""
     blocks: list[Block] = []
-    for offset in range(0, columns, width):
-        bits = min(bits for head in stored for bits in head[offset : offset + width])
-        parts = 8 // bits if bits else 1
+    for index, of_heads in enumerate(digits):
+        found = tuple(sorted(set(of_heads) - {-1}, reverse=True))
+        parts = 8 // found[-1] if found[-1] else 1
         first_part = blocks[-1].first_part + blocks[-1].parts if blocks else 0
-        blocks.append(Block(bits, parts, offset, 0, width, 0, first_part))
+        blocks.append(Block(found[-1], parts, found, index * width, 0, width, 0, first_part))
     return tuple(blocks)
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _head_table(code: HeadCodes, columns: int, align: int, device: torch.device) -> Tensor:
+def _head_table(code: HeadCodes, columns: int, block: int, align: int, device: torch.device) -> Tensor:
     """Fill the table that a `HeadTable` describes."""
     table = []
     offset = 0
-    for part, width in zip(code.parts, code.widths, strict=True):
+    digits = _digits(code, columns, block)
+    for head, (part, width) in enumerate(zip(code.parts, code.widths, strict=True)):
         of_columns, channel = [], 0
         for bits, run, channels in _runs(part):
             log_bits = (bits or 16).bit_length() - 1
@@ -454,7 +460,9 @@ def _head_table(code: HeadCodes, columns: int, align: int, device: torch.device)
             channel += run * channels
         of_columns += [(0, 0, 0)] * (columns - width)
         table.append(
-            [offset // align, width // align, part.channels, *(n for row in zip(*of_columns, strict=True) for n in row)]
+            [offset // align, width // align, part.channels]
+            + [number for entries in zip(*of_columns, strict=True) for number in entries]
+            + [of_heads[head] for of_heads in digits]
         )
         offset += width
     return torch.tensor(table, dtype=torch.int32, device=device)
