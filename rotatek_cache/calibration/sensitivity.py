@@ -43,7 +43,8 @@ def answer_sensitivity(
     """Find what errors of the visual Keys and Values of one prompt cost its answer.
 
     The image is read first. Then the model answers, and what reads the image is differentiated: the question and the
-    answer, as they read a compressed cache. That is short, so memory beyond inference is a copy of the cache and the
+    answer, as they read a compressed cache (so also where image and question attend to each other, as in PaliGemma: its
+    question is read behind the image here). That is short, so memory beyond inference is a copy of the cache and the
     activations of this text. The answer is the model's own, of up to `ANSWER_TOKENS` tokens.
 
     Args:
