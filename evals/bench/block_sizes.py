@@ -16,16 +16,18 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from evals.bench.roofline import A100, B200, H200, Gpu, token_bytes
 from rotatek_cache.core.quantization import CodeLayout, HeadCodes
+from rotatek_cache.core.segments import SegmentView
 from rotatek_kernels import decode
 from rotatek_kernels.occupancy import H200 as H200_PROCESSOR
 from rotatek_kernels.occupancy import programs_held
@@ -55,10 +57,30 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 TIMED = (("plain", "r = 16"), ("plain", "r = 32"), ("plain", "r = 64"), ("codes", "4 bit"), ("codes", "per head"))
 
 
-def candidates(kind: str) -> Iterator[BlockSizes]:
+class Candidate(NamedTuple):
+    """A way to cut an attention up: block sizes, and whether the last of its programs merges (`counted`)."""
+
+    sizes: BlockSizes
+    counted: bool = False
+
+    def differs(self) -> dict[str, Any]:
+        """Return the fields of both, as results hold them."""
+        return self.sizes._asdict() | {"counted": self.counted}
+
+
+def candidates(kind: str) -> Iterator[Candidate]:
     """List what is tried for an entry of `BLOCK_SIZES`, its own sizes first."""
     own = BLOCK_SIZES[kind]
-    yield own
+    yield Candidate(own)
+    yield Candidate(own, counted=True)  # one launch
+    yield Candidate(own._replace(projected=True))  # three
+    yield Candidate(own._replace(projected=True), counted=True)
+    yield from map(Candidate, other_sizes(kind))
+
+
+def other_sizes(kind: str) -> Iterator[BlockSizes]:
+    """List the block sizes that are tried beside those in use."""
+    own = BLOCK_SIZES[kind]
     if kind == "plain":
         yield own._replace(stages=2)
         yield own._replace(tile=own.tile // 2)
@@ -67,8 +89,8 @@ def candidates(kind: str) -> Iterator[BlockSizes]:
         yield own._replace(warps=2, tile=own.tile // 2, registers=None)
         yield own._replace(tokens=128, tile=own.tile * 2, registers=None)
         yield own._replace(queries=8)  # numbers and rests of projected queries in one product
-        yield own._replace(channels=64)
-        yield own._replace(channels=128, registers=None)  # the whole decoder in one load
+        yield own._replace(channels=64)  # of the decoder, in each of two loads
+        yield own._replace(channels=32)
     else:
         yield own._replace(tile=own.tile // 2)
         yield own._replace(tile=own.tile * 2)
@@ -80,8 +102,9 @@ def candidates(kind: str) -> Iterator[BlockSizes]:
         yield own._replace(warps=4, tokens=128, tile=own.tile * 2)
 
 
-def judged(found: Resources, sizes: BlockSizes, block_n: int, size: int, gpu: Gpu) -> dict[str, Any]:
+def judged(found: Resources, candidate: Candidate, block_n: int, size: int, gpu: Gpu) -> dict[str, Any]:
     """Judge a candidate by its compiled code, for tokens of `size` bytes; picoseconds a token on the whole GPU."""
+    sizes = candidate.sizes
     processor = H200_PROCESSOR._replace(multiprocessors=gpu.processors, shared=gpu.shared)
     programs = programs_held(processor, found.registers, found.shared, sizes.warps)
     instructions = found.token_loop * sizes.warps / block_n
@@ -92,7 +115,7 @@ def judged(found: Resources, sizes: BlockSizes, block_n: int, size: int, gpu: Gp
     by_bytes = size / gpu.bandwidth * max(1.0, wanted / max(1, in_flight))
     by_issue = instructions / gpu.issue_rate
     return {
-        "sizes": sizes._asdict(),
+        "sizes": candidate.differs(),
         "block": block_n,
         "registers": found.registers,
         "spills": found.spills,
@@ -112,21 +135,36 @@ def used(kind: str, name: str, width: int) -> bool:
     return kind_of(query, [segment_of_shape(1, 8, 1, width, torch.bfloat16, **SHAPES[kind][name])]) == kind
 
 
+def attending(launches: Sequence[decode.Launch]) -> decode.Launch:
+    """Find the launch over all tokens."""
+    return next(launch for launch in launches if launch.kernel is decode.attend_splits)
+
+
 def by_code(kind: str, name: str, width: int, gpu: Gpu) -> dict[str, Any]:
     """Judge all candidates for a shape, and find the best of them: another than the one in use has to be 3 % better."""
     segments = [segment_of_shape(8, 8, 32768, width, torch.bfloat16, **SHAPES[kind][name])]
     text = segment_of_shape(8, 8, 512, width, torch.bfloat16)
     tried = []
-    for sizes in candidates(kind):
-        alone = plan_of_shape(segments, 4, width, sizes=sizes)[0]
-        both = plan_of_shape([*segments, text], 4, width, sizes=sizes)[0]
+    for candidate in candidates(kind):
+        alone, both = (
+            attending(plan_of_shape(listed, 4, width, sizes=candidate.sizes, counted=candidate.counted))
+            for listed in (segments, [*segments, text])
+        )
         # Registers and spills are those of the launch, in which a text segment has its part; the loop is the segment's.
         found, whole = resources(alone, gpu.target), resources(both, gpu.target)
         found = Resources(**{**asdict(whole), "token_loop": found.token_loop, "asynchronous": found.asynchronous})
         block_n = alone.arguments["FORMS"][0].block_n
-        tried.append(judged(found, sizes, block_n, token_bytes(segments[0]), gpu))
+        tried.append(judged(found, candidate, block_n, token_bytes(segments[0]), gpu))
     best = min(range(len(tried)), key=lambda index: (tried[index]["ps a token"] * (1.03 if index else 1.0), index))
     return {"kind": kind, "shape": name, "width": width, "target": gpu.target, "best": best, "candidates": tried}
+
+
+def step_of(candidate: Candidate, query: Tensor, segments: Sequence[SegmentView], scale: float) -> Callable[[], Any]:
+    """Make the decode step that a candidate stands for."""
+    counters = None
+    if candidate.counted:
+        counters = torch.zeros(query.shape[0] * segments[0].heads, dtype=torch.int32, device=query.device)
+    return functools.partial(decode.decode_attention, query, segments, scale, sizes=candidate.sizes, counters=counters)
 
 
 def by_clock(
@@ -145,12 +183,12 @@ def by_clock(
         query, segments = draw(setting, name)
         scale = setting.width**-0.5
         row: dict[str, Any] = {"kind": kind, "shape": name, "width": setting.width, "candidates": []}
-        for sizes in itertools.islice(candidates(kind), most):
-            error = ours_error(query, segments, scale, sizes)
-            step = functools.partial(decode.decode_attention, query, segments, scale, sizes=sizes)
+        for candidate in itertools.islice(candidates(kind), most):
+            step = step_of(candidate, query, segments, scale)
+            error = ours_error(query, segments, scale, step)
             # Replayed from a graph: the host takes longer to launch a small kernel than the GPU to run it.
             ms = clock.median_ms(clock.in_graph(step)) if error < 1e-2 else math.nan
-            row["candidates"].append({"sizes": sizes._asdict(), "relative error": error, "ms": ms})
+            row["candidates"].append({"sizes": candidate.differs(), "relative error": error, "ms": ms})
         timed = [one["ms"] for one in row["candidates"]]
         row["best"] = min(
             range(len(timed)), key=lambda index: timed[index] if timed[index] == timed[index] else math.inf

@@ -12,7 +12,7 @@ The parts, each with a budget of seconds: an item that a part has no time left f
     decode     decode attention against the best dense decode, called and replayed from a CUDA graph, L2 cold
     splits     the same kernel cut into other numbers of splits
     variants   the same kernel with other block sizes, with rests of projected queries in products of their own or not,
-               with more of the decoder in one load
+               with more or less of the decoder in one load, in one launch or three
     call       the host's time for one call of the kernel
     host       the host's time for a token, in `generate` and in a plain loop, with a model too narrow to take any other
     seal       the seals of an 8B model by their parts, and their share of its prefill (in pairs, no wait inside)
@@ -141,7 +141,7 @@ REHEARSAL = Extent(
     most_splits=2,
     varied=((2, 20),),
     variants=("4 bit",),
-    most_variants=2,
+    most_variants=4,
     called=(1, 40),
     shape="rehearsal",
     rank=8,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from evals.bench.block_sizes import TIMED, by_clock, candidates
+from evals.bench.block_sizes import TIMED, by_clock, candidates, step_of
 from evals.bench.graph_clock import GraphClock
 from evals.bench.kernel_cuda import Setting, dense_cache, dense_decodes, draw, line, measure, must_move
 from rotatek_kernels import decode
@@ -129,8 +129,8 @@ def compile_variants(kind: str, common: dict[str, Any]) -> None:
     """Run all candidates for a kind of segment once, as `variant_items` does."""
     setting = Setting(2, 512 if common.get("device", "cuda") == "cuda" else 16, **common)
     query, segments = draw(setting, kind)
-    for sizes in candidates(entry_of(kind)):
-        decode.decode_attention(query, segments, setting.width**-0.5, sizes=sizes)
+    for candidate in candidates(entry_of(kind)):
+        step_of(candidate, query, segments, setting.width**-0.5)()
 
 
 def call_items(sizes: tuple[int, int], kinds: Sequence[str], common: dict[str, Any], clock: GraphClock) -> list[Item]:

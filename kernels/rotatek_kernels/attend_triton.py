@@ -1,8 +1,9 @@
 """The kernel that attends: each program reads a share of a segment's tokens for one (row, KV head, tile of queries).
 
-It leaves a partial state, which `merge_triton.py` adds up. Logarithms are base 2 until the merge ends. Blocks: M
-queries (the heads of a group side by side, position after position), N tokens, D head width, W columns that one token
-stores in one block of its layout. What differs between segments comes in tuples, an entry each (`forms.py`).
+It leaves a partial state, which `merge_triton.py` adds up: in a launch of its own, or in the program that ends last
+(`MERGE`). Logarithms are base 2 until the merge ends. Blocks: M queries (the heads of a group side by side, position
+after position), N tokens, D head width, W columns that one token stores in one block of its layout. What differs
+between segments comes in tuples, an entry each (`forms.py`).
 
 A matrix product takes 16 queries at least. Where there are no more than 8 (`PAIRED`) the other 8 lines of the projected
 queries hold what rounding took from the first: one product instead of two, and the softmax is that of 8.
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from rotatek_kernels.forms import STATE_ALIGN, basis_row_of, decode_integers, form_of
+from rotatek_kernels.merge_triton import merge_queries
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SMALLEST = tl.constexpr(2.0**-126)  # of normal float32: no unit of logits is less, or what is hidden would be NaN
@@ -142,23 +144,46 @@ def _inside(columns, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _channels(heads, columns, inside, part: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr):
-    """Return the channel of part `part` of a block's columns, [W], and the power of two by which it counts there."""
+def _channels(heads, columns, inside, digit, part: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr):
+    """Return the channel of part `part` of a block's columns, [W], and the power of two by which it counts there.
+
+    Also which of the columns have such a part: those that are `inside`, unless the head has fewer digits to a byte.
+    """
     if BLOCK.width > 0:
         channels = BLOCK.channel + part * BLOCK.width + columns
         power = 1.0
     else:
-        DIGIT: tl.constexpr = part * BLOCK.bits
+        first_bit = part * digit + tl.zeros_like(columns)  # [W]
+        inside = inside & (first_bit < 8)
         log_bits = _column(heads, 0, BLOCK.offset + columns, inside, TABLE)
         channels = _column(heads, 1, BLOCK.offset + columns, inside, TABLE)
-        channels += (DIGIT >> log_bits) * _column(heads, 2, BLOCK.offset + columns, inside, TABLE)
+        channels += (first_bit >> log_bits) * _column(heads, 2, BLOCK.offset + columns, inside, TABLE)
         channels = tl.max_contiguous(tl.multiple_of(channels, TABLE.align), TABLE.align)
-        power = (1 << (DIGIT & ((1 << log_bits) - 1))).to(tl.float32)
-    return channels, power
+        power = (1 << (first_bit & ((1 << log_bits) - 1))).to(tl.float32)
+    return channels, power, inside
 
 
 @triton.jit
-def _add_projections(sums, q, lines, there, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr):
+def _digit(heads, index: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr):
+    """Return the bits of a head's digits in block `index`; -1 where the head ends before it."""
+    if BLOCK.width > 0:
+        digit = BLOCK.bits
+    else:
+        digit = tl.load(heads + 3 + 3 * TABLE.columns + index)
+    return digit
+
+
+@triton.jit
+def _digits_of(heads, BLOCKS: tl.constexpr, TABLE: tl.constexpr):
+    """List what `_digit` says of all blocks."""
+    digits = ()
+    for index in tl.static_range(len(BLOCKS)):
+        digits = digits + (_digit(heads, index, BLOCKS[index], TABLE),)
+    return digits
+
+
+@triton.jit
+def _add_projections(sums, q, lines, there, heads, width, digit, BLOCK: tl.constexpr, TABLE: tl.constexpr):
     """Add the products of query channels with a block's part of the decoder to its `sums`.
 
     `lines` are pointers to these channels' lines of the decoder, `there` whether they are there.
@@ -167,9 +192,9 @@ def _add_projections(sums, q, lines, there, heads, width, BLOCK: tl.constexpr, T
     inside = _inside(columns, width, BLOCK)
     projected = ()
     for part in tl.static_range(BLOCK.parts):
-        channels, _ = _channels(heads, columns, inside, part, BLOCK, TABLE)
+        channels, _, held = _channels(heads, columns, inside, digit, part, BLOCK, TABLE)
         decoder = tl.load(  # [BLOCK_K, W]
-            lines[:, None] + channels[None, :], mask=there[:, None] & inside[None, :], other=0.0
+            lines[:, None] + channels[None, :], mask=there[:, None] & held[None, :], other=0.0
         )
         if decoder.dtype == q.dtype:
             product = tl.dot(q, decoder, sums[BLOCK.first_part + part], input_precision="ieee")
@@ -188,9 +213,9 @@ def _project(
     negative,  # whether the queries change their sign
     seg,
     heads,  # this head's entry of the table, where there is one
-    width,  # of a token
+    key_stride,
     head,
-    basis_row,
+    row,
     FORM: tl.constexpr,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -199,8 +224,13 @@ def _project(
 
     Channels are read `BLOCK_K` at a time: all of them at once would fill the registers.
     """
+    basis_row = row
+    if seg.basis_rows is not None:
+        basis_row = tl.load(seg.basis_rows + row).to(tl.int64)
+    width = key_stride * (2 if FORM.key_blocks[0].bits > 0 else 1)
     shift = tl.zeros([query.shape[0]], tl.float32)  # [BLOCK_M]
     sums = _zeros(FORM.key_blocks, query.shape[0], False, False)
+    digits = _digits_of(heads, FORM.key_blocks, FORM.key_heads)
     strides = decode_integers(seg.basis_strides)
     decoder = basis_row_of(seg.decoder, strides, head, basis_row, 0, FORM.decoder_align)
     for first in tl.range(0, D, BLOCK_K, num_stages=1):
@@ -220,7 +250,7 @@ def _project(
         more = ()
         for index in tl.static_range(len(FORM.key_blocks)):
             more = more + _add_projections(
-                sums, q, lines, channels < D, heads, width, FORM.key_blocks[index], FORM.key_heads
+                sums, q, lines, channels < D, heads, width, digits[index], FORM.key_blocks[index], FORM.key_heads
             )
         sums = more
     projections = ()
@@ -230,13 +260,15 @@ def _project(
             columns = tl.arange(0, FORM.key_blocks[index].padded)  # [W]
             inside = _inside(columns, width, FORM.key_blocks[index])
             if FORM.key_blocks[index].width == 0 or seg.scale is not None:
-                own, power = _channels(heads, columns, inside, part, FORM.key_blocks[index], FORM.key_heads)
+                own, power, held = _channels(
+                    heads, columns, inside, digits[index], part, FORM.key_blocks[index], FORM.key_heads
+                )
                 if FORM.key_blocks[index].width == 0:
                     projected = projected * power[None, :]
                 if seg.scale is not None:
                     scale = tl.load(  # [W]
                         basis_row_of(seg.scale, strides, head, basis_row, 4, FORM.scale_align) + own,
-                        mask=inside,
+                        mask=held,
                         other=0.0,
                     )
                     projected = projected * scale[None, :]
@@ -245,7 +277,41 @@ def _project(
 
 
 @triton.jit
-def _as_tiles(projections, unit, shift, DTYPE: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr):
+def _of_projections(states, first, block, FORM: tl.constexpr, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
+    """Point at what `project_queries` keeps of a block (row, KV head, tile) of queries: lines [BLOCK_M], and width."""
+    QUERIES: tl.constexpr = 8 if PAIRED else BLOCK_M
+    lines = tl.arange(0, BLOCK_M) % QUERIES  # [BLOCK_M]
+    return states + first.to(tl.int64) * STATE_ALIGN + (block * QUERIES + lines) * FORM.projected
+
+
+@triton.jit
+def _store_projections(pointers, projections, shift, FORM: tl.constexpr):
+    """Store projected queries [M, W], part after part, then ``q . delta``."""
+    start = 0
+    for index in tl.static_range(len(FORM.key_blocks)):
+        columns = tl.arange(0, FORM.key_blocks[index].padded)  # [W]
+        for part in tl.static_range(FORM.key_blocks[index].parts):
+            projected = projections[FORM.key_blocks[index].first_part + part]
+            tl.store(pointers[:, None] + (start + columns)[None, :], projected)
+            start += FORM.key_blocks[index].padded
+    tl.store(pointers + start, shift)
+
+
+@triton.jit
+def _load_projections(pointers, FORM: tl.constexpr):
+    """Load what `_store_projections` stored."""
+    projections = ()
+    start = 0
+    for index in tl.static_range(len(FORM.key_blocks)):
+        columns = tl.arange(0, FORM.key_blocks[index].padded)  # [W]
+        for _ in tl.static_range(FORM.key_blocks[index].parts):
+            projections = projections + (tl.load(pointers[:, None] + (start + columns)[None, :]),)
+            start += FORM.key_blocks[index].padded
+    return projections, tl.load(pointers + start)
+
+
+@triton.jit
+def _as_tiles(projections, unit, shift, digits, DTYPE: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr):
     """Round projected queries to what Keys are multiplied with: tuples of tiles [M, W] and of rests for each block.
 
     The projected query is no number of the query's dtype. Rounding it would cost more precision than all else here; a
@@ -275,7 +341,10 @@ def _as_tiles(projections, unit, shift, DTYPE: tl.constexpr, FORM: tl.constexpr,
             rest = (projected - rounded.to(tl.float32)).to(DTYPE)
             if CODED:
                 held = rounded.to(tl.float32) + rest.to(tl.float32)
-                shift -= 2.0 ** FORM.key_blocks[index].bits * tl.sum(held, 1) * unit
+                if FORM.key_blocks[index].width > 0:
+                    shift -= 2.0 ** FORM.key_blocks[index].bits * tl.sum(held, 1) * unit
+                else:
+                    shift -= (1 << tl.maximum(digits[index], 0)).to(tl.float32) * tl.sum(held, 1) * unit
             if PAIRED:
                 first = tl.arange(0, 16)[:, None] < 8
                 rounded = tl.where(first, rounded, rest)
@@ -304,40 +373,72 @@ def _by_byte(tile, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_logits(
-    logits,
-    tiles,
-    rests,
-    k_ptrs,
-    inside,
-    width,
-    BLOCK: tl.constexpr,
-    EDGE: tl.constexpr,
-    PAIRED: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    """Add the products of projected queries with one block of the tokens' Keys to `logits` [M, BLOCK_N]."""
+def _load_keys(k_ptrs, inside, width, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """Load a block of the tokens' Keys as they are stored, [W, BLOCK_N]."""
     columns, offset = _stored_columns(BLOCK)
     there = _stored_inside(columns, width, BLOCK)[:, None]
     if EDGE:
-        there = there & inside[None, :]  # [W, BLOCK_N]
+        there = there & inside[None, :]
     pointers = k_ptrs[None, :] + (offset + columns)[:, None]
     # Codes are finite whatever their bits, and what meets those that are not there is zero: they need no fill.
     if BLOCK.bits > 0:
         stored = tl.load(pointers, mask=there)
     else:
         stored = tl.load(pointers, mask=there, other=0.0)
+    return stored
+
+
+@triton.jit
+def _load_values(v_ptrs, inside, width, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """Load a block of the tokens' Values as they are stored, [BLOCK_N, W]."""
+    columns, offset = _stored_columns(BLOCK)
+    there = _stored_inside(columns, width, BLOCK)[None, :]
+    if EDGE:
+        there = there & inside[:, None]
+    pointers = v_ptrs[:, None] + (offset + columns)[None, :]
+    if BLOCK.bits > 0:
+        stored = tl.load(pointers, mask=there)
+    else:
+        stored = tl.load(pointers, mask=there, other=0.0)
+    return stored
+
+
+@triton.jit
+def _add_logits(logits, tiles, rests, stored, digit, BLOCK: tl.constexpr, PAIRED: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Add the products of projected queries with one block of the tokens' Keys to `logits` [M, BLOCK_N]."""
+    if BLOCK.width > 0:
+        logits = _add_products(logits, tiles, rests, stored, BLOCK.bits, BLOCK, PAIRED, ASSEMBLY)
+    else:
+        for index in tl.static_range(len(BLOCK.digits)):
+            if digit == BLOCK.digits[index]:
+                logits = _add_products(logits, tiles, rests, stored, BLOCK.digits[index], BLOCK, PAIRED, ASSEMBLY)
+    return logits
+
+
+@triton.jit
+def _add_products(
+    logits,
+    tiles,
+    rests,
+    stored,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIRED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Do so for digits of `BITS`."""
     DTYPE: tl.constexpr = tiles[0].dtype
-    for part in tl.static_range(len(tiles)):
-        if BLOCK.bits == 0:
+    TILES: tl.constexpr = len(tiles) * BLOCK.bits // BITS if BITS > 0 else 1
+    for part in tl.static_range(TILES):
+        if BITS == 0:
             keys = stored
         elif BLOCK.padded == 16:
             keys = _halves(
-                _unpack(stored, part, 0, BLOCK.bits, False, ASSEMBLY),
-                _unpack(stored, part, 1, BLOCK.bits, False, ASSEMBLY),
+                _unpack(stored, part, 0, BITS, False, ASSEMBLY),
+                _unpack(stored, part, 1, BITS, False, ASSEMBLY),
             ).to(DTYPE)
         else:
-            keys = _unpack(stored, part // 2, part % 2, BLOCK.bits, False, ASSEMBLY).to(DTYPE)
+            keys = _unpack(stored, part // 2, part % 2, BITS, False, ASSEMBLY).to(DTYPE)
         logits = tl.dot(tiles[part], keys, logits, input_precision="ieee")
         if len(rests) > 0 and not PAIRED and DTYPE != tl.float32:
             logits = tl.dot(rests[part], keys, logits, input_precision="ieee")
@@ -345,45 +446,64 @@ def _add_logits(
 
 
 @triton.jit
+def _sums_of(acc, BLOCK: tl.constexpr):
+    """Return those of the sums that are a block's own: one for each part, and for each byte of a word of codes."""
+    BYTES: tl.constexpr = 2 if BLOCK.bits > 0 else 1
+    own = ()
+    for part in tl.static_range(BLOCK.parts * BYTES):
+        own = own + (acc[BLOCK.first_part * BYTES + part],)
+    return own
+
+
+@triton.jit
 def _add_values(
-    acc,
+    own,
     alpha,
     p,  # weights [M, BLOCK_N]
-    v_ptrs,
-    inside,
-    width,
+    stored,
+    digit,
     BLOCK: tl.constexpr,
-    EDGE: tl.constexpr,
     PAIRED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """Add a block's weighted Values to those of the sums `acc` that are its own, times `alpha` [M]."""
-    columns, offset = _stored_columns(BLOCK)
-    there = _stored_inside(columns, width, BLOCK)[None, :]
-    if EDGE:
-        there = there & inside[:, None]  # [BLOCK_N, W]
-    pointers = v_ptrs[:, None] + (offset + columns)[None, :]
-    if BLOCK.bits > 0:
-        stored = tl.load(pointers, mask=there)
-    else:
-        stored = tl.load(pointers, mask=there, other=0.0)
+    """Add a block's weighted Values to its own sums, times `alpha` [M]."""
     if PAIRED and BLOCK.bits > 0:
         p = _halves(p, tl.zeros_like(p))
         alpha = tl.reshape(tl.permute(tl.join(alpha, alpha), 1, 0), [16])
-    new_acc = ()
-    for part in tl.static_range(BLOCK.parts):
-        if BLOCK.bits == 0 and PAIRED:
-            scaled = acc[BLOCK.first_part + part] * alpha[None, :]
-            new_acc = new_acc + (tl.dot(tl.trans(stored), tl.trans(p), scaled, input_precision="ieee"),)
-        elif BLOCK.bits == 0:
-            scaled = acc[BLOCK.first_part + part] * alpha[:, None]
-            new_acc = new_acc + (tl.dot(p, stored, scaled, input_precision="ieee"),)
-        else:
+    if BLOCK.width > 0:
+        own = _add_weighted(own, alpha, p, stored, BLOCK.bits, BLOCK, PAIRED, ASSEMBLY)
+    else:
+        for index in tl.static_range(len(BLOCK.digits)):
+            if digit == BLOCK.digits[index]:
+                own = _add_weighted(own, alpha, p, stored, BLOCK.digits[index], BLOCK, PAIRED, ASSEMBLY)
+    return own
+
+
+@triton.jit
+def _add_weighted(
+    own,
+    alpha,
+    p,
+    stored,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIRED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Do so for digits of `BITS`, of which there may be fewer than sums; the others stay zero."""
+    new = ()
+    if BITS == 0 and PAIRED:
+        new = (tl.dot(tl.trans(stored), tl.trans(p), own[0] * alpha[None, :], input_precision="ieee"),)
+    elif BITS == 0:
+        new = (tl.dot(p, stored, own[0] * alpha[:, None], input_precision="ieee"),)
+    else:
+        for part in tl.static_range(8 // BITS):
             for byte in tl.static_range(2):
-                values = _unpack(stored, part, byte, BLOCK.bits, True, ASSEMBLY).to(p.dtype)
-                scaled = acc[2 * (BLOCK.first_part + part) + byte] * alpha[:, None]
-                new_acc = new_acc + (tl.dot(p, values, scaled, input_precision="ieee"),)
-    return new_acc
+                values = _unpack(stored, part, byte, BITS, True, ASSEMBLY).to(p.dtype)
+                new = new + (tl.dot(p, values, own[2 * part + byte] * alpha[:, None], input_precision="ieee"),)
+        for rest in tl.static_range(16 // BITS, len(own)):
+            new = new + (own[rest],)
+    return new
 
 
 @triton.jit
@@ -402,23 +522,28 @@ def _sum_of(acc, part: tl.constexpr, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def _store_block(states, there, acc, l_i, heads, width, BLOCK: tl.constexpr, TABLE: tl.constexpr, PAIRED: tl.constexpr):
+def _store_block(
+    states, there, acc, l_i, heads, width, digit, BLOCK: tl.constexpr, TABLE: tl.constexpr, PAIRED: tl.constexpr
+):
     """Store a block's channels of the state, [M] pointers, with the centre of its codes put back."""
     columns = tl.arange(0, BLOCK.padded)  # [W]
     inside = _inside(columns, width, BLOCK)
+    if BLOCK.bits == 0:
+        centre = 0.0
+    elif BLOCK.width > 0:
+        centre = 2.0 ** (BLOCK.bits - 1)
+    else:
+        centre = (1 << tl.maximum(digit, 1) >> 1).to(tl.float32)
     for part in tl.static_range(BLOCK.parts):
-        out = _sum_of(acc, part, BLOCK, PAIRED) / l_i[:, None]
-        if BLOCK.bits > 0:
-            out += 2.0 ** (BLOCK.bits - 1)
-        channels, power = _channels(heads, columns, inside, part, BLOCK, TABLE)
-        stored = inside
+        out = _sum_of(acc, part, BLOCK, PAIRED) / l_i[:, None] + centre
+        channels, power, stored = _channels(heads, columns, inside, digit, part, BLOCK, TABLE)
         if BLOCK.width == 0:
             # The first digit of a code takes the others to it.
-            stored = inside & (power == 1.0)
+            stored = stored & (power == 1.0)
             for other in tl.static_range(part + 1, BLOCK.parts):
-                digit = _sum_of(acc, other, BLOCK, PAIRED) / l_i[:, None] + 2.0 ** (BLOCK.bits - 1)
-                others, weight = _channels(heads, columns, inside, other, BLOCK, TABLE)
-                out += tl.where((others == channels)[None, :], digit * weight[None, :], 0.0)
+                others, weight, held = _channels(heads, columns, inside, digit, other, BLOCK, TABLE)
+                more = (_sum_of(acc, other, BLOCK, PAIRED) / l_i[:, None] + centre) * weight[None, :]
+                out += tl.where((held & (others == channels))[None, :], more, 0.0)
         tl.store(states[:, None] + channels[None, :], out, mask=there[:, None] & stored[None, :])
 
 
@@ -446,7 +571,7 @@ def _head(
         stride = STRIDE // 2 if CODED else STRIDE
     else:
         # With a table the stride of heads is the number of tokens stored, and tokens are as wide as they lie apart.
-        heads = table + head * (3 + 3 * TABLE.columns)
+        heads = table + head * TABLE.entries
         tokens = stored + tl.load(heads).to(tl.int64) * head_stride * UNIT
         stride = tl.load(heads + 1) * UNIT
     return tokens, heads, stride
@@ -486,6 +611,8 @@ def _attend_block(
     inside_queries,
     key_stride,
     value_stride,
+    key_digits,
+    value_digits,
     FORM: tl.constexpr,
     DTYPE: tl.constexpr,  # of the query
     EDGE: tl.constexpr,  # some tokens may not be there
@@ -496,36 +623,12 @@ def _attend_block(
     """Take a block of tokens in: the largest logit, the sum of weights and the weighted Values after it."""
     BLOCK_M: tl.constexpr = tiles[0][0].shape[0]
     logits = tl.zeros([BLOCK_M, FORM.block_n], tl.float32)  # [BLOCK_M, BLOCK_N]
+    # Loads are left out of branches, inside which they would not be begun blocks ahead.
     for index in tl.static_range(len(FORM.key_blocks)):
-        if FORM.key_blocks[index].width == 0 and index > 0:
-            if key_stride > FORM.key_blocks[index].offset // (
-                2 if FORM.key_blocks[index].bits > 0 else 1
-            ):  # or this head ends before it
-                logits = _add_logits(
-                    logits,
-                    tiles[index],
-                    rests[index],
-                    k_ptrs,
-                    inside,
-                    key_stride,
-                    FORM.key_blocks[index],
-                    EDGE,
-                    PAIRED,
-                    ASSEMBLY,
-                )
-        else:
-            logits = _add_logits(
-                logits,
-                tiles[index],
-                rests[index],
-                k_ptrs,
-                inside,
-                key_stride,
-                FORM.key_blocks[index],
-                EDGE,
-                PAIRED,
-                ASSEMBLY,
-            )
+        keys = _load_keys(k_ptrs, inside, key_stride, FORM.key_blocks[index], EDGE)
+        logits = _add_logits(
+            logits, tiles[index], rests[index], keys, key_digits[index], FORM.key_blocks[index], PAIRED, ASSEMBLY
+        )
     if PAIRED:
         logits = tl.sum(tl.reshape(logits, [2, 8, FORM.block_n]), 0)  # [M, BLOCK_N] from here on
     if mask is not None:
@@ -557,40 +660,19 @@ def _attend_block(
         p_rounded = p.to(tl.float16)
     else:
         p_rounded = p.to(DTYPE)
-    BYTES: tl.constexpr = 2 if FORM.value_blocks[0].bits > 0 else 1  # of what is stored, side by side
     new_acc = ()
     for index in tl.static_range(len(FORM.value_blocks)):
-        if FORM.value_blocks[index].width == 0 and index > 0:
-            block_acc = ()
-            for part in tl.static_range(FORM.value_blocks[index].parts * BYTES):
-                block_acc = block_acc + (acc[FORM.value_blocks[index].first_part * BYTES + part],)
-            if value_stride > FORM.value_blocks[index].offset // BYTES:
-                block_acc = _add_values(
-                    acc,
-                    alpha,
-                    p_rounded,
-                    v_ptrs,
-                    inside,
-                    value_stride,
-                    FORM.value_blocks[index],
-                    EDGE,
-                    PAIRED,
-                    ASSEMBLY,
-                )
-            new_acc = new_acc + block_acc
-        else:
-            new_acc = new_acc + _add_values(
-                acc,
-                alpha,
-                p_rounded,
-                v_ptrs,
-                inside,
-                value_stride,
-                FORM.value_blocks[index],
-                EDGE,
-                PAIRED,
-                ASSEMBLY,
-            )
+        values = _load_values(v_ptrs, inside, value_stride, FORM.value_blocks[index], EDGE)
+        new_acc = new_acc + _add_values(
+            _sums_of(acc, FORM.value_blocks[index]),
+            alpha,
+            p_rounded,
+            values,
+            value_digits[index],
+            FORM.value_blocks[index],
+            PAIRED,
+            ASSEMBLY,
+        )
     return m_ij, l_i, new_acc
 
 
@@ -611,6 +693,7 @@ def _attend_segment(
     scale_log2,
     total_splits,
     all_queries,  # Q * G
+    block,  # (pair * tiles + tile)
     FORM: tl.constexpr,
     SINGLE: tl.constexpr,
     D: tl.constexpr,
@@ -618,6 +701,7 @@ def _attend_segment(
     BLOCK_K: tl.constexpr,
     PAIRED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    PROJECTED: tl.constexpr,
 ):
     """Attend to one share of a segment's tokens and store the state: normalised output and base-2 log-sum-exp.
 
@@ -626,7 +710,7 @@ def _attend_segment(
     BLOCK_M: tl.constexpr = query.shape[0]
     QUERIES: tl.constexpr = 8 if PAIRED else BLOCK_M
     BLOCK_N: tl.constexpr = FORM.block_n
-    first_split, splits, first_state = decode_integers(seg.place)
+    first_split, splits, first_state, first_projection = decode_integers(seg.place)
     (
         max_length,
         mask_row_stride,
@@ -664,6 +748,8 @@ def _attend_segment(
         FORM.value_heads,
         FORM.value_blocks[0].bits > 0,
     )
+    key_digits = _digits_of(key_heads, FORM.key_blocks, FORM.key_heads)
+    value_digits = _digits_of(value_heads, FORM.value_blocks, FORM.value_heads)
     DTYPE: tl.constexpr = query.dtype.element_ty
     # The unit of logits is positive; queries have the scale's sign.
     negative = scale_log2 < 0
@@ -678,17 +764,21 @@ def _attend_segment(
         rests = ((),)
         shift = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
     else:
-        basis_row = row
-        if seg.basis_rows is not None:
-            basis_row = tl.load(seg.basis_rows + row).to(tl.int64)
-        key_width = key_stride * (2 if FORM.key_blocks[0].bits > 0 else 1)
-        projections, shift = _project(
-            query, there, negative, seg, key_heads, key_width, head, basis_row, FORM, D, BLOCK_K
-        )
-        if FORM.key_blocks[0].bits > 0 and DTYPE != tl.float32:
-            tiles, rests, unit, shift = _as_tiles(projections, unit, shift * scale_log2, tl.float16, FORM, PAIRED)
+        if PROJECTED:
+            pointers = _of_projections(states, first_projection, block, FORM, BLOCK_M, PAIRED)
+            projections, shift = _load_projections(pointers, FORM)
         else:
-            tiles, rests, unit, shift = _as_tiles(projections, unit, shift * scale_log2, DTYPE, FORM, PAIRED)
+            projections, shift = _project(
+                query, there, negative, seg, key_heads, key_stride, head, row, FORM, D, BLOCK_K
+            )
+        if FORM.key_blocks[0].bits > 0 and DTYPE != tl.float32:
+            tiles, rests, unit, shift = _as_tiles(
+                projections, unit, shift * scale_log2, key_digits, tl.float16, FORM, PAIRED
+            )
+        else:
+            tiles, rests, unit, shift = _as_tiles(
+                projections, unit, shift * scale_log2, key_digits, DTYPE, FORM, PAIRED
+            )
     if PAIRED:
         unit = _first_half(unit)
         shift = _first_half(shift)
@@ -737,6 +827,8 @@ def _attend_segment(
                 inside_queries,
                 key_stride,
                 value_stride,
+                key_digits,
+                value_digits,
                 FORM,
                 DTYPE,
                 False,
@@ -769,6 +861,8 @@ def _attend_segment(
             inside_queries,
             key_stride,
             value_stride,
+            key_digits,
+            value_digits,
             FORM,
             DTYPE,
             True,
@@ -802,10 +896,171 @@ def _attend_segment(
             l_i,
             value_heads,
             value_stride * (2 if FORM.value_blocks[index].bits > 0 else 1),
+            value_digits[index],
             FORM.value_blocks[index],
             FORM.value_heads,
             PAIRED,
         )
+
+
+@triton.jit
+def _merge_if_last(
+    states,
+    lses,
+    merging,
+    queries,
+    total_splits,
+    programs,
+    tile,
+    head,
+    row,
+    G: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    MERGE: tl.constexpr,
+):
+    """Merge the states of a tile's queries, if the other programs of (row, KV head, tile) have stored theirs.
+
+    They are counted, one counter for each such triple. What all threads stored before the barrier is released by the
+    one that counts, and acquired by whoever counts after it. The last to count sets the counter back for the next
+    launch.
+    """
+    heads = tl.num_programs(1)
+    counter = merging.counters + (row * heads + head) * (tl.num_programs(0) // programs) + tile
+    tl.debug_barrier()
+    ended = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if ended == programs - 1:
+        tl.store(counter, 0)
+        offs_q = tl.arange(0, MERGE.queries)  # [M]
+        position = tile * TILE_Q + offs_q // G  # [M]
+        merge_queries(
+            states,
+            lses,
+            merging.out,
+            merging.lse,
+            merging.segments,
+            position * G + offs_q % G,
+            (offs_q < TILE_Q * G) & (position < queries),
+            queries,
+            head,
+            heads,
+            row,
+            total_splits,
+            0,
+            MERGE.forms,
+            G,
+            MERGE.width,
+            MERGE.block,
+            MERGE.numbers,
+            MERGE.splits,
+            MERGE.stages,
+        )
+
+
+@triton.jit
+def _queries(
+    query,
+    row_stride,
+    head_stride,
+    stride,
+    queries,
+    tile,
+    head,
+    row,
+    G: tl.constexpr,
+    QUERY_ALIGN: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    """Point at the queries of a tile, and tell whether they are there, both [BLOCK_M]."""
+    QUERIES: tl.constexpr = 8 if PAIRED else BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M) % QUERIES  # [BLOCK_M]
+    there = (offs_m < TILE_Q * G) & (tile * TILE_Q + offs_m // G < queries)  # [BLOCK_M]
+    pointers = (  # [BLOCK_M]
+        query
+        + row * row_stride * QUERY_ALIGN
+        + (head * G + offs_m % G) * head_stride * QUERY_ALIGN
+        + (tile * TILE_Q + offs_m // G).to(tl.int64) * stride * QUERY_ALIGN
+    )
+    return pointers, there
+
+
+@triton.jit
+def project_queries(
+    query,  # [B, H * G, Q, D]
+    states,  # float32, written: each segment's projected queries [B, H, tiles, M, projected]
+    segments,  # a SegmentArguments each
+    scale,
+    integers,  # encoded: Q, strides of the query in QUERY_ALIGN
+    FORMS: tl.constexpr,  # a SegmentForm each
+    G: tl.constexpr,
+    D: tl.constexpr,
+    QUERY_ALIGN: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    """Project queries once for all programs of `attend_splits`; grid (segments * tiles of queries, H, B)."""
+    queries, row_stride, head_stride, stride = decode_integers(integers)
+    tiles = tl.num_programs(0) // len(FORMS)
+    own = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    pointers, there = _queries(
+        query, row_stride, head_stride, stride, queries, tile, head, row, G, QUERY_ALIGN, TILE_Q, BLOCK_M, PAIRED
+    )
+    for index in tl.static_range(len(FORMS)):
+        if own == index:
+            _project_segment(
+                pointers,
+                there,
+                states,
+                segments[index],
+                scale,
+                head,
+                row,
+                (row * tl.num_programs(1) + head) * tiles + tile,
+                form_of(FORMS, index),
+                D,
+                BLOCK_K,
+                PAIRED,
+            )
+
+
+@triton.jit
+def _project_segment(
+    query,
+    there,
+    states,
+    seg,
+    scale,
+    head,
+    row,
+    block,
+    FORM: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    """Project queries on what the Keys of a segment store, if they have a basis, and store that."""
+    if seg.decoder is not None:
+        _, _, _, first_projection = decode_integers(seg.place)
+        _, _, _, key_head_stride, _, _ = decode_integers(seg.sizes)
+        _, heads, key_stride = _head(
+            seg.stored_keys,
+            seg.key_heads,
+            head,
+            key_head_stride,
+            FORM.key_stride,
+            FORM.key_align,
+            FORM.key_heads,
+            FORM.key_blocks[0].bits > 0,
+        )
+        projections, shift = _project(query, there, scale < 0, seg, heads, key_stride, head, row, FORM, D, BLOCK_K)
+        pointers = _of_projections(states, first_projection, block, FORM, query.shape[0], PAIRED)
+        _store_projections(pointers, projections, shift, FORM)
 
 
 @triton.jit
@@ -816,6 +1071,7 @@ def attend_splits(
     scale,
     # Encoded: Q, total_splits, where lses begin, splits of this launch, its first, strides of the query in QUERY_ALIGN.
     integers,
+    merging,  # a MergingArguments where the last program merges, else None
     FORMS: tl.constexpr,  # a SegmentForm each
     SINGLE: tl.constexpr,  # Q is 1
     G: tl.constexpr,
@@ -827,6 +1083,8 @@ def attend_splits(
     BLOCK_K: tl.constexpr,  # channels of the query projected at once
     PAIRED: tl.constexpr,
     ASSEMBLY: tl.constexpr,  # of NVIDIA
+    PROJECTED: tl.constexpr,  # whether `project_queries` ran before
+    MERGE: tl.constexpr,  # a LastMerge in a tuple, or nothing
 ):
     """Attend to segments and store partial states; grid (splits of these segments * tiles of queries, H, B)."""
     queries, total_splits, first_lse, programs, first_split, row_stride, head_stride, stride = decode_integers(integers)
@@ -836,19 +1094,14 @@ def attend_splits(
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     QUERIES: tl.constexpr = 8 if PAIRED else BLOCK_M
-    offs_m = tl.arange(0, BLOCK_M) % QUERIES  # [BLOCK_M]
-    there = (offs_m < TILE_Q * G) & (tile * TILE_Q + offs_m // G < queries)  # [BLOCK_M]
-    pointers = (  # [BLOCK_M]
-        query
-        + row * row_stride * QUERY_ALIGN
-        + (head * G + offs_m % G) * head_stride * QUERY_ALIGN
-        + (tile * TILE_Q + offs_m // G).to(tl.int64) * stride * QUERY_ALIGN
+    pointers, there = _queries(
+        query, row_stride, head_stride, stride, queries, tile, head, row, G, QUERY_ALIGN, TILE_Q, BLOCK_M, PAIRED
     )
     offs_q = tl.arange(0, QUERIES)  # [M]
     positions = tile * TILE_Q + offs_q // G  # [M]
     inside = (offs_q < TILE_Q * G) & (positions < queries)  # [M]
     for index in tl.static_range(len(FORMS)):
-        first_split, splits, _ = decode_integers(segments[index].place)
+        first_split, splits, _, _ = decode_integers(segments[index].place)
         own = split - first_split
         if (own >= 0) & (own < splits):
             _attend_segment(
@@ -867,6 +1120,7 @@ def attend_splits(
                 scale * LOG2_E,
                 total_splits,
                 queries * G,
+                (row * tl.num_programs(1) + head) * (tl.num_programs(0) // programs) + tile,
                 form_of(FORMS, index),
                 SINGLE,
                 D,
@@ -874,4 +1128,9 @@ def attend_splits(
                 BLOCK_K,
                 PAIRED,
                 ASSEMBLY,
+                PROJECTED,
             )
+    if len(MERGE) > 0:
+        _merge_if_last(
+            states, lses, merging, queries, total_splits, programs, tile, head, row, G, TILE_Q, form_of(MERGE, 0)
+        )

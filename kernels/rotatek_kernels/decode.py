@@ -12,14 +12,13 @@ from torch import Tensor
 from rotatek_cache.core.attention import UnsupportedError
 from rotatek_cache.core.segments import SegmentView
 from rotatek_kernels import checks
-from rotatek_kernels.attend_triton import attend_splits
+from rotatek_kernels.attend_triton import attend_splits, project_queries
 from rotatek_kernels.checks import arguments_key, check_arguments, check_scale
-from rotatek_kernels.forms import STATE_ALIGN, MergeArguments, SegmentArguments, encode_integer
+from rotatek_kernels.forms import STATE_ALIGN, MergeArguments, MergingArguments, SegmentArguments, encode_integer
 from rotatek_kernels.merge_triton import merge_splits
 from rotatek_kernels.occupancy import H200, INTERPRETER, Load, Processor, programs_held, split_counts
-from rotatek_kernels.shapes import BlockSizes, SegmentShape, Shapes, shapes_of
+from rotatek_kernels.shapes import SEGMENTS_PER_LAUNCH, BlockSizes, SegmentShape, Shapes, shapes_of
 
-SEGMENTS_PER_LAUNCH = 8  # each is a branch of the kernel
 UNIT = STATE_ALIGN.value
 REMEMBERED = 1024  # shapes; layouts and kernels of a shape
 LENGTH_STEP = 64  # splits are chosen for lengths in steps of so many tokens, not anew for each that text grows by
@@ -82,18 +81,20 @@ class Layout(NamedTuple):
     """Places of the states of all splits, and the launches that compute them.
 
     Attributes:
-        places: of each segment: first split, splits, where its states begin; encoded.
+        places: of each segment: first split, splits, where its states and projected queries begin; encoded.
         numbers: of all states and their log-sum-exps, which lie behind them.
         largest: of the integers in it.
         parts: the launches over segments.
-        merge: the launch that merges.
+        projects: what launches before each of them; empty where each program projects its queries.
+        merge: the launch that merges; None where the last program does.
     """
 
-    places: tuple[tuple[int, int, int], ...]
+    places: tuple[tuple[int, int, int, int], ...]
     numbers: int
     largest: int
     parts: tuple[Part, ...]
-    merge: Part
+    projects: tuple[Part, ...]
+    merge: Part | None
 
 
 @dataclass(slots=True)
@@ -118,14 +119,20 @@ class Prepared:
 
 
 def decode_attention(
-    query: Tensor, segments: Sequence[SegmentView], scale: float, *, sizes: BlockSizes | None = None
+    query: Tensor,
+    segments: Sequence[SegmentView],
+    scale: float,
+    *,
+    sizes: BlockSizes | None = None,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend as `rotatek_cache.attend` does, fused: one pass over what the segments store.
 
     A segment is read as it lies, coefficients as numbers or as codes; the queries are projected inside, and coded
     Values are summed as coefficients, which the merge rotates back once. The segments of a layer share a launch (up to
-    `SEGMENTS_PER_LAUNCH` of them), whose partial states a second kernel merges. Nothing is read on the host, so that a
-    step can be captured in a CUDA graph; a row whose length is negative counts as empty.
+    `SEGMENTS_PER_LAUNCH` of them), whose partial states a second kernel merges; with `counters`, and one query a row,
+    the programs that end last do that, and there is one launch. Nothing is read on the host, so that a step can be
+    captured in a CUDA graph; a row whose length is negative counts as empty.
 
     Not gained: there is no backward, and float32 runs without tensor cores.
 
@@ -136,6 +143,8 @@ def decode_attention(
             contiguous; their KV heads divide ``H_q``. Masks are ``[B, Q, max_length]``. Ranks are multiples of 8.
         scale: factor on ``q . k``.
         sizes: of blocks, in place of the table's (to compare them).
+        counters: int32 zeros, at least one for each row and KV head, on the query's device; left zero. No other call
+            that may run at the same time, on another stream or in another graph, may be given the same.
 
     Returns:
         Output ``[B, Q, H_q, D_v]`` in the query's dtype and natural log-sum-exp ``[B, H_q, Q]`` in float32. A query
@@ -147,13 +156,13 @@ def decode_attention(
     """
     if isinstance(query, Tensor) and query.dim() and query.stride(-1) != 1:
         query = query.contiguous()
-    prepared = _prepare(query, segments, sizes)
+    prepared = _prepare(query, segments, sizes, counters)
     check_scale(scale)
     if prepared.shapes is None:
         raise UnsupportedError(prepared.reason)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(query):
-        return _run(prepared, prepared.shapes, query, segments, float(scale))
+        return _run(prepared, prepared.shapes, query, segments, float(scale), counters)
 
 
 def unsupported_reason(query: Tensor, segments: Sequence[SegmentView]) -> str | None:
@@ -168,11 +177,14 @@ def unsupported_reason(query: Tensor, segments: Sequence[SegmentView]) -> str | 
 _REMEMBERED: dict[Hashable, Prepared] = {}
 
 
-def _prepare(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None) -> Prepared:
+def _prepare(
+    query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None, counters: Tensor | None = None
+) -> Prepared:
     """Check the arguments, once for each `arguments_key`."""
     key: Hashable = None
     try:
-        key = (arguments_key(query, segments), sizes)
+        counted = None if counters is None else (counters.dtype, counters.shape, counters.stride(), counters.device)
+        key = (arguments_key(query, segments), sizes, counted)
         prepared = _REMEMBERED.get(key)
     except (AttributeError, TypeError):
         prepared = None  # something is not of its type, which the checks will name
@@ -180,10 +192,25 @@ def _prepare(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes |
         return prepared
     check_arguments(query, segments)
     reason = checks.unsupported_reason(query, segments) or _launch_reason(query, segments)
-    prepared = Prepared(reason, None if reason else shapes_of(query, segments, sizes))
+    if counters is not None:
+        _check_counters(counters, query, segments)
+    prepared = Prepared(reason, None if reason else shapes_of(query, segments, sizes, counted=counters is not None))
     if key is not None:
         _keep(_REMEMBERED, key, prepared)
     return prepared
+
+
+def _check_counters(counters: Tensor, query: Tensor, segments: Sequence[SegmentView]) -> None:
+    needed = query.shape[0] * segments[0].heads
+    if not isinstance(counters, Tensor) or counters.dtype != torch.int32:
+        raise TypeError(f"counters must be a tensor of int32, got {getattr(counters, 'dtype', type(counters))}")
+    if counters.dim() != 1 or counters.shape[0] < needed or not counters.is_contiguous():
+        raise ValueError(
+            f"counters must be one for each row and KV head, at least {needed} side by side, got shape "
+            f"{tuple(counters.shape)} with strides {counters.stride()}; make them with torch.zeros"
+        )
+    if counters.device != query.device:
+        raise ValueError(f"counters must be on the device of the query, {query.device}, got {counters.device}")
 
 
 def _keep(memory: dict, key: Hashable, value: Any) -> None:
@@ -217,14 +244,19 @@ def _launch_reason(query: Tensor, segments: Sequence[SegmentView]) -> str | None
 
 
 def _run(
-    prepared: Prepared, shapes: Shapes, query: Tensor, segments: Sequence[SegmentView], scale: float
+    prepared: Prepared,
+    shapes: Shapes,
+    query: Tensor,
+    segments: Sequence[SegmentView],
+    scale: float,
+    counters: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels: as Triton does it where they may have to be compiled, else directly."""
     if prepared.slots is None:
-        prepared.slots = _slots(shapes, query, segments, scale)
+        prepared.slots = _slots(shapes, query, segments, scale, counters)
     layout = _layout(prepared, shapes, query, segments)
     states, out, lse = _outputs(shapes, layout, query)
-    given = (query, states, out, lse)
+    given = (query, states, out, lse, counters)
     attended = [_attended_tensors(segments[shape.order], shape) for shape in shapes.segments]
     merged = [_merged_tensors(segments[shape.order], shape) for shape in shapes.segments]
     sizes = [_sizes(segments[shape.order], shape) for shape in shapes.segments]
@@ -257,10 +289,10 @@ def _run_compiled(
     Args:
         compiled: the kernels.
         shapes, layout, scale: of the call.
-        addresses: of query, states, output and log-sum-exp, then of what each segment attends to and merges.
+        addresses: of query, states, output, log-sum-exp and counters, then of what each segment attends to and merges.
         sizes: of each segment.
     """
-    query, states, out, lse = addresses[0]
+    query, states, out, lse, counters = addresses[0]
     count = len(sizes)
     attended = tuple(
         [
@@ -274,9 +306,14 @@ def _run_compiled(
             for index, shape in enumerate(shapes.segments)
         ]
     )
-    for part, kernel in zip(layout.parts, compiled, strict=False):  # the last kernel merges
-        kernel[part.grid](query, states, attended[part.segments], scale, part.integers, *part.values)
-    compiled[-1][layout.merge.grid](states, out, lse, merged, layout.merge.integers, *layout.merge.values)
+    merging = None if layout.merge else (counters, out, lse, merged)
+    kernels = iter(compiled)
+    for part in layout.projects:
+        next(kernels)[part.grid](query, states, attended[part.segments], scale, part.integers, *part.values)
+    for part, kernel in zip(layout.parts, kernels, strict=False):  # the last kernel may merge
+        kernel[part.grid](query, states, attended[part.segments], scale, part.integers, merging, *part.values)
+    if layout.merge:
+        compiled[-1][layout.merge.grid](states, out, lse, merged, layout.merge.integers, *layout.merge.values)
 
 
 def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
@@ -305,7 +342,12 @@ def _specialisation(
 
 
 def plan(
-    shapes: Shapes, query: Tensor, segments: Sequence[SegmentView], scale: float, slots: int
+    shapes: Shapes,
+    query: Tensor,
+    segments: Sequence[SegmentView],
+    scale: float,
+    slots: int,
+    counters: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """Plan the launches that decode arguments of `shapes` on a GPU that holds `slots` programs at once.
 
@@ -317,16 +359,20 @@ def plan(
     attended = [_attended_tensors(segments[shape.order], shape) for shape in shapes.segments]
     merged = [_merged_tensors(segments[shape.order], shape) for shape in shapes.segments]
     sizes = [_sizes(segments[shape.order], shape) for shape in shapes.segments]
-    return _launches(shapes, layout, scale, (query, states, out, lse), attended, merged, sizes), out, lse
+    return _launches(shapes, layout, scale, (query, states, out, lse, counters), attended, merged, sizes), out, lse
 
 
-def _slots(shapes: Shapes, query: Tensor, segments: Sequence[SegmentView], scale: float) -> int:
+def _slots(
+    shapes: Shapes, query: Tensor, segments: Sequence[SegmentView], scale: float, counters: Tensor | None
+) -> int:
     """Count the programs that the GPU holds at once of the kernel that this needs, which is compiled for it."""
     processor = _processor(query.device)
     if INTERPRETED:
         return processor.multiprocessors
     held = []
-    for launch in plan(shapes, query, segments, scale, processor.multiprocessors)[0][:-1]:
+    for launch in plan(shapes, query, segments, scale, processor.multiprocessors, counters)[0]:
+        if launch.kernel is not attend_splits:
+            continue
         compiled = launch.compile()
         compiled.run  # noqa: B018 - loads it, which tells its registers
         held.append(programs_held(processor, compiled.n_regs, compiled.metadata.shared, compiled.metadata.num_warps))
@@ -365,13 +411,21 @@ def _layout(prepared: Prepared, shapes: Shapes, query: Tensor, segments: Sequenc
 def _lay_out(shapes: Shapes, splits: tuple[int, ...]) -> Layout:
     """Give each segment's states a place: one allocation for all that only the kernels see, log-sum-exps last."""
     states_of_split = shapes.batch * shapes.q_heads * shapes.positions
-    places, first_split, first_state = [], 0, 0
-    for shape, count in zip(shapes.segments, splits, strict=True):
-        places.append((encode_integer(first_split), encode_integer(count), encode_integer(first_state)))
+    places, first_split, first = [], 0, 0
+    for shape, count, projections in zip(shapes.segments, splits, shapes.projections, strict=True):
+        first_projection = first + -(-states_of_split * count * shape.form.state_width // UNIT)
+        places.append(
+            (
+                encode_integer(first_split),
+                encode_integer(count),
+                encode_integer(first),
+                encode_integer(first_projection),
+            )
+        )
         first_split += count
-        first_state += -(-states_of_split * count * shape.form.state_width // UNIT)
-    common = (encode_integer(shapes.positions), encode_integer(sum(splits)), encode_integer(first_state))
-    parts = []
+        first = first_projection + -(-projections // UNIT)
+    common = (encode_integer(shapes.positions), encode_integer(sum(splits)), encode_integer(first))
+    parts, projects = [], []
     for start in range(0, len(splits), SEGMENTS_PER_LAUNCH):
         part = slice(start, start + SEGMENTS_PER_LAUNCH)
         programs = sum(splits[part])
@@ -379,14 +433,20 @@ def _lay_out(shapes: Shapes, splits: tuple[int, ...]) -> Layout:
         constants = {"FORMS": shapes.forms[part], **shapes.constants}
         grid = (programs * shapes.tiles, shapes.heads, shapes.batch)
         parts.append(Part(part, grid, integers, constants, tuple(constants.values())))
+        if shapes.project_constants is not None:
+            integers = (common[0], *shapes.query_strides)
+            constants = {"FORMS": shapes.forms[part], **shapes.project_constants}
+            grid = (len(shapes.forms[part]) * shapes.tiles, shapes.heads, shapes.batch)
+            projects.append(Part(part, grid, integers, constants, tuple(constants.values())))
     constants = {"FORMS": shapes.merge_forms, **shapes.merge_constants}
     grid = (shapes.q_heads * shapes.positions, shapes.batch, shapes.merge_blocks)
     return Layout(
         places=tuple(places),
-        numbers=first_state * UNIT + states_of_split * sum(splits),
+        numbers=first * UNIT + states_of_split * sum(splits),
         largest=max(*common, *(number for part in parts for number in part.integers)),
         parts=tuple(parts),
-        merge=Part(slice(None), grid, common, constants, tuple(constants.values())),
+        projects=tuple(projects),
+        merge=None if shapes.one_launch else Part(slice(None), grid, common, constants, tuple(constants.values())),
     )
 
 
@@ -403,28 +463,35 @@ def _launches(
     shapes: Shapes,
     layout: Layout,
     scale: float,
-    given: tuple[Tensor, Tensor, Tensor, Tensor],
+    given: tuple[Tensor | None, ...],
     attended: Sequence[tuple[Tensor | None, ...]],
     merged: Sequence[tuple[Tensor | None, ...]],
     sizes: Sequence[tuple[int, ...]],
 ) -> list[Launch]:
-    """List the launches, given query, states, output, log-sum-exp and the segments' tensors."""
-    query, states, out, lse = given
+    """List the launches, given query, states, output, log-sum-exp, counters or None, and the segments' tensors."""
+    query, states, out, lse, counters = given
     arguments = [
         SegmentArguments._make((*tensors, place, size, shape.basis_strides))
         for tensors, place, size, shape in zip(attended, layout.places, sizes, shapes.segments, strict=True)
     ]
-    launches = []
-    for part in layout.parts:
-        leading = (query, states, tuple(arguments[part.segments]), scale, part.integers)
-        launches.append(Launch(attend_splits, part.grid, leading, part.constants, shapes.options))
-    to_merge = [
-        MergeArguments._make((*tensors, place, shape.merge_strides))
-        for tensors, place, shape in zip(merged, layout.places, shapes.segments, strict=True)
-    ]
+    to_merge = tuple(
+        [
+            MergeArguments._make((*tensors, place, shape.merge_strides))
+            for tensors, place, shape in zip(merged, layout.places, shapes.segments, strict=True)
+        ]
+    )
     merge = layout.merge
-    merging = (states, out, lse, tuple(to_merge), merge.integers)
-    launches.append(Launch(merge_splits, merge.grid, merging, merge.constants, shapes.merge_options))
+    merging = None if merge else MergingArguments(counters, out, lse, to_merge)
+    launches = []
+    for part in layout.projects:
+        projected_by = (query, states, tuple(arguments[part.segments]), scale, part.integers)
+        launches.append(Launch(project_queries, part.grid, projected_by, part.constants, shapes.project_options))
+    for part in layout.parts:
+        leading = (query, states, tuple(arguments[part.segments]), scale, part.integers, merging)
+        launches.append(Launch(attend_splits, part.grid, leading, part.constants, shapes.options))
+    if merge:
+        merged_by = (states, out, lse, to_merge, merge.integers)
+        launches.append(Launch(merge_splits, merge.grid, merged_by, merge.constants, shapes.merge_options))
     return launches
 
 

@@ -15,13 +15,14 @@ class Block(NamedTuple):
     Bytes are read as words of two; all widths and offsets are even.
 
     Where heads have widths of their own (`width` 0), which columns there are and what they hold is in a `HeadTable`.
-    Bytes are read as digits of `bits` then, the fewest of any code there: a code of more bits is a sum of digits times
-    powers of two, which are folded into the projected queries, and for Values into the sum. So one body reads all
-    mixtures.
+    Bytes are read as digits then, of the fewest bits of any code of the head there, one of `digits`: a code of more
+    bits is a sum of digits times powers of two, which are folded into the projected queries, and for Values into the
+    sum. So one kernel reads all mixtures.
     """
 
-    bits: int
-    parts: int  # codes, or digits, to a byte
+    bits: int  # the fewest in any head
+    parts: int  # codes, or digits, to a byte, at most
+    digits: tuple[int, ...]  # widths of digits in bits, one of them each head's; `bits` alone where all are alike
     offset: int  # first number or byte within the token
     width: int  # numbers or bytes; 0: the head's own
     padded: int  # the power of two that holds `width`
@@ -30,15 +31,17 @@ class Block(NamedTuple):
 
 
 class HeadTable(NamedTuple):
-    """Where the numbers stand that a head has of its own, int32 ``[H, 3 + 3 * columns]``.
+    """Where the numbers stand that a head has of its own, int32 ``[H, entries]``.
 
     Of the head: where its tokens begin, per token of the storage, and how wide they are, both in units of the alignment
     of its rows; its channels. Of each column: the binary logarithm of its bits, the channel of its first code, and how
-    many channels further on that of the next code in the same byte is.
+    many channels further on that of the next code in the same byte is. Of each block: the bits of its digits (0:
+    numbers); -1 where the head ends before it.
     """
 
     columns: int  # 0: all heads are alike, and there is no table
     align: int  # divides all runs of channels that lie side by side
+    entries: int  # of a head: 3, 3 to a column, 1 to a block
 
 
 class SegmentForm(NamedTuple):
@@ -61,6 +64,7 @@ class SegmentForm(NamedTuple):
     stages: int
     key_heads: HeadTable
     value_heads: HeadTable
+    projected: int  # numbers that are kept of a query projected once: all parts of all blocks, and ``q . delta``
 
 
 class SegmentArguments(NamedTuple):
@@ -78,7 +82,7 @@ class SegmentArguments(NamedTuple):
     delta: Any  # [H, R, D], or None
     scale: Any  # [H, R, channels] of an int8 decoder, or None
     basis_rows: Any  # [B], or None: row b uses row b of the basis
-    place: tuple[int, ...]  # first split, splits, where its states begin in units of STATE_ALIGN
+    place: tuple[int, ...]  # first split, splits, where states and projected queries begin in units of STATE_ALIGN
     # max_length; strides of the mask's rows and queries; of heads of Keys, of Values (or the tokens stored); of slots
     sizes: tuple[int, ...]
     basis_strides: tuple[int, ...]  # of heads and rows of the decoder, of delta, of the scale
@@ -106,6 +110,27 @@ class MergeArguments(NamedTuple):
     value_heads: Any
     place: tuple[int, ...]
     basis_strides: tuple[int, ...]
+
+
+class MergingArguments(NamedTuple):
+    """Tensors of a launch whose last programs merge."""
+
+    counters: Any  # int32, of each row, KV head and tile of queries: programs that have ended; left zero
+    out: Any  # [B, Q, H * G, D_v], written
+    lse: Any  # [B, H * G, Q] float32, natural, written
+    segments: Any  # a MergeArguments each
+
+
+class LastMerge(NamedTuple):
+    """Facts of a merge by the last program for which the attending kernel is compiled."""
+
+    forms: tuple[MergeForm, ...]
+    queries: int  # the power of two that holds those of a tile
+    width: int  # D_v
+    block: int  # the power of two that holds it
+    numbers: int  # of states read at once
+    splits: int  # at most of them
+    stages: int  # times as many are on their way
 
 
 def form_of(forms, index, _semantic=None):

@@ -81,7 +81,7 @@ class _Driver:
         return launch
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: str) -> tuple[int, int, int, int, int]:
-        """Number the kernel; its registers are those of the kernel over numbers, three of which an H200 holds."""
+        """Give the kernel an id; its registers are those of the kernel over numbers, three of which an H200 holds."""
         del name, shared, device
         number = hash(kernel)
         return number, number, REGISTERS, 0, 1024
@@ -279,10 +279,15 @@ def plan_of_shape(
     sizes: BlockSizes | None = None,
     *,
     amd: bool = False,
+    counted: bool = False,
 ) -> list[Launch]:
-    """Plan the launches over segments without storage, by a query of their dtype; `sizes` in place of the table's."""
+    """Plan the launches over segments without storage, by a query of their dtype; `sizes` in place of the table's.
+
+    Where ended programs are `counted`, the last merges.
+    """
     heads, batch = segments[0].heads, segments[0].starts.shape[0]
     dtype = next((s.keys.dtype for s in segments if s.key_code is None), torch.bfloat16)
     query = torch.empty(batch, heads * group, queries, width, dtype=dtype, device="meta")
     sizes = sizes or sizes_of(query, segments, amd=amd)
-    return plan(shapes_of(query, segments, sizes), query, segments, width**-0.5, SLOTS)[0]
+    counters = torch.empty(batch * heads, dtype=torch.int32, device="meta") if counted else None
+    return plan(shapes_of(query, segments, sizes, counted=counted), query, segments, width**-0.5, SLOTS, counters)[0]

@@ -11,11 +11,16 @@ from torch import Tensor
 from rotatek_cache.core.basis import KeyBasis
 from rotatek_cache.core.quantization import Code, CodeLayout, HeadCodes, Numbers
 from rotatek_cache.core.segments import SegmentView
-from rotatek_kernels.forms import INTERPRETED, Block, HeadTable, MergeForm, SegmentForm, encode_integer
+from rotatek_kernels.forms import INTERPRETED, Block, HeadTable, LastMerge, MergeForm, SegmentForm, encode_integer
 from rotatek_kernels.occupancy import CODE_WORK
 
+PROJECTED_CHANNELS = 128  # of the query at once, where it is projected once
 MERGE_NUMBERS = 8192  # of a Value decoder, that a program of the merge holds
 MERGE_SPLITS = 16  # states that it reads at once
+MERGE_STAGES = 3
+THREAD_NUMBERS = 8  # of states that a thread holds where the last of the attending programs merges
+SEGMENTS_PER_LAUNCH = 8  # each is a branch of the kernel
+ONE_WARP_TILE = 8 * 1024  # bytes of a block of numbers that one warp reads: more spill
 ONE_WARP = 128  # head width up to which one warp holds the output of text
 FOUR_WARPS = 256  # and up to which four warps do
 NARROW = 64  # channels of a head
@@ -39,6 +44,7 @@ class BlockSizes(NamedTuple):
         stages: blocks in flight.
         registers: of a thread, at most (NVIDIA); where left to itself, the compiler spills one to hold more programs.
         channels: of the query that are projected at once.
+        projected: whether queries are projected once, in a launch before, and not in each program.
     """
 
     warps: int
@@ -48,6 +54,7 @@ class BlockSizes(NamedTuple):
     stages: int
     registers: int | None
     channels: int = 32
+    projected: bool = False
 
 
 # Chosen by what the compiler reports (`tests/kernels/test_compile.py -s`: registers, spills, shared memory;
@@ -56,27 +63,28 @@ class BlockSizes(NamedTuple):
 # (evals/results/gpu_decode_sweep_h200.json); the others have not been timed.
 BLOCK_SIZES = {
     # Bound by bytes, so instructions may be spent: 18 a token at D 128, r 32 against 70 that the bytes leave time for.
-    # At most 168 registers and 70 KiB let three programs share a processor.
-    "plain": BlockSizes(warps=4, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=168),
+    # At most 168 registers and 70 KiB let three programs share a processor. The decoder comes in one load: in four it
+    # takes no fewer registers, and four times as long until the first Key is asked for.
+    "plain": BlockSizes(warps=4, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=168, channels=128),
     # Bound by instructions: several warps would each unpack all codes. One takes 5.1 a token at 4 bits and r 32 (5.8 in
     # blocks of 64). Larger tiles spill beside a text segment of D 128, which then has 32 tokens a block.
     "codes": BlockSizes(warps=1, queries=8, tokens=128, tile=8 * 1024, stages=3, registers=None),
     # In heads of at most `NARROW` channels.
     "8 bit": BlockSizes(warps=1, queries=8, tokens=64, tile=8 * 1024, stages=3, registers=None),
-    # Blocks of 64 tokens spill beside a text segment.
-    "2 bit": BlockSizes(warps=1, queries=8, tokens=64, tile=4 * 1024, stages=3, registers=None),
+    # 8.7 instructions a token at r 64; 15.4 in blocks of 32, whose Values the compiler moves through shared memory.
+    "2 bit": BlockSizes(warps=1, queries=8, tokens=64, tile=8 * 1024, stages=3, registers=None, channels=128),
     # Without tensor cores; with four warps the dense segment needs twice the registers.
     "float32": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=3, registers=None),
     # 64 queries by 64 tokens spill (976 instructions of it at D 128 with a mask), 64 by 32 do not.
     "queries": BlockSizes(warps=4, queries=64, tokens=32, tile=16 * 1024, stages=2, registers=None),
     # Heads of more than `ONE_WARP` channels, codes, too. "plain" spills at rank 128 of 256 on sm_90, whatever registers
-    # it may take; half the tile takes 140, which lets three programs share a processor.
-    "wide": BlockSizes(warps=4, queries=16, tokens=64, tile=16 * 1024, stages=3, registers=None),
+    # it may take; half the tile takes 128, which lets four programs share a processor.
+    "wide": BlockSizes(warps=4, queries=16, tokens=64, tile=16 * 1024, stages=3, registers=None, channels=128),
     # 64 queries by 32 tokens spill with four warps, and take all registers with eight.
     "wide queries": BlockSizes(warps=8, queries=32, tokens=32, tile=32 * 1024, stages=2, registers=None),
     "wide float32": BlockSizes(warps=8, queries=16, tokens=64, tile=16 * 1024, stages=2, registers=None),
     # Of more than `FOUR_WARPS`, where four warps spill, three blocks in flight, and 32 queries.
-    "wider": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=2, registers=None),
+    "wider": BlockSizes(warps=8, queries=16, tokens=64, tile=32 * 1024, stages=2, registers=None, channels=128),
     "wider queries": BlockSizes(warps=8, queries=16, tokens=32, tile=32 * 1024, stages=2, registers=None),
     "wider float32": BlockSizes(warps=16, queries=16, tokens=64, tile=32 * 1024, stages=2, registers=None),
 }
@@ -119,9 +127,12 @@ class Shapes(NamedTuple):
         value_width: of the output.
         query_strides: encoded, in units of their alignment.
         constants, merge_constants: of the two kernels.
+        project_constants: of the kernel that projects queries; None where each program does.
+        projections: numbers of all projected queries of each segment.
+        one_launch: whether the last of the attending programs merges, so that there is no second launch.
         forms, merge_forms: of all segments.
         merge_blocks: of channels of the output.
-        options, merge_options: for Triton.
+        options, project_options, merge_options: for Triton.
     """
 
     segments: list[SegmentShape]
@@ -133,16 +144,25 @@ class Shapes(NamedTuple):
     value_width: int
     query_strides: tuple[int, ...]
     constants: dict[str, Any]
+    project_constants: dict[str, Any] | None
     merge_constants: dict[str, Any]
+    projections: tuple[int, ...]
+    one_launch: bool
     forms: tuple[SegmentForm, ...]
     merge_forms: tuple[MergeForm, ...]
     merge_blocks: int
     options: dict[str, Any]
+    project_options: dict[str, Any]
     merge_options: dict[str, Any]
 
 
-def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None = None) -> Shapes:
-    """Work out what follows from the shapes and strides of checked arguments; `sizes` in place of the table's."""
+def shapes_of(
+    query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes | None = None, *, counted: bool = False
+) -> Shapes:
+    """Work out what follows from the shapes and strides of checked arguments; `sizes` in place of the table's.
+
+    Where ended programs are `counted`, the last merges: those of one query a row, in one launch.
+    """
     batch, q_heads, positions, width = query.shape
     heads = segments[0].heads
     group = q_heads // heads
@@ -162,8 +182,25 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
     align = _alignment(query, *query.stride()[:3])
     # With a slot table the compiler keeps within them by itself, and spills where it is told to; widths per head need
     # more.
+    merge_forms = tuple([shape.merge_form for shape in shaped])
+    last: tuple[LastMerge, ...] = ()
+    if counted and positions == 1 and 0 < len(shaped) <= SEGMENTS_PER_LAUNCH:
+        held = THREAD_NUMBERS * 32 * sizes.warps
+        last = (
+            LastMerge(merge_forms, _power(group), value_width, _block(value_width), held, MERGE_SPLITS, MERGE_STAGES),
+        )
     free = any(segment.slots is not None or isinstance(segment.key_code, HeadCodes) for segment in segments)
     registers = None if free else sizes.registers
+    common = {
+        "G": group,
+        "D": width,
+        "QUERY_ALIGN": align,
+        "TILE_Q": tile_queries,
+        "BLOCK_M": _block(queries),
+    }
+    of_queries = batch * heads * -(-positions // tile_queries) * (PAIRED if paired else _block(queries))
+    forms = tuple([shape.form for shape in shaped])
+    once = sizes.projected and any(form.decoder_stride for form in forms)
     return Shapes(
         segments=shaped,
         batch=batch,
@@ -175,19 +212,28 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
         query_strides=tuple(encode_integer(stride // align) for stride in query.stride()[:3]),
         constants={
             "SINGLE": positions == 1,
-            "G": group,
-            "D": width,
-            "QUERY_ALIGN": align,
-            "TILE_Q": tile_queries,
-            "BLOCK_M": _block(queries),
+            **common,
             "BLOCK_D": _block(width),
             "BLOCK_K": min(sizes.channels, _block(width)),
             "PAIRED": paired,
             "ASSEMBLY": not INTERPRETED and not torch.version.hip,
+            "PROJECTED": once,
+            "MERGE": last,
         },
-        merge_constants={"G": group, "D_V": value_width, "BLOCK_DV": merge_block, "BLOCK_S": MERGE_SPLITS},
-        forms=tuple([shape.form for shape in shaped]),
-        merge_forms=tuple([shape.merge_form for shape in shaped]),
+        project_constants={**common, "BLOCK_K": min(PROJECTED_CHANNELS, _block(width)), "PAIRED": paired}
+        if once
+        else None,
+        merge_constants={
+            "G": group,
+            "D_V": value_width,
+            "BLOCK_DV": merge_block,
+            "NUMBERS": MERGE_NUMBERS,
+            "MOST_S": MERGE_SPLITS,
+        },
+        projections=tuple([of_queries * form.projected if once else 0 for form in forms]),
+        one_launch=bool(last),
+        forms=forms,
+        merge_forms=merge_forms,
         merge_blocks=-(-value_width // merge_block),
         options={
             "num_warps": sizes.warps,
@@ -195,6 +241,7 @@ def shapes_of(query: Tensor, segments: Sequence[SegmentView], sizes: BlockSizes 
             "enable_fp_fusion": True,
             **({} if registers is None or torch.version.hip else {"maxnreg": registers}),
         },
+        project_options={"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True},
         merge_options={"num_warps": 4 if widest else 2, "num_stages": 2, "enable_fp_fusion": True},
     )
 
@@ -283,14 +330,15 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
         columns = -(-widest // block) * block
         align = math.gcd(16 // stored.element_size(), *code.widths)
         runs = [run for part in code.parts for _, run, _ in _runs(part)]
-        heads = HeadTable(columns, math.gcd(16, *runs))
+        digits = _digits(code, columns, block)
+        heads = HeadTable(columns, math.gcd(16, *runs), 3 + 3 * columns + len(digits))
         width = sum(code.widths)
         return StoredForm(
-            blocks=_digit_blocks(code, columns, block),
+            blocks=_digit_blocks(digits, block),
             stride=0,
             align=align,
             heads=heads,
-            table=_head_table(code, columns, align, stored.device),
+            table=_head_table(code, columns, block, align, stored.device),
             head_stride=encode_integer(stored.numel() // width),
             channels=code.channels,
             work=-(-_work(stored, code) // len(code.parts)),
@@ -302,7 +350,7 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
         blocks=_blocks(stored.shape[-1], code),
         stride=stride,
         align=align,
-        heads=HeadTable(0, 1),
+        heads=HeadTable(0, 1, 0),
         table=None,
         head_stride=encode_integer(stored.stride(0) // align),
         channels=stored.shape[-1] if code is None else code.channels,
@@ -315,6 +363,7 @@ def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: t
     keys = _shape_stored(segment.keys, segment.key_code, sizes.warps)
     values = _shape_stored(segment.values, segment.value_code, sizes.warps)
     unpacked = _unpacked(keys.blocks + values.blocks, dtype.itemsize, sizes.warps)
+    tile = min(sizes.tile, ONE_WARP_TILE) if sizes.warps == 1 and not keys.coded and not values.coded else sizes.tile
     mask = segment.mask
     # The lowest finite number stands for "not seen" in additive masks.
     hidden = None if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
@@ -330,10 +379,11 @@ def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: t
         state_width=values.channels,
         mask_stride=0 if mask is None else mask.stride(2) if mask.shape[2] > 1 else 1,
         hidden=hidden,
-        block_n=max(16, min(sizes.tokens, (1 << (sizes.tile // unpacked).bit_length()) // 2)),
+        block_n=max(16, min(sizes.tokens, (1 << (tile // unpacked).bit_length()) // 2)),
         stages=sizes.stages,
         key_heads=keys.heads,
         value_heads=values.heads,
+        projected=sum(block.parts * block.padded for block in keys.blocks) + 1 if key_basis else 0,
     )
     tables = (segment.starts, segment.lengths, segment.basis_rows)
     return SegmentShape(
@@ -362,12 +412,12 @@ def _shape_segment(order: int, segment: SegmentView, sizes: BlockSizes, dtype: t
 def _blocks(columns: int, code: Code | None) -> tuple[Block, ...]:
     """Cut a stored token into blocks: `columns` numbers, or bytes packed as `code` says."""
     if code is None:
-        return (Block(0, 1, 0, columns, _block(columns), 0, 0),)
+        return (Block(0, 1, (0,), 0, columns, _block(columns), 0, 0),)
     assert isinstance(code, CodeLayout)
     blocks: list[Block] = []
     offset = channel = first_part = 0
     for bits, width, parts in _runs(code):
-        blocks.append(Block(bits, parts, offset, width, _block(width), channel, first_part))
+        blocks.append(Block(bits, parts, (bits,), offset, width, _block(width), channel, first_part))
         offset, channel, first_part = offset + width, channel + width * parts, first_part + parts
     return tuple(blocks)
 
@@ -379,27 +429,30 @@ def _runs(code: CodeLayout | Numbers) -> list[tuple[int, int, int]]:
     return [(bits, channels * bits // 8, 8 // bits) for bits, channels in code.blocks]
 
 
-def _digit_blocks(code: HeadCodes, columns: int, width: int) -> tuple[Block, ...]:
-    """Cut a token whose head says what it holds into blocks of `width` columns; see `Block`.
-
-    The bits of a block are the fewest of its columns in any head: they fall, so that the first blocks often have more.
-    """
+def _digits(code: HeadCodes, columns: int, width: int) -> list[list[int]]:
+    """List the fewest bits of each head's codes in each block of `width` columns; -1 where the head ends before it."""
     stored = [[bits for bits, run, _ in _runs(part) for _ in range(run)] for part in code.parts]
+    return [[min(head[offset : offset + width], default=-1) for head in stored] for offset in range(0, columns, width)]
+
+
+def _digit_blocks(digits: list[list[int]], width: int) -> tuple[Block, ...]:
+    """Make the blocks of tokens whose head says what they hold, of `width` columns each; see `Block`."""
     blocks: list[Block] = []
-    for offset in range(0, columns, width):
-        bits = min(bits for head in stored for bits in head[offset : offset + width])
-        parts = 8 // bits if bits else 1
+    for index, of_heads in enumerate(digits):
+        found = tuple(sorted(set(of_heads) - {-1}, reverse=True))
+        parts = 8 // found[-1] if found[-1] else 1
         first_part = blocks[-1].first_part + blocks[-1].parts if blocks else 0
-        blocks.append(Block(bits, parts, offset, 0, width, 0, first_part))
+        blocks.append(Block(found[-1], parts, found, index * width, 0, width, 0, first_part))
     return tuple(blocks)
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _head_table(code: HeadCodes, columns: int, align: int, device: torch.device) -> Tensor:
+def _head_table(code: HeadCodes, columns: int, block: int, align: int, device: torch.device) -> Tensor:
     """Fill the table that a `HeadTable` describes."""
     table = []
     offset = 0
-    for part, width in zip(code.parts, code.widths, strict=True):
+    digits = _digits(code, columns, block)
+    for head, (part, width) in enumerate(zip(code.parts, code.widths, strict=True)):
         of_columns, channel = [], 0
         for bits, run, channels in _runs(part):
             log_bits = (bits or 16).bit_length() - 1
@@ -407,7 +460,9 @@ def _head_table(code: HeadCodes, columns: int, align: int, device: torch.device)
             channel += run * channels
         of_columns += [(0, 0, 0)] * (columns - width)
         table.append(
-            [offset // align, width // align, part.channels, *(n for row in zip(*of_columns, strict=True) for n in row)]
+            [offset // align, width // align, part.channels]
+            + [number for entries in zip(*of_columns, strict=True) for number in entries]
+            + [of_heads[head] for of_heads in digits]
         )
         offset += width
     return torch.tensor(table, dtype=torch.int32, device=device)
@@ -450,4 +505,9 @@ def _alignment(tensor: Tensor, *strides: int) -> int:
 
 def _block(size: int) -> int:
     """Find the power of two, at least the 16 of a matrix product, that holds `size`."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, _power(size))
+
+
+def _power(size: int) -> int:
+    """Find the power of two that holds `size`."""
+    return 1 << (size - 1).bit_length()

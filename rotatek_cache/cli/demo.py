@@ -431,4 +431,4 @@ class _Stopwatch(BaseStreamer):
         self.stamps.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: nothing is left to do."""

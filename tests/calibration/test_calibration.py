@@ -470,15 +470,20 @@ def test_heads_that_are_worth_more_get_more_and_the_whole_budget_is_kept(llava, 
     assert stored["heads", "gain", 0.0] > tokens * heads * (budget - 2)  # what is left is less than a step per head
 
 
-def test_worth_by_hand():
-    state = StateBasis(
+def of_two_directions(step):
+    """A basis of states that lie in two of eight channels, of variances 4 and 1 and gains .5 and 3."""
+    return StateBasis(
         encoder=torch.eye(8)[None],
         decoder=torch.eye(8)[None],
         spectrum=torch.tensor([[4.0, 1.0, *[0.0] * 6]]),
         gain=torch.tensor([[0.5, 3.0, *[1.0] * 6]]),
         low={},
-        step={},
+        step=step,
     )
+
+
+def test_worth_by_hand():
+    state = of_two_directions({})
     assert state.worth("variance")[0, :2].tolist() == [4, 1]
     assert state.worth("gain")[0, :2].tolist() == [2, 3]
     assert state.worth("relative")[0, :2].tolist() == pytest.approx([0.8, 0.2])
@@ -486,14 +491,7 @@ def test_worth_by_hand():
 
 
 def test_codes_leave_what_rounding_does():
-    state = StateBasis(
-        encoder=torch.eye(8)[None],
-        decoder=torch.eye(8)[None],
-        spectrum=torch.tensor([[4.0, 1.0, *[0.0] * 6]]),
-        gain=torch.tensor([[0.5, 3.0, *[1.0] * 6]]),
-        low={},
-        step={2: torch.tensor([[3.0, 6.0, *[0.0] * 6]]), 4: torch.full((1, 8), 0.6)},
-    )
+    state = of_two_directions({2: torch.tensor([[3.0, 6.0, *[0.0] * 6]]), 4: torch.full((1, 8), 0.6)})
     found = state.distortion("gain", (4, 2))[0].T
     # 9 / 12 and .36 / 12 of the first; two bits of the second are no better than none.
     assert found[0].tolist() == pytest.approx([2, 0.375, 0.015]) and found[1].tolist() == pytest.approx([3, 3, 0.09])

@@ -12,7 +12,7 @@ import ways
 from checks import NOT_POSSIBLE, decode, possible, reached_storages, same
 from hosts import Host, build_host
 from recorded_graph import RecordedGraph, attend_on_device
-from tiny_models import IMAGE, Prompt, words
+from tiny_parts import IMAGE, Prompt, words
 from torch import Tensor
 from transformers import DynamicCache
 

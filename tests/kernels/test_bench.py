@@ -120,18 +120,20 @@ def test_roofline_by_hand():
 
 
 def test_candidates_are_judged_by_hand():
-    from evals.bench.block_sizes import judged
+    from evals.bench.block_sizes import Candidate, judged
     from evals.bench.roofline import H200
     from rotatek_kernels.resources import Resources
     from rotatek_kernels.shapes import BLOCK_SIZES
 
     found = Resources(160, 0, 70000, {16: 8}, [320, 40], 2000, asynchronous=True, token_loop=320)
     sizes = BLOCK_SIZES["plain"]._replace(warps=4, stages=3)
-    one = judged(found, sizes, 64, 320, H200)
+    one = judged(found, Candidate(sizes), 64, 320, H200)
     assert one["instructions a token"] == 20
     assert one["programs a multiprocessor"] == 3  # of 228 KiB; registers would hold 3 too
     assert one["KiB in flight"] == 3 * 2 * 64 * 320 / 1024
     assert one["ps a token"] == pytest.approx(320 / 4.8)
-    few = judged(found, sizes._replace(stages=2), 16, 32, H200)  # 1,536 bytes on their way, 29 KB would fill the memory
+    few = judged(
+        found, Candidate(sizes._replace(stages=2)), 16, 32, H200
+    )  # 1,536 bytes on their way, 29 KB would fill the memory
     assert few["ps a token"] == pytest.approx(4.8e12 / 132 * 8e-7 / 1536 * 32 / 4.8, rel=1e-3)
-    assert judged(Resources(255, 3, 0, {}, [9], 9), sizes, 64, 320, H200)["ps a token"] == float("inf")
+    assert judged(Resources(255, 3, 0, {}, [9], 9), Candidate(sizes), 64, 320, H200)["ps a token"] == float("inf")

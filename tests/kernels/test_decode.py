@@ -123,6 +123,69 @@ def test_a_scale_may_be_negative_or_zero(scale):
     assert_within_budget(decode_attention(query, segments, scale), query, segments, scale)
 
 
+@pytest.mark.parametrize(
+    ("case", "splits"),
+    [
+        ("heads-mixed-bits", "chosen"),
+        ("int8-basis", "chosen"),
+        ("width128-rank32-ragged", "many"),
+        ("row-with-nothing", "many"),
+    ],
+)
+def test_the_last_program_merges_in_every_replay(case, splits, request):
+    if splits == "many":  # of which short rows leave some empty
+        request.getfixturevalue("many_splits")
+    case = CASES[case]
+    query, segments = draw(case, torch.float16, DEVICE)
+    needed = query.shape[0] * segments[0].heads
+    counters = torch.zeros(needed + 1, dtype=torch.int32, device=DEVICE)
+    state = decode_attention(query, segments, case.scale, counters=counters)
+    assert_within_budget(state, query, segments, case.scale)
+    assert not counters.any()
+    for first, again in zip(state, decode_attention(query, segments, case.scale, counters=counters), strict=True):
+        assert torch.equal(first, again)
+    counters[:needed] = -1  # the last program is not the last by this count
+    spoilt, _ = decode_attention(query, segments, case.scale, counters=counters)
+    assert spoilt.isnan().all()
+
+
+@pytest.mark.parametrize("case", ["heads-mixed-bits", "width128-rank32-ragged", "queries-masked", "int8-basis"])
+def test_queries_may_be_projected_once(case):
+    case = CASES[case]
+    query, segments = draw(case, torch.float16, DEVICE)
+    sizes = shapes.sizes_of(query, segments)._replace(projected=True)
+    assert len(decode.plan(shapes.shapes_of(query, segments, sizes), query, segments, 1.0, 4)[0]) == 3
+    state = decode_attention(query, segments, -case.scale, sizes=sizes)
+    assert_within_budget(state, query, segments, -case.scale)
+
+
+def test_several_queries_a_row_are_merged_by_a_launch_of_its_own():
+    case = CASES["queries-masked"]
+    query, segments = draw(case, torch.float16, DEVICE)
+    counters = torch.full((1000,), 7, dtype=torch.int32, device=DEVICE)
+    assert_within_budget(decode_attention(query, segments, case.scale, counters=counters), query, segments, case.scale)
+    assert (counters == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("counters", "error", "message"),
+    [
+        (torch.zeros(64), TypeError, r"counters must be a tensor of int32, got torch\.float32"),
+        (torch.zeros(1, dtype=torch.int32), ValueError, r"at least \d+ side by side, got shape \(1,\) with strides"),
+        (
+            torch.zeros(64, dtype=torch.int32, device="meta"),
+            ValueError,
+            r"on the device of the query, c\w+(:0)?, got meta",
+        ),
+    ],
+    ids=["dtype", "few", "device"],
+)
+def test_counters_that_do_not_fit_are_named(counters, error, message):
+    query, segments = draw(CASES["bool-mask"], torch.float16, DEVICE)
+    with pytest.raises(error, match=message):
+        decode_attention(query, segments, 0.125, counters=counters)
+
+
 def test_codes_an_odd_number_of_bytes_apart_go_to_torch():
     query, (visual,) = draw(CASES["codes-2-bit-no-text"], torch.float16, DEVICE)
     odd = dataclasses.replace(visual, keys=torch.nn.functional.pad(visual.keys, (0, 1))[..., :-1])
@@ -166,23 +229,27 @@ def test_a_step_never_waits_for_the_host_and_can_be_captured():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("launches", [1, 2])
 @pytest.mark.parametrize("case", ["codes-4-bit", "heads-mixed-bits", "two-images", "pool", "queries-masked"])
-def test_a_captured_step_goes_on_as_rows_grow_on_the_device(case):
+def test_a_captured_step_goes_on_as_rows_grow_on_the_device(case, launches):
     case = CASES[case]
     query, segments = draw(case, torch.bfloat16, DEVICE)
+    counters = torch.zeros(1000, dtype=torch.int32, device=DEVICE) if launches == 1 else None
     grown = [segment.lengths.clone() for segment in segments]
     for segment in segments:
         segment.lengths.clamp_(max=1)
-    decode_attention(query, segments, case.scale)  # compiles, and makes what later steps use again
+    decode_attention(query, segments, case.scale, counters=counters)  # compiles, and makes what later steps use again
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        state = decode_attention(query, segments, case.scale)
+        state = decode_attention(query, segments, case.scale, counters=counters)
     for step in range(1, int(max(map(torch.Tensor.max, grown))) + 1, 7):
         for segment, most in zip(segments, grown, strict=True):
             segment.lengths.copy_(most.clamp(max=step))
         query.normal_()
         graph.replay()
-        for replayed, called in zip(state, decode_attention(query, segments, case.scale), strict=True):
+        for replayed, called in zip(
+            state, decode_attention(query, segments, case.scale, counters=counters), strict=True
+        ):
             assert torch.equal(replayed, called)
         fresh = [dataclasses.replace(segment) for segment in segments]  # without ranges read in an earlier step
         assert_within_budget(state, query, fresh, case.scale)
