@@ -43,8 +43,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from evals.bench.gpu import commit, hardware, versions
 from evals.bench.gpu_kernel import Item
+from evals.bench.machine import commit, hardware, versions
 from evals.bench.workload import build, draw_prompt, make_cache, read_prompt, spread, switch_attention
 from evals.store import rounded, write_json
 from rotatek_cache.cache.coordinator import Coordinator
