@@ -7,7 +7,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRANSFORMERS_VERSION := $(shell sed -n 's/^transformers==//p' constraints.txt)
 # Arguments for pytest, such as ARGS="tests/cli -x".
-ARGS ?= -n auto --maxprocesses=8
+ARGS ?= -n auto --maxprocesses=8 --dist worksteal
 # Where `test-sglang` keeps SGLang and its versions of everything, and its arguments for pytest: two servers at a time,
 # one of each module or class.
 SGLANG_VENV ?= .venv-sglang
@@ -33,6 +33,8 @@ CPP := kernels/rotatek_kernels/cpu/*
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Bytecode is made of what is imported, when it first is: to make it of all that is installed takes most of the time.
+INSTALL := $(PIP) install --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sglang test test-hosts test-sglang test-lmms evals-quick gpu gpu-compiled report lint format clean
@@ -100,7 +102,7 @@ format: $(VENV)/.dev  ## Format the code
 
 # On CPU builds of torch the torchvision of lmms-eval cannot be imported, and transformers would try.
 $(VENV)/.lmms: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --quiet -c constraints.txt -e ".[dev,lmms]"
+	$(INSTALL) --quiet --quiet -c constraints.txt -e ".[dev,lmms]"
 	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
 		$(PIP) uninstall --quiet --yes torchvision timm; fi
 	@touch $@
@@ -108,7 +110,7 @@ $(VENV)/.lmms: $(VENV)/.torch pyproject.toml
 # An older transformers wants an older hub client.
 $(VENV)/.host: $(VENV)/.torch pyproject.toml
 	sed -E '/^(transformers|huggingface_hub)==/d' constraints.txt > $(VENV)/constraints.txt
-	$(PIP) install --quiet --quiet -c $(VENV)/constraints.txt "transformers==$(notdir $(VENV))" -e ".[dev]"
+	$(INSTALL) --quiet --quiet -c $(VENV)/constraints.txt "transformers==$(notdir $(VENV))" -e ".[dev]"
 	@touch $@
 
 clean:  ## Remove what these commands made
@@ -121,18 +123,18 @@ $(VENV)/.torch: constraints.txt
 		{ echo 'Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo 'Python lacks venv (on Debian: apt install python3-venv)' >&2; exit 1; }
 	@if nvidia-smi >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then \
-		set -x; $(PIP) install torch==$(TORCH_VERSION) -c constraints.txt; \
-	elif $(PIP) install --quiet --no-index --no-deps torch==$(TORCH_VERSION) 2>/dev/null; then \
+		set -x; $(INSTALL) torch==$(TORCH_VERSION) -c constraints.txt; \
+	elif $(INSTALL) --quiet --no-index --no-deps torch==$(TORCH_VERSION) 2>/dev/null; then \
 		echo 'torch $(TORCH_VERSION) installed from a local wheel'; \
 	elif [ -n "$(TORCH_INDEX)" ] && $(BIN)/python -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=10)' \
 			"$(TORCH_INDEX)/torch/" 2>/dev/null; then \
-		set -x; $(PIP) install torch==$(TORCH_VERSION)+cpu -c constraints.txt --extra-index-url "$(TORCH_INDEX)"; \
+		set -x; $(INSTALL) torch==$(TORCH_VERSION)+cpu -c constraints.txt --extra-index-url "$(TORCH_INDEX)"; \
 	else \
-		set -x; $(PIP) install torch==$(TORCH_VERSION) -c constraints.txt; \
+		set -x; $(INSTALL) torch==$(TORCH_VERSION) -c constraints.txt; \
 	fi
 	@touch $@
 
 $(VENV)/.demo $(VENV)/.evals $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	@echo 'Installing into $(VENV), some minutes the first time'
-	$(PIP) install --quiet --quiet -c constraints.txt -e ".[$*]"
+	$(INSTALL) --quiet --quiet -c constraints.txt -e ".[$*]"
 	@touch $@

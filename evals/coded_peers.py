@@ -55,7 +55,9 @@ from rotatek_cache.hf.calls import cache_argument
 SETTINGS = Path(__file__).parent / "settings" / "coded_peers.yaml"
 PARTS = ("answers", "text", "bytes")
 SOURCES = ("same book", "other text")
-FILES = ("rows", "weighted", "oscar")
+OURS = {"rows": ("pca", "pca"), "weighted": ("oblique", "output"), "fisher": ("fisher", "fisher")}
+FILES = (*OURS, "oscar")
+BEST = "ours, weighted by answers, bits over heads: "  # what peers are held against
 BITS_AGREE = 0.01  # of two rows that have the same bits but for padding
 FILE_OPTIONS = {"basis", "rotations"}  # whose values are of them
 Rows = dict[str, dict[str, Any]]
@@ -112,10 +114,10 @@ def stored_bits(cache: Cache, recorder: RecordingCache) -> tuple[float, float]:
 
 
 def against(name: str, bits: dict[str, float]) -> str | None:
-    """Find the row of ours with the most bits that has no more than the row `name`; None for ours, or without one."""
+    """Find the `BEST` row with the most bits that has no more than the row `name`; None for ours, or without one."""
     if name.startswith(("ours", "dense")):
         return None
-    ours = [row for row in bits if row.startswith("ours: ") and bits[row] <= bits[name] + BITS_AGREE]
+    ours = [row for row in bits if row.startswith(BEST) and bits[row] <= bits[name] + BITS_AGREE]
     return max(ours, key=lambda row: bits[row]) if ours else None
 
 
@@ -124,7 +126,10 @@ def answers(args: argparse.Namespace, methods: Rows) -> dict[str, Any]:
     """Score all rows on drawn pages."""
     reader = READERS[args.reader]
     chat = fidelity.load(None if args.reader == "reader" else reader.path())
-    files = {name: args.files / f"{reader.name}_{name}.safetensors" for name in FILES}
+    written = dict.fromkeys(FILES) | {
+        "fisher": "fisher_rows"
+    }  # by evals.reader.calibrate; "fisher" serves images alone
+    files = {name: args.files / f"{reader.name}_{written[name] or name}.safetensors" for name in FILES}
     rows = {"dense": {"cache": "recorded"}, **{name: with_files(options, files) for name, options in methods.items()}}
     exact: dict[str, dict[str, list[float]]] = {name: {} for name in rows}
     divergence: dict[str, dict[str, list[float]]] = {name: {} for name in rows}
@@ -292,8 +297,8 @@ def calibrated(model: Any, prompts: Sequence[dict[str, Tensor]], folder: Path, s
     state = Calibration(fingerprint(model), model.config.model_type)
     calibrate(model, tqdm(prompts, desc=f"calibrating on {source}"), state, text=True)
     files = {name: folder / f"{name}.safetensors" for name in FILES}
-    state.write_basis(files["rows"], source=source)
-    state.write_basis(files["weighted"], source=source, method="oblique", value_method="output")
+    for name, (method, value_method) in OURS.items():
+        state.write_basis(files[name], source=source, method=method, value_method=value_method)
     oscar.fit(recorded(model, prompts), files["oscar"])
     return files
 
@@ -307,8 +312,8 @@ def layout_bytes(args: argparse.Namespace, methods: Rows) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.safetensors" for name in FILES}
-        coded_bytes.basis(files["rows"])
-        coded_bytes.basis(files["weighted"])
+        for name in OURS:
+            coded_bytes.basis(files[name])
         drawn = torch.randn(3, 1, heads, 8, width, generator=torch.Generator().manual_seed(0))
         oscar.fit(
             [{layer: (drawn[0], drawn[1], drawn[2].repeat(1, 4, 1, 1)) for layer in range(layers)}], files["oscar"]

@@ -351,7 +351,7 @@ def bootstrap(losses: np.ndarray, seed: int = 0, rounds: int = 4000) -> tuple[fl
 
 @functools.cache
 def load(name: str | None) -> Chat:
-    """The attached model with its processor, once per process."""
+    """Load a model and its processor, attached, once per process."""
     return Chat.load(name, template_needed=False)
 
 

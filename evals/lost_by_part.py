@@ -3,7 +3,9 @@
     python -m evals.lost_by_part --second count --out evals/results/lost_by_part.json
     python -m evals.lost_by_part --reader smol --basis runs/smol_basis.safetensors --bits 60 --only Values first others
 
-Parts are the Keys or the Values of one layer, with the codes of `key_bits="auto"` and the same bits for all heads. For
+Parts are the Keys or the Values of one layer, with the codes of `key_bits="auto"` and the same bits for all heads.
+Beside the KL of a part stands its price by the basis file, from the answers that it was calibrated on; it takes errors
+of tokens as independent and tokens as drawn at a temperature, so that prices compare with each other only. For
 the Keys of the first layer also: what all bits give as codes of 2 bits, what rounding does to those without clipping,
 and clipping without rounding. Pages are drawn from the seeds for choosing; the first question asks by address.
 """
@@ -26,7 +28,7 @@ from evals.store import rounded, write_json
 from rotatek_cache import RotateKCache
 from rotatek_cache.codecs.basis_file import load_basis
 from rotatek_cache.codecs.shared_basis import CalibratedBasis, HeadBudget, StateBasis
-from rotatek_cache.core.quantization import CHANNEL_BLOCK, CodeLayout
+from rotatek_cache.core.quantization import BITS, CHANNEL_BLOCK, CodeLayout
 from rotatek_cache.options import UNIFORM
 
 Part = tuple[int, str]  # layer, "key" or "value"
@@ -47,6 +49,27 @@ def coded(state: StateBasis, code: CodeLayout, *, rounding: bool = True, clippin
         return (found * step + low) @ decoder.mT + mean
 
     return change
+
+
+def price(state: StateBasis, code: CodeLayout) -> float:
+    """Sum what the file says that codes cost: half the gain times the distortion, over heads and coefficients."""
+    prices = state.distortion("gain", BITS).double()
+    cost, start = float(prices[:, 0, code.channels :].sum()), 0
+    for bits, channels in code.blocks:
+        cost += float(prices[:, 1 + sorted(BITS).index(bits), start : start + channels].sum())
+        start += channels
+    return cost / 2
+
+
+def prices_of_parts(file: CalibratedBasis, bits: int) -> dict[str, float]:
+    """Name the parts that `rows` codes alone, with the price of each."""
+    found = {}
+    for layer in file.layers:
+        for which in ("key", "value"):
+            code = file.code(layer, which, "auto", HeadBudget(bits=bits), UNIFORM)
+            assert isinstance(code, CodeLayout)
+            found[f"{which}s of layer {layer}"] = price(file.state(layer, which), code)
+    return found
 
 
 def rows(file: CalibratedBasis, bits: int) -> Iterator[tuple[str, dict[Part, Change]]]:
@@ -135,13 +158,22 @@ def main() -> None:
         made = ((name, part) for name, part in rows(file, args.bits) if any(word in name for word in wanted))
         score_batch(chat.model, batch, scores, made)
     dense = torch.tensor(scores["dense"].exact[1])
-    found = []
+    found: list[dict[str, Any]] = []
+    prices = prices_of_parts(file, args.bits)
     for name, row in scores.items():
         losses = dense - torch.tensor(row.exact[1])
         divergence = sum(row.divergence[1]) / len(losses)
         low, high = bootstrap(losses.numpy())
         found.append({"coded": name, "loss": losses.mean().item(), "loss_95": [low, high], "kl": divergence})
-        print(f"{name:52} {100 * losses.mean():6.2f} [{100 * low:.1f}, {100 * high:.1f}]  KL {divergence:.4f}")
+        told = ""
+        if name in prices:
+            found[-1]["price"] = prices[name]
+            told = f"  price {prices[name]:.2e}"
+        print(f"{name:52} {100 * losses.mean():6.2f} [{100 * low:.1f}, {100 * high:.1f}]  KL {divergence:.6f}{told}")
+    measured = torch.tensor([row["kl"] for row in found if "price" in row])
+    if len(measured) > 1:
+        ranks = [given.argsort().argsort().double() for given in (measured, torch.tensor(list(prices.values())))]
+        print(f"rank correlation of KL and price: {torch.corrcoef(torch.stack(ranks))[0, 1]:.2f}")
     if args.out is not None:
         setting = {
             "reader": args.reader,

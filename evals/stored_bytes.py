@@ -57,7 +57,7 @@ def rows_of(reader: Reader) -> list[dict[str, Any]]:
                 value_bits="auto",
                 allocation="heads",
             )
-            model.generate(**inputs, past_key_values=cache, max_new_tokens=2, do_sample=False)
+            model.generate(**inputs, cache=cache, max_new_tokens=2, do_sample=False)
             stored = sum(visual_bytes(cache, visual))
             shared = cache.shared_nbytes()
             over = {str(count): count * dense / (count * stored + shared) for count in REQUESTS}

@@ -41,7 +41,7 @@ from rotatek_cache.calibration.gather import calibrate
 from rotatek_cache.calibration.moments import KEY_METHODS, VALUE_METHODS, Calibration
 from rotatek_cache.codecs.fingerprint import fingerprint
 from rotatek_cache.hf.attention import NAME
-from rotatek_cache.hf.cache import storage_bytes
+from rotatek_cache.hf.storage import storage_bytes
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BOOK = "3rdparty/libbacktrace/Isaac.Newton-Opticks.txt"
@@ -118,7 +118,7 @@ class Score:
         self.count += kl.numel()
 
     def summary(self) -> dict[str, Any]:
-        """Perplexity, KL (nats a token) with its standard error over passages, share of equal predictions, bytes."""
+        """Sum up perplexity, KL (nats a token) with its standard error over passages, equal predictions, bytes."""
         spread = float(torch.tensor(self.kls).std()) / math.sqrt(len(self.kls)) if len(self.kls) > 1 else math.nan
         return {
             "perplexity": math.exp(self.nll / self.count),

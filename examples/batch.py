@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processor_kwargs={"padding": True},
     )
     cache = RotateKCache(sparsity=0.75)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=32, do_sample=False)
+    output = model.generate(**inputs, cache=cache, max_new_tokens=32, do_sample=False)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     for question, answer in zip(args.questions, answers, strict=True):
         print(f"{question} {answer.strip()}")

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     budget = int(args.budget) if args.budget.isdigit() else args.budget
     cache = RotateKCache(budget=budget, tokens="divprune")
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=32, do_sample=False)
+    output = model.generate(**inputs, cache=cache, max_new_tokens=32, do_sample=False)
     print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     print(cache.report())
 

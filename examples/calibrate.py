@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     cache = RotateKCache(basis=args.out, sparsity=0.75, value_sparsity=0.75)
     inputs = next(prompts(processor, images, args.questions))
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=32, do_sample=False)
+    output = model.generate(**inputs, cache=cache, max_new_tokens=32, do_sample=False)
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print(f"{args.questions[0]} {answer.strip()}")
     print(cache.report())

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if turn > 0:
             inputs.pop("pixel_values")  # the image is in the cache
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=32, do_sample=False)
+        output = model.generate(**inputs, cache=cache, max_new_tokens=32, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         print(f"{question} {answer}")

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = Image.open(args.image).convert("RGB")
     prompt = processor(images=[page], text=before, return_tensors="pt", add_special_tokens=not has_begin)
     cache = RotateKCache(sparsity=0.75, basis="pca")
-    model.generate(**prompt, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    model.generate(**prompt, cache=cache, max_new_tokens=1, do_sample=False)
     cache.seal()  # where nothing follows the image
 
     # The questions, without the image: it is in the cache.
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     answers = processor.batch_decode(output[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
     for question, answer in zip(args.questions, answers, strict=True):
         print(f"{question} {answer.strip()}")
-    more = asked["past_key_values"].nbytes(beside=cache)
+    more = asked["cache"].nbytes(beside=cache)
     print(f"{cache.nbytes():,} bytes for the prompt, {more:,} more for {len(answers)} questions and answers")
 
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         conversation, turn = render(messages), render(messages[-1:])
         inputs = {name: value for name, value in turn.items() if name not in OF_TOKENS}
         inputs |= {name: conversation[name] for name in OF_TOKENS if name in conversation}
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=32, do_sample=False)
+        output = model.generate(**inputs, cache=cache, max_new_tokens=32, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         print(f"{question} {answer}")

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return_tensors="pt",
     )
     for cache in (DynamicCache(), RotateKCache(sparsity=args.sparsity)):
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=32, do_sample=False)
+        output = model.generate(**inputs, cache=cache, max_new_tokens=32, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         print(f"{type(cache).__name__}: {answer.strip()}")
     print(cache.report())

@@ -38,7 +38,7 @@ def read_page(model: Any, processor: Any, image: Path) -> RotateKCache:
     page = Image.open(image).convert("RGB")
     inputs = processor(images=[page], text=before, return_tensors="pt", add_special_tokens=not has_begin)
     cache = RotateKCache(sparsity=0.75, basis="pca")
-    model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    model.generate(**inputs, cache=cache, max_new_tokens=1, do_sample=False)
     cache.seal()  # where nothing follows the image
     return cache
 

@@ -4,7 +4,6 @@
 of the SGLang adapter are made of the same texts.
 """
 
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -33,20 +32,18 @@ class Allocation(NamedTuple):
         worth: what a coefficient's distortion costs: its variance, its variance times what it adds to the squared error
             of logits or outputs ("gain"), or its share of its head's variance ("relative").
         floor: share in [0, 1] of an equal part that each head gets in any case.
-        first: factor on what the first layer's distortion costs, above 0: all later layers read what it made.
     """
 
     over: Literal["uniform", "layers", "heads"] = "uniform"
     worth: Worth = "gain"
-    floor: float = 0.75
-    first: float = 10.0
+    floor: float = 0.25
 
     @classmethod
     def of(cls, given: object) -> "Allocation":
         """Make an allocation from its name, or from a sequence of its attributes; errors name what was expected."""
         parts = (given,) if isinstance(given, str) else given
         if not isinstance(parts, Sequence) or not 1 <= len(parts) <= len(cls._fields):
-            raise TypeError(f"allocation must be a name or (over, worth, floor, first), got {given!r}")
+            raise TypeError(f"allocation must be a name or (over, worth, floor), got {given!r}")
         found = cls(*parts)
         if found.over not in ("uniform", "layers", "heads"):
             raise ValueError(f"allocation must be 'uniform', 'layers' or 'heads', got {found.over!r}")
@@ -54,8 +51,6 @@ class Allocation(NamedTuple):
             raise ValueError(f"allocation's worth must be 'gain', 'variance' or 'relative', got {found.worth!r}")
         if isinstance(found.floor, bool) or not isinstance(found.floor, int | float) or not 0 <= found.floor <= 1:
             raise ValueError(f"allocation's floor must be in [0, 1], got {found.floor!r}")
-        if isinstance(found.first, bool) or not isinstance(found.first, int | float) or not 0 < found.first < math.inf:
-            raise ValueError(f"allocation's first must be a finite number above 0, got {found.first!r}")
         return found
 
 

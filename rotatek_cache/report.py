@@ -170,7 +170,7 @@ class SavedBytes:
 
 
 def readable_bytes(count: int) -> str:
-    """`count` bytes in B, KiB, MiB or GiB."""
+    """Write `count` bytes in B, KiB, MiB or GiB."""
     size = float(count)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

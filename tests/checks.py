@@ -6,8 +6,9 @@ import pytest
 import torch
 import ways
 from hosts import Host, build_host
-from tiny_models import FAMILIES, TRANSFORMERS
+from tiny_models import FAMILIES
 from tiny_more import EVERY
+from tiny_parts import TRANSFORMERS, visual_positions
 from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache
@@ -83,6 +84,28 @@ def decode(host: Host, inputs: dict[str, torch.Tensor], cache: RotateKCache, tok
             ).logits
         )
     return torch.cat(out, 1)
+
+
+class PromptInParts:
+    """A padded batch read in parts, whose image waits for its end, with a budget to be divided when it comes."""
+
+    def __init__(self, host: Host) -> None:
+        self.host, self.inputs = host, ways.padded(host.tiny)
+        self.embeds = host.plain.get_input_embeddings()(self.inputs["input_ids"])
+        self.cache = RotateKCache(budget="0.95x", visual_mask=visual_positions(self.inputs["input_ids"]))
+        self.read(self.cache, 0, 40)
+
+    def read(self, cache: RotateKCache, begin: int, end: int) -> torch.Tensor:
+        """Logits of a part."""
+        mask = self.inputs["attention_mask"][:, :end]
+        embeds = self.embeds[:, begin:end]
+        return self.host.attached(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache).logits
+
+    def check(self, copied: RotateKCache) -> None:
+        """Check that a copy goes on with the prompt's end as the cache does."""
+        end = self.embeds.shape[1]
+        assert torch.equal(self.read(copied, 40, end), self.read(self.cache, 40, end))
+        assert copied.nbytes() == self.cache.nbytes()
 
 
 def reached_storages(held, found, seen):

@@ -2,11 +2,12 @@
 
 import copy
 import functools
+import gc
 from dataclasses import dataclass
 
 import torch
-from tiny_models import Tiny
 from tiny_more import EVERY
+from tiny_parts import Tiny
 
 from rotatek_cache import attach
 
@@ -25,4 +26,6 @@ def build_host(name: str) -> Host:
     """The `Host` of the family `name`; a test that changes a model takes a copy."""
     tiny = EVERY[name]
     plain = tiny.build()
-    return Host(tiny, plain, attach(copy.deepcopy(plain)))
+    host = Host(tiny, plain, attach(copy.deepcopy(plain)))
+    gc.freeze()  # it stays, and no collection has to go through it
+    return host

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,12 @@ def run(capsys):
         spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.main([str(argument) for argument in arguments])
-        return capsys.readouterr().out.splitlines()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # what a user copies is not to be replaced soon
+            module.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "deprecated" not in err, err
+        return out.splitlines()
 
     return run_example
 

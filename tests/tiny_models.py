@@ -5,503 +5,57 @@ peaked (a random model of the usual tiny weights attends almost uniformly, and w
 enough visual tokens that a segment is worth compressing.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-import transformers
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
-
-VOCAB = 200
-PAD, BOS = 0, 1
-IMAGE, VIDEO, OPEN, CLOSE, BREAK, END = 190, 191, 192, 193, 194, 195  # never drawn as text
-SPECIAL = (PAD, IMAGE, VIDEO, OPEN, CLOSE, BREAK, END)
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": None,
-    "tie_word_embeddings": False,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_channels": 3,
-}
-
-
-@dataclass
-class Prompt:
-    """Ids of one sequence and the visual content behind its placeholders, in order."""
-
-    ids: list[int]
-    images: list[Any] = field(default_factory=list)
-    videos: list[Any] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A family: how to build its model, and how to write prompts for it.
-
-    Args:
-        config: the config, from nothing.
-        image: one image of a size class (0, 1, ...): its ids (placeholders and what surrounds them), and its content.
-        collate: model arguments from the images of all rows: list of rows, each a list of contents.
-        sizes: how many size classes differ in their number of visual tokens.
-        token_types: name of the argument with the modality of each token, if the family has one.
-        grids: name of the argument with the grids of images, which its positions follow from.
-        linear: whether it has layers of linear attention.
-        like: a family that shares its cache's layers and is tested in all ways of calling; this one is in some.
-    """
-
-    name: str
-    config: Callable[[], Any]
-    image: Callable[[int, torch.Generator], tuple[list[int], Any]]
-    collate: Callable[[list[list[Any]]], dict[str, Tensor]]
-    sizes: int = 1
-    token_types: str | None = None
-    image_first: bool = False
-    grids: str = "image_grid_thw"
-    linear: bool = False
-    like: str = ""
-    video: Callable[[int, torch.Generator], tuple[list[int], Any]] | None = None
-    collate_video: Callable[[list[list[Any]]], dict[str, Tensor]] | None = None
-
-    @property
-    def needs_config(self) -> bool:
-        """Whether a cache has to know its layers: some keep no Keys of their own."""
-        return self.linear or bool(getattr(self.config().get_text_config(decoder=True), "num_kv_shared_layers", 0))
-
-    @property
-    def model_type(self) -> str:
-        """The family's name in the library's table."""
-        return str(self.config().model_type)
-
-    def build(self) -> PreTrainedModel:
-        """The model with seeded weights, in eval mode, on the stock attention of transformers."""
-        config = self.config()
-        for part in (config, config.get_text_config(decoder=True)):
-            part.eos_token_id = None
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # for what `_draw_weights` leaves as it is
-            model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
-        _draw_weights(model)
-        generation = model.generation_config
-        generation.eos_token_id, generation.pad_token_id, generation.bos_token_id = None, PAD, BOS
-        generation.suppress_tokens = list(SPECIAL)
-        return model.eval()
-
-    def prompt(
-        self, seed: int = 0, images: Sequence[int] = (0,), text: int = 9, tail: int = 7, videos: int = 0
-    ) -> Prompt:
-        """A sequence: BOS, text, one image per entry of `images` (its size class) with text between, a question."""
-        generator = torch.Generator().manual_seed(seed)
-        prompt = Prompt([] if self.image_first else [BOS, *_words(text, generator)])
-        for number, size in enumerate(images):
-            if number and not self.image_first:
-                prompt.ids += _words(2, generator)
-            ids, content = self.image(size % self.sizes, generator)
-            prompt.ids += ids
-            prompt.images.append(content)
-        for number in range(videos):
-            assert self.video is not None
-            ids, content = self.video(number, generator)
-            prompt.ids += ids
-            prompt.videos.append(content)
-        if self.image_first:
-            prompt.ids += [BOS]
-        prompt.ids += _words(tail, generator)
-        return prompt
-
-    def inputs(self, *prompts: Prompt) -> dict[str, Tensor]:
-        """Arguments of `generate` for a batch of prompts, padded on the left."""
-        length = max(len(prompt.ids) for prompt in prompts)
-        ids = torch.tensor([[PAD] * (length - len(prompt.ids)) + prompt.ids for prompt in prompts])
-        mask = torch.tensor([[0] * (length - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts])
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if self.token_types == "mm_token_type_ids":
-            inputs[self.token_types] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-        elif self.token_types == "token_type_ids":
-            inputs[self.token_types] = torch.zeros_like(ids) if self.image_first else (ids == IMAGE).long()
-        if any(prompt.images for prompt in prompts):
-            inputs |= self.collate([prompt.images for prompt in prompts])
-        if any(prompt.videos for prompt in prompts):
-            assert self.collate_video is not None
-            inputs |= self.collate_video([prompt.videos for prompt in prompts])
-        return inputs
-
-
-def visual_positions(input_ids: Tensor) -> Tensor:
-    """bool ``[B, n]``: which ids are placeholders."""
-    return (input_ids == IMAGE) | (input_ids == VIDEO)
-
-
-def words(count: int, seed: int) -> list[int]:
-    """`count` ids of ordinary text."""
-    return _words(count, torch.Generator().manual_seed(seed))
-
-
-def _words(count: int, generator: torch.Generator) -> list[int]:
-    return torch.randint(10, IMAGE, (count,), generator=generator).tolist()
-
-
-def _draw_weights(model: PreTrainedModel) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                fan_in = parameter[0].numel() if "embed_tokens" not in name else 1
-                gain = 1.6 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0
-                parameter.normal_(0, gain / math.sqrt(fan_in), generator=generator)
-            elif "q_norm" in name or "k_norm" in name:
-                parameter.add_(1.0)
-            elif "norm" not in name and "bias" in name:
-                parameter.normal_(0, 0.1, generator=generator)
-
-
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-def _pixels(*shape: int, generator: torch.Generator) -> Tensor:
-    # A smooth image and noise: patches differ, and the mean is not zero.
-    return torch.rand(*shape, generator=generator) * 2 - 0.3
-
-
-def _square(tokens: int, side: int) -> Callable[[int, torch.Generator], tuple[list[int], Tensor]]:
-    """One image ``[3, side, side]`` per size class n, as n + 1 tiles of `tokens` placeholders each."""
-
-    def image(size: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
-        return [IMAGE] * tokens * (size + 1), _pixels(size + 1, 3, side, side, generator=generator)
-
-    return image
-
-
-def _stack(rows: list[list[Tensor]]) -> dict[str, Tensor]:
-    return {"pixel_values": torch.cat([image for row in rows for image in row])}
-
-
-def _stack_tiles(rows: list[list[Tensor]]) -> dict[str, Tensor]:
-    """PerceptionLM: ``[images, tiles, 3, H, W]``."""
-    return {"pixel_values": torch.stack([image for row in rows for image in row])}
-
-
-def _by_row(rows: list[list[Tensor]]) -> dict[str, Tensor]:
-    """Idefics: ``[B, images, 3, H, W]``, absent images zero."""
-    side = next(image for row in rows for image in row).shape[-1]
-    stacked = [torch.cat([torch.zeros(0, 3, side, side), *row]) for row in rows]
-    most = max(len(images) for images in stacked)
-    pixels = torch.stack([torch.cat([x, torch.zeros(most - len(x), 3, side, side)]) for x in stacked])
-    return {
-        "pixel_values": pixels,
-        "pixel_attention_mask": torch.ones(pixels.shape[0], most, side, side, dtype=torch.bool),
-    }
-
-
-def _wrapped(image: Callable[[int, torch.Generator], tuple[list[int], Any]]) -> Callable[..., tuple[list[int], Any]]:
-    def wrapped(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
-        ids, content = image(size, generator)
-        return [OPEN, *ids, CLOSE], content
-
-    return wrapped
-
-
-_GRIDS = ((1, 16, 16), (1, 20, 16), (1, 8, 24))  # patches of the size classes: 64, 80 and 48 tokens after merging 2 x 2
-
-
-def _patch_grid(
-    width: int, token: int = IMAGE, frames: int = 1
-) -> Callable[[int, torch.Generator], tuple[list[int], Any]]:
-    """The Qwen line: flattened patches ``[t h w, width]`` and their grid."""
-
-    def image(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
-        grid = (frames, *_GRIDS[size][1:])
-        tokens = math.prod(grid) // 4
-        return [OPEN, *[token] * tokens, CLOSE], (_pixels(math.prod(grid), width, generator=generator), grid)
-
-    return image
-
-
-def _grids(pixels: str, grid: str) -> Callable[[list[list[Any]]], dict[str, Tensor]]:
-    def collate(rows: list[list[Any]]) -> dict[str, Tensor]:
-        images = [image for row in rows for image in row]
-        return {pixels: torch.cat([p for p, _ in images]), grid: torch.tensor([g for _, g in images])}
-
-    return collate
-
-
-_QWEN = {
-    "token_types": "mm_token_type_ids",
-    "sizes": 3,
-    "collate": _grids("pixel_values", "image_grid_thw"),
-    "collate_video": _grids("pixel_values_videos", "video_grid_thw"),
-}
-_PATCH = 3 * 2 * 4 * 4  # channels, frames, height, width
-
-
-def _pixtral(size: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
-    """Rows of placeholders closed by a break token, as the Pixtral processor writes them (patches already merged)."""
-    height, width = ((8, 8), (10, 6), (6, 9))[size]
-    ids: list[int] = []
-    for row in range(height):
-        ids += [*[IMAGE] * width, BREAK if row < height - 1 else END]
-    return ids, (height, width, generator)
-
-
-def _pixtral_image(scale: int) -> Callable[[int, torch.Generator], tuple[list[int], Tensor]]:
-    def image(size: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
-        ids, (height, width, _) = _pixtral(size, generator)
-        return ids, _pixels(3, height * scale, width * scale, generator=generator)
-
-    return image
-
-
-def _padded_sizes(rows: list[list[Tensor]]) -> dict[str, Tensor]:
-    """``[images, 3, max H, max W]`` and the true sizes."""
-    images = [image for row in rows for image in row]
-    height, width = max(i.shape[1] for i in images), max(i.shape[2] for i in images)
-    pixels = torch.stack([torch.nn.functional.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in images])
-    return {"pixel_values": pixels, "image_sizes": torch.tensor([[i.shape[1], i.shape[2]] for i in images])}
-
-
-def _anyres(newline: bool, side: int = 32, patches: int = 8) -> Callable[[int, torch.Generator], tuple[list[int], Any]]:
-    """LLaVA-NeXT and OneVision: a base view and tiles; the visual tokens of a 32 x 64 or 64 x 32 original."""
-
-    def image(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
-        height, width = ((32, 64), (64, 32), (64, 64))[size]
-        tiles = 1 + (height // side) * (width // side)
-        rows, columns = height // side * patches, width // side * patches
-        tokens = patches * patches + rows * (columns + 1) + int(newline)
-        return [IMAGE] * tokens, (_pixels(tiles, 3, side, side, generator=generator), (height, width))
-
-    return image
-
-
-def _anyres_collate(rows: list[list[Any]]) -> dict[str, Tensor]:
-    images = [image for row in rows for image in row]
-    most = max(len(tiles) for tiles, _ in images)
-    pixels = torch.stack([torch.cat([t, torch.zeros(most - len(t), *t.shape[1:])]) for t, _ in images])
-    return {"pixel_values": pixels, "image_sizes": torch.tensor([size for _, size in images])}
-
-
-def _frames(number: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
-    """PerceptionLM: a video ``[2, 3, 32, 32]`` of 64 placeholders a frame."""
-    return [VIDEO] * 128, _pixels(2, 3, 32, 32, generator=generator)
-
-
-def _stack_frames(rows: list[list[Tensor]]) -> dict[str, Tensor]:
-    return {"pixel_values_videos": torch.stack([video for row in rows for video in row])}
-
-
-# --- configs ----------------------------------------------------------------------------------------------------------
-
-
-def _config(model_type: str, text_type: str | None = None, vision_type: str | None = None, **kwargs: Any) -> Any:
-    text = {**TEXT, **kwargs.pop("text", {})}
-    vision = {**VISION, **kwargs.pop("vision", {})}
-    if text_type:
-        text["model_type"] = text_type
-    if vision_type:
-        vision["model_type"] = vision_type
-    arguments = {"tie_word_embeddings": False, **kwargs}
-    return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **arguments)
-
-
-_CLIP = {"image_size": 32, "patch_size": 4, "projection_dim": 32}
-_PINPOINTS = [[32, 64], [64, 32], [64, 64]]
-_ROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [4, 6, 6]}
-_QWEN_IDS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": OPEN,
-    "vision_end_token_id": CLOSE,
-}
-
-
-def _llava(model_type: str, **kwargs: Any) -> Callable[[], Any]:
-    kwargs = {
-        "text_type": "llama",
-        "vision_type": "clip_vision_model",
-        "vision": _CLIP,
-        "image_token_index": IMAGE,
-    } | kwargs
-    return lambda: _config(model_type, **kwargs)
-
-
-def _qwen(model_type: str, **vision: Any) -> Callable[[], Any]:
-    base = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2}
-    return lambda: _config(model_type, text={"rope_parameters": _ROPE}, vision={**base, **vision}, **_QWEN_IDS)
-
-
-def _qwen3(model_type: str, **text: Any) -> Callable[[], Any]:
-    vision = {
-        "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2,
-        "out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
-    }  # fmt: skip
-    rope = {**_ROPE, "mrope_interleaved": True}
-    return lambda: _config(model_type, text={"rope_parameters": rope, **text}, vision=vision, **_QWEN_IDS)
-
-
-# A layer of gated delta net, whose state does not grow, and two of gated attention that rotate half the channels.
-_HYBRID: dict[str, Any] = {
-    "layer_types": ["linear_attention", "full_attention", "full_attention"],
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.5},
-}
-
-
-def _qwen3_5(model_type: str, **text: Any) -> Callable[[], Any]:
-    vision = {
-        "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2,
-        "out_hidden_size": 128, "num_position_embeddings": 64,
-    }  # fmt: skip
-    return lambda: _config(model_type, text={**_HYBRID, **text}, vision=vision, **_QWEN_IDS)
-
-
-def _minicpm(model_type: str, **marks: int) -> Callable[[], Any]:
-    vision = {"image_size": 64, "patch_size": 2, "insert_layer_id": 0}
-    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "insert_layer_id": 0, **marks}
-    return lambda: _config(model_type, "qwen3_5_text", text=_HYBRID, vision=vision, **ids)
-
-
-def _packed_patches(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
-    """MiniCPM-V: patches side by side ``[3, 2, 2 h w]``, of which 4 x 4 become a token, and their grid."""
-    height, width = ((32, 32), (40, 32), (16, 48))[size]
-    patches = _pixels(3, 2, 2 * height * width, generator=generator)
-    return [OPEN, *[IMAGE] * (height * width // 16), CLOSE], (patches, (height, width))
-
-
-def _pack_patches(rows: list[list[Any]]) -> dict[str, Tensor]:
-    images = [image for row in rows for image in row]
-    return {
-        "pixel_values": torch.cat([patches for patches, _ in images], -1)[None],
-        "target_sizes": torch.tensor([grid for _, grid in images], dtype=torch.int32),
-    }
-
-
-# Full layers have heads of their own width and number, whose Values are made of the Keys.
-_GEMMA4 = {
-    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-    "sliding_window": 32,
-    "global_head_dim": 32,
-    "num_global_key_value_heads": 2,
-    "attention_k_eq_v": True,
-    "use_bidirectional_attention": "vision",
-    "hidden_size_per_layer_input": 0,
-}
-# The last two layers have no Keys of their own, and each layer adds an embedding of the ids.
-_GEMMA4_SHARED = {
-    "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"],
-    "num_hidden_layers": 5,
-    "num_kv_shared_layers": 2,
-    "sliding_window": 32,
-    "global_head_dim": 32,
-    "hidden_size_per_layer_input": 16,
-    "vocab_size_per_layer_input": VOCAB,
-}
-
-
-def _gemma4(**text: Any) -> Callable[[], Any]:
-    vision = {"patch_size": 2, "pooling_kernel_size": 2, "num_key_value_heads": 2, "head_dim": 16}
-    vision["position_embedding_size"] = 64
-    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "boi_token_id": OPEN, "eoi_token_id": CLOSE}
-    ids["audio_token_id"] = BREAK
-    return lambda: _config("gemma4", text=text, vision=vision, audio_config=None, **ids)
-
-
-def _gemma3n() -> Any:
-    """Its vision tower, of the library timm, is not installed for the tests."""
-    text = {name: value for name, value in _GEMMA4_SHARED.items() if name != "global_head_dim"}
-    audio = {"hidden_size": 32, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1, "vocab_offset": VOCAB}
-    vision = {"image_size": 32, "patch_size": 4, "vision_use_head": False, "vocab_offset": VOCAB, "vocab_size": 1}
-    vision = AutoConfig.for_model("siglip_vision_model", **VISION, **vision, rms_norm_eps=1e-6)
-    more = {"intermediate_size": [96] * 5, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 5}
-    config = AutoConfig.for_model(
-        "gemma3n",
-        text_config={**TEXT, **text, **more},
-        audio_config={**audio, "vocab_size": 1},
-        vision_soft_tokens_per_image=64,
-        image_token_id=IMAGE,
-        audio_token_id=BREAK,
-    )
-    object.__setattr__(config, "vision_config", vision)  # which is checked to be its own
-    return config
-
-
-def _llama4() -> Any:
-    text = {
-        "layer_types": ["chunked_attention", "full_attention", "full_attention"],
-        "no_rope_layers": [1, 0, 0],
-        "attention_chunk_size": 64,
-        "floor_scale": 32,
-        "intermediate_size_mlp": 96,
-        "num_local_experts": 2,
-        "moe_layers": [1],
-    }
-    vision = {"image_size": 32, "patch_size": 2, "vision_output_dim": 32, "projector_input_dim": 32}
-    return _config(
-        "llama4",
-        text=text,
-        vision={**vision, "projector_output_dim": 32, "intermediate_size": 128},
-        image_token_index=IMAGE,
-        boi_token_index=OPEN,
-        eoi_token_index=CLOSE,
-    )
-
-
-def _flat_patches(size: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
-    """Gemma 4: the 16 x 16 patches of an image ``[256, 12]``, of which 2 x 2 become a token."""
-    return [OPEN, *[IMAGE] * 64, CLOSE], _pixels(256, 12, generator=generator)
-
-
-def _stack_patches(rows: list[list[Tensor]]) -> dict[str, Tensor]:
-    pixels = torch.stack([image for row in rows for image in row])
-    place = torch.stack(torch.meshgrid(torch.arange(16), torch.arange(16), indexing="xy"), -1).flatten(0, 1)
-    return {"pixel_values": pixels, "image_position_ids": place.expand(len(pixels), -1, -1)}
-
-
-def _glm(model_type: str, **text: Any) -> Callable[[], Any]:
-    vision = {
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "depth": 2,
-        "num_heads": 2,
-        "out_hidden_size": 128,
-        "image_size": 64,
-    }
-    spans = {"image_start_token_id": OPEN, "image_end_token_id": CLOSE}
-    spans |= {"video_start_token_id": BREAK, "video_end_token_id": END}
-    text = {"rope_parameters": _ROPE, "partial_rotary_factor": 1.0, **text}
-    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO}
-    vision_type = None if model_type == "glm4v_moe" else "glm4v_vision"
-    text_type = None if model_type == "glm4v_moe" else "glm4v_text"
-    return lambda: _config(model_type, text_type, vision_type, text=text, vision=vision, **ids, **spans)
-
-
-_MIXED = ["sliding_attention", "full_attention", "full_attention"]
+from tiny_parts import (
+    BREAK,
+    CLOSE,
+    END,
+    GEMMA4,
+    GEMMA4_SHARED,
+    IMAGE,
+    MIXED,
+    OPEN,
+    PATCH,
+    PINPOINTS,
+    QWEN,
+    TRANSFORMERS,
+    VIDEO,
+    VOCAB,
+    Tiny,
+    anyres,
+    anyres_collate,
+    build_config,
+    by_row,
+    draw_frames,
+    flat_patches,
+    gemma3n_config,
+    gemma4_config,
+    glm_config,
+    llama4_config,
+    llava_config,
+    minicpm_config,
+    pack_patches,
+    packed_patches,
+    padded_sizes,
+    patch_grid,
+    pixtral_image,
+    qwen3_5_config,
+    qwen3_config,
+    qwen_config,
+    square_image,
+    stack,
+    stack_frames,
+    stack_patches,
+    stack_tiles,
+    with_marks,
+)
 
 FAMILIES: dict[str, Tiny] = {
     tiny.name: tiny
     for tiny in (
-        Tiny("llava", _llava("llava"), _square(64, 32), _stack),
+        Tiny("llava", llava_config("llava"), square_image(64, 32), stack),
         Tiny(
             "llava_pixtral",
-            _llava(
+            llava_config(
                 "llava",
                 text_type="mistral",
                 text={"sliding_window": None},
@@ -510,74 +64,74 @@ FAMILIES: dict[str, Tiny] = {
                 vision_feature_select_strategy="full",
                 vision={"image_size": 64, "patch_size": 4, "head_dim": 16},
             ),
-            _pixtral_image(4),
-            _padded_sizes,
+            pixtral_image(4),
+            padded_sizes,
             sizes=3,
         ),
         Tiny(
             "llava_next",
-            _llava("llava_next", image_grid_pinpoints=_PINPOINTS),
-            _anyres(False),
-            _anyres_collate,
+            llava_config("llava_next", image_grid_pinpoints=PINPOINTS),
+            anyres(False),
+            anyres_collate,
             sizes=3,
         ),
         Tiny(
             "llava_onevision",
-            lambda: _config(
+            lambda: build_config(
                 "llava_onevision",
                 "qwen2",
                 "siglip_vision_model",
                 image_token_index=IMAGE,
                 video_token_index=VIDEO,
-                image_grid_pinpoints=_PINPOINTS,
+                image_grid_pinpoints=PINPOINTS,
                 vision={"image_size": 32, "patch_size": 4, "vision_use_head": False},
             ),
-            _anyres(False),
-            _anyres_collate,
+            anyres(False),
+            anyres_collate,
             sizes=3,
         ),
         Tiny(
             "qwen2_vl",
-            _qwen("qwen2_vl", embed_dim=32, hidden_size=128, mlp_ratio=2),
-            _patch_grid(_PATCH),
-            video=_patch_grid(_PATCH, VIDEO, 2),
-            **_QWEN,
+            qwen_config("qwen2_vl", embed_dim=32, hidden_size=128, mlp_ratio=2),
+            patch_grid(PATCH),
+            video=patch_grid(PATCH, VIDEO, 2),
+            **QWEN,
         ),
         Tiny(
             "qwen2_5_vl",
-            _qwen("qwen2_5_vl", out_hidden_size=128, window_size=16, fullatt_block_indexes=[1]),
-            _patch_grid(_PATCH),
-            video=_patch_grid(_PATCH, VIDEO, 2),
-            **_QWEN,
+            qwen_config("qwen2_5_vl", out_hidden_size=128, window_size=16, fullatt_block_indexes=[1]),
+            patch_grid(PATCH),
+            video=patch_grid(PATCH, VIDEO, 2),
+            **QWEN,
         ),
-        Tiny("qwen3_vl", _qwen3("qwen3_vl"), _patch_grid(_PATCH), **_QWEN),
+        Tiny("qwen3_vl", qwen3_config("qwen3_vl"), patch_grid(PATCH), **QWEN),
         Tiny(
             "qwen3_vl_moe",
-            _qwen3(
+            qwen3_config(
                 "qwen3_vl_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
             ),
-            _patch_grid(_PATCH),
-            **_QWEN,
+            patch_grid(PATCH),
+            **QWEN,
         ),
-        Tiny("qwen3_5", _qwen3_5("qwen3_5"), _patch_grid(_PATCH), linear=True, **_QWEN),
+        Tiny("qwen3_5", qwen3_5_config("qwen3_5"), patch_grid(PATCH), linear=True, **QWEN),
         Tiny(
             "qwen3_5_moe",
-            _qwen3_5(
+            qwen3_5_config(
                 "qwen3_5_moe",
                 num_experts=4,
                 num_experts_per_tok=2,
                 moe_intermediate_size=32,
                 shared_expert_intermediate_size=32,
             ),
-            _patch_grid(_PATCH),
+            patch_grid(PATCH),
             linear=True,
             like="qwen3_5",
-            **_QWEN,
+            **QWEN,
         ),
-        Tiny("minicpmv4_6", _minicpm("minicpmv4_6"), _packed_patches, _pack_patches, sizes=3, linear=True),
+        Tiny("minicpmv4_6", minicpm_config("minicpmv4_6"), packed_patches, pack_patches, sizes=3, linear=True),
         Tiny(
             "minicpmv4_7",
-            _minicpm(
+            minicpm_config(
                 "minicpmv4_7",
                 image_start_id=OPEN,
                 image_end_id=CLOSE,
@@ -585,49 +139,49 @@ FAMILIES: dict[str, Tiny] = {
                 slice_end_id=END,
                 newline_id=2,
             ),
-            _packed_patches,
-            _pack_patches,
+            packed_patches,
+            pack_patches,
             sizes=3,
             token_types="mm_token_type_ids",
             grids="target_sizes",
             linear=True,
             like="minicpmv4_6",
         ),
-        Tiny("llama4", _llama4, _wrapped(_square(64, 32)), _stack, sizes=2),
-        Tiny("gemma3n", _gemma3n, _wrapped(_square(64, 32)), _stack),
+        Tiny("llama4", llama4_config, with_marks(square_image(64, 32)), stack, sizes=2),
+        Tiny("gemma3n", gemma3n_config, with_marks(square_image(64, 32)), stack),
         Tiny(
             "gemma4",
-            _gemma4(**_GEMMA4),
-            _flat_patches,
-            _stack_patches,
+            gemma4_config(**GEMMA4),
+            flat_patches,
+            stack_patches,
             token_types="mm_token_type_ids",
             grids="",
         ),
         Tiny(
             "gemma4_shared",
-            _gemma4(**_GEMMA4_SHARED),
-            _flat_patches,
-            _stack_patches,
+            gemma4_config(**GEMMA4_SHARED),
+            flat_patches,
+            stack_patches,
             token_types="mm_token_type_ids",
             grids="",
         ),
-        Tiny("glm4v", _glm("glm4v"), _patch_grid(_PATCH), **_QWEN),
+        Tiny("glm4v", glm_config("glm4v"), patch_grid(PATCH), **QWEN),
         Tiny(
             "internvl",
-            lambda: _config(
+            lambda: build_config(
                 "internvl",
                 "qwen2",
                 image_token_id=IMAGE,
                 image_seq_length=64,
                 vision={"image_size": [32, 32], "patch_size": [2, 2]},
             ),
-            _wrapped(_square(64, 32)),
-            _stack,
+            with_marks(square_image(64, 32)),
+            stack,
             sizes=3,
         ),
         Tiny(
             "gemma3",
-            lambda: _config(
+            lambda: build_config(
                 "gemma3",
                 text={
                     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -640,13 +194,13 @@ FAMILIES: dict[str, Tiny] = {
                 boi_token_index=OPEN,
                 eoi_token_index=CLOSE,
             ),
-            _wrapped(_square(64, 32)),
-            _stack,
+            with_marks(square_image(64, 32)),
+            stack,
             token_types="token_type_ids",
         ),
         Tiny(
             "mistral3",
-            lambda: _config(
+            lambda: build_config(
                 "mistral3",
                 "mistral",
                 "pixtral",
@@ -655,27 +209,27 @@ FAMILIES: dict[str, Tiny] = {
                 spatial_merge_size=2,
                 vision={"image_size": 80, "patch_size": 4, "head_dim": 16},
             ),
-            _pixtral_image(8),
-            _padded_sizes,
+            pixtral_image(8),
+            padded_sizes,
             sizes=3,
         ),
         Tiny(
             "idefics3",
-            lambda: _config("idefics3", "llama", image_token_id=IMAGE, vision={"image_size": 64, "patch_size": 4}),
-            _wrapped(_square(64, 64)),
-            _by_row,
+            lambda: build_config("idefics3", "llama", image_token_id=IMAGE, vision={"image_size": 64, "patch_size": 4}),
+            with_marks(square_image(64, 64)),
+            by_row,
             sizes=2,
         ),
         Tiny(
             "smolvlm",
-            lambda: _config("smolvlm", "llama", image_token_id=IMAGE, vision={"image_size": 64, "patch_size": 4}),
-            _wrapped(_square(64, 64)),
-            _by_row,
+            lambda: build_config("smolvlm", "llama", image_token_id=IMAGE, vision={"image_size": 64, "patch_size": 4}),
+            with_marks(square_image(64, 64)),
+            by_row,
             sizes=2,
         ),
         Tiny(
             "paligemma",
-            lambda: _config(
+            lambda: build_config(
                 "paligemma",
                 "gemma",
                 "siglip_vision_model",
@@ -684,14 +238,14 @@ FAMILIES: dict[str, Tiny] = {
                 hidden_size=128,
                 vision={"image_size": 32, "patch_size": 4, "projection_dim": 128, "vision_use_head": False},
             ),
-            _square(64, 32),
-            _stack,
+            square_image(64, 32),
+            stack,
             token_types="token_type_ids",
             image_first=True,
         ),
         Tiny(
             "perception_lm",
-            lambda: _config(
+            lambda: build_config(
                 "perception_lm",
                 "llama",
                 "siglip_vision_model",  # its own, of the library timm, is not installed for the tests
@@ -701,51 +255,51 @@ FAMILIES: dict[str, Tiny] = {
                 image_token_id=IMAGE,
                 video_token_id=VIDEO,
             ),
-            _square(64, 32),
-            _stack_tiles,
-            video=_frames,
-            collate_video=_stack_frames,
+            square_image(64, 32),
+            stack_tiles,
+            video=draw_frames,
+            collate_video=stack_frames,
         ),
-        Tiny("vipllava", _llava("vipllava", vision_feature_layer=[-2, -1]), _square(64, 32), _stack),
+        Tiny("vipllava", llava_config("vipllava", vision_feature_layer=[-2, -1]), square_image(64, 32), stack),
         Tiny(
             "llava_next_video",
-            _llava("llava_next_video", image_grid_pinpoints=_PINPOINTS, video_token_index=VIDEO),
-            _anyres(newline=False),
-            _anyres_collate,
+            llava_config("llava_next_video", image_grid_pinpoints=PINPOINTS, video_token_index=VIDEO),
+            anyres(newline=False),
+            anyres_collate,
             sizes=3,
         ),
         Tiny(
             "aya_vision",
-            lambda: _config(
+            lambda: build_config(
                 "aya_vision",
                 "cohere2",
                 "siglip_vision_model",
-                text={"layer_types": _MIXED, "sliding_window": 32, "logit_scale": 1.0},
+                text={"layer_types": MIXED, "sliding_window": 32, "logit_scale": 1.0},
                 vision={"image_size": 32, "patch_size": 2, "vision_use_head": False},
                 image_token_index=IMAGE,
             ),
-            _square(64, 32),
-            _stack,
+            square_image(64, 32),
+            stack,
             sizes=2,
         ),
         Tiny(
             "cohere2_vision",
-            lambda: _config(
+            lambda: build_config(
                 "cohere2_vision",
                 "cohere2",
                 "siglip_vision_model",
-                text={"layer_types": _MIXED, "sliding_window": 32, "logit_scale": 1.0},
+                text={"layer_types": MIXED, "sliding_window": 32, "logit_scale": 1.0},
                 vision={"image_size": 32, "patch_size": 2, "vision_use_head": False},
                 image_token_id=IMAGE,
                 alignment_intermediate_size=96,
             ),
-            _square(64, 32),
-            _stack,
+            square_image(64, 32),
+            stack,
             sizes=2,
         ),
         Tiny(
             "got_ocr2",
-            lambda: _config(
+            lambda: build_config(
                 "got_ocr2",
                 "qwen2",
                 vision={
@@ -760,12 +314,12 @@ FAMILIES: dict[str, Tiny] = {
                 image_token_index=IMAGE,
                 image_seq_length=64,
             ),
-            _wrapped(_square(64, 64)),
-            _stack,
+            with_marks(square_image(64, 64)),
+            stack,
         ),
         Tiny(
             "ovis2",
-            lambda: _config(
+            lambda: build_config(
                 "ovis2",
                 "qwen2",
                 vision={"image_size": 32, "patch_size": 2, "hidden_stride": 2, "vocab_size": 64, "qkv_bias": True},
@@ -774,13 +328,13 @@ FAMILIES: dict[str, Tiny] = {
                 vocab_size=VOCAB,
                 hidden_size=128,
             ),
-            _wrapped(_square(64, 32)),
-            _stack,
+            with_marks(square_image(64, 32)),
+            stack,
             sizes=2,
         ),
         Tiny(
             "lighton_ocr",
-            lambda: _config(
+            lambda: build_config(
                 "lighton_ocr",
                 "qwen3",
                 "pixtral",
@@ -788,28 +342,27 @@ FAMILIES: dict[str, Tiny] = {
                 spatial_merge_size=2,
                 vision={"image_size": 80, "patch_size": 4, "head_dim": 16},
             ),
-            _pixtral_image(8),
-            _padded_sizes,
+            pixtral_image(8),
+            padded_sizes,
             sizes=3,
         ),
-        Tiny("glm46v", _glm("glm46v"), _patch_grid(_PATCH), **_QWEN),
+        Tiny("glm46v", glm_config("glm46v"), patch_grid(PATCH), **QWEN),
         Tiny(
             "glm4v_moe",
-            _glm(
+            glm_config(
                 "glm4v_moe",
                 moe_intermediate_size=32,
                 n_routed_experts=4,
                 num_experts_per_tok=2,
                 n_shared_experts=1,
             ),
-            _patch_grid(_PATCH),
-            **_QWEN,
+            patch_grid(PATCH),
+            **QWEN,
         ),
     )
 }
 
 
-TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 for name in list(FAMILIES):
     try:
         FAMILIES[name].config()

@@ -4,59 +4,59 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny_models import (
-    _CLIP,
-    _GEMMA4,
-    _GRIDS,
-    _MIXED,
-    _PATCH,
-    _PINPOINTS,
-    _QWEN,
-    _QWEN_IDS,
-    _ROPE,
+from tiny_models import FAMILIES
+from tiny_parts import (
     BREAK,
+    CLIP,
     CLOSE,
     END,
-    FAMILIES,
+    GEMMA4,
+    GRIDS,
     IMAGE,
+    MIXED,
     OPEN,
+    PATCH,
+    PINPOINTS,
+    QWEN,
+    QWEN_IDS,
+    ROPE,
     TEXT,
     TRANSFORMERS,
     VIDEO,
     VISION,
     Tiny,
-    _anyres,
-    _anyres_collate,
-    _by_row,
-    _config,
-    _glm,
-    _grids,
-    _llava,
-    _minicpm,
-    _pack_patches,
-    _packed_patches,
-    _patch_grid,
-    _pixels,
-    _qwen3,
-    _square,
-    _stack,
-    _wrapped,
+    anyres,
+    anyres_collate,
+    build_config,
+    by_row,
+    collate_grids,
+    draw_pixels,
+    glm_config,
+    llava_config,
+    minicpm_config,
+    pack_patches,
+    packed_patches,
+    patch_grid,
+    qwen3_config,
+    square_image,
+    stack,
+    with_marks,
 )
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 _SIGLIP = {"image_size": 32, "patch_size": 4, "vision_use_head": False}
-_VIDEO_GRID = _grids("pixel_values_videos", "video_grid_thw")
+_VIDEO_GRID = collate_grids("pixel_values_videos", "video_grid_thw")
 _GRID_VISION = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2}
-_FLAT = {"sizes": 3, "collate": _QWEN["collate"], "collate_video": _QWEN["collate_video"]}  # without token types
+_FLAT = {"sizes": 3, "collate": QWEN["collate"], "collate_video": QWEN["collate_video"]}  # without token types
 _AUDIO = {"num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 1, "encoder_ffn_dim": 8, "d_model": 8}
 
 
 def _two_resolutions(size: int, generator: torch.Generator) -> tuple[list[int], tuple[Tensor, Tensor]]:
     """DeepSeek-VL's hybrid: the image small and large."""
-    ids, low = _square(64, 32)(size, generator)
-    return ids, (low, _pixels(len(low), 3, 64, 64, generator=generator))
+    ids, low = square_image(64, 32)(size, generator)
+    return ids, (low, draw_pixels(len(low), 3, 64, 64, generator=generator))
 
 
 def _stack_both(rows: list[list[Any]]) -> dict[str, Tensor]:
@@ -69,22 +69,22 @@ def _stack_both(rows: list[list[Any]]) -> dict[str, Tensor]:
 
 def _newlines_grid(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
     """HunYuan-VL: placeholders of the image's begin, end and line breaks as well."""
-    _, height, width = _GRIDS[size]
+    _, height, width = GRIDS[size]
     tokens = height // 2 * (width // 2 + 1) + 2
-    return [OPEN, *[IMAGE] * tokens, CLOSE], (_pixels(height * width, 48, generator=generator), (1, height, width))
+    return [OPEN, *[IMAGE] * tokens, CLOSE], (draw_pixels(height * width, 48, generator=generator), (1, height, width))
 
 
 def _unfolded(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
     """PaddleOCR-VL: patches ``[n, 3, 4, 4]`` and their grid."""
-    _, height, width = _GRIDS[size]
-    patches = _pixels(height * width, 3, 4, 4, generator=generator)
+    _, height, width = GRIDS[size]
+    patches = draw_pixels(height * width, 3, 4, 4, generator=generator)
     return [OPEN, *[IMAGE] * (height * width // 4), CLOSE], (patches, (1, height, width))
 
 
 def _native(size: int, generator: torch.Generator) -> tuple[list[int], Any]:
     """LFM2-VL: SigLIP 2 patches ``[n, 48]`` of an image in its own shape."""
-    _, height, width = _GRIDS[size]
-    return [IMAGE] * (height * width // 4), (_pixels(height * width, 48, generator=generator), (height, width))
+    _, height, width = GRIDS[size]
+    return [IMAGE] * (height * width // 4), (draw_pixels(height * width, 48, generator=generator), (height, width))
 
 
 def _pad_patches(rows: list[list[Any]]) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def _pad_patches(rows: list[list[Any]]) -> dict[str, Tensor]:
 
 def _pooled_crops(size: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
     """Molmo 2: one crop of 16 x 16 patches, each 2 x 2 of them pooled to a token, and a smaller view of 4 x 4."""
-    return [OPEN, *[IMAGE] * (64 + 16), CLOSE], _pixels(2, 256, 48, generator=generator)
+    return [OPEN, *[IMAGE] * (64 + 16), CLOSE], draw_pixels(2, 256, 48, generator=generator)
 
 
 def _pool_indices(rows: list[list[Tensor]]) -> dict[str, Tensor]:
@@ -119,12 +119,12 @@ def _pool_indices(rows: list[list[Tensor]]) -> dict[str, Tensor]:
 
 def _global_view(tokens: int, side: int, more: int = 0) -> Callable[[int, torch.Generator], tuple[list[int], Tensor]]:
     """One view of an image, `more` tokens beyond those of its patches."""
-    return lambda _, generator: ([IMAGE] * (tokens + more), _pixels(1, 3, side, side, generator=generator))
+    return lambda _, generator: ([IMAGE] * (tokens + more), draw_pixels(1, 3, side, side, generator=generator))
 
 
 def _tiles_by_row(rows: list[list[Tensor]]) -> dict[str, Tensor]:
     """Granite Docling: ``[B, tiles, 3, H, W]`` and which tiles there are."""
-    given = _by_row(rows)
+    given = by_row(rows)
     return {
         "pixel_values": given["pixel_values"],
         "pixel_attention_mask": (given["pixel_values"] != 0).flatten(2).any(-1),
@@ -133,7 +133,7 @@ def _tiles_by_row(rows: list[list[Tensor]]) -> dict[str, Tensor]:
 
 def _view_and_crop(_: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
     """Phi-4: one crop and the whole, 4 x 4 tokens each, a token at the end of each line, and one between them."""
-    return [IMAGE] * (2 * 4 * 5 + 1), _pixels(2, 3, 32, 32, generator=generator)
+    return [IMAGE] * (2 * 4 * 5 + 1), draw_pixels(2, 3, 32, 32, generator=generator)
 
 
 def _views_and_masks(rows: list[list[Tensor]]) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ def _views_and_masks(rows: list[list[Tensor]]) -> dict[str, Tensor]:
 
 
 def _with_sizes(rows: list[list[Tensor]]) -> dict[str, Tensor]:
-    given = _stack(rows)
+    given = stack(rows)
     return given | {"image_sizes": torch.tensor([given["pixel_values"].shape[-2:]] * len(given["pixel_values"]))}
 
 
@@ -158,7 +158,7 @@ def _placed_patches(rows: list[list[Tensor]]) -> dict[str, Tensor]:
 
 
 def _merge_sizes(rows: list[list[Any]]) -> dict[str, Tensor]:
-    given = _grids("pixel_values", "image_grid_thw")(rows)
+    given = collate_grids("pixel_values", "image_grid_thw")(rows)
     return given | {"image_merge_sizes": torch.full((len(given["image_grid_thw"]),), 2)}
 
 
@@ -172,7 +172,7 @@ def _thinker(model_type: str, vision: dict[str, Any], **text: Any) -> Callable[[
     ids |= {"vision_start_token_id": OPEN, "vision_end_token_id": CLOSE}
     if model_type.startswith("qwen2_5"):
         ids |= {"audio_token_index": END, "image_token_index": IMAGE, "video_token_index": VIDEO}
-    return lambda: _config(model_type, text=text, vision=_GRID_VISION | vision, audio_config=_AUDIO, **ids)
+    return lambda: build_config(model_type, text=text, vision=_GRID_VISION | vision, audio_config=_AUDIO, **ids)
 
 
 MORE: dict[str, Tiny] = {
@@ -180,7 +180,7 @@ MORE: dict[str, Tiny] = {
     for tiny in (
         Tiny(
             "idefics2",
-            lambda: _config(
+            lambda: build_config(
                 "idefics2",
                 "mistral",
                 text={"sliding_window": None},
@@ -195,27 +195,27 @@ MORE: dict[str, Tiny] = {
                 },
                 image_token_id=IMAGE,
             ),
-            _wrapped(_square(64, 64)),
-            _by_row,
+            with_marks(square_image(64, 64)),
+            by_row,
             sizes=2,
         ),
         Tiny(
             "video_llava",
-            _llava("video_llava", video_token_index=VIDEO),
-            _square(64, 32),
-            _stack,
-            video=lambda number, generator: ([VIDEO] * 130, _pixels(2, 3, 32, 32, generator=generator)),
+            llava_config("video_llava", video_token_index=VIDEO),
+            square_image(64, 32),
+            stack,
+            video=lambda number, generator: ([VIDEO] * 130, draw_pixels(2, 3, 32, 32, generator=generator)),
             collate_video=lambda rows: {"pixel_values_videos": torch.stack([video for row in rows for video in row])},
         ),
         Tiny(
             "deepseek_vl",
-            lambda: _config("deepseek_vl", "llama", "siglip_vision_model", vision=_SIGLIP, image_token_id=IMAGE),
-            _square(64, 32),
-            _stack,
+            lambda: build_config("deepseek_vl", "llama", "siglip_vision_model", vision=_SIGLIP, image_token_id=IMAGE),
+            square_image(64, 32),
+            stack,
         ),
         Tiny(
             "deepseek_vl_hybrid",
-            lambda: _config(
+            lambda: build_config(
                 "deepseek_vl_hybrid",
                 "llama",
                 "siglip_vision_model",
@@ -236,71 +236,71 @@ MORE: dict[str, Tiny] = {
             _two_resolutions,
             _stack_both,
         ),
-        Tiny("glm_ocr", _glm("glm_ocr"), _patch_grid(_PATCH), **_QWEN),
+        Tiny("glm_ocr", glm_config("glm_ocr"), patch_grid(PATCH), **QWEN),
         Tiny(
             "shieldgemma2",
-            lambda: _config(
+            lambda: build_config(
                 "shieldgemma2",
                 "gemma3_text",
                 "siglip_vision_model",
-                text={"layer_types": _MIXED, "sliding_window": 32, "query_pre_attn_scalar": 32},
+                text={"layer_types": MIXED, "sliding_window": 32, "query_pre_attn_scalar": 32},
                 vision={"image_size": 32, "patch_size": 2},
                 mm_tokens_per_image=64,
                 image_token_index=IMAGE,
                 boi_token_index=OPEN,
                 eoi_token_index=CLOSE,
             ),
-            _wrapped(_square(64, 32)),
-            _stack,
+            with_marks(square_image(64, 32)),
+            stack,
             token_types="token_type_ids",
         ),
-        Tiny("glmga", _glm("glmga"), _patch_grid(_PATCH), **_QWEN),
+        Tiny("glmga", glm_config("glmga"), patch_grid(PATCH), **QWEN),
         Tiny(
             "paddleocr_vl",
-            lambda: _config(
+            lambda: build_config(
                 "paddleocr_vl",
-                text={"rope_parameters": _ROPE},
+                text={"rope_parameters": ROPE},
                 vision={"image_size": 64, "patch_size": 4, "spatial_merge_size": 2},
-                **_QWEN_IDS,
+                **QWEN_IDS,
             ),
             _unfolded,
-            **_QWEN | {"collate_video": None},
+            **QWEN | {"collate_video": None},
         ),
         Tiny(
             "ernie4_5_vl_moe",
-            lambda: _config(
+            lambda: build_config(
                 "ernie4_5_vl_moe",
                 text={
-                    "rope_parameters": {**_ROPE, "mrope_section": [6, 6, 4]},
+                    "rope_parameters": {**ROPE, "mrope_section": [6, 6, 4]},
                     "moe_intermediate_size": [32, 16],
                     "moe_k": 2,
                     "moe_num_experts": 4,
                     "moe_num_shared_experts": 1,
                 },
                 vision={"patch_size": 4, "depth": 2, "num_heads": 2, "temporal_merge_size": 2},
-                **_QWEN_IDS,
+                **QWEN_IDS,
             ),
-            _patch_grid(48),
-            **_QWEN,
+            patch_grid(48),
+            **QWEN,
         ),
         Tiny(
             "hunyuan_vl",
-            lambda: _config(
+            lambda: build_config(
                 "hunyuan_vl",
-                text={"rope_parameters": {**_ROPE, "mrope_section": [4, 4, 4, 4]}},
+                text={"rope_parameters": {**ROPE, "mrope_section": [4, 4, 4, 4]}},
                 vision={"patch_size": 4, "max_image_size": 64, "out_hidden_size": 128},
                 image_token_id=IMAGE,
             ),
             _newlines_grid,
-            **_QWEN | {"collate_video": None},
+            **QWEN | {"collate_video": None},
         ),
         Tiny(
             "granite4_vision",
-            lambda: _config(
+            lambda: build_config(
                 "granite4_vision",
                 vision_type="clip_vision_model",
                 text={"attention_multiplier": 32**-0.5},
-                vision=_CLIP | {"hidden_size": 64, "patch_size": 2},
+                vision=CLIP | {"hidden_size": 64, "patch_size": 2},
                 qformer_config={
                     "model_type": "blip_2_qformer",
                     "hidden_size": 64,
@@ -310,18 +310,18 @@ MORE: dict[str, Tiny] = {
                     "intermediate_size": 32,
                 },
                 image_token_index=IMAGE,
-                image_grid_pinpoints=_PINPOINTS,
+                image_grid_pinpoints=PINPOINTS,
                 downsample_rate="2/4",
                 deepstack_layer_map=[[-2, 0]],
                 spatial_target_layers=[0, 1, 1, 2],
             ),
-            _anyres(False),
-            _anyres_collate,
+            anyres(False),
+            anyres_collate,
             sizes=3,
         ),
         Tiny(
             "lfm2_vl",
-            lambda: _config(
+            lambda: build_config(
                 "lfm2_vl",
                 "lfm2",
                 "siglip2_vision_model",
@@ -340,10 +340,10 @@ MORE: dict[str, Tiny] = {
             _thinker(
                 "qwen2_5_omni_thinker",
                 {"out_hidden_size": 128, "window_size": 16, "fullatt_block_indexes": [1]},
-                rope_parameters=_ROPE,
+                rope_parameters=ROPE,
             ),
-            _patch_grid(_PATCH),
-            video=_patch_grid(_PATCH, VIDEO, 2),
+            patch_grid(PATCH),
+            video=patch_grid(PATCH, VIDEO, 2),
             **_FLAT | {"collate_video": _timed_video},
         ),
         Tiny(
@@ -351,18 +351,18 @@ MORE: dict[str, Tiny] = {
             _thinker(
                 "qwen3_omni_moe_thinker",
                 {"out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
-                rope_parameters={**_ROPE, "mrope_interleaved": True},
+                rope_parameters={**ROPE, "mrope_interleaved": True},
                 num_experts=4,
                 num_experts_per_tok=2,
                 moe_intermediate_size=32,
             ),
-            _patch_grid(_PATCH),
-            video=_patch_grid(_PATCH, VIDEO, 2),
+            patch_grid(PATCH),
+            video=patch_grid(PATCH, VIDEO, 2),
             **_FLAT | {"collate_video": _timed_video},
         ),
         Tiny(
             "molmo2",
-            lambda: _config(
+            lambda: build_config(
                 "molmo2",
                 text={"additional_vocab_size": 8},
                 vision={"head_dim": 16, "num_key_value_heads": 2, "image_size": [64, 64], "patch_size": 4},
@@ -384,49 +384,49 @@ MORE: dict[str, Tiny] = {
             _pool_indices,
             token_types="mm_token_type_ids",
         ),
-        Tiny("cosmos3_omni", _qwen3("cosmos3_omni"), _patch_grid(_PATCH), **_QWEN),
+        Tiny("cosmos3_omni", qwen3_config("cosmos3_omni"), patch_grid(PATCH), **QWEN),
         Tiny(
             "cosmos3_edge",
-            lambda: _config(
+            lambda: build_config(
                 "cosmos3_edge",
-                text={"rope_parameters": _ROPE},
+                text={"rope_parameters": ROPE},
                 vision={"patch_size": 4, "num_patches": 64, "spatial_merge_size": 2},
                 projector_hidden_size=64,
-                **_QWEN_IDS,
+                **QWEN_IDS,
             ),
-            _patch_grid(48),
-            **_QWEN,
+            patch_grid(48),
+            **QWEN,
         ),
         Tiny(
             "cohere_compass",
-            lambda: _config(
+            lambda: build_config(
                 "cohere_compass",
-                text={"rope_parameters": {"full_attention": {**_ROPE, "mrope_interleaved": True}}, "logit_scale": 1.0},
+                text={"rope_parameters": {"full_attention": {**ROPE, "mrope_interleaved": True}}, "logit_scale": 1.0},
                 vision=_GRID_VISION
                 | {"out_hidden_size": 128, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
-                **_QWEN_IDS,
+                **QWEN_IDS,
             ),
-            _patch_grid(_PATCH),
-            **_QWEN,
+            patch_grid(PATCH),
+            **QWEN,
         ),
         Tiny(
             "exaone4_5",
-            lambda: _config(
+            lambda: build_config(
                 "exaone4_5",
                 "exaone4",
-                text={"layer_types": _MIXED, "sliding_window": 32},
+                text={"layer_types": MIXED, "sliding_window": 32},
                 vision=_GRID_VISION
                 | {"out_hidden_size": 128, "window_size": 16, "fullatt_block_indexes": [1], "num_key_value_heads": 1},
                 image_token_id=IMAGE,
                 video_token_id=VIDEO,
             ),
-            _patch_grid(_PATCH),
-            video=_patch_grid(_PATCH, VIDEO, 2),
+            patch_grid(PATCH),
+            video=patch_grid(PATCH, VIDEO, 2),
             **_FLAT,
         ),
         Tiny(
             "hyperclovax_vision_v2",
-            lambda: _config(
+            lambda: build_config(
                 "hyperclovax_vision_v2",
                 "hyperclovax",
                 "qwen2_5_vl_vision",
@@ -434,22 +434,22 @@ MORE: dict[str, Tiny] = {
                 image_token_id=IMAGE,
                 video_token_id=VIDEO,
             ),
-            _patch_grid(_PATCH),
-            video=_patch_grid(_PATCH, VIDEO, 2),
+            patch_grid(PATCH),
+            video=patch_grid(PATCH, VIDEO, 2),
             **_FLAT,
         ),
         Tiny(
             "video_llama_3",
-            lambda: _config(
+            lambda: build_config(
                 "video_llama_3", "qwen2", vision={"patch_size": 4}, image_token_id=IMAGE, video_token_id=VIDEO
             ),
-            _patch_grid(48),
+            patch_grid(48),
             sizes=3,
             collate=_merge_sizes,
         ),
         Tiny(
             "janus",
-            lambda: _config(
+            lambda: build_config(
                 "janus",
                 "llama",
                 vision={"image_size": 32, "patch_size": 4, "projection_dim": 128, "num_image_tokens": 64},
@@ -464,12 +464,12 @@ MORE: dict[str, Tiny] = {
                 },
                 image_token_id=IMAGE,
             ),
-            _square(64, 32),
-            _stack,
+            square_image(64, 32),
+            stack,
         ),
         Tiny(
             "aria",
-            lambda: _config(
+            lambda: build_config(
                 "aria",
                 vision_type="idefics3_vision",
                 text={"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
@@ -477,25 +477,25 @@ MORE: dict[str, Tiny] = {
                 projector_patch_to_query_dict={100: 64},
                 image_token_index=IMAGE,
             ),
-            _square(64, 40),
-            _stack,
+            square_image(64, 40),
+            stack,
         ),
         Tiny(
             "qianfan_ocr",
-            lambda: _config(
+            lambda: build_config(
                 "qianfan_ocr",
                 "qwen3",
                 image_token_id=IMAGE,
                 image_seq_length=64,
                 vision={"image_size": [32, 32], "patch_size": [2, 2]},
             ),
-            _wrapped(_square(64, 32)),
-            _stack,
+            with_marks(square_image(64, 32)),
+            stack,
             sizes=3,
         ),
         Tiny(
             "pp_chart2table",
-            lambda: _config(
+            lambda: build_config(
                 "pp_chart2table",
                 "qwen2",
                 vision={
@@ -510,12 +510,12 @@ MORE: dict[str, Tiny] = {
                 image_token_index=IMAGE,
                 image_seq_length=64,
             ),
-            _wrapped(_square(64, 64)),
-            _stack,
+            with_marks(square_image(64, 64)),
+            stack,
         ),
         Tiny(
             "deepseek_ocr2",
-            lambda: _config(
+            lambda: build_config(
                 "deepseek_ocr2",
                 text={
                     "n_routed_experts": 4,
@@ -547,11 +547,11 @@ MORE: dict[str, Tiny] = {
                 image_token_id=IMAGE,
             ),
             _global_view(144, 64, more=1),
-            _stack,
+            stack,
         ),
         Tiny(
             "granite_docling",
-            lambda: _config(
+            lambda: build_config(
                 "granite_docling",
                 text={
                     "attention_multiplier": 32**-0.5,
@@ -568,13 +568,13 @@ MORE: dict[str, Tiny] = {
                 },
                 image_token_id=IMAGE,
             ),
-            _square(64, 32),
+            square_image(64, 32),
             _tiles_by_row,
             sizes=2,
         ),
         Tiny(
             "fast_vlm",
-            lambda: _config(
+            lambda: build_config(
                 "fast_vlm",
                 "qwen2",
                 "resnet",  # its own, of the library timm, is not installed for the tests
@@ -587,21 +587,21 @@ MORE: dict[str, Tiny] = {
                 },
                 image_token_index=IMAGE,
             ),
-            _square(64, 64),
-            _stack,
+            square_image(64, 64),
+            stack,
         ),
         Tiny(
             "muse_glimmer",
-            lambda: _config(
+            lambda: build_config(
                 "muse_glimmer",
-                text={"layer_types": _MIXED, "sliding_window": 32},
+                text={"layer_types": MIXED, "sliding_window": 32},
                 vision={"patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8, "max_position_embeddings": 64},
                 out_hidden_size=128,
                 projector_hidden_size=64,
                 image_token_id=IMAGE,
                 video_token_id=VIDEO,
             ),
-            _patch_grid(_PATCH),
+            patch_grid(PATCH),
             **_FLAT,
         ),
         Tiny(
@@ -621,8 +621,8 @@ MORE: dict[str, Tiny] = {
                 vocabulary_map={"<image>": IMAGE}
                 | {f"IMGIMG{letter}Z": 180 + n for n, letter in enumerate("ABCDEFGH")},
             ),
-            _square(64, 16),
-            _stack,
+            square_image(64, 16),
+            stack,
         ),
         Tiny(
             "phi4_multimodal",
@@ -662,7 +662,7 @@ MORE: dict[str, Tiny] = {
                 vocabulary_map={"<image>": IMAGE, "<|extra_200|>": BREAK}
                 | {f"<|visual token {n:06d}|>": 180 + n for n in range(8)},
             ),
-            _square(8 * 9, 16),
+            square_image(8 * 9, 16),
             _with_sizes,
         ),
         Tiny(
@@ -674,14 +674,14 @@ MORE: dict[str, Tiny] = {
                 image_size=32,
                 image_token_id=IMAGE,
             ),
-            lambda _, generator: ([IMAGE] * 64, _pixels(64, 48, generator=generator)),
+            lambda _, generator: ([IMAGE] * 64, draw_pixels(64, 48, generator=generator)),
             lambda rows: {"pixel_values": torch.stack([image for row in rows for image in row])},
         ),
         Tiny(
             "gemma4_unified",
-            lambda: _config(
+            lambda: build_config(
                 "gemma4_unified",
-                text={name: value for name, value in _GEMMA4.items() if name != "hidden_size_per_layer_input"},
+                text={name: value for name, value in GEMMA4.items() if name != "hidden_size_per_layer_input"},
                 vision={
                     "patch_size": 2,
                     "pooling_kernel_size": 2,
@@ -696,14 +696,14 @@ MORE: dict[str, Tiny] = {
                 eoi_token_id=CLOSE,
                 audio_token_id=BREAK,
             ),
-            lambda _, generator: ([OPEN, *[IMAGE] * 64, CLOSE], _pixels(64, 48, generator=generator)),
+            lambda _, generator: ([OPEN, *[IMAGE] * 64, CLOSE], draw_pixels(64, 48, generator=generator)),
             _placed_patches,
             token_types="mm_token_type_ids",
             grids="",
         ),
         Tiny(
             "lfm3_vl",
-            lambda: _config(
+            lambda: build_config(
                 "lfm3_vl",
                 "lfm3",
                 text={"layer_types": ["conv", "full_attention", "full_attention"], "sliding_window": 32},
@@ -715,27 +715,27 @@ MORE: dict[str, Tiny] = {
                     "layer_types": ["conv", "full_attention"],
                 },
                 projector_hidden_size=64,
-                **_QWEN_IDS,
+                **QWEN_IDS,
             ),
-            _patch_grid(_PATCH),
-            video=_patch_grid(_PATCH, VIDEO, 2),
+            patch_grid(PATCH),
+            video=patch_grid(PATCH, VIDEO, 2),
             **_FLAT,
             linear=True,
         ),
         Tiny(
             "minicpm_ocr",
-            _minicpm("minicpm_ocr", downsample_mode="16x"),
-            _packed_patches,
-            _pack_patches,
+            minicpm_config("minicpm_ocr", downsample_mode="16x"),
+            packed_patches,
+            pack_patches,
             sizes=3,
             linear=True,
         ),
         Tiny(
             "muse_spark",
-            lambda: _config(
+            lambda: build_config(
                 "muse_spark",
                 text={
-                    "layer_types": _MIXED,
+                    "layer_types": MIXED,
                     "sliding_window": 32,
                     "moe_intermediate_size": 32,
                     "moe_hidden_size": 64,
@@ -756,12 +756,12 @@ MORE: dict[str, Tiny] = {
                 video_token_id=VIDEO,
                 audio_token_id=END,
             ),
-            _patch_grid(_PATCH),
+            patch_grid(PATCH),
             **_FLAT,
         ),
         Tiny(
             "step3p7",
-            lambda: _config(
+            lambda: build_config(
                 "step3p7",
                 text={
                     "n_routed_experts": 4,
@@ -769,14 +769,14 @@ MORE: dict[str, Tiny] = {
                     "num_experts_per_tok": 2,
                     "moe_intermediate_size": 32,
                     "share_expert_dim": 32,
-                    "layer_types": _MIXED,
+                    "layer_types": MIXED,
                     "sliding_window": 32,
                 },
                 vision={"image_size": 128, "patch_size": 4},
                 image_token_id=IMAGE,
             ),
             _global_view(64, 128),
-            _stack,
+            stack,
         ),
     )
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny_models import IMAGE, PAD, VOCAB, Prompt, Tiny, visual_positions, words
+from tiny_parts import IMAGE, PAD, VOCAB, Prompt, Tiny, visual_positions, words
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 

@@ -78,5 +78,5 @@ class RehearsalClock(GraphClock):
         return 1 << 62
 
     def copy_bandwidth(self) -> float:
-        """NaN."""
+        """Return NaN."""
         return math.nan

@@ -25,7 +25,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from evals.accuracy import READER, environment
 from evals.store import rounded, write_json
 from rotatek_cache import RotateKCache, attach
-from rotatek_cache.hf.cache import storage_bytes
+from rotatek_cache.hf.calls import cache_name
+from rotatek_cache.hf.storage import storage_bytes
 
 STORED: Mapping[str, Mapping[str, Any]] = {
     "dense": {"sparsity": 0},
@@ -72,7 +73,7 @@ class Bench:
     def generate(self, cache: Any, inputs: Mapping[str, Any], tokens: int) -> Tensor:
         """Return logits ``[steps, N, V]``."""
         found = self.model.generate(
-            **{**inputs, "past_key_values": cache},
+            **{**inputs, cache_name(): cache},
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
@@ -130,7 +131,7 @@ def stored_prompt(bench: Bench, name: str, options: Mapping[str, Any], folder: P
     expected = None
     for held in (cache, RotateKCache.load(plain), RotateKCache.load(packed)):
         inputs = held.ask_many(asked["input_ids"], asked["attention_mask"])
-        logits = bench.generate(inputs["past_key_values"], inputs, ANSWER)
+        logits = bench.generate(inputs[cache_name()], inputs, ANSWER)
         if expected is not None and not torch.equal(logits, expected):
             raise SystemExit(f"no time is reported: a loaded cache ({name}) answers otherwise than the saved one")
         expected = logits
@@ -174,8 +175,8 @@ def many_questions(bench: Bench, count: int, options: Mapping[str, Any]) -> dict
     def together() -> Tensor:
         cache = bench.read(options)
         inputs = cache.ask_many(question["input_ids"], question["attention_mask"])
-        logits = bench.generate(inputs["past_key_values"], inputs, ANSWER)
-        held["one prompt, a batch of questions"] = cache.nbytes() + inputs["past_key_values"].nbytes(beside=cache)
+        logits = bench.generate(inputs[cache_name()], inputs, ANSWER)
+        held["one prompt, a batch of questions"] = cache.nbytes() + inputs[cache_name()].nbytes(beside=cache)
         return logits
 
     def one_by_one() -> Tensor:
@@ -183,7 +184,7 @@ def many_questions(bench: Bench, count: int, options: Mapping[str, Any]) -> dict
         found = []
         for ids, mask in zip(question["input_ids"], question["attention_mask"], strict=True):
             inputs = cache.ask_many(ids[mask.bool()][None])
-            found.append(bench.generate(inputs["past_key_values"], inputs, ANSWER))
+            found.append(bench.generate(inputs[cache_name()], inputs, ANSWER))
         return torch.cat(found, 1)
 
     def prompts() -> Tensor:

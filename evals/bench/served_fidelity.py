@@ -326,7 +326,7 @@ def read_on_server(host: Host, ids: Tensor) -> Read:
 
 
 def lumped_kl(p: Mapping[int, float], q: Mapping[int, float]) -> float:
-    """KL from p to q over tokens that both name, all others taken as one: at most the KL over all."""
+    """Compute the KL from p to q over tokens that both name, all others taken as one: at most the KL over all."""
     both = p.keys() & q.keys()
     rest = [max(0.0, 1 - sum(math.exp(part[token]) for token in both)) for part in (p, q)]
     total = sum(math.exp(p[token]) * (p[token] - q[token]) for token in both)

@@ -17,6 +17,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -42,18 +43,16 @@ NUMBERS = tuple(str(number) for number in range(10, GRID_MAX**2 + 1))
 TOKENS = (*SPECIAL, *WORDS, *CELLS, *ROWS, *COLUMNS, *GLYPHS, *COLOUR_NAMES, *NUMBERS)
 VOCABULARY = {token: index for index, token in enumerate(TOKENS)}
 
-# A conversation is `<bos>`, then per turn the images, the question, the answer and `<eos>`. White space and the
-# punctuation below carry no meaning, so the line breaks here are for human readers only.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
+# What a turn is made of: its images, then its text.
+TURN = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token + '\n' }}{% else %}{{ '\n' }}{% endif %}"
-    "{% endfor %}"
 )
+# A conversation is `<bos>`, then per turn the images, the question, the answer and `<eos>`. White space and the
+# punctuation below carry no meaning, so the line breaks here are for human readers only.
+AFTER_TURN = "{% if message['role'] == 'assistant' %}{{ eos_token + '\n' }}{% else %}{{ '\n' }}{% endif %}"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -82,16 +81,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor() -> LlavaProcessor:
     """Build the image processor without torchvision, tokenizer and chat template."""
+    return join_processor(build_tokenizer(), AFTER_TURN)
+
+
+def join_processor(tokenizer: PreTrainedTokenizerBase, after_turn: str) -> LlavaProcessor:
+    """Join a tokenizer to the image processor of the pages; `after_turn` is what the chat template ends a turn with."""
     image_processor = SiglipImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=build_tokenizer(),
+        tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="full",
         image_token="<image>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template="{{ bos_token }}{% for message in messages %}" + TURN + after_turn + "{% endfor %}",
     )
 
 

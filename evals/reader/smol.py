@@ -31,10 +31,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from evals.reader.model import PATCH, VISUAL_TOKENS
-from evals.reader.pages import IMAGE_SIZE
+from evals.reader.model import VISUAL_TOKENS, join_processor
 from evals.text_fidelity import GGUF, in_package
 from rotatek_cache.hf.chat import READER
 
@@ -44,16 +42,7 @@ RANK = 16
 START, END, IMAGE = "<|im_start|>", "<|im_end|>", "<image>"
 
 # A conversation is `<|im_start|>`, the image and a line break, then per turn the question, the answer and `<|im_end|>`.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-)
+AFTER_TURN = "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 
 
 def base_file() -> Path:
@@ -79,17 +68,7 @@ def build_processor(base: Path) -> LlavaProcessor:
         single=f"{START} $A", pair=f"{START} $A $B", special_tokens=[(START, tokenizer.convert_tokens_to_ids(START))]
     )
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    image_processor = SiglipImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="full",
-        image_token=IMAGE,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return join_processor(tokenizer, AFTER_TURN)
 
 
 def build_model(base: Path, tokenizer: Any) -> LlavaForConditionalGeneration:

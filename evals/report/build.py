@@ -16,8 +16,9 @@ import numpy as np
 import yaml
 
 from evals import figures
+from evals.report.compared import count_of, interval, negated, pairs, points
 from evals.report.page import Picture, Section, Table, to_html, to_markdown
-from evals.report.verdicts import count_of, interval, negated, pairs, points, verdicts
+from evals.report.verdicts import verdicts
 from evals.store import Results, StoreError, read
 from evals.tasks.reader import tells_nothing
 

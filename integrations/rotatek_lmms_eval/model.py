@@ -119,7 +119,7 @@ class RotateK(lmms):
         return RotateKCache(**self.options)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Answers to requests of any tasks, in their order."""
+        """Answer requests of any tasks, in their order."""
         # Requests with other settings of `generate` go into other batches.
         ordered = utils.Collator(
             [request.args for request in requests],

@@ -122,7 +122,7 @@ class RotateKBackend(AttentionBackend):
             raise NotImplementedError(f"the attention backend 'rotatek' does not run forwards of mode {mode.name}")
 
     def _decoding(self, batch: Any) -> tuple[list[int], list[list[Segment]]]:
-        """Lengths and visual segments of the requests of a batch that decodes."""
+        """Return lengths and visual segments of the requests of a batch that decodes."""
         requests = self.ledger.requests
         lengths = batch.seq_lens_cpu[: len(requests)].tolist()
         if len(requests) != len(lengths):
@@ -146,11 +146,11 @@ class RotateKBackend(AttentionBackend):
         self.graph_tables = GraphTables(max_bs, self.rows_of, table.visual_rows, table.text_rows)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """The length of a row of padding: one token, in the text row that padding writes."""
+        """Return the length of a row of padding: one token, in the text row that padding writes."""
         return 1
 
     def can_run_graph(self, batch: Any) -> bool:
-        """Whether the buffers of the graphs hold what this batch has."""
+        """Say whether the buffers of the graphs hold what this batch has."""
         if self.graph_tables is None or batch.batch_size > len(self.graph_tables.new_rows):
             return False
         return count_segments(self._decoding(batch)[1]) <= GRAPH_SEGMENTS
@@ -286,7 +286,7 @@ class RotateKBackend(AttentionBackend):
 
     @staticmethod
     def _window(part: PromptPart, sealer: Sealer, q: Tensor) -> Tensor:
-        """The last queries ``[n, H_q, D]`` of the prompt so far; those of earlier chunks are kept until its last."""
+        """Give the last queries ``[n, H_q, D]`` of the prompt so far; those of earlier chunks stay until its last."""
         count = sealer.options.query_window
         if part.prompt is None:
             return q[-count:]
@@ -316,7 +316,7 @@ class RotateKBackend(AttentionBackend):
         return output.flatten(1)
 
     def support_triton(self) -> bool:
-        """Whether SGLang may use its Triton helpers around this backend."""
+        """Say whether SGLang may use its Triton helpers around this backend."""
         return bool(self.rows_of.is_cuda)
 
 
@@ -340,7 +340,7 @@ def refuse_extras(extras: dict[str, Any]) -> None:
 
 
 def heads_of(q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows as heads: ``[tokens, H, D]`` each."""
+    """View rows as heads: ``[tokens, H, D]`` each."""
     return (
         q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
         k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),

@@ -1,6 +1,5 @@
 """The attention backend "rotatek" where all tokens are coded: it reads and writes the pool of `coded_pool`."""
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,6 @@ from rotatek_sglang.coded_pool import CodedPool, to_device
 from rotatek_sglang.coded_storage import CodedTable, DecodeTables, Places, table_before
 from rotatek_sglang.metrics import Gauges
 from rotatek_sglang.prompt_attention import OwnTokens, attend_continuation, attend_forms, attend_prompt
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class CodedBackend(AttentionBackend):
             self.decoding = DecodeTables(max_bs, self.slots_of.shape[1], self.slots_of.device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """The length of a row of padding: one token, which goes where padding is written."""
+        """Return the length of a row of padding: one token, which goes where padding is written."""
         return 1
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
@@ -229,5 +226,5 @@ class CodedBackend(AttentionBackend):
         return output.flatten(1)
 
     def support_triton(self) -> bool:
-        """Whether SGLang may use its Triton helpers around this backend."""
+        """Say whether SGLang may use its Triton helpers around this backend."""
         return bool(self.slots_of.is_cuda)

@@ -1,6 +1,5 @@
 """What a token, a request and a prompt's beginning take where all tokens are coded; decided before the pool is made."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,8 +123,3 @@ class CodedPlan:
             stored = sum(sum(widths) * dtype.itemsize for widths, dtype in (p.storage(self.dtype) for p in parts))
             said.append(f"{name} {8 * stored / sum(part.heads * part.width for part in parts):.3g}")
         return ", ".join(said)
-
-
-def slots_in(budget: int, plan: CodedPlan) -> int:
-    """Count the slots that fit into so many bytes."""
-    return math.floor((budget - plan.fixed_bytes) / plan.slot_bytes)

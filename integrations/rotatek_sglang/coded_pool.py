@@ -34,13 +34,13 @@ class CodedLedger:
         self.clear()
 
     def clear(self) -> None:
-        """No request is known."""
+        """Forget all requests."""
         self.ring_start: dict[int, int] = {}
 
     reset_allocator = clear
 
     def alloc_to_lengths(self, *, req_pool_indices_cpu: Tensor, target_seq_lens_cpu: Tensor) -> None:
-        """The next batch holds these requests: nothing is kept of that."""
+        """Take no note that the next batch holds these requests."""
 
     @property
     def sinks(self) -> int:
@@ -48,7 +48,7 @@ class CodedLedger:
         return sum(max(0, SINK_TOKENS - start) for start in self.ring_start.values())
 
     def free(self, request: int) -> None:
-        """The request is over, or retracted."""
+        """Forget a request, which is over or retracted."""
         self.ring_start.pop(int(request), None)
 
 
@@ -105,7 +105,7 @@ class CodedPool(NoDenseKeys):
         )
 
     def layer(self, layer_id: int) -> CodedLayer:
-        """The storage of a layer of the model."""
+        """Return the storage of a layer of the model."""
         return self.layers[layer_id - self.start_layer]
 
     def publish(self, used: int) -> None:
@@ -115,7 +115,7 @@ class CodedPool(NoDenseKeys):
             self.gauges.set(metrics.coded_values(self.size, used, self.sinks, running, self.plan))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        """Bytes held for Keys and for Values."""
+        """Count the bytes held for Keys and for Values."""
         held = [layer.tensors() for layer in self.layers]
         return sum(t.nbytes for keys, _ in held for t in keys), sum(t.nbytes for _, values in held for t in values)
 
@@ -134,7 +134,7 @@ class CodedAllocator(PagedTokenToKVPoolAllocator):
         self._kvcache.publish(self.size - self.available_size())
 
     def alloc_decode(self, seq_lens: Tensor, seq_lens_cpu: Tensor, last_loc: Tensor) -> Tensor | None:
-        """Slots of the next token of every request; None if they are short."""
+        """Return slots of the next token of every request; None if they are short."""
         slots = super().alloc_decode(seq_lens, seq_lens_cpu, last_loc)
         if slots is not None:
             early = [row for row, length in enumerate(seq_lens_cpu.tolist()) if length <= SINK_TOKENS]
@@ -150,7 +150,7 @@ class CodedAllocator(PagedTokenToKVPoolAllocator):
         self.publish()
 
     def clear(self) -> None:
-        """Everything is free."""
+        """Set everything free."""
         super().clear()
         self.sinks.clear()
         self.publish()
@@ -158,7 +158,7 @@ class CodedAllocator(PagedTokenToKVPoolAllocator):
     def check_decode_capacity(
         self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None
     ) -> bool:
-        """Whether slots and sinks last for the next step; if not, SGLang retracts requests."""
+        """Say whether slots and sinks last for the next step; if not, SGLang retracts requests."""
         slots = super().check_decode_capacity(
             num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
         )
@@ -167,7 +167,7 @@ class CodedAllocator(PagedTokenToKVPoolAllocator):
 
 
 def sinks_for(allocator: CodedAllocator, tree_cache: Any, count: int, held: int = 0) -> bool:
-    """Whether so many sinks are free, once cached prefixes that are not in use had to go if they are not.
+    """Make sure of so many free sinks, for which cached prefixes that are not in use may have to go; say if it did.
 
     Nothing goes where that could not be enough, seeing that running requests hold `held`. Only where sinks are short
     does this wait for the device.
@@ -186,6 +186,6 @@ def sinks_for(allocator: CodedAllocator, tree_cache: Any, count: int, held: int 
 
 
 def to_device(numbers: list[int], device: torch.device | str) -> Tensor:
-    """int64 numbers of the host on a device, which nobody waits for."""
+    """Send int64 numbers of the host to a device; nobody waits for it."""
     pin = torch.device(device).type == "cuda"
     return torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=pin).to(device, non_blocking=True)

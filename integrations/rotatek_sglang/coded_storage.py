@@ -72,7 +72,7 @@ class Sinks:
         self.clear()
 
     def clear(self) -> None:
-        """All are free."""
+        """Set all free."""
         self.row_of_slot.zero_()
         # One more than there are rows: where nothing is returned to.
         self.stack = torch.arange(self.total, -1, -1, dtype=torch.int32, device=self.device)
@@ -187,7 +187,7 @@ class CodedLayer:
                 dense[where] = states if tokens is None else states[tokens]
 
     def views(self, table: CodedTable) -> list[SegmentView]:
-        """The stored tokens of a batch as attention reads them."""
+        """Return the stored tokens of a batch as attention reads them."""
         views = []
         for part, (keys, values) in ((table.sinks, self.sinks), (table.ring, self.ring)):
             if part is not None:
@@ -226,7 +226,7 @@ def _view(part: Part, keys: Tensor, values: Tensor, **coded: object) -> SegmentV
 
 
 def ring_slots(requests: Tensor, positions: Tensor) -> Tensor:
-    """Rows of the ring in which requests keep the tokens at these positions."""
+    """Return rows of the ring in which requests keep the tokens at these positions."""
     return requests * RECENT_TOKENS + positions % RECENT_TOKENS
 
 
@@ -281,7 +281,7 @@ class DecodeTables:
         self.new_ring[:batch] = ring_slots(requests, lengths - 1)
 
     def table(self, batch: int, longest: int) -> CodedTable:
-        """The first `batch` rows of the buffers, for requests of up to `longest` tokens."""
+        """Return the first `batch` rows of the buffers, for requests of up to `longest` tokens."""
         codes = None
         if longest > SINK_TOKENS:
             columns = min(longest, self.context)
@@ -294,7 +294,7 @@ class DecodeTables:
         )
 
     def places(self, batch: int) -> Places:
-        """Where the new tokens of the first `batch` rows go."""
+        """Return where the new tokens of the first `batch` rows go."""
         return Places(self.new_slots[:batch], None, self.new_sinks[:batch], None, self.new_ring[:batch])
 
     def tensors(self) -> list[Tensor]:
@@ -305,7 +305,7 @@ class DecodeTables:
 def table_before(
     slots: Tensor, row_of_slot: Tensor, request: int, ring_start: int, numbers: Callable[[Sequence[int]], Tensor]
 ) -> CodedTable:
-    """The table of one request's stored tokens, all known on the host.
+    """Make the table of one request's stored tokens, all known on the host.
 
     Args:
         slots: int32 ``[n]`` of its tokens; at least one.

@@ -13,14 +13,14 @@ NOTHING = Segment(0, 0, 0)
 
 
 def count_segments(held: Sequence[Sequence[Segment]]) -> int:
-    """Visual segments of the request that has most."""
+    """Count the visual segments of the request that has most."""
     return max(map(len, held), default=0)
 
 
 def padded(
     lengths: Sequence[int], held: Sequence[Sequence[Segment]], batch: int
 ) -> tuple[list[int], list[Sequence[Segment]]]:
-    """Lengths and visual segments with those of rows that are no requests, up to `batch`: one token in text row 0."""
+    """Fill lengths and visual segments up to `batch` with rows that are no requests: one token in text row 0."""
     spare = batch - len(held)
     return [*lengths, *[1] * spare], [*held, *[[]] * spare]
 
@@ -28,7 +28,7 @@ def padded(
 def segment_numbers(
     held: Sequence[Sequence[Segment]], lengths: Sequence[int], segments: int, pin: bool
 ) -> tuple[Tensor, Tensor]:
-    """The part of a `SegmentTable` that speaks of requests, on the host.
+    """Return the part of a `SegmentTable` that speaks of requests, on the host.
 
     Args:
         held: the visual segments of each request, at most `segments`.
@@ -57,7 +57,7 @@ def segment_numbers(
 def segment_table(
     slots: Tensor, places: Tensor, counts: Tensor, visual_max: Sequence[int], text_max: int
 ) -> SegmentTable:
-    """The table that says this.
+    """Make the table that says this.
 
     Args:
         slots: int32 ``[B, n]`` rows, visual tokens first.
@@ -75,7 +75,7 @@ def segment_table(
 def table_of(
     rows_of: Tensor, indices: Tensor, held: Sequence[Sequence[Segment]], lengths: Sequence[int]
 ) -> SegmentTable:
-    """A table of the tokens ``: lengths[b]`` of requests.
+    """Make a table of the tokens ``: lengths[b]`` of requests.
 
     Args:
         rows_of: int32 ``[requests, n]``, the rows of each request.
@@ -134,7 +134,7 @@ class GraphTables:
         torch.index_select(self.rows_of, 0, indices, out=self.slots[:batch])
 
     def table(self, batch: int) -> SegmentTable:
-        """The first `batch` rows of the buffers."""
+        """Return the first `batch` rows of the buffers."""
         return segment_table(
             self.slots[:batch], self.places[:, :batch], self.counts[:, :batch], self.visual_max, self.text_max
         )

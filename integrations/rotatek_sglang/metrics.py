@@ -19,7 +19,7 @@ DESCRIPTIONS = {
 
 
 def values(table: SlotTable, layout: CacheLayout, requests_with_basis: int) -> dict[str, float]:
-    """The metrics' values, by name."""
+    """Return the metrics' values, by name."""
     text, visual = table.text.used, table.visual.used
     dense = (text + visual) * layout.text_bytes
     stored = text * layout.text_bytes + visual * layout.visual_bytes + table.bases.used * layout.basis_bytes
@@ -46,7 +46,7 @@ CODED_DESCRIPTIONS = {
 
 
 def coded_values(rows: int, used: int, sinks: Sinks, running: int, plan: CodedPlan) -> dict[str, float]:
-    """The metrics' values where all tokens are coded, by name.
+    """Return the metrics' values where all tokens are coded, by name.
 
     Args:
         rows: of the pool.

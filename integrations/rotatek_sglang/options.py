@@ -181,7 +181,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> ServingOpti
 
 
 def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse` for argparse, which drops the message of an ordinary ValueError."""
+    """Return `parse` for argparse, which drops the message of an ordinary ValueError."""
 
     def parsed(text: str) -> Any:
         try:

@@ -15,7 +15,7 @@ BASES_PER_REQUEST = 2  # half of them for images that are only cached
 
 
 def heads_of_ranks(configurator: Any) -> list[HeadShape]:
-    """The heads of the model in each process that shares it, whose pool SGLang sizes (a `KVCacheConfigurator`)."""
+    """List the heads of the model in each process that shares it, whose pool SGLang sizes (a `KVCacheConfigurator`)."""
     model = configurator.model_config
     if configurator.kv_cache_dtype != model.dtype:
         raise ValueError(
@@ -44,7 +44,7 @@ def heads_of_ranks(configurator: Any) -> list[HeadShape]:
 
 
 def coded_plans(configurator: Any) -> tuple[CodedPlan, list[CodedPlan]]:
-    """The plan of this process with all tokens coded, and those of all that take other bytes than it."""
+    """Make the plan of this process with all tokens coded, and those of all that take other bytes than it."""
     model, layers, asked = configurator.model_config, configurator.layer_info, options.from_environment()
     indices, requests = range(layers.start_layer, layers.end_layer), get_schedule().max_running_requests
 
@@ -61,7 +61,7 @@ def coded_plans(configurator: Any) -> tuple[CodedPlan, list[CodedPlan]]:
 
 
 def plan_for(configurator: Any) -> Plan:
-    """The plan with text dense, for a model whose pool SGLang is about to size."""
+    """Make the plan with text dense, for a model whose pool SGLang is about to size."""
     model, layers = configurator.model_config, configurator.layer_info
     asked, parallel = options.from_environment(), get_parallel()
     heads = heads_of_ranks(configurator)[parallel.attn_tp_rank]

@@ -132,7 +132,7 @@ def apply_defaults(args: Any) -> None:
 
 
 def pool_class(kind: str) -> type | None:
-    """Our pool, for the one kind of attention that it serves (SGLang asks for all of them, whatever the model)."""
+    """Name our pool, for the one kind of attention that it serves (SGLang asks for all of them, whatever the model)."""
     # Not earlier: they need SGLang's runtime, which needs a platform.
     from rotatek_sglang.coded_pool import CodedPool  # noqa: PLC0415
     from rotatek_sglang.pool import RotateKPool  # noqa: PLC0415
@@ -143,7 +143,7 @@ def pool_class(kind: str) -> type | None:
 
 
 def allocator_class() -> type:
-    """Our slot allocator."""
+    """Name our slot allocator."""
     from rotatek_sglang.coded_pool import CodedAllocator  # noqa: PLC0415 (as above)
     from rotatek_sglang.pool import RotateKAllocator  # noqa: PLC0415
 
@@ -166,15 +166,15 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         torch.Tensor.pin_memory = _as_it_is  # type: ignore[method-assign, assignment]
 
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
-        """No GPU, so nothing to pin for."""
+        """Say no: there is no GPU to pin for."""
         return False
 
     def get_default_attention_backend(self) -> str:
-        """Dense attention in torch."""
+        """Name dense attention in torch."""
         return "torch_native"
 
     def get_dispatch_key_name(self) -> str:
-        """The torch version of every operator."""
+        """Name the torch version of every operator."""
         return "native"
 
 
@@ -186,15 +186,15 @@ class RotateKCpuPlatform(TorchCpuPlatform):
         apply_defaults(server_args)
 
     def get_default_attention_backend(self) -> str:
-        """Ours."""
+        """Name ours."""
         return BACKEND
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
-        """Ours."""
+        """Name ours."""
         return pool_class(kind)
 
     def get_paged_allocator_cls(self) -> type:
-        """Ours."""
+        """Name ours."""
         return allocator_class()
 
 
@@ -206,9 +206,9 @@ class RotateKCudaPlatform(CudaSRTPlatform):
         apply_defaults(server_args)
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
-        """Ours."""
+        """Name ours."""
         return pool_class(kind)
 
     def get_paged_allocator_cls(self) -> type:
-        """Ours."""
+        """Name ours."""
         return allocator_class()

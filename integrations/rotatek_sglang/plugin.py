@@ -35,7 +35,7 @@ def stop_unless_supported() -> None:
 
 
 def activate_platform() -> str | None:
-    """The platform's class path if it is asked for: by an option, or by name for dense serving on a CPU."""
+    """Return the platform's class path if it is asked for: by an option, or by name for dense serving on a CPU."""
     import torch  # noqa: PLC0415 (SGLang asks every process, also those that need nothing of this)
 
     on_gpu = torch.cuda.is_available()
@@ -118,7 +118,7 @@ def _assign_coded_prompt(allocated: object, *args: object, **kwargs: object) -> 
 
 
 def _write_through_us(forward_batch: object) -> bool:
-    """Whether a model writes into the KV pool itself, from a fused kernel: never, the backend does."""
+    """Say whether a model writes into the KV pool itself, from a fused kernel: never, the backend does."""
     return False
 
 
@@ -135,12 +135,12 @@ def _note_new_slots(result: object, *args: Any, **kwargs: Any) -> None:
 
 
 def _can_run_graph(can_run: Any, runner: Any, batch: Any) -> bool:
-    """SGLang's own answer, unless our buffers do not hold the batch."""
+    """Give SGLang's own answer, unless our buffers do not hold the batch."""
     return bool(can_run(runner, batch) and runner.attn_backend.can_run_graph(batch))
 
 
 def _refuse_beams(*args: object, **kwargs: object) -> str:
-    """The error for a request that asks for beam search, whose beams trade slots behind everyone's back."""
+    """Make the error for a request that asks for beam search, whose beams trade slots behind everyone's back."""
     return "rotatek_sglang does not support beam search"
 
 

@@ -79,7 +79,7 @@ class RotateKPool(NoDenseKeys):
         return self.table.text_rows // 2
 
     def layer(self, layer_id: int) -> LayerStorage:
-        """The storage of a layer of the model."""
+        """Return the storage of a layer of the model."""
         return self.layers[layer_id - self.start_layer]
 
     def publish(self) -> None:
@@ -88,7 +88,7 @@ class RotateKPool(NoDenseKeys):
             self.gauges.set(metrics.values(self.table, self.plan.layout, self.ledger.with_basis))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        """Bytes held for Keys and for Values, bases included."""
+        """Count the bytes held for Keys and for Values, bases included."""
         sizes = [layer.tensors_bytes() for layer in self.layers]
         return sum(keys for keys, _ in sizes), sum(values for _, values in sizes)
 
@@ -117,7 +117,7 @@ def describe(plan: Plan, pool: RotateKPool) -> str:
 
 
 def make_room(allocator: Any, tree_cache: Any, need: Need, held: Need, later: Need = NOTHING) -> bool:
-    """Whether so many rows and bases are free, once cached prefixes that are not in use had to go if they are not.
+    """Make sure of so many free rows and bases, for which unused cached prefixes may have to go; say if it did.
 
     Args:
         allocator: of the pool.
@@ -151,7 +151,7 @@ class RotateKAllocator(PagedTokenToKVPoolAllocator):
         return self._kvcache.table
 
     def alloc_decode(self, seq_lens: Tensor, seq_lens_cpu: Tensor, last_loc: Tensor) -> Tensor | None:
-        """Slots of the next token of every request, each with a text row; None if slots or rows are short."""
+        """Return slots of the next token of every request, each with a text row; None if slots or rows are short."""
         if len(seq_lens) > self.table.text.available:
             return None
         slots = super().alloc_decode(seq_lens, seq_lens_cpu, last_loc)
@@ -167,7 +167,7 @@ class RotateKAllocator(PagedTokenToKVPoolAllocator):
         self._kvcache.publish()
 
     def clear(self) -> None:
-        """Everything is free."""
+        """Set everything free."""
         super().clear()
         self.table.clear()
         self._kvcache.publish()
@@ -175,7 +175,7 @@ class RotateKAllocator(PagedTokenToKVPoolAllocator):
     def check_decode_capacity(
         self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None
     ) -> bool:
-        """Whether slots and text rows last for the next step; if not, SGLang retracts requests."""
+        """Say whether slots and text rows last for the next step; if not, SGLang retracts requests."""
         slots = super().check_decode_capacity(
             num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
         )

@@ -14,7 +14,7 @@ WARM_UP_TOKENS = 16  # in each of two blocks
 
 
 def attend_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of a prompt ``[n, H, D]`` to itself: ``[n, H_q, D_v]``."""
+    """Compute the causal attention of a prompt ``[n, H, D]`` to itself: ``[n, H_q, D_v]``."""
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
     output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return output[0].transpose(0, 1)
@@ -47,7 +47,7 @@ class OwnTokens:
         return cls(block, none, before, (count - before).clamp_(max=block), mask)
 
     def views(self, k: Tensor, v: Tensor, number: int) -> list[SegmentView]:
-        """Segments of the tokens ``[n, H, D]`` that the queries of block `number` see: those before it, and its own."""
+        """View the tokens ``[n, H, D]`` that the queries of block `number` see: those before it, and its own."""
         first = number * self.block
         last = min(len(k), first + self.block)
         count, views = last - first, []
@@ -77,7 +77,7 @@ def attend_forms(views: list[SegmentView], heads: HeadShape, dtype: torch.dtype)
 def attend_continuation(
     q: Tensor, k: Tensor, v: Tensor, stored: list[SegmentView], own: OwnTokens, scale: float
 ) -> Tensor:
-    """Attention of new tokens ``[n, H, D]`` of one request to what is stored of it, and causally to themselves."""
+    """Let new tokens ``[n, H, D]`` of one request attend to what is stored of it, and causally to themselves."""
     outputs = []
     for number, queries in enumerate(q.split(own.block)):
         views = [*stored, *own.views(k, v, number)]

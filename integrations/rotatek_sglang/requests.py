@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def visual_tokens(req: Any, begin: int, end: int) -> Tensor:
-    """bool ``[end - begin]`` on the host: which tokens of the request are images or frames of a video."""
+    """Return bool ``[end - begin]`` on the host: which tokens of the request are images or frames of a video."""
     mask = torch.zeros(end - begin, dtype=torch.bool, device="cpu")
     inputs = req.multimodal_inputs
     for item in inputs.mm_items if inputs is not None else ():
@@ -29,7 +29,7 @@ def visual_tokens(req: Any, begin: int, end: int) -> Tensor:
 
 
 def compressed_tokens(pool: RotateKPool, req: Any, begin: int, end: int) -> Tensor:
-    """bool ``[end - begin]``: which of the request's new tokens go to visual rows.
+    """Return bool ``[end - begin]``: which of the request's new tokens go to visual rows.
 
     All visual ones, or none: where compression costs bytes, and where there will never be so many visual rows.
     """

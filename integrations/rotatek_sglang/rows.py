@@ -63,7 +63,7 @@ class FreeRows:
         return self.free - self.reserved
 
     def take(self, count: int) -> Tensor:
-        """int32 ``[count]`` rows."""
+        """Return int32 ``[count]`` rows."""
         if count > self.available:
             raise OutOfRowsError(f"{count} {self.what} asked for, {self.available} of {self.total} are free")
         self.free -= count
@@ -105,7 +105,7 @@ class SlotTable:
         self.clear()
 
     def clear(self) -> None:
-        """Everything is free."""
+        """Set everything free."""
         self.rows.zero_()
         self.text = FreeRows(1, self.text_rows, "text rows", self.device)
         self.visual = FreeRows(0, self.visual_rows, "visual rows", self.device)
@@ -113,11 +113,11 @@ class SlotTable:
         self.basis_tokens = [0] * self.base_count  # visual rows in use of each basis
 
     def fits(self, need: Need) -> bool:
-        """Whether so much is free."""
+        """Say whether so much is free."""
         return all(count <= kind.available for count, kind in zip(need, self._kinds(), strict=True))
 
     def could_fit(self, need: Need, held: Need, evictable: int) -> bool:
-        """Whether so much might be free once cached prefixes are gone.
+        """Say whether so much might be free once cached prefixes are gone.
 
         Args:
             need: what is asked for.
@@ -211,7 +211,7 @@ class SlotTable:
 
 
 def places(mask: Tensor, device: torch.device) -> Tensor:
-    """int64, on the device, where a mask on the host is True; nobody waits for it."""
+    """Return int64, on the device, of where a mask on the host is True; nobody waits for it."""
     found = mask.nonzero()[:, 0]
     return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
 
@@ -256,7 +256,7 @@ class RequestLedger:
         self.clear()
 
     def clear(self) -> None:
-        """No request is known."""
+        """Forget all requests."""
         self.segments: dict[int, list[Segment]] = {}
         self.requests: list[int] = []
         self.moved: set[int] = set()
@@ -271,7 +271,7 @@ class RequestLedger:
         return sum(bool(segments) for segments in self.segments.values())
 
     def alloc_to_lengths(self, *, req_pool_indices_cpu: Tensor, target_seq_lens_cpu: Tensor) -> None:
-        """The next batch holds these requests."""
+        """Note that the next batch holds these requests."""
         self.requests = req_pool_indices_cpu.tolist()
 
     def assign_chunk(self, request: int, slots: Tensor, chunk: slice, visual: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ class RequestLedger:
         return rows
 
     def free(self, request: int) -> None:
-        """The request is over, or retracted."""
+        """Forget a request, which is over or retracted."""
         self.segments.pop(int(request), None)
         self.moved.discard(int(request))
         self.compressed.pop(int(request), None)

@@ -94,7 +94,7 @@ class LayerStorage:
         self.text_values[rows] = values
 
     def views(self, table: SegmentTable) -> list[SegmentView]:
-        """The tokens of a batch as attention reads them."""
+        """Return the tokens of a batch as attention reads them."""
         views = [
             SegmentView(
                 keys=self.keys.stored,
@@ -125,7 +125,7 @@ class LayerStorage:
         return views
 
     def tensors_bytes(self) -> tuple[int, int]:
-        """Bytes held for Keys and for Values, bases included."""
+        """Count the bytes held for Keys and for Values, bases included."""
         text_keys = self.text_keys.numel() * self.text_keys.element_size()
         text_values = self.text_values.numel() * self.text_values.element_size()
         return self.keys.own_bytes + text_keys, self.values.own_bytes + text_values

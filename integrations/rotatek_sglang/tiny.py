@@ -27,7 +27,7 @@ CHAT = """{%- macro vision(kind) %}<|vision_start|><|{{ kind }}_pad|><|vision_en
 
 
 def _tokenizer() -> Any:
-    """Bytes, a few merges, and the special tokens of the Qwen family."""
+    """Build a tokenizer of bytes, a few merges, and the special tokens of the Qwen family."""
     bytes_and_merges = Tokenizer(models.BPE())
     bytes_and_merges.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_and_merges.decoder = decoders.ByteLevel()
@@ -68,7 +68,7 @@ def _qwen2(tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _qwen2_images(tokenizer: Any, processor: Any) -> Any:
-    """The processor of Qwen2-VL, whose image processor Qwen2.5-VL has as well."""
+    """Build the processor of Qwen2-VL, whose image processor Qwen2.5-VL has as well."""
     return processor(
         image_processor=transformers.Qwen2VLImageProcessor(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 1024),
         video_processor=transformers.Qwen2VLVideoProcessor(),

@@ -84,7 +84,7 @@ class _Driver:
         return launch
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: str) -> tuple[int, int, int, int, int]:
-        """Number the kernel; its registers are those of the kernel over numbers, three of which an H200 holds."""
+        """Give the kernel an id; its registers are those of the kernel over numbers, three of which an H200 holds."""
         del name, shared, device
         number = hash(kernel)
         return number, number, REGISTERS, 0, 1024

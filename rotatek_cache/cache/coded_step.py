@@ -92,7 +92,7 @@ class CodedLayerStep:
             held.index_put_((_all_heads(held), places.batch, places.column), states)
 
     def fits(self) -> bool:
-        """Whether the layer still is what this step was made of, with a free column."""
+        """Say whether the layer still is what this step was made of, with a free column."""
         layer = self.layer
         return (
             layer.fresh is None
@@ -129,11 +129,11 @@ class CodedStep:
         return CodedLayerStep(layer, list(layer.dense_states), codes, places, capacity, views)
 
     def fits(self) -> bool:
-        """Whether the cache still lies where this step reads and writes it, with a column for another token."""
+        """Say whether the cache still lies where this step reads and writes it, with a column for another token."""
         return all(layer.fits() for layer in self.layers)
 
     def belongs_to(self, layers: Sequence[CodedKV]) -> bool:
-        """Whether these are the layers that it was made of, not reset since."""
+        """Say whether these are the layers that it was made of, not reset since."""
         return all(
             held.layer is layer and bool(layer.dense_states) and held.dense[0] is layer.dense_states[0]
             for held, layer in zip(self.layers, layers, strict=True)
@@ -160,7 +160,7 @@ class CodedStep:
         self.places.at = counts.rows
 
     def shows_all(self, mask: Tensor) -> bool:
-        """Whether a mask ``[B, T]`` hides nothing that is stored (padding is not). Waits for the device."""
+        """Say whether a mask ``[B, T]`` hides nothing that is stored (padding is not). Waits for the device."""
         return self.layers[0].layer.positions.shows_own(mask.bool())
 
     def form(self) -> Hashable:

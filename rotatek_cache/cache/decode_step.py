@@ -151,7 +151,7 @@ class LayerStep:
             self.reads += 1
 
     def fits(self) -> bool:
-        """Whether the layer still is what this step was made of, with a free column."""
+        """Say whether the layer still is what this step was made of, with a free column."""
         layer, text = self.layer, self.text
         return (
             layer.pending is None
@@ -222,11 +222,11 @@ class DecodeStep:
         return self.tables[-1]
 
     def fits(self) -> bool:
-        """Whether the cache still lies where this step reads and writes it, with a column for another token."""
+        """Say whether the cache still lies where this step reads and writes it, with a column for another token."""
         return all(layer.fits() for layer in self.layers)
 
     def belongs_to(self, layers: Sequence[LayerKV]) -> bool:
-        """Whether these are the layers that it was made of."""
+        """Say whether these are the layers that it was made of."""
         return all(
             held.layer is layer and held.text is layer.text for held, layer in zip(self.layers, layers, strict=True)
         )
@@ -254,7 +254,7 @@ class DecodeStep:
             cursor.at = cursor.text.length
 
     def shows_all(self, mask: Tensor) -> bool:
-        """Whether a mask ``[B, T]`` hides nothing that is stored (padding is not). Waits for the device.
+        """Say whether a mask ``[B, T]`` hides nothing that is stored (padding is not). Waits for the device.
 
         The last of the T positions is that of the token to come.
         """

@@ -105,7 +105,7 @@ class TokenSelection:
 
     @staticmethod
     def _visible(mask: Tensor | None, queries: int, tokens: int, device: torch.device) -> Tensor:
-        """bool ``[B or 1, Q, T]``."""
+        """Return bool ``[B or 1, Q, T]``."""
         if mask is None:
             return causal_mask(queries, tokens, device)[:, 0]
         return seen_by_mask(mask[:, 0])

@@ -173,7 +173,7 @@ class TokenCounts:
         return TokenCounts(tuple(count + 1 for count in self.rows), self.device)
 
     def arrival(self, tokens: int, visible: Tensor | None) -> Arrival:
-        """What `tokens` more positions do; bool `visible` ``[B, tokens]`` says which are a row's own, None: all."""
+        """Say what `tokens` more positions do; bool `visible` ``[B, tokens]`` says which are a row's own, None: all."""
         if self._arrival is None or self._arrival[0] != tokens or self._arrival[1] is not visible:
             self._arrival = tokens, visible, self._arrive(tokens, visible)
         return self._arrival[2]
@@ -191,7 +191,7 @@ class TokenCounts:
         )
 
     def cut(self, rows: tuple[int, ...]) -> Return:
-        """What a crop to so many tokens of each row does."""
+        """Say what a crop to so many tokens of each row does."""
         if self._returned is None or self._returned[0] != rows:
             before, after = (torch.tensor(counts, device="cpu")[:, None] for counts in (self.rows, rows))
             columns = torch.arange(SINK_TOKENS, DENSE_COLUMNS, device="cpu").expand(len(rows), -1)

@@ -327,7 +327,7 @@ class VisualPositions:
         return torch.where(tokens < own, order.gather(1, tokens.clamp(max=known - 1)), known + tokens - own)
 
     def shows_own(self, mask: Tensor) -> bool:
-        """Whether bool `mask` ``[B, T]`` shows all positions that are not padding. Waits for the device."""
+        """Say whether bool `mask` ``[B, T]`` shows all positions that are not padding. Waits for the device."""
         if self.visible is None:
             return bool(mask.all())
         known = self.visible.to(mask.device)[:, : mask.shape[1]]
@@ -394,7 +394,7 @@ class VisualPositions:
         self.prompt = None if self.prompt is None else self.prompt[index.to(self.prompt.device)]
 
     def tensors(self) -> list[Tensor]:
-        """Everything held beyond the current forward."""
+        """List everything held beyond the current forward."""
         known = [entry[2] for entry in (*self.flags, *self.dropped)] + [self.visible, self.given, self.prompt]
         return [tensor for tensor in known if tensor is not None]
 

@@ -17,9 +17,15 @@ from rotatek_cache.core.fitting import KeyStatistics
 from rotatek_cache.core.segments import Stored
 
 
+@torch.inference_mode(False)  # what is differentiated must not have been made within it
 @torch.no_grad()
 def calibrate(
-    model: torch.nn.Module, prompts: Iterable[dict[str, Any]], state: Calibration, *, text: bool = False
+    model: torch.nn.Module,
+    prompts: Iterable[dict[str, Any]],
+    state: Calibration,
+    *,
+    text: bool = False,
+    sensitivity: bool = True,
 ) -> Calibration:
     """Run the prompts (what a processor returns, one image each) through an attached model and gather moments.
 
@@ -30,11 +36,14 @@ def calibrate(
         text: whether these prompts show the text that will be cached, so that all of their tokens are taken for rows
             of all tokens (``text="coded"``), besides the visual ones for bases of images. Prompts may be text alone
             then, and should be as long as those to come: a Key depends on its position.
+        sensitivity: whether the model also answers each prompt and its answer is differentiated, for bases of images
+            that weigh errors by what they do to answers (method "fisher"). Questions of several kinds tell more.
 
     Returns:
         `state`.
     """
     # The maths needs no transformers.
+    from rotatek_cache.calibration.sensitivity import answer_sensitivity, text_sensitivity  # noqa: PLC0415
     from rotatek_cache.hf.cache import RotateKCache, RotateKLayer  # noqa: PLC0415
     from rotatek_cache.hf.calls import cache_argument  # noqa: PLC0415
 
@@ -54,7 +63,16 @@ def calibrate(
             ids = prompt["input_ids"]
             cache.positions.announce(0, ids.shape[1], None)
         model(**prompt, **cache_argument(model, cache), use_cache=True)
-        if text and not cache.positions.has_visual(0, cache.positions.end):
+        visual = cache.positions.visual(0, cache.positions.end)
+        ids, of_text = prompt["input_ids"], text and visual is None
+        if sensitivity and of_text:
+            layers = sorted({layer for layer, _, _ in state.token_moments})
+            state.add_sensitivity("text", text_sensitivity(model, ids, SINK_TOKENS, layers, state.texts))
+        elif sensitivity and visual is not None:
+            layers = sorted({layer for layer, _ in state.moments})
+            found = answer_sensitivity(model, prompt, visual[0].cpu(), layers, state.images)
+            state.add_sensitivity("image", found)
+        if of_text:
             state.texts += 1
         else:
             state.images += 1

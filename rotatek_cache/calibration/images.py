@@ -198,7 +198,8 @@ def calibrate_images(
         images: one that cannot be read is skipped and counted.
         questions: at least one.
         out: the basis file.
-        method, value_method: of `rotatek_cache.calibration.moments.KEY_METHODS` and `VALUE_METHODS`.
+        method, value_method: of `rotatek_cache.calibration.moments.KEY_METHODS` and `VALUE_METHODS`; with "fisher" for
+            one of them the model answers each question, and its answers are differentiated.
         save_every: images and passages between two saves.
         texts: with any, all tokens are taken, those of the images' prompts too, and the file serves ``text="coded"``.
         advance: called with the number of images and passages done.
@@ -206,10 +207,12 @@ def calibrate_images(
     Raises:
         InputError: the saved state cannot be used, or no image gave a visual token.
     """
+    weighed = "fisher" in (method, value_method)
     mark = fingerprint(chat.model)
     saved = out.with_name(out.name + ".state")
     try:
         source = f"{images.description}; asked {json.dumps(list(questions))}; {texts.description}"
+        source += "; answers weighed" if weighed else ""
         if saved.exists():
             state = _resumed(saved, mark, source)
         else:
@@ -222,13 +225,14 @@ def calibrate_images(
                 state.skipped += 1
             else:
                 prompt = chat.prompt([image], questions[number % len(questions)])
-                calibrate(chat.model, [prompt], state, text=len(texts) > 0)
+                calibrate(chat.model, [prompt], state, text=len(texts) > 0, sensitivity=weighed)
             if (number + 1) % save_every == 0:
                 state.save(saved)
             advance(number + 1)
         for number in range(state.texts, len(texts)):
             ids = torch.tensor([texts.passages[number]], device=chat.model.device)
-            calibrate(chat.model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], state, text=True)
+            passage = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            calibrate(chat.model, [passage], state, text=True, sensitivity=weighed)
             if (number + 1) % save_every == 0:
                 state.save(saved)
             advance(len(images) + number + 1)

@@ -18,13 +18,14 @@ from rotatek_cache.core.fitting import key_moments, matrix_roots
 from rotatek_cache.core.precision import without_autocast
 from rotatek_cache.core.quantization import BITS, CLIP_GRID, FINE_CLIP_GRID, CodeLayout, quantise
 
-STATE_FORMAT = "rotatek-calibration-3"
-KEY_METHODS = ("pca", "oblique", "leank")
-VALUE_METHODS = ("pca", "output")
+STATE_FORMAT = "rotatek-calibration-4"
+KEY_METHODS = ("fisher", "pca", "oblique", "leank")
+VALUE_METHODS = ("fisher", "pca", "output")
 SAMPLE_PER_IMAGE = 32  # tokens per image kept to find clip ranges
 SAMPLE_MOST = 8192  # tokens kept in all
 SAMPLE_PER_TEXT = 256  # tokens per prompt kept where all tokens are coded
 KINDS = ("text", "image")
+SHRINKAGE = 0.5  # of the metric that weighs directions towards one in which all are alike
 
 
 @dataclass
@@ -62,40 +63,47 @@ class Moments:
 
     @without_autocast
     def basis(
-        self, method: str = "pca", shares: Sequence[float] = CLIP_GRID, *, spare_outlying: bool = False
+        self,
+        method: str = "pca",
+        shares: Sequence[float] = CLIP_GRID,
+        *,
+        sensitivity: Tensor | None = None,
+        spare_outlying: bool = False,
     ) -> dict[str, Tensor]:
         """Make the tensors that a basis file holds of it.
 
         Args:
+            sensitivity: ``[H, D, D]`` float64, an error's price in the divergence of what is said next, so that Keys
+                and Values, layers and heads compare.
             spare_outlying: choose ranges of codes by errors that weigh as much as a token lies far from its image's
                 mean, squared. Clipping hits the few tokens that stand out (what is written on an empty page), and among
                 Keys those are the ones that queries look for.
             shares: clip ranges to try for codes, as shares of the full range of a coefficient.
-            method: "pca"; "oblique" (weighted by the cost, shrunk by half; "output" is its name for Values); or "leank"
-                (static selection of channels by query times Key power; a dropped one reads as its mean). Without a cost
-                all are "pca".
+            method: "fisher" (weighted by the sensitivity, shrunk by half); "oblique" (so by the cost; "output" is its
+                name for Values); "leank" (static selection of channels by query times Key power; a dropped one reads
+                as its mean); or "pca". Where what a method weighs by is not known it is "pca".
         """
         covariance = self.scatter / self.tokens
-        gain = torch.ones_like(covariance[..., 0])
-        if self.cost is None or method == "pca":
-            spectrum, vectors = torch.linalg.eigh(covariance)
-            spectrum, encoder = spectrum.flip(-1), vectors.flip(-1)
-            decoder = encoder
-            if self.cost is not None:
-                gain = (decoder * (self.cost @ decoder)).sum(-2)
-        elif method in ("oblique", "output"):
-            power = self.cost.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-            eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-            root, inverse = matrix_roots(0.5 * self.cost / power + 0.5 * eye)
+        by_cost = method in ("oblique", "output", "leank") or sensitivity is None
+        price = self.cost if by_cost else sensitivity
+        if price is not None and (method in ("oblique", "output") or (method == "fisher" and not by_cost)):
+            power, metric = _shrunk(price)
+            root, inverse = matrix_roots(metric)
             spectrum, vectors = torch.linalg.eigh(root @ covariance @ root)
             spectrum, vectors = spectrum.flip(-1), vectors.flip(-1)
             encoder, decoder = root @ vectors, inverse @ vectors
-            gain = gain * power[..., 0]
-        else:
-            score = covariance.diagonal(dim1=-2, dim2=-1) * self.cost.diagonal(dim1=-2, dim2=-1)
+            gain = power[..., 0].expand(-1, covariance.shape[-1])
+        elif price is not None and method == "leank":
+            score = covariance.diagonal(dim1=-2, dim2=-1) * price.diagonal(dim1=-2, dim2=-1)
             spectrum, order = score.sort(-1, descending=True)
             encoder = torch.nn.functional.one_hot(order, order.shape[-1]).mT.to(covariance.dtype)
-            decoder = encoder
+            decoder, gain = encoder, torch.ones_like(spectrum)
+        else:
+            spectrum, vectors = torch.linalg.eigh(covariance)
+            spectrum, encoder = spectrum.flip(-1), vectors.flip(-1)
+            decoder, gain = encoder, torch.ones_like(spectrum)
+            if price is not None:
+                gain = (decoder * (price @ decoder)).sum(-2)
         tensors = {"encoder": encoder.float(), "spectrum": spectrum.clamp_min(0).float(), "gain": gain.float()}
         if decoder is not encoder:
             tensors["decoder"] = decoder.float()
@@ -145,7 +153,10 @@ class TokenMoments:
 
     @staticmethod
     def basis(
-        kinds: Sequence["TokenMoments"], method: str = "pca", shares: Sequence[float] = CLIP_GRID
+        kinds: Sequence["TokenMoments"],
+        method: str = "pca",
+        shares: Sequence[float] = CLIP_GRID,
+        sensitivity: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Make the tensors that a basis file holds for rows of all tokens.
 
@@ -159,7 +170,7 @@ class TokenMoments:
         sample = torch.cat([kind.sample[:, :size] for kind in kinds], 1) - mean.float()[:, None]
         costs = [kind.cost for kind in kinds if kind.cost is not None]
         whole = Moments(covariance, 1, sample, sum(costs[1:], costs[0]) if costs else None)
-        return {**whole.basis(method, shares), "mean": mean.float()}
+        return {**whole.basis(method, shares, sensitivity=sensitivity), "mean": mean.float()}
 
 
 class Calibration:
@@ -173,6 +184,7 @@ class Calibration:
         self.skipped = 0  # images that could not be read
         self.texts = 0  # prompts of text alone
         self.moments: dict[tuple[int, str], Moments] = {}
+        self.sensitivities: dict[tuple[int, str, str], Tensor] = {}  # by layer, state and kind: sums over prompts
         self.token_moments: dict[tuple[int, str, str], TokenMoments] = {}  # by layer, state and kind of token
 
     def add(self, layer: int, which: str, states: Tensor, cost: Tensor | None = None) -> None:
@@ -180,6 +192,20 @@ class Calibration:
         new = Moments.of(states, self.images, cost)
         old = self.moments.get((layer, which))
         self.moments[layer, which] = new if old is None else old + new
+
+    def add_sensitivity(self, kind: str, found: dict[tuple[int, str], Tensor]) -> None:
+        """Take what `answer_sensitivity` found of an image, or `text_sensitivity` of a text: `kind` is of `KINDS`."""
+        for (layer, which), matrix in found.items():
+            before = self.sensitivities.get((layer, which, kind))
+            self.sensitivities[layer, which, kind] = matrix if before is None else before + matrix
+
+    def sensitivity(self, layer: int, which: str, kinds: Sequence[str]) -> Tensor | None:
+        """Sum the means over prompts of these kinds, ``[H, D, D]`` float64; None if none was gathered."""
+        prompts = {"image": self.images, "text": self.texts}
+        found = [
+            self.sensitivities[at] / prompts[at[2]] for k in kinds if (at := (layer, which, k)) in self.sensitivities
+        ]
+        return sum(found[1:], found[0]) if found else None
 
     def add_tokens(self, layer: int, which: str, kind: str, states: Tensor, cost: Tensor | None = None) -> None:
         """Take states ``[H, S, D]`` of tokens of one of `KINDS` of a prompt at one layer, for rows of all tokens."""
@@ -197,6 +223,8 @@ class Calibration:
             tensors[f"layers.{layer}.{which}.tokens"] = torch.tensor(moments.tokens, device="cpu")
             if moments.cost is not None:
                 tensors[f"layers.{layer}.{which}.cost"] = moments.cost
+        for (layer, which, kind), matrix in self.sensitivities.items():
+            tensors[f"sensitivity.{layer}.{which}.{kind}.matrix"] = matrix
         for (layer, which, kind), token_moments in self.token_moments.items():
             for name in ("total", "square", "sample", "cost"):
                 if getattr(token_moments, name) is not None:
@@ -234,14 +262,35 @@ class Calibration:
                     tensors[prefix + "sample"],
                     tensors.get(prefix + "cost"),
                 )
+            if of == "sensitivity":
+                state.sensitivities[int(layer), which, kind[0]] = tensor
         return state
 
-    def write_basis(self, path: str | Path, source: str = "", method: str = "pca", value_method: str = "pca") -> None:
-        """Write the basis file of a method for Keys and one for Values, with where it comes from."""
+    def write_basis(
+        self, path: str | Path, source: str = "", method: str | None = None, value_method: str | None = None
+    ) -> None:
+        """Write the basis file of a method for Keys and one for Values, with where it comes from.
+
+        Args:
+            path: of the file.
+            source: what was calibrated on, in words.
+            method, value_method: of `KEY_METHODS` and `VALUE_METHODS`; by default "fisher" where sensitivities were
+                gathered, else "pca".
+
+        Raises:
+            ValueError: a method is unknown, or what it weighs by was not gathered.
+        """
+        default = "fisher" if self.sensitivities else "pca"
+        method, value_method = method or default, value_method or default
         if method not in KEY_METHODS:
             raise ValueError(f"method must be one of {', '.join(KEY_METHODS)}, got {method!r}")
         if value_method not in VALUE_METHODS:
             raise ValueError(f"value_method must be one of {', '.join(VALUE_METHODS)}, got {value_method!r}")
+        if "fisher" in (method, value_method) and not self.sensitivities:
+            raise ValueError(
+                "method 'fisher' weighs by the sensitivity of the answers, which was not gathered: calibrate with "
+                "sensitivity=True, or choose 'pca'"
+            )
         layers = sorted({layer for layer, _, kind in self.token_moments if kind == "text"})
         if not self.moments and not layers:
             raise ValueError("no visual token was seen: the images or prompts hold none")
@@ -253,14 +302,17 @@ class Calibration:
         tensors = {
             f"layers.{layer}.{which}.{name}": tensor.contiguous()
             for (layer, which), moments in self.moments.items()
-            for name, tensor in moments.basis(methods[which], spare_outlying=which == "key").items()
+            for name, tensor in moments.basis(
+                methods[which], sensitivity=self.sensitivity(layer, which, ("image",)), spare_outlying=which == "key"
+            ).items()
         }
         for layer in layers:
             for which, chosen in methods.items():
                 kinds = [self.token_moments[layer, which, k] for k in KINDS if (layer, which, k) in self.token_moments]
                 # A Value that is clipped costs its error; a Key that is, perhaps the one that a query looks for.
                 shares = FINE_CLIP_GRID if which == "value" else CLIP_GRID
-                for name, tensor in TokenMoments.basis(kinds, chosen, shares).items():
+                sensitivity = self.sensitivity(layer, which, KINDS)
+                for name, tensor in TokenMoments.basis(kinds, chosen, shares, sensitivity).items():
                     tensors[f"layers.{layer}.token_{which}.{name}"] = tensor.contiguous()
         tensors["fingerprint"] = self.fingerprint
         provenance = {
@@ -275,6 +327,17 @@ class Calibration:
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
         _write(tensors, {"format": FORMAT, "provenance": json.dumps(provenance)}, path)
+
+
+def _shrunk(price: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the mean diagonal of `price` ``[H, D, D]``, ``[H, 1, 1]``, and a metric of power one, nearer the identity.
+
+    A few thousand gradients or queries say which directions matter most, not that others never will.
+    """
+    power = price.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(price.shape[-1], dtype=price.dtype, device=price.device)
+    tiny = torch.finfo(price.dtype).tiny
+    return power, (1 - SHRINKAGE) * price / power.clamp_min(tiny) + SHRINKAGE * eye
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path) -> None:

@@ -16,9 +16,11 @@ from rotatek_cache import FitOptions, __version__
 from rotatek_cache.calibration.images import NO_IMAGES, NO_TEXTS, calibrate_images, open_images, open_texts
 from rotatek_cache.calibration.moments import KEY_METHODS, VALUE_METHODS
 from rotatek_cache.cli.demo import (
+    ANY_CALIBRATION,
     ANY_QUESTION,
     CODED,
     LONG_PROMPT,
+    READER_CALIBRATION,
     READER_PAGE,
     READER_QUESTIONS,
     SPARSITIES,
@@ -160,11 +162,19 @@ def calibrate(
         str | None, typer.Option(help="Vision-language model, by name or path; by default the package's reader.")
     ] = None,
     question: Annotated[
-        list[str] | None, typer.Option(help="Questions to ask in turn; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Questions to ask in turn, of every kind that will come; may be given several times."),
     ] = None,
-    method: Annotated[str, typer.Option(help=f"Basis of Keys: {', '.join(KEY_METHODS)}.")] = KEY_METHODS[0],
+    method: Annotated[
+        str,
+        typer.Option(
+            help=f"Basis of Keys: {', '.join(KEY_METHODS)}. fisher weighs errors by what they do to answers of the "
+            "model, which is differentiated for it."
+        ),
+    ] = KEY_METHODS[0],
     value_method: Annotated[
-        str, typer.Option(help=f"Basis of Values: {', '.join(VALUE_METHODS)} (weighted by the output projection).")
+        str,
+        typer.Option(help=f"Basis of Values: {', '.join(VALUE_METHODS)} (the last weighs by the output projection)."),
     ] = VALUE_METHODS[0],
     most: Annotated[int | None, typer.Option(min=1, help="Use the first so many images only.")] = None,
     text_tokens: Annotated[
@@ -191,7 +201,7 @@ def calibrate(
             calibrated = calibrate_images(
                 chat,
                 found,
-                question or list(READER_QUESTIONS if model is None else (ANY_QUESTION,)),
+                question or list(READER_CALIBRATION if model is None else ANY_CALIBRATION),
                 out,
                 method=method,
                 value_method=value_method,

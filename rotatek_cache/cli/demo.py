@@ -30,6 +30,14 @@ from rotatek_cache.report import CacheReport
 READER_PAGE = READER / "pages" / "page3_hard.png"
 READER_QUESTIONS = ("row 1?", "column A?", "glyph B2?", "colour B2?")  # every page of the reader has these
 ANY_QUESTION = "Describe this image."
+# A calibration asks several kinds, since what an answer reads of an image depends on the question.
+READER_CALIBRATION = (*READER_QUESTIONS, "count red?", "count blue?", "compare A1 B2?", "compare A2 B1?")
+ANY_CALIBRATION = (
+    ANY_QUESTION,
+    "What is written in this image?",
+    "How many things are there, and which?",
+    "Where in the image is each thing?",
+)
 SPARSITIES = (0.0, 0.5, 0.75, 0.875)
 LONG_PROMPT = 3800  # visual tokens: twelve pages of the reader, whose model reads 4096 positions
 TIMED_TOKENS = 32
@@ -423,4 +431,4 @@ class _Stopwatch(BaseStreamer):
         self.stamps.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: nothing is left to do."""

@@ -299,8 +299,6 @@ class CalibratedBasis:
         assert each is not None
         worth = "variance" if allocation.over == "uniform" else allocation.worth
         left_over = [state.distortion(worth, widths) for state in states.values()]
-        if 0 in states:
-            left_over[0] = left_over[0] * allocation.first
         if allocation.over == "heads":
             dealt = iter(_share(torch.cat(left_over), each, widths, allocation.floor))
             return {layer: _heads([_code(next(dealt)) for _ in state.spectrum]) for layer, state in states.items()}

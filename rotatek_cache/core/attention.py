@@ -40,7 +40,7 @@ def attend(
     impl: Implementation = "auto",
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of `query` over all tokens of `segments`, decoded from their coefficients.
+    """Compute softmax attention of `query` over all tokens of `segments`, decoded from their coefficients.
 
     Args:
         query: ``[B, H_q, Q, D]`` after RoPE.
@@ -115,7 +115,7 @@ def _cpp_is_compiled() -> bool:
 def reference_attention(
     query: Tensor, segments: Sequence[SegmentView], scale: float, *, return_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend` in plain torch. Half-precision operands are computed in float32."""
+    """Do as `attend` does, in plain torch. Half-precision operands are computed in float32."""
     if any(segment.is_by_heads for segment in segments):
         attend_rows = functools.partial(reference_attention, scale=scale, return_lse=return_lse)
         return attend_by_heads(query, segments, attend_rows)
@@ -201,14 +201,14 @@ def _score(q: Tensor, segment: SegmentView, queries: int, mask_rows: slice, scor
 
 
 def _products(queries: Tensor, keys: Tensor) -> Tensor:
-    """``q . k`` of queries ``[n, M, w]`` and Keys ``[n, N, w]``: ``[n, M, N]``."""
+    """Compute ``q . k`` of queries ``[n, M, w]`` and Keys ``[n, N, w]``: ``[n, M, N]``."""
     if queries.shape[1] <= FEW_QUERIES:
         return torch.bmm(keys, queries.mT).mT
     return torch.bmm(queries, keys.mT)
 
 
 def _weighted_values(weights: Tensor, segment: SegmentView) -> Tensor:
-    """``weights [H, B, G * Q, max_length]`` times the segment's Values: ``[H, B, G * Q, D_v]``.
+    """Compute ``weights [H, B, G * Q, max_length]`` times the segment's Values: ``[H, B, G * Q, D_v]``.
 
     Coded Values are summed as coefficients; the sum is rotated back once.
     """
@@ -232,13 +232,13 @@ def _weighted_values(weights: Tensor, segment: SegmentView) -> Tensor:
 
 
 def causal_mask(queries: int, tokens: int, device: torch.device) -> Tensor:
-    """bool ``[1, 1, Q, T]`` in which the last query sees all tokens and each earlier one a token less."""
+    """Make a bool ``[1, 1, Q, T]`` in which the last query sees all tokens and each earlier one a token less."""
     mask = torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
     return mask[None, None]
 
 
 def merge_state(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Attention over a union of disjoint token sets from the states over each.
+    """Merge the attention over a union of disjoint token sets from the states over each.
 
     Args:
         states: pairs of output ``[B, Q, H_q, D_v]`` and natural log-sum-exp ``[B, H_q, Q]``.

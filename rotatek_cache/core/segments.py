@@ -474,7 +474,7 @@ class TextSegment:
         self.alignment = Alignment(padding.new_zeros(len(padding), 0, dtype=POSITION), first, position)
 
     def _frozen(self) -> bool:
-        """Whether the buffers must not be written to any more.
+        """Say whether the buffers must not be written to any more.
 
         They are lent, or come from an inference mode that has ended.
         """

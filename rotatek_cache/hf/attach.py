@@ -28,7 +28,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 def attach(model: M, *, visual_token_ids: Sequence[int] | None = None, graphs: int = GRAPHS) -> M:
-    """Make ``model.generate(..., past_key_values=RotateKCache(...))`` work for the rest of the model's life.
+    """Make ``model.generate(..., cache=RotateKCache(...))`` work for the rest of the model's life.
 
     From transformers 5.24 on the argument is also called `cache`.
 

@@ -32,7 +32,7 @@ def rotatek_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a layer of a `RotateKCache`; plain tensors (another cache, a vision tower) go to sdpa.
+    """Compute attention over a layer of a `RotateKCache`; plain tensors (another cache, a vision tower) go to sdpa.
 
     Exact, by sdpa, while the layer holds nothing compressed; from the coefficients afterwards.
 
@@ -122,7 +122,7 @@ class _NoBackward(torch.autograd.Function):
 
 
 def hide(mask: Tensor, hidden: Tensor) -> Tensor:
-    """`mask` with the tokens of bool `hidden` ``[B, T]`` taken from every query's sight but their own.
+    """Return `mask` with the tokens of bool `hidden` ``[B, T]`` taken from every query's sight but their own.
 
     A dropped token keeps itself, so that no query is left without any; the result is not read.
     """
@@ -143,7 +143,7 @@ def attend_kept(
     hidden: Tensor,
     **kwargs: Any,
 ) -> Tensor:
-    """sdpa among the tokens that are not `hidden`, which are taken together: the others cost nothing.
+    """Run sdpa among the tokens that are not `hidden`, which are taken together: the others cost nothing.
 
     Args:
         module: the attention module.
@@ -185,7 +185,7 @@ def attend_kept(
 
 
 def _in_front(kept: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Columns of bool ``[B, n]`` in which it is True, in order: int64 ``[B, most of a row]``, and which are the row's.
+    """Find in which columns bool ``[B, n]`` is True, in order: int64 ``[B, most of a row]``, and which are the row's.
 
     The second is None if all are: the rows have as many. A row with fewer has its first column again.
     """

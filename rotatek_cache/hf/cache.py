@@ -26,14 +26,16 @@ from rotatek_cache.codecs.fingerprint import ModelMark
 from rotatek_cache.codecs.registry import codecs_for
 from rotatek_cache.codecs.shared_basis import CalibratedBasis
 from rotatek_cache.core.precision import attention_dtype
-from rotatek_cache.core.quantization import CodeLayout
 from rotatek_cache.core.row_layout import row_index
-from rotatek_cache.core.segments import Stored, TextSegment, VisualSegment
+from rotatek_cache.core.segments import TextSegment
+from rotatek_cache.hf.calls import cache_name
 from rotatek_cache.hf.config_shapes import kv_shape
 from rotatek_cache.hf.estimate import CacheEstimate, estimate_bytes, tokens_of
+from rotatek_cache.hf.layer_report import layer_report, stock_report
+from rotatek_cache.hf.questions import check_questions_are_new, checked_questions, rows_asked
 from rotatek_cache.hf.storage import stock_tensors, storage_bytes
 from rotatek_cache.options import Allocation, Bits, FitOptions, RowBits, with_option_docs
-from rotatek_cache.report import CacheReport, LayerReport, SavedBytes, SegmentReport
+from rotatek_cache.report import CacheReport, SavedBytes
 from rotatek_cache.token_pruning.interface import AttentionMethod, FeatureMethod, TokenMethod
 from rotatek_cache.token_pruning.registry import decoded_method, token_method
 
@@ -163,7 +165,7 @@ class RotateKLayer(CacheLayerMixin):
 
     @keys.setter
     def keys(self, value: None) -> None:
-        """Base classes set it to None."""
+        """Accept None, which base classes set."""
 
     values = keys
 
@@ -235,7 +237,7 @@ class RotateKCache(Cache):
     with a model prepared by `attach`::
 
         model = attach(model)
-        model.generate(**inputs, past_key_values=RotateKCache(sparsity=0.5))
+        model.generate(**inputs, cache=RotateKCache(sparsity=0.5))
 
     Args:
         <options>
@@ -598,7 +600,7 @@ class RotateKCache(Cache):
         """Write all that the cache holds to one file, which `load` reads in any process.
 
         The file is safetensors with a checksum; a calibrated basis is not in it but named. To save a prompt, read it by
-        `model.generate(**inputs, past_key_values=cache, max_new_tokens=1)`, and `seal` it if it ends in an image.
+        `model.generate(**inputs, cache=cache, max_new_tokens=1)`, and `seal` it if it ends in an image.
 
         Args:
             path: of the file; an existing one is replaced once the new one is whole.
@@ -828,7 +830,7 @@ class RotateKCache(Cache):
         one stays as it is, to be asked again. Drop what is returned when the questions are answered::
 
             cache = RotateKCache(sparsity=0.75, basis="pca")
-            model.generate(**prompt, past_key_values=cache, max_new_tokens=1)  # read once, without a question
+            model.generate(**prompt, cache=cache, max_new_tokens=1)  # read once, without a question
             cache.seal()  # if nothing follows the image
             ids = processor.tokenizer(questions, return_tensors="pt", padding=True, padding_side="left", ...)
             asked = cache.ask_many(ids["input_ids"], ids["attention_mask"])
@@ -847,7 +849,8 @@ class RotateKCache(Cache):
                 returns them: ``conversation=output`` asks on after an answer.
 
         Returns:
-            Arguments of `generate`: `input_ids` (the whole conversation), `attention_mask` and `past_key_values`.
+            Arguments of `generate`: `input_ids` (the whole conversation), `attention_mask` and the cache, under
+            the name that this transformers has for it.
 
         Raises:
             ValueError: nothing is cached, or it is not sealed; questions are padded on the right, or at all where the
@@ -862,8 +865,8 @@ class RotateKCache(Cache):
                 "the prompt ends in an image, which is compressed when text follows it, for each question anew: call "
                 "cache.seal() first, so that it is stored once for all of them"
             )
-        ids, seen = _checked_questions(questions, attention_mask)
-        index = self._rows_asked(len(ids), rows)
+        ids, seen = checked_questions(questions, attention_mask)
+        index = rows_asked(len(ids), rows, batch)
         if conversation is not None and not isinstance(conversation, Tensor):
             raise ValueError(f"conversation: expected a tensor of ids, got {type(conversation).__name__}")
         known = self.positions.prompt if conversation is None else conversation
@@ -874,7 +877,7 @@ class RotateKCache(Cache):
                 "such as the output of the last generate"
             )
         known = known.to(ids.device)[index.to(ids.device)]
-        self._check_questions_are_new(known[:, :length], ids, seen, index)
+        check_questions_are_new(known[:, :length], ids, seen, index, self.positions.visible)
         new = torch.cat([known[:, length:], ids], 1)
         seen = torch.cat([torch.ones_like(known[:, length:], dtype=torch.bool), seen], 1)
         order = seen.int().argsort(dim=1, stable=True)  # padding first
@@ -895,47 +898,8 @@ class RotateKCache(Cache):
         return {
             "input_ids": torch.cat([known[:, :length], new], 1),
             "attention_mask": torch.cat([before, seen], 1).long(),
-            "past_key_values": many,
+            cache_name(): many,
         }
-
-    def _rows_asked(self, questions: int, rows: Sequence[int] | Tensor | None) -> Tensor:
-        """Say which row each of so many questions is about: int64 ``[questions]``."""
-        batch = self.batch_size
-        if rows is None:
-            if batch not in (1, questions):
-                raise ValueError(
-                    f"rows: the cache holds {batch} rows and there are {questions} questions: say which row each is "
-                    "about, as in rows=[0, 0, 1]"
-                )
-            rows = range(batch) if batch == questions else [0] * questions
-        given: Any = rows.tolist() if isinstance(rows, Tensor) else rows
-        chosen: list[Any] = list(given) if isinstance(given, Iterable) else [given]
-        whole = all(hasattr(row, "__index__") and not isinstance(row, bool) and 0 <= row < batch for row in chosen)
-        if len(chosen) != questions or not whole:
-            raise ValueError(
-                f"rows: expected {questions} numbers from 0 to {batch - 1}, one for each question, got {given}"
-            )
-        return torch.tensor([int(row) for row in chosen], dtype=torch.int64, device="cpu")
-
-    def _check_questions_are_new(self, known: Tensor, ids: Tensor, seen: Tensor, index: Tensor) -> None:
-        """Raise a ValueError for questions that begin with the prompt, which would be read again, without its images.
-
-        Args:
-            known: ids ``[N, cached tokens]`` of what each question is about.
-            ids, seen: the questions ``[N, n]``, False on their padding.
-            index: the cache's row that each question is about.
-        """
-        visible = self.positions.visible
-        for number, row in enumerate(index.tolist()):
-            held, asked = known[number], ids[number][seen[number]]
-            if visible is not None:
-                shown = visible[row, : len(held)].to(held.device)
-                held = torch.cat([held[: len(shown)][shown], held[len(shown) :]])
-            if 1 < len(held) <= len(asked) and torch.equal(held.to(asked.dtype), asked[: len(held)]):
-                raise ValueError(
-                    f"questions: number {number} begins with all {len(held)} tokens that the cache holds of its row: "
-                    "pass what follows them alone, and leave out the images"
-                )
 
     def _branch(self, index: Tensor, padding: Tensor) -> Self:
         """Make a cache whose row b goes on from row ``index[b]``, with so many columns of padding first."""
@@ -997,7 +961,10 @@ class RotateKCache(Cache):
 
     def report(self) -> CacheReport:
         """Account for tokens, ranks and bytes against a dense cache, per layer and in all; `print` shows a table."""
-        layers = [_layer_report(index, layer) for index, layer in enumerate(self.layers)]
+        layers = [
+            layer_report(index, layer.kv) if isinstance(layer, RotateKLayer) else stock_report(index, layer)
+            for index, layer in enumerate(self.layers)
+        ]
         chosen = str(self.options) if self.tokens is None else f"{self.options}, tokens={self.tokens}"
         planner = self.coordinator.planner
         plan = "" if planner is None or planner.made is None else str(planner.made)
@@ -1024,26 +991,6 @@ class RotateKCache(Cache):
         return f"<RotateKCache({given}): {held}>"
 
 
-def _checked_questions(questions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return ids ``[N, n]`` and bool ``[N, n]``, False on padding, which has to be on the left."""
-    if not isinstance(questions, Tensor) or questions.ndim != 2 or questions.is_floating_point():
-        what = list(questions.shape) if isinstance(questions, Tensor) else type(questions).__name__
-        raise ValueError(f"questions: expected a tensor of ids [questions, tokens], got {what}")
-    if 0 in questions.shape:
-        raise ValueError(f"questions: expected at least one, of one token or more, got {list(questions.shape)}")
-    seen = torch.ones_like(questions, dtype=torch.bool) if mask is None else mask.bool().to(questions.device)
-    if seen.shape != questions.shape:
-        raise ValueError(
-            f"attention_mask: expected the shape of questions {list(questions.shape)}, got {list(seen.shape)}"
-        )
-    if not bool(seen[:, -1:].all()) or bool((seen[:, :-1] & ~seen[:, 1:]).any()):
-        raise ValueError(
-            "attention_mask hides tokens behind others: expected questions padded on the left, as by "
-            'processor.tokenizer(..., padding=True, padding_side="left")'
-        )
-    return questions, seen
-
-
 def _readers(text: PreTrainedConfig) -> dict[int, int]:
     """Count the layers that attend to the Keys of each layer, where the last layers of a model have none of their own.
 
@@ -1054,79 +1001,3 @@ def _readers(text: PreTrainedConfig) -> dict[int, int]:
     own = kinds[: len(kinds) - shared]
     last = {kind: index for index, kind in enumerate(own)}
     return {last[kind]: 1 + kinds[len(own) :].count(kind) for kind in last}
-
-
-def _rank(stored: Stored, width: int) -> int:
-    fitted = None if stored.basis is None else stored.basis.fitted_rank
-    return width if fitted is None else fitted
-
-
-def _one_width(stored: Stored) -> int | None:
-    """Return the bits of all codes that are stored; None where they differ, or there are none."""
-    blocks = stored.code.blocks if isinstance(stored.code, CodeLayout) else ()
-    return blocks[0][0] if len(blocks) == 1 else None
-
-
-def _layer_report(index: int, layer: Any) -> LayerReport:
-    if not isinstance(layer, RotateKLayer):
-        stored = storage_bytes(stock_tensors(layer))
-        counts = isinstance(layer, CacheLayerMixin) and layer.is_initialized  # linear attention holds no tokens
-        tokens = layer.get_seq_length() if counts else 0
-        return LayerReport(index, type(layer).__name__, tokens, [], 0, stored, stored, [])
-    kv = layer.kv
-    stored = storage_bytes(kv.tensors())
-    if kv.shape is None or kv.dtype is None:
-        return LayerReport(index, "RotateKLayer", 0, [], 0, stored, 0, [])
-    batch, heads, width, value_width = kv.shape
-    dense = batch * heads * kv.length * (width + value_width) * kv.dtype.itemsize
-    if isinstance(kv, CodedKV):
-        return _coded_report(kv, index, stored, dense)
-    segments = [
-        SegmentReport(
-            **_by_head(segment),
-            tokens=round(int(segment.lengths.sum()) / segment.heads),
-            rank=_rank(segment.keys, width),
-            stored_rank=segment.keys.channels,
-            head_width=width,
-            key_bytes=storage_bytes([segment.keys.data]),
-            value_bytes=storage_bytes([segment.values.data]),
-            basis_bytes=storage_bytes(
-                [t for stored in (segment.keys, segment.values) for t in stored.tensors() if t is not stored.data]
-            ),
-            key_bits=_one_width(segment.keys),
-        )
-        for segment in kv.segments
-        if not segment.is_text
-    ]
-    return LayerReport(
-        index,
-        "RotateKLayer",
-        kv.length,
-        segments,
-        kv.dense_tokens(),
-        stored,
-        dense,
-        list(kv.kept_dense),
-        sum(int(counts.sum()) for _, counts in kv.dropped),
-        0 if kv.answer is None else kv.answer.evicted,
-    )
-
-
-def _by_head(segment: VisualSegment) -> dict[str, tuple[int, ...]]:
-    """Count what each KV head of a segment stores and reads, where they differ in it."""
-    if segment.heads == 1 and segment.chunks is None:
-        return {}
-    lengths = segment.lengths.long()
-    read = lengths if segment.chunks is None else (segment.chunks.read * segment.chunks.size).minimum(lengths)
-    stored, reads = (tuple(counts.unflatten(0, (segment.heads, -1)).sum(1).tolist()) for counts in (lengths, read))
-    return {"by_head": stored, "read_by_head": reads}
-
-
-def _coded_report(kv: CodedKV, index: int, stored: int, dense: int) -> LayerReport:
-    tokens = 0 if kv.counts is None else sum(kv.counts.coded)
-    segments = []
-    if tokens:
-        keys, values = (storage_bytes([codes.data]) for codes in kv.codes)
-        channels = kv.codecs[0].code.channels
-        segments = [SegmentReport(tokens, channels, channels, kv.codecs[0].width, keys, values, 0)]
-    return LayerReport(index, "RotateKLayer", kv.length, segments, kv.dense_tokens(), stored, dense, [])

@@ -175,7 +175,7 @@ class Chat:
         return self.begin_with(self.inputs(turns), cache, max_new_tokens=max_new_tokens, **options)
 
     def begin_with(self, inputs: Any, cache: Cache, *, max_new_tokens: int, **options: Any) -> Conversations:
-        """`begin` with what `inputs` or `prompt` has rendered."""
+        """Return `begin` with what `inputs` or `prompt` has rendered."""
         kinds = {name: inputs[name] for name in TOKEN_TYPES if name in inputs}
         greedy = {"do_sample": False, "num_beams": 1}
         batch = Conversations(

@@ -179,7 +179,7 @@ def _positions_of_turn(
     given: Mapping[str, Any],
     compute: Callable[[Tensor, dict[str, Any]], Tensor],
 ) -> Tensor:
-    """Number the tokens of a turn as if it were a prompt of its own, and shift that to where the conversation ends.
+    """Count the positions of a turn as if it were a prompt of its own, and shift that to where the conversation ends.
 
     Leaves the offset behind the turn on the model.
     """

@@ -29,7 +29,7 @@ def best_share(scores: Mapping[int, Tensor], candidates: Tensor, keep: float) ->
 
 
 def spread(shares: Tensor, total: Tensor, least: Tensor, capacity: Tensor) -> Tensor:
-    """Whole numbers ``[L, B]`` in proportion to `shares` that sum to `total` ``[B]``, each in `least` to `capacity`.
+    """Give whole numbers ``[L, B]`` in proportion to `shares` that sum to `total` ``[B]``, in `least` to `capacity`.
 
     What a layer cannot take goes to the others in proportion, so that nothing of the total is lost; the parts below one
     are dealt out largest first.

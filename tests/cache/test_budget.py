@@ -7,7 +7,7 @@ import pytest
 import torch
 import ways
 from hosts import Host, build_host
-from tiny_models import visual_positions
+from tiny_parts import visual_positions
 
 from rotatek_cache import RotateKCache
 from rotatek_cache.cache.budget import Budget

@@ -8,7 +8,8 @@ import torch
 import ways
 from checks import reached_storages
 from hosts import Host, build_host
-from tiny_models import FAMILIES, IMAGE, visual_positions
+from tiny_models import FAMILIES
+from tiny_parts import IMAGE, visual_positions
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
 

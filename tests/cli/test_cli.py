@@ -60,7 +60,7 @@ def result(chat):
 
 
 def test_the_demo_as_a_newcomer_runs_it(tmp_path):
-    command = [sys.executable, "-m", "rotatek_cache", "demo", "--timed-tokens", "4"]
+    command = [sys.executable, "-m", "rotatek_cache", "demo", "--timed-tokens", "4", "--long-prompt", "800"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
@@ -74,7 +74,7 @@ def test_the_demo_as_a_newcomer_runs_it(tmp_path):
     assert "dense (DynamicCache)" in out
     for setting in ("0 ", "0.5", "0.75", "0.875", "coded"):
         assert out.count(f"RotateKCache, {setting}") == 2
-    assert "the image 12 times, 3888 visual tokens" in out
+    assert "the image 3 times, 972 visual tokens" in out
     assert "its answers would say nothing" in " ".join(out.split())
     assert "ms/token" in out
     assert "visual tokens on" in out

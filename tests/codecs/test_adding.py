@@ -4,7 +4,7 @@ import pytest
 import torch
 import ways
 from checks import kept_positions
-from tiny_models import visual_positions
+from tiny_parts import visual_positions
 from toy_codec import HalfPrecision
 from toy_tokens import BestAttended
 from transformers import DynamicCache

@@ -29,8 +29,9 @@ def test_answers_and_bytes_are_kept_part_by_part(tmp_path, capsys):
 
 
 def test_a_peer_is_held_against_ours_with_no_more_bits():
-    bits = {"dense": 16, "ours: 2 bit": 2, "ours: 2.25 bit": 2.25, "ours: 4 bit": 4, "peer": 2.25, "small": 1.5}
-    assert coded_peers.against("peer", bits) == "ours: 2.25 bit"
+    best = coded_peers.BEST
+    bits = {"dense": 16, f"{best}2 bit": 2, f"{best}2.25 bit": 2.25, "ours: 4 bit": 4, "peer": 2.25, "small": 1.5}
+    assert coded_peers.against("peer", bits) == f"{best}2.25 bit"
     assert coded_peers.against("small", bits) is coded_peers.against("ours: 4 bit", bits) is None
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evals.bench.seal import MOST, PARTS, REST, Case, Heads, Operations, cases, grid, items, parse, seal_line
+from evals.bench.seal import MOST, cases, grid, items, parse, seal_line
+from evals.bench.seal_worker import PARTS, REST, Case, Heads, Operations
 
 ROOT = Path(__file__).parents[2]
 SMALL = Heads(4, 2, 32, "cpu", "float32")

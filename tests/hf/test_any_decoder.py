@@ -3,8 +3,9 @@
 import pytest
 import torch
 import ways
-from tiny_models import BOS, FAMILIES, IMAGE, PAD, TEXT, TRANSFORMERS, VIDEO, VISION
+from tiny_models import FAMILIES
 from tiny_more import EVERY, MORE
+from tiny_parts import BOS, IMAGE, PAD, TEXT, TRANSFORMERS, VIDEO, VISION
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

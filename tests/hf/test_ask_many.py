@@ -7,12 +7,15 @@ import torch
 import ways
 from checks import reached_storages
 from hosts import Host, build_host
-from tiny_models import FAMILIES, PAD, Prompt, words
+from tiny_models import FAMILIES
+from tiny_parts import PAD, Prompt, words
 from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache
 from rotatek_cache.hf.cache import RotateKLayer
+from rotatek_cache.hf.calls import cache_name
 
+CACHE = cache_name()
 QUESTIONS = [words(4, 1), words(9, 2), words(6, 3)]  # of different lengths
 ROWS = [0, 1, 0]
 OPTIONS = [
@@ -34,8 +37,8 @@ def padded(questions):
 
 def answer(host: Host, asked, **options):
     """Generate from what `ask_many` returned."""
-    inputs = {name: value for name, value in asked.items() if name != "past_key_values"}
-    return ways.generate(host.attached, inputs, asked["past_key_values"], **options)
+    inputs = {name: value for name, value in asked.items() if name != CACHE}
+    return ways.generate(host.attached, inputs, asked[CACHE], **options)
 
 
 def asked_alone(host: Host, prompt, cache: RotateKCache, question, row: int):
@@ -51,7 +54,7 @@ def check_as_alone(host: Host, prompt, cache: RotateKCache) -> None:
     questions = questions_for(cache)
     held, state = cache.nbytes(), [tensor.clone() for tensor in cache.tensors()]
     asked = cache.ask_many(*padded(questions), rows=ROWS)
-    many = asked["past_key_values"]
+    many = asked[CACHE]
     assert many.get_seq_length() == cache.get_seq_length() and many.batch_size == 3
     together = torch.stack(answer(host, asked).logits)
     for number, (question, row) in enumerate(zip(questions, ROWS, strict=True)):
@@ -109,7 +112,7 @@ def test_at_full_rank_as_the_dense_cache(family):
 def test_nothing_of_the_prompt_is_copied(llava: Host):
     prompt, cache = llava.tiny.inputs(llava.tiny.prompt(1, images=(0, 1), text=60)), RotateKCache(sparsity=0.5)
     llava.attached(**prompt, past_key_values=cache)
-    many = cache.ask_many(torch.tensor([words(5, seed) for seed in range(50)]))["past_key_values"]
+    many = cache.ask_many(torch.tensor([words(5, seed) for seed in range(50)]))[CACHE]
     mine, theirs = ({t.untyped_storage().data_ptr() for t in held.tensors()} for held in (cache, many))
     for layer in cache.layers:
         states = [layer.kv.text.keys, layer.kv.text.values]
@@ -170,7 +173,7 @@ def test_after_an_answer_and_in_more_turns(llava: Host):
             alone,
         )
         if number == 0:
-            many = copy.deepcopy(asked["past_key_values"])
+            many = copy.deepcopy(asked[CACHE])
             both = ways.generate(
                 llava.attached,
                 {
@@ -239,17 +242,17 @@ def test_beams_and_crops_of_the_batch(llava: Host):
     prompt, cache = ways.padded(llava.tiny), RotateKCache(sparsity=0.5, basis="pca")
     llava.attached(**prompt, past_key_values=cache)
     asked = cache.ask_many(*padded(QUESTIONS), rows=ROWS)
-    many, length = asked["past_key_values"], cache.get_seq_length()
+    many, length = asked[CACHE], cache.get_seq_length()
     first = torch.stack(answer(llava, asked).logits)
     many.crop(length - many.get_seq_length())  # asked again, on the same storage
     assert torch.equal(torch.stack(answer(llava, asked).logits), first)
     many.crop(5 - many.get_seq_length())
     assert many.get_seq_length() == 5 and many.layers[0].kv.text.length == 0
     asked = cache.ask_many(*padded(QUESTIONS), rows=ROWS)
-    asked["past_key_values"].crop(-2)  # before it was asked
-    asked["past_key_values"].layers[0].kv.views(None)
+    asked[CACHE].crop(-2)  # before it was asked
+    asked[CACHE].layers[0].kv.views(None)
     asked = cache.ask_many(*padded(QUESTIONS), rows=ROWS)
-    asked["past_key_values"].batch_repeat_interleave(2)
+    asked[CACHE].batch_repeat_interleave(2)
     beams = answer(llava, asked, num_beams=2, output_logits=False)
     assert beams.sequences.shape[0] == 3
 
@@ -261,9 +264,9 @@ def test_a_saved_prompt_is_asked_many_questions(llava: Host, tmp_path):
     expected = answer(llava, cache.ask_many(*padded(QUESTIONS), rows=ROWS))
     loaded = RotateKCache.load(tmp_path / "prompt")
     asked = loaded.ask_many(*padded(QUESTIONS), rows=ROWS)
-    asked["past_key_values"].save(tmp_path / "many")  # and what was asked is saved, the prompt in it once
+    asked[CACHE].save(tmp_path / "many")  # and what was asked is saved, the prompt in it once
     assert (tmp_path / "many").stat().st_size < 1.5 * (tmp_path / "prompt").stat().st_size
-    asked["past_key_values"] = RotateKCache.load(tmp_path / "many")
+    asked[CACHE] = RotateKCache.load(tmp_path / "many")
     assert torch.equal(torch.stack(answer(llava, asked).logits), torch.stack(expected.logits))
 
 

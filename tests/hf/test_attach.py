@@ -15,8 +15,8 @@ import torch
 import transformers
 import ways
 from hosts import Host, build_host
-from tiny_models import visual_positions
 from tiny_more import EVERY
+from tiny_parts import visual_positions
 from transformers import AutoModelForImageTextToText, DynamicCache, GenerationMixin, LlavaModel, StaticCache
 
 from rotatek_cache import RotateKCache, attach, detach

@@ -12,7 +12,7 @@ import ways
 from checks import NOT_POSSIBLE, decode, possible, reached_storages, same
 from hosts import Host, build_host
 from recorded_graph import RecordedGraph, attend_on_device
-from tiny_models import IMAGE, Prompt, words
+from tiny_parts import IMAGE, Prompt, words
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -41,7 +41,7 @@ def basis_of(family: str) -> str:
     prompts = [host.tiny.inputs(host.tiny.prompt(seed, text=40, tail=30)) for seed in range(30, 34)]
     prompts += [host.tiny.inputs(Prompt(words(120, seed))) for seed in range(4)]
     path = Path(tempfile.mkdtemp()) / f"{family}.safetensors"
-    calibrate(host.attached, prompts, state, text=True).write_basis(path)
+    calibrate(host.attached, prompts, state, text=True, sensitivity=False).write_basis(path)
     return str(path)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from rotatek_cache import RotateKCache
 from rotatek_cache.calibration.moments import Calibration
-from rotatek_cache.hf.cache import storage_bytes
+from rotatek_cache.hf.storage import storage_bytes
 
 
 @pytest.mark.parametrize(("bits", "least", "of_a_thousand"), [(4, 3.5, 2.9), (2.28, 6, 4)])

@@ -5,7 +5,8 @@ import torch
 import ways
 from checks import same
 from hosts import Host, build_host
-from tiny_models import FAMILIES, IMAGE, PAD, TRANSFORMERS, VIDEO, Prompt, words
+from tiny_models import FAMILIES
+from tiny_parts import IMAGE, PAD, TRANSFORMERS, VIDEO, Prompt, words
 from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache

@@ -6,8 +6,9 @@ import pickle
 import pytest
 import torch
 import ways
+from checks import PromptInParts
 from hosts import Host, build_host
-from tiny_models import words
+from tiny_parts import words
 
 from rotatek_cache import RotateKCache
 
@@ -54,16 +55,5 @@ def test_a_copy_of_other_families(family, how):
 
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_between_parts_of_a_prompt(llava: Host, how):
-    """An image waits for its end, with a budget to be divided when it comes."""
-    inputs, cache = ways.padded(llava.tiny), RotateKCache(budget="0.95x")
-    embeds = llava.plain.get_input_embeddings()(inputs["input_ids"])
-    cache = RotateKCache(budget="0.95x", visual_mask=ways.visual_positions(inputs["input_ids"]))
-
-    def part(held, begin, end):
-        mask = inputs["attention_mask"][:, :end]
-        return llava.attached(inputs_embeds=embeds[:, begin:end], attention_mask=mask, past_key_values=held).logits
-
-    part(cache, 0, 40)
-    copied = COPIES[how](cache)
-    assert torch.equal(part(copied, 40, embeds.shape[1]), part(cache, 40, embeds.shape[1]))
-    assert copied.nbytes() == cache.nbytes()
+    prompt = PromptInParts(llava)
+    prompt.check(COPIES[how](prompt.cache))

@@ -7,7 +7,8 @@ import torch
 import ways
 from checks import AKVQ
 from hosts import Host
-from tiny_models import FAMILIES, visual_positions
+from tiny_models import FAMILIES
+from tiny_parts import visual_positions
 from transformers import AutoConfig, DynamicCache
 from typer.testing import CliRunner
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import ways
 from hosts import Host
-from tiny_models import visual_positions
+from tiny_parts import visual_positions
 from transformers.cache_utils import LinearAttentionLayer
 
 from rotatek_cache import RotateKCache

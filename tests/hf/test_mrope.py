@@ -4,7 +4,7 @@ import pytest
 import torch
 import ways
 from hosts import build_host
-from tiny_models import visual_positions, words
+from tiny_parts import visual_positions, words
 from transformers import DynamicCache
 
 from rotatek_cache import RotateKCache

@@ -10,7 +10,7 @@ import pytest
 import torch
 import ways
 from hosts import build_host
-from tiny_models import PAD, TRANSFORMERS, words
+from tiny_parts import PAD, TRANSFORMERS, words
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from rotatek_cache import RotateKCache, attach

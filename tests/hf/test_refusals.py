@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import runpy
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import ways
 from hosts import Host, build_host
-from tiny_models import IMAGE, TEXT, VISION, visual_positions, words
+from tiny_parts import IMAGE, TEXT, VISION, visual_positions, words
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from rotatek_cache import RotateKCache, attach
@@ -446,18 +447,15 @@ if os.environ.get("RANK", "0") == "0":
 """
 
 
-def test_two_processes_answer_as_one(tmp_path):
+def test_two_processes_answer_as_one(tmp_path, capsys):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = []
-    for how in ([], several):
-        command = [sys.executable, *how, str(script)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, done.stderr
-        line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
-        found.append(json.loads(line.removeprefix("FOUND")))
-    one, two = found
+    runpy.run_path(str(script))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (capsys.readouterr().out + done.stdout).splitlines() if line.startswith("FOUND")]
+    one, two = (json.loads(line.removeprefix("FOUND")) for line in lines)
     assert "tokens=VLCache" in two[4] and "2 processes" in two[4]
     for got, wanted in zip(two[:4], one[:4], strict=True):
         torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), atol=1e-3, rtol=1e-3)

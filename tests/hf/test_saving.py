@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import ways
-from checks import AKVQ, reached_storages
+from checks import AKVQ, PromptInParts, reached_storages
 from hosts import Host, build_host
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import FAMILIES, Tiny, words
+from tiny_models import FAMILIES
+from tiny_parts import Tiny, words
 
 from rotatek_cache import RotateKCache, attach
 from rotatek_cache.cache import saving
@@ -185,20 +186,9 @@ def test_an_empty_cache_and_one_of_text(llava: Host, tmp_path):
 
 
 def test_a_prompt_is_saved_between_its_parts(llava: Host, tmp_path):
-    """An image waits for its end, with a budget to be divided when it comes."""
-    inputs = ways.padded(llava.tiny)
-    embeds = llava.plain.get_input_embeddings()(inputs["input_ids"])
-    cache = RotateKCache(budget="0.95x", visual_mask=ways.visual_positions(inputs["input_ids"]))
-
-    def part(held, begin, end):
-        mask = inputs["attention_mask"][:, :end]
-        return llava.attached(inputs_embeds=embeds[:, begin:end], attention_mask=mask, past_key_values=held).logits
-
-    part(cache, 0, 40)
-    cache.save(tmp_path / "one")
-    loaded = RotateKCache.load(tmp_path / "one")
-    assert torch.equal(part(loaded, 40, embeds.shape[1]), part(cache, 40, embeds.shape[1]))
-    assert loaded.nbytes() == cache.nbytes()
+    prompt = PromptInParts(llava)
+    prompt.cache.save(tmp_path / "one")
+    prompt.check(RotateKCache.load(tmp_path / "one"))
 
 
 def test_what_was_one_object_is_one_again(llava: Host, tmp_path):

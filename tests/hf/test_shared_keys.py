@@ -6,7 +6,8 @@ import pytest
 import torch
 import ways
 from hosts import Host
-from tiny_models import FAMILIES, visual_positions
+from tiny_models import FAMILIES
+from tiny_parts import visual_positions
 from transformers import AutoModelForImageTextToText, DynamicCache
 
 from rotatek_cache import RotateKCache, attach

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import ways
-from tiny_models import FAMILIES, IMAGE, TEXT, VISION, _llava, _square, _stack
+from tiny_models import FAMILIES
+from tiny_parts import IMAGE, TEXT, VISION, llava_config, square_image, stack
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
@@ -26,8 +27,8 @@ DENSE_MLP = {"first_k_dense_replace": 3, "mlp_layer_types": ["dense"] * 3}
 
 def _tiny(text_type, **text):
     """LLaVA with another text model."""
-    config = _llava("llava", text_type=text_type, text=text)
-    return type(FAMILIES["llava"])("llava", config, _square(64, 32), _stack)
+    config = llava_config("llava", text_type=text_type, text=text)
+    return type(FAMILIES["llava"])("llava", config, square_image(64, 32), stack)
 
 
 TEXTS = {

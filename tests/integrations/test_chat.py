@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hosts import build_host
-from tiny_models import END, PAD, SPECIAL
+from tiny_parts import END, PAD, SPECIAL
 from transformers import BatchFeature, DynamicCache
 
 from rotatek_cache import RotateKCache

@@ -53,10 +53,14 @@ def plan(width, group, dtype, visual, queries=1, text=512, mask=None, slots=Fals
 """
 
 REPORT = """
-targets, shape = json.loads(sys.argv[1])
-print(json.dumps([[launch.kernel.__name__, target, launch.options["num_warps"],
-                   dataclasses.asdict(resources(launch, target))]
-                  for target in targets for launch in plan(**shape, amd=target.startswith("gfx"))]))
+def compiled(targets, shape):
+    for target in targets:
+        for launch in plan(**shape, amd=target.startswith("gfx")):
+            warps, found = launch.options["num_warps"], resources(launch, target)
+            yield launch.kernel.__name__, target, warps, dataclasses.asdict(found)
+
+
+print(json.dumps({name: list(compiled(*asked)) for name, asked in json.loads(sys.argv[1]).items()}))
 """
 
 FOUR_BIT = {"key_code": [[4, 32]], "value_code": [[4, 32]]}
@@ -201,27 +205,29 @@ SPILLS = {"queries-heads": 80}
 
 
 @needs_triton
-@pytest.mark.parametrize("name", SHAPES)
-def test_compiles_without_spills(name):
-    targets, shape = SHAPES[name]
-    compiled = json.loads(run(PLAN + REPORT, json.dumps([targets, shape])))
-    assert len(compiled) == 2 * len(targets)
-    for kernel, target, warps, found in compiled:
-        print(f"{kernel} {target}: {warps} warps, {found}")  # noqa: T201 - `pytest -s` reports what a kernel takes
-        assert found["spills"] <= SPILLS.get(name, 0), (kernel, target, found)
-        loads = {int(size): count for size, count in found["loads"].items()}
-        if kernel == "attend_splits":
-            # Stored tokens, bases and queries come 16 bytes at a time; row tables, masks and delta need not. Tokens of
-            # a width per head come in the largest unit that divides all widths, and their bases column by column.
-            masks = loads.get(1, 0)
-            if any(name.endswith("heads") for name in shape["visual"]):
-                continue
-            assert loads[16] > sum(count for size, count in loads.items() if size != 16) - masks, (
-                kernel,
-                target,
-                found,
-            )
-            assert masks == 0 or "mask" in shape
+@pytest.mark.parametrize("part", range(5))
+def test_compiles_without_spills(part):
+    shapes = dict(list(SHAPES.items())[part::5])  # some in a child: that it starts takes as long as to compile one
+    reports = json.loads(run(PLAN + REPORT, json.dumps(shapes)))
+    for name, (targets, shape) in shapes.items():
+        assert len(reports[name]) == 2 * len(targets)
+        for kernel, target, warps, found in reports[name]:
+            print(f"{name}, {kernel} {target}: {warps} warps, {found}")  # noqa: T201 - `pytest -s` reports it
+            assert found["spills"] <= SPILLS.get(name, 0), (name, kernel, target, found)
+            if kernel == "attend_splits":
+                check_loads(name, shape, {int(size): count for size, count in found["loads"].items()})
+
+
+def check_loads(name, shape, loads):
+    """Stored tokens, bases and queries come 16 bytes at a time; row tables, masks and delta need not.
+
+    Tokens of a width per head come in the largest unit that divides all widths, and their bases column by column.
+    """
+    masks = loads.get(1, 0)
+    if any(kind.endswith("heads") for kind in shape["visual"]):
+        return
+    assert loads[16] > sum(count for size, count in loads.items() if size != 16) - masks, (name, loads)
+    assert masks == 0 or "mask" in shape, name
 
 
 COUNTED = """
@@ -392,23 +398,29 @@ from rotatek_cache.core.seal import Fit, Places, SealJob, Shared
 from rotatek_kernels import seal
 from rotatek_kernels.resources import resources
 
-target, width, dtype, ranks, bits, shared = json.loads(sys.argv[1])
-seal._precision = lambda device: "ieee" if target.startswith("gfx") else "tf32x3"
 torch.set_default_device("meta")
-heads, tokens, dtype = 8, 4096, getattr(torch, dtype)
-jobs = []
-for name, rank in zip(("keys", "values"), ranks):
-    code = None if bits is None else CodeLayout(((bits, rank),))
-    if shared:
-        ranges = () if code is None else (torch.empty(heads, rank), torch.empty(heads, rank), torch.empty(heads, width))
-        basis = Shared(torch.empty(heads, width, rank, dtype=dtype), *ranges)
-    else:
-        basis = Fit(rank, 1.0, torch.empty(1, 4 * heads, 32, width, dtype=dtype) if name == "keys" else None)
-    jobs.append(SealJob(name, torch.empty(1, heads, 5000, width, dtype=dtype), rank, basis, code))
-index = torch.empty(tokens, dtype=torch.int64)
-launches, _ = seal.plan(jobs, Places(((0, tokens),), index, index))
-print(json.dumps([[launch.kernel.__name__, launch.options["num_warps"], dataclasses.asdict(resources(launch, target))]
-                  for launch in launches]))
+
+
+def compiled(target, width, dtype, ranks, bits, shared):
+    seal._precision = lambda device: "ieee" if target.startswith("gfx") else "tf32x3"
+    heads, tokens, dtype = 8, 4096, getattr(torch, dtype)
+    jobs = []
+    for name, rank in zip(("keys", "values"), ranks):
+        code = None if bits is None else CodeLayout(((bits, rank),))
+        if shared:
+            ranges = () if code is None else (torch.empty(heads, rank), torch.empty(heads, rank),
+                                              torch.empty(heads, width))
+            basis = Shared(torch.empty(heads, width, rank, dtype=dtype), *ranges)
+        else:
+            basis = Fit(rank, 1.0, torch.empty(1, 4 * heads, 32, width, dtype=dtype) if name == "keys" else None)
+        jobs.append(SealJob(name, torch.empty(1, heads, 5000, width, dtype=dtype), rank, basis, code))
+    index = torch.empty(tokens, dtype=torch.int64)
+    launches, _ = seal.plan(jobs, Places(((0, tokens),), index, index))
+    return [[launch.kernel.__name__, launch.options["num_warps"], dataclasses.asdict(resources(launch, target))]
+            for launch in launches]
+
+
+print(json.dumps([compiled(*shape) for shape in json.loads(sys.argv[1])]))
 """
 
 ONLINE, CODED = ["sum_moments", "solve", "encode"], ["sum_moments", "solve", "find_ranges", "find_ranges", "encode"]
@@ -428,14 +440,16 @@ SEALS = {  # target, width, dtype, ranks of Keys and Values, bits, whether the b
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "kernels", "spills"), SEALS.values(), ids=SEALS)
-def test_a_seal_compiles_into_few_launches(shape, kernels, spills):
-    compiled = json.loads(run(SEAL, json.dumps(shape)))
-    assert [kernel for kernel, _, _ in compiled] == kernels
-    for kernel, warps, found in compiled:
-        print(f"{kernel} {shape[0]}: {warps} warps, {found}")  # noqa: T201 - `pytest -s` reports what a kernel takes
-        assert found["spills"] <= spills, (kernel, found)
-        assert found["shared"] <= 227 << 10
+@pytest.mark.parametrize("part", range(2))
+def test_a_seal_compiles_into_few_launches(part):
+    seals = dict(list(SEALS.items())[part::2])
+    reports = json.loads(run(SEAL, json.dumps([shape for shape, _, _ in seals.values()])))
+    for (name, (shape, kernels, spills)), compiled in zip(seals.items(), reports, strict=True):
+        assert [kernel for kernel, _, _ in compiled] == kernels, name
+        for kernel, warps, found in compiled:
+            print(f"{name}, {kernel} {shape[0]}: {warps} warps, {found}")  # noqa: T201 - `pytest -s` reports it
+            assert found["spills"] <= spills, (name, kernel, found)
+            assert found["shared"] <= 227 << 10, (name, kernel, found)
 
 
 # A driver that launches nothing notes what Triton gives it and what a direct launch does.

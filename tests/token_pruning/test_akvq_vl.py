@@ -7,7 +7,8 @@ import torch
 import ways
 from checks import AKVQ, make
 from hosts import build_host
-from tiny_models import FAMILIES, visual_positions
+from tiny_models import FAMILIES
+from tiny_parts import visual_positions
 from transformers import DynamicCache
 
 from rotatek_cache import AKVQVL, RotateKCache, attend

@@ -10,8 +10,9 @@ import torch
 import ways
 from checks import kept_positions, make
 from hosts import build_host
-from tiny_models import FAMILIES, visual_positions
+from tiny_models import FAMILIES
 from tiny_more import EVERY
+from tiny_parts import visual_positions
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask

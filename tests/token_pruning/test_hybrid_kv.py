@@ -9,7 +9,7 @@ import ways
 from checks import reached_storages
 from hosts import build_host
 from recorded_graph import RecordedGraph, attend_on_device
-from tiny_models import words
+from tiny_parts import words
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import ways
-from checks import AKVQ, decode, kept_positions, make, reached_storages
+from checks import AKVQ, decode, kept_positions, make, possible, reached_storages, same
 from hosts import Host, build_host
-from tiny_models import FAMILIES, visual_positions
+from tiny_models import FAMILIES
+from tiny_parts import visual_positions
 from transformers import DynamicCache
 
 from rotatek_cache import AirCache, DivPrune, FastV, LookM, PyramidDrop, RotateKCache, VisionZip, VLCache
@@ -163,7 +164,9 @@ def test_vl_cache_of_the_whole_prompt_in_a_batch():
 
 # Ways that give features which were computed elsewhere, or embeddings alone.
 NO_FEATURES = ("merged_embeddings", "forward_with_embeddings")
-SOME_WAYS = [name for name in ways.WAYS if name not in ("video", "interleaved_conversations", "interleaved_forwards")]
+# Not those that are part of another, nor those in which no method has a part that it has not in the others.
+ELSEWHERE = ("greedy", "returned_cache", "inference_mode", "long_answer", "video", "interleaved_conversations")
+SOME_WAYS = [name for name in ways.WAYS if name not in (*ELSEWHERE, "interleaved_forwards")]
 
 
 # One method of each kind goes through all ways; the others share its path.
@@ -184,20 +187,13 @@ def test_everything_kept_is_dynamic_cache(name, way):
         with pytest.raises(RuntimeError, match=r"chosen from image features.*were not seen"):
             ways.WAYS[way](host.tiny, host.attached, maker)
         return
-    expected = ways.WAYS[way](host.tiny, host.plain, lambda visual_mask=None: DynamicCache())
-    got = ways.WAYS[way](host.tiny, host.attached, maker)
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-5)
+    same(ways.WAYS[way](host.tiny, host.attached, maker), possible("llava", way))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_kept_is_dynamic_cache_in_every_family(family):
     host = build_host(family)
-    config = host.plain.config.get_text_config(decoder=True)
-    expected = ways.padded_batch(host.tiny, host.plain, lambda visual_mask=None: DynamicCache(config=config))
-    got = ways.padded_batch(host.tiny, host.attached, make(VLCache(1.0)))
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-5)
+    same(ways.padded_batch(host.tiny, host.attached, make(VLCache(1.0))), possible(family, "padded_batch"))
 
 
 @pytest.mark.parametrize("method", [VLCache(0.4), DivPrune(0.4), VisionZip(0.4)], ids=str)
@@ -226,9 +222,9 @@ def test_fewer_tokens_run_everywhere(method, way):
         with pytest.raises(RuntimeError, match="chosen from image features"):
             ways.WAYS[way](host.tiny, host.attached, make(method))
         return
-    expected = ways.WAYS[way](host.tiny, host.plain, lambda visual_mask=None: DynamicCache())
     options = {"sparsity": 0.5, "always_compress": True}
-    for ours, theirs in zip(ways.WAYS[way](host.tiny, host.attached, make(method, **options)), expected, strict=True):
+    found = ways.WAYS[way](host.tiny, host.attached, make(method, **options))
+    for ours, theirs in zip(found, possible("qwen2_5_vl", way), strict=True):
         assert ours.isfinite().all()
         assert ours.shape == theirs.shape
 

@@ -39,7 +39,7 @@ class AirCache(AttentionMethod):
         self._check_share("elite")
 
     def summarise(self, rows: AttentionRows) -> Summary:
-        """Scores ``[B, P]``."""
+        """Return scores ``[B, P]``."""
         queries, columns = rows.valid.shape[1], rows.visual.shape[1]
         # The text behind the image is both: queries, and the last columns.
         text = torch.nn.functional.pad(rows.valid, (columns - queries, 0))

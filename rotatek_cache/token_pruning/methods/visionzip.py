@@ -38,13 +38,13 @@ class VisionZip(FeatureMethod):
             raise ValueError(f"VisionZip: contextual must be at most keep={self.keep}, got {self.contextual}")
 
     def with_keep(self, keep: float) -> Self:
-        """With another share, of which contextual tokens are a quarter at most."""
+        """Return the method with another share, of which contextual tokens are a quarter at most."""
         return dataclasses.replace(self, keep=keep, contextual=min(self.contextual, keep / 4))
 
     def choose(
         self, features: Tensor, wanted: int, scores: Tensor | None, keys: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Dominant and contextual tokens, and which of the latter takes in each of the rest."""
+        """Choose dominant and contextual tokens, and which of the latter takes in each of the rest."""
         assert scores is not None
         assert keys is not None
         count = len(features)

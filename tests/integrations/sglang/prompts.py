@@ -1,5 +1,6 @@
 """Prompts that every kind of server answers, dense SGLang first."""
 
+import pytest
 from serving import message, picture, video
 
 WORDS = "the quick brown fox jumps over the lazy dog "
@@ -22,3 +23,13 @@ REQUESTS = {
     ],
 }
 TOKENS = 16  # of each answer
+
+
+def check_mixed_batches(server, dense, flushed):
+    """Check the answers to all requests, sent twice at once, with or without what is cached."""
+    if flushed:
+        server.flush()
+    names = [*REQUESTS, *reversed(REQUESTS)]
+    answers = server.ask_all([((REQUESTS[name], TOKENS), {}) for name in names])
+    for name, answer in zip(names, answers, strict=True):
+        assert answer.logprobs == pytest.approx(dense.answers[name].logprobs, abs=5e-5), name

@@ -124,6 +124,16 @@ class Server:
         with concurrent.futures.ThreadPoolExecutor(workers) as threads:
             return [job.result() for job in [threads.submit(self.ask, *args, **kwargs) for args, kwargs in requests]]
 
+    def ask_all_and_take_back(self, requests):
+        """Answers to many requests, which are taken back and go on again and again."""
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            asking = thread.submit(self.ask_all, requests)
+            while not asking.done():
+                self.post("/pause_generation", {"mode": "retract"})
+                self.post("/continue_generation", {})
+                time.sleep(0.3)
+            return asking.result()
+
     def post(self, path, body):
         with urllib.request.urlopen(self.request(body, path), timeout=60) as reply:
             return reply.read().decode()

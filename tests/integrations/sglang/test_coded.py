@@ -1,7 +1,6 @@
 """All tokens coded, asked through servers: as dense SGLang at full bits, as `RotateKCache` at few."""
 
 import json
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from load import REFUSED, hit_rate, waits
 from oracle import calibrate_basis, greedy_logprobs
-from prompts import REQUESTS, TOKENS, WORDS
+from prompts import REQUESTS, TOKENS, WORDS, check_mixed_batches
 from serving import VIDEOS, Server, message, picture
 from soak import HUGE, SMALL_POOL, drop, hang_up, soak
 
@@ -56,12 +55,7 @@ class TestFullBits:
 
     @pytest.mark.parametrize("flushed", [True, False], ids=["nothing cached", "cached"])
     def test_in_mixed_batches(self, server, dense, flushed):
-        if flushed:
-            server.flush()
-        names = [*REQUESTS, *reversed(REQUESTS)]
-        answers = server.ask_all([((REQUESTS[name], TOKENS), {}) for name in names])
-        for name, answer in zip(names, answers, strict=True):
-            assert answer.logprobs == pytest.approx(dense.answers[name].logprobs, abs=5e-5), name
+        check_mixed_batches(server, dense, flushed)
 
 
 class TestFourBits:
@@ -183,13 +177,7 @@ class TestSmallPool:
     def test_everything_is_taken_back_and_goes_on(self, server, untouched):
         requests = [((message(f"fox {n}", picture(40 + n, 224, 252)), 8), {}) for n in range(6)]
         requests += [((message("fox " * 60), 8), {}) for _ in range(3)]
-        with ThreadPoolExecutor(1) as thread:
-            asking = thread.submit(server.ask_all, requests)
-            while not asking.done():
-                server.post("/pause_generation", {"mode": "retract"})
-                server.post("/continue_generation", {})
-                time.sleep(0.3)
-            answers = asking.result()
+        answers = server.ask_all_and_take_back(requests)
         assert [(answer.status, len(answer.logprobs)) for answer in answers] == [(200, 8)] * 9
 
     def test_clients_that_hang_up(self, server, untouched):

@@ -1,7 +1,7 @@
 """At full rank nothing is lost: log-probabilities of dense SGLang, alone and in mixed batches, in float32."""
 
 import pytest
-from prompts import REQUESTS, TOKENS
+from prompts import REQUESTS, TOKENS, check_mixed_batches
 from serving import VIDEOS, Server
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
@@ -60,9 +60,4 @@ def test_a_cached_image_is_used_again(server, dense):
 
 @pytest.mark.parametrize("flushed", [True, False], ids=["nothing cached", "cached"])
 def test_in_mixed_batches(server, dense, flushed):
-    if flushed:
-        server.flush()
-    names = [*REQUESTS, *reversed(REQUESTS)]
-    answers = server.ask_all([((REQUESTS[name], TOKENS), {}) for name in names])
-    for name, answer in zip(names, answers, strict=True):
-        assert answer.logprobs == pytest.approx(dense.answers[name].logprobs, abs=5e-5), name
+    check_mixed_batches(server, dense, flushed)

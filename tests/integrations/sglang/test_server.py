@@ -6,7 +6,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from load import REFUSED, waits
@@ -220,13 +219,7 @@ def test_everything_is_taken_back_and_goes_on(server, untouched):
     requests += [((message("fox " * 60), 8), {}) for _ in range(4)]
     alone = [server.ask(*args) for args, _ in requests]
     server.flush()
-    with ThreadPoolExecutor(1) as thread:
-        asking = thread.submit(server.ask_all, requests)
-        while not asking.done():
-            server.post("/pause_generation", {"mode": "retract"})
-            server.post("/continue_generation", {})
-            time.sleep(0.3)
-        answers = asking.result()
+    answers = server.ask_all_and_take_back(requests)
     for answer, expected in zip(answers, alone, strict=True):
         assert answer.status == 200
         # What was taken back may have become a cached prefix, which is read as it is stored.

@@ -1,0 +1,171 @@
+"""What errors in a cache cost the answers: the divergence itself, all kinds of families, and what follows from it."""
+
+import copy
+
+import pytest
+import torch
+from hosts import build_host
+from transformers import DynamicCache
+
+from rotatek_cache import RotateKCache
+from rotatek_cache.calibration import sensitivity
+from rotatek_cache.calibration.gather import calibrate
+from rotatek_cache.calibration.moments import Calibration, Moments
+from rotatek_cache.calibration.sensitivity import answer_sensitivity, text_sensitivity
+from rotatek_cache.codecs.basis_file import load_basis
+from rotatek_cache.codecs.fingerprint import fingerprint
+from rotatek_cache.codecs.shared_basis import HeadBudget
+from rotatek_cache.core.quantization import CodeLayout
+from rotatek_cache.hf.calls import cache_argument
+from rotatek_cache.options import Allocation
+
+LAYERS = (0, 1)
+
+
+def bits_of(code: CodeLayout) -> int:
+    return sum(bits * channels for bits, channels in code.blocks)
+
+
+def visual_of(host, inputs) -> torch.Tensor:
+    cache = RotateKCache(sparsity=0)
+    with torch.no_grad():
+        host.attached(**inputs, **cache_argument(host.attached, cache), use_cache=True)
+    return cache.positions.visual(0, cache.positions.end)[0].cpu()
+
+
+@pytest.mark.parametrize("which", ["key", "value"])
+def test_it_is_the_divergence_of_what_is_said_next(monkeypatch, which):
+    """Small errors of all visual states of a layer: their mean divergence is half the trace, times their variance."""
+    monkeypatch.setattr(sensitivity, "TEMPERATURE", 1.0)
+    monkeypatch.setattr(sensitivity, "CANDIDATES", 10**6)
+    monkeypatch.setattr(sensitivity, "SAMPLES", 200)
+    monkeypatch.setattr(sensitivity, "ANSWER_TOKENS", 1)
+    host = build_host("llava")
+    inputs = host.tiny.inputs(host.tiny.prompt(3))
+    visual = visual_of(host, inputs)
+    with torch.no_grad():
+        found = answer_sensitivity(host.attached, inputs, visual, LAYERS, seed=0)[1, which]
+    end = int(visual.nonzero().max()) + 1
+    begin = {name: inputs[name][:, :end] for name in ("input_ids", "attention_mask")}
+    cache = DynamicCache()
+    generator = torch.Generator().manual_seed(0)
+    size, divergences = 0.02, []
+    with torch.no_grad():
+        host.plain(**inputs | begin, past_key_values=cache)
+        dense = None
+        for trial in range(60):
+            changed = copy.deepcopy(cache)
+            states = getattr(changed.layers[1], f"{which}s")
+            if trial:
+                error = size * torch.randn(states[:, :, visual[:end]].shape, generator=generator)
+                states[:, :, visual[:end]] += error
+            behind = host.plain(input_ids=inputs["input_ids"][:, end:], past_key_values=changed)
+            logits = behind.logits[0, -1].double().log_softmax(-1)
+            dense = logits if dense is None else dense
+            divergences.append(float((dense.exp() * (dense - logits)).sum()))
+    expected = size**2 * found.diagonal(dim1=-2, dim2=-1).sum() / 2
+    assert sum(divergences[1:]) / 59 == pytest.approx(float(expected), rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "name", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "gemma3n", "ovis2", "minicpmv4_7", "qwen2_5_omni_thinker"]
+)
+def test_every_kind_of_family_reads_on_behind_the_image(name, monkeypatch):
+    """What is differentiated are the predictions of the whole prompt, though the image is read first, alone."""
+    host = build_host(name)
+    inputs = host.tiny.inputs(host.tiny.prompt(2))
+    visual = visual_of(host, inputs)
+    seen = []
+    topk = torch.Tensor.topk
+
+    def kept(logits, *args, **kwargs):
+        seen.append(logits.detach())
+        return topk(logits, *args, **kwargs)
+
+    monkeypatch.setattr(sensitivity, "ANSWER_TOKENS", 2)
+    monkeypatch.setattr(torch.Tensor, "topk", kept)
+    state = calibrate(host.attached, [inputs], Calibration(fingerprint(host.attached), name))
+    monkeypatch.undo()
+    answered = host.plain.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert len(answered[0]) == visual.shape[0] + 2
+    assert {(layer, which) for layer, which, _ in state.sensitivities} == state.moments.keys()
+    assert all(matrix.isfinite().all() and matrix.any() for matrix in state.sensitivities.values())
+    assert torch.equal(seen[-1].argmax(-1), answered[0, -2:])
+
+
+def test_the_model_is_left_as_it_was():
+    host = build_host("llava")
+    model = copy.deepcopy(host.attached)
+    model.requires_grad_(True)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    with torch.inference_mode():  # a caller's own
+        calibrate(model, [host.tiny.inputs(host.tiny.prompt(0))], Calibration(fingerprint(model), "llava"))
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_image_without_a_question_is_refused():
+    host = build_host("llava")
+    inputs = host.tiny.inputs(host.tiny.prompt(0))
+    visual = visual_of(host, inputs)
+    with pytest.raises(ValueError, match="a question has to follow it"):
+        answer_sensitivity(host.attached, inputs, torch.ones_like(visual), LAYERS, seed=0)
+
+
+def test_directions_that_answers_need_come_first():
+    scatter = torch.diag(torch.tensor([6.0, 4.0, 1.0, *[0.25] * 5], dtype=torch.float64))[None]
+    moments = Moments(scatter, 1, torch.randn(1, 50, 8))
+    price = torch.diag(torch.tensor([0.0, 0.0, 40.0, *[0.0] * 5], dtype=torch.float64))[None]
+    found = moments.basis("fisher", sensitivity=price)
+    assert found["encoder"][0, :, 0].abs().argmax() == 2 and found["encoder"][0, :, 1].abs().argmax() == 0
+    torch.testing.assert_close(found["decoder"].mT @ found["encoder"], torch.eye(8)[None], atol=1e-5, rtol=0)
+    assert found["gain"].tolist() == [[5.0] * 8]  # the price of a unit of error, averaged over directions
+    plain = moments.basis("pca", sensitivity=price)
+    assert plain["encoder"][0, :, 0].abs().argmax() == 0 and plain["gain"][0, :4].tolist() == [0, 0, 40, 0]
+
+
+def test_layers_and_heads_that_answers_need_get_the_bits(tmp_path):
+    host = build_host("llava")
+    state = calibrate(
+        host.attached, [host.tiny.inputs(host.tiny.prompt(0))], Calibration(fingerprint(host.attached), "x")
+    )
+    heads, width, _ = state.sensitivities[0, "key", "image"].shape
+    for layer, which, kind in list(state.sensitivities):
+        matrix = torch.eye(width, dtype=torch.float64).repeat(heads, 1, 1)
+        matrix[1] *= 1e4 if (layer, which) == (1, "key") else 1
+        state.sensitivities[layer, which, kind] = matrix
+    state.write_basis(tmp_path / "b.safetensors")
+    file = load_basis(tmp_path / "b.safetensors")
+    dealt = {}
+    for layer in LAYERS:
+        code = file.code(layer, "key", "auto", HeadBudget(bits=128), Allocation("heads"))
+        dealt |= {(layer, head): bits_of(part) for head, part in enumerate(code.parts)}
+    assert max(dealt, key=dealt.get) == (1, 1) and min(dealt.values()) >= 32
+    by_layer = [bits_of(file.code(n, "key", "auto", HeadBudget(bits=64), Allocation("layers"))) for n in LAYERS]
+    assert by_layer[1] > by_layer[0]
+
+
+def test_a_passage_weighs_what_predicts_its_end(tmp_path):
+    host = build_host("llava")
+    generator = torch.Generator().manual_seed(0)
+    passages = [{"input_ids": torch.randint(10, 40, (1, 24), generator=generator)} for _ in range(2)]
+    state = calibrate(host.attached, passages, Calibration(fingerprint(host.attached), "llava"), text=True)
+    with torch.no_grad():
+        alone = [text_sensitivity(host.attached, p["input_ids"], 4, LAYERS, n) for n, p in enumerate(passages)]
+    torch.testing.assert_close(state.sensitivity(1, "key", ("text",)), (alone[0][1, "key"] + alone[1][1, "key"]) / 2)
+    state.save(tmp_path / "state")
+    again = Calibration.load(tmp_path / "state", fingerprint(host.attached))
+    assert all(torch.equal(again.sensitivities[at], found) for at, found in state.sensitivities.items())
+    state.write_basis(tmp_path / "b.safetensors")
+    assert load_basis(tmp_path / "b.safetensors").state(1, "token_key").decoder is not None
+
+
+def test_what_was_not_gathered_is_named(tmp_path):
+    host = build_host("llava")
+    state = Calibration(fingerprint(host.attached), "llava")
+    calibrate(host.attached, [host.tiny.inputs(host.tiny.prompt(0))], state, sensitivity=False)
+    with pytest.raises(ValueError, match=r"method 'fisher' weighs by the sensitivity .* choose 'pca'"):
+        state.write_basis(tmp_path / "b.safetensors", method="fisher")
+    state.write_basis(tmp_path / "b.safetensors")  # pca
+    assert "layers.0.key.decoder" not in load_basis(tmp_path / "b.safetensors").path
