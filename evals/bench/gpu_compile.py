@@ -8,6 +8,8 @@ from typing import Any
 
 from evals.bench.gpu_extent import Extent, kernel_common, ranked, shape_of
 
+VARIANT_TASKS = 4  # that share the variants of a kind
+
 
 def compile_kernels(extent: Extent, parts: Sequence[str], deadline: float) -> dict[str, Any]:
     """Compile what the other parts launch, each kind in a process of its own, into Triton's cache."""
@@ -15,7 +17,7 @@ def compile_kernels(extent: Extent, parts: Sequence[str], deadline: float) -> di
     if {"decode", "splits", "call"} & set(parts):
         tasks += [("kind", kind) for kind in extent.kinds]
     if "variants" in parts:
-        tasks += [("variants", kind) for kind in extent.variants]
+        tasks += [("variants", f"{kind}: {part}") for kind in extent.variants for part in range(VARIANT_TASKS)]
     if {"seal", "token", "compiled"} & set(parts):
         model = importlib.import_module("evals.bench.gpu_model")
         tasks += [("method", name) for name, options in model.METHODS.items() if "dense" not in options]
@@ -48,7 +50,9 @@ def compile_task(extent: Extent, sort: str, name: str) -> float:
         if sort == "kind":
             importlib.import_module("evals.bench.gpu_kernel").compile_kind(name, kernel_common(extent))
         elif sort == "variants":
-            importlib.import_module("evals.bench.gpu_kernel").compile_variants(name, kernel_common(extent))
+            kind, _, part = name.rpartition(": ")
+            kernel = importlib.import_module("evals.bench.gpu_kernel")
+            kernel.compile_variants(kind, kernel_common(extent), slice(int(part), None, VARIANT_TASKS))
         elif sort == "host":
             dtype = model.host_dtype(extent.device)
             model.compile_method(model.HOST_METHODS["r = 16, replayed"], model.HOST_SHAPE, extent.device, dtype)

@@ -4,7 +4,7 @@ Instructions are read out of the code that Triton compiles for the target, bytes
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -101,6 +101,21 @@ def head_products(form: SegmentForm, segment: SegmentView) -> list[int]:
 def bound(gpu: Gpu, kind: str, *, width: int = 128, group: int = 4) -> Bound:
     """Bound a kind of segment, bf16."""
     segment = segment_of_shape(8, 8, 32768, width, torch.bfloat16, **KINDS[kind])  # type: ignore[arg-type]
+    return bound_of(gpu, segment, width, group)
+
+
+def layouts_bound(gpu: Gpu, *, width: int = 128, group: int = 4) -> Bound:
+    """Bound the layouts of `MIXED` one by one, each as that of all heads; return the mean."""
+    segments = [
+        segment_of_shape(8, 8, 32768, width, torch.bfloat16, key_code=code, value_code=code)
+        for code in map(CodeLayout, HEAD_BLOCKS)
+    ]
+    bounds = [bound_of(gpu, segment, width, group) for segment in segments]
+    return Bound(*(statistics.mean(figures) for figures in zip(*map(astuple, bounds), strict=True)))
+
+
+def bound_of(gpu: Gpu, segment: SegmentView, width: int, group: int) -> Bound:
+    """Bound a segment, for heads of `width` channels and `group` query heads of each KV head."""
     launch = plan_of_shape([segment], group, width)[0]
     # Not counted: what projects the query, once for all tokens of a program.
     found, form = resources(launch, gpu.target), launch.arguments["FORMS"][0]
@@ -115,6 +130,7 @@ def bound(gpu: Gpu, kind: str, *, width: int = 128, group: int = 4) -> Bound:
 def table(gpu: Gpu) -> str:
     """List bounds of all kinds and their ratio to the bound of dense Keys and Values, as text."""
     bounds = {kind: bound(gpu, kind) for kind in KINDS}
+    bounds["  each layout in all heads"] = layouts_bound(gpu)
     dense = bounds["dense"].seconds
     lines = [
         f"{gpu.name}, nominal: {gpu.bandwidth / 1e12:g} TB/s, {gpu.processors} processors of {gpu.schedulers} warp",
