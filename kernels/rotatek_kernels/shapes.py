@@ -330,7 +330,7 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
         columns = -(-widest // block) * block
         align = math.gcd(16 // stored.element_size(), *code.widths)
         runs = [run for part in code.parts for _, run, _ in _runs(part)]
-        digits = _digits(code, columns, block)
+        digits = digits_of_heads(code, block)
         heads = HeadTable(columns, math.gcd(16, *runs), 3 + 3 * columns + len(digits))
         width = sum(code.widths)
         return StoredForm(
@@ -429,10 +429,13 @@ def _runs(code: CodeLayout | Numbers) -> list[tuple[int, int, int]]:
     return [(bits, channels * bits // 8, 8 // bits) for bits, channels in code.blocks]
 
 
-def _digits(code: HeadCodes, columns: int, width: int) -> list[list[int]]:
+def digits_of_heads(code: HeadCodes, width: int) -> list[list[int]]:
     """List the fewest bits of each head's codes in each block of `width` columns; -1 where the head ends before it."""
     stored = [[bits for bits, run, _ in _runs(part) for _ in range(run)] for part in code.parts]
-    return [[min(head[offset : offset + width], default=-1) for head in stored] for offset in range(0, columns, width)]
+    return [
+        [min(head[offset : offset + width], default=-1) for head in stored]
+        for offset in range(0, max(code.widths), width)
+    ]
 
 
 def _digit_blocks(digits: list[list[int]], width: int) -> tuple[Block, ...]:
@@ -451,7 +454,7 @@ def _head_table(code: HeadCodes, columns: int, block: int, align: int, device: t
     """Fill the table that a `HeadTable` describes."""
     table = []
     offset = 0
-    digits = _digits(code, columns, block)
+    digits = digits_of_heads(code, block)
     for head, (part, width) in enumerate(zip(code.parts, code.widths, strict=True)):
         of_columns, channel = [], 0
         for bits, run, channels in _runs(part):
