@@ -1,6 +1,6 @@
 """One pass over images and texts: a model runs, and what stores everything as it is gathers moments on the way."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,14 +41,20 @@ def calibrate(
 
     Returns:
         `state`.
+
+    Raises:
+        ValueError: the model is in training mode, or has weights that are offloaded or cannot be differentiated by; a
+            prompt holds several rows, padding, or no visual token where `text` is not set; or its answer is not finite.
     """
     # The maths needs no transformers.
     from rotatek_cache.calibration.sensitivity import answer_sensitivity, text_sensitivity  # noqa: PLC0415
     from rotatek_cache.hf.cache import RotateKCache, RotateKLayer  # noqa: PLC0415
     from rotatek_cache.hf.calls import cache_argument  # noqa: PLC0415
 
+    _check_model(model, sensitivity=sensitivity)
     projections = output_projections(model)
     for prompt in prompts:
+        _check_prompt(prompt, sensitivity=sensitivity)
         cache = RotateKCache(sparsity=0)
         if text:
             cache.coordinator = TokenGatherer(cache.positions, state, projections)
@@ -64,19 +70,58 @@ def calibrate(
             cache.positions.announce(0, ids.shape[1], None)
         model(**prompt, **cache_argument(model, cache), use_cache=True)
         visual = cache.positions.visual(0, cache.positions.end)
-        ids, of_text = prompt["input_ids"], text and visual is None
-        if sensitivity and of_text:
-            layers = sorted({layer for layer, _, _ in state.token_moments})
-            state.add_sensitivity("text", text_sensitivity(model, ids, SINK_TOKENS, layers, state.texts))
-        elif sensitivity and visual is not None:
-            layers = sorted({layer for layer, _ in state.moments})
-            found = answer_sensitivity(model, prompt, visual[0].cpu(), layers, state.images)
-            state.add_sensitivity("image", found)
-        if of_text:
+        del cache  # the answer is read from another one
+        if visual is None and not text:
+            raise ValueError("prompts hold no visual token: give prompts with an image, or text=True for text alone")
+        if visual is None:
+            if sensitivity:
+                layers = sorted({layer for layer, _, _ in state.token_moments})
+                found = text_sensitivity(model, prompt["input_ids"], SINK_TOKENS, layers, state.texts)
+                state.add_sensitivity("text", found)
             state.texts += 1
         else:
+            if sensitivity:
+                layers = sorted({layer for layer, _ in state.moments})
+                found = answer_sensitivity(model, prompt, visual[0].cpu(), layers, state.images)
+                state.add_sensitivity("image", found)
             state.images += 1
     return state
+
+
+def _check_model(model: torch.nn.Module, *, sensitivity: bool) -> None:
+    """Raise a ValueError unless `model` computes what it will compute in use, from weights that can be looked at."""
+    if model.training:
+        raise ValueError("the model is in training mode, which is not how it will answer: call model.eval() first")
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise ValueError(
+                f"{name} is offloaded, and a basis file holds a mark of all weights: load the model with all weights "
+                "in memory, in a smaller dtype or on the CPU"
+            )
+        if sensitivity and weight.is_inference():
+            raise ValueError(
+                f"{name} was made within torch.inference_mode(), so that nothing can be differentiated: load the model "
+                "outside, or calibrate with sensitivity=False (method 'pca')"
+            )
+
+
+def _check_prompt(prompt: Mapping[str, Any], *, sensitivity: bool) -> None:
+    """Raise a ValueError unless `prompt` is one row without padding."""
+    if prompt.get("input_ids") is None:
+        raise ValueError(f"prompts need input_ids, what a processor returns; got {', '.join(prompt)}")
+    rows, mask = prompt["input_ids"].shape[0], prompt.get("attention_mask")
+    if rows != 1:
+        raise ValueError(f"prompts must have one row each, got input_ids of {rows} rows: give them one by one")
+    if mask is not None and not mask.all():
+        raise ValueError(
+            f"prompts must have no padding, got an attention_mask that hides {int((mask == 0).sum())} positions: "
+            "process them one by one, with padding=False"
+        )
+    if sensitivity and prompt.get("position_ids") is not None:
+        raise ValueError(
+            "prompts must not bring position_ids where sensitivity is gathered: the model numbers prompt and answer "
+            "itself; leave them out, or give sensitivity=False"
+        )
 
 
 def output_projections(model: torch.nn.Module) -> dict[int, Tensor]:

@@ -185,6 +185,7 @@ class Calibration:
         self.texts = 0  # prompts of text alone
         self.moments: dict[tuple[int, str], Moments] = {}
         self.sensitivities: dict[tuple[int, str, str], Tensor] = {}  # by layer, state and kind: sums over prompts
+        self.weighed = dict.fromkeys(KINDS, 0)  # prompts of each kind in these sums
         self.token_moments: dict[tuple[int, str, str], TokenMoments] = {}  # by layer, state and kind of token
 
     def add(self, layer: int, which: str, states: Tensor, cost: Tensor | None = None) -> None:
@@ -195,15 +196,15 @@ class Calibration:
 
     def add_sensitivity(self, kind: str, found: dict[tuple[int, str], Tensor]) -> None:
         """Take what `answer_sensitivity` found of an image, or `text_sensitivity` of a text: `kind` is of `KINDS`."""
+        self.weighed[kind] += 1
         for (layer, which), matrix in found.items():
             before = self.sensitivities.get((layer, which, kind))
             self.sensitivities[layer, which, kind] = matrix if before is None else before + matrix
 
     def sensitivity(self, layer: int, which: str, kinds: Sequence[str]) -> Tensor | None:
         """Sum the means over prompts of these kinds, ``[H, D, D]`` float64; None if none was gathered."""
-        prompts = {"image": self.images, "text": self.texts}
         found = [
-            self.sensitivities[at] / prompts[at[2]] for k in kinds if (at := (layer, which, k)) in self.sensitivities
+            self.sensitivities[at] / self.weighed[k] for k in kinds if (at := (layer, which, k)) in self.sensitivities
         ]
         return sum(found[1:], found[0]) if found else None
 
@@ -236,6 +237,7 @@ class Calibration:
             "images": self.images,
             "texts": self.texts,
             "skipped": self.skipped,
+            "weighed": self.weighed,
             "source": self.source,
         }
         _write(tensors, {"format": STATE_FORMAT, "provenance": json.dumps(provenance)}, path)
@@ -248,6 +250,7 @@ class Calibration:
             raise ValueError(f"calibration state {path} belongs to another model ({provenance['model_type']})")
         state = cls(fingerprint, provenance["model_type"], provenance["source"])
         state.images, state.skipped, state.texts = (provenance[name] for name in ("images", "skipped", "texts"))
+        state.weighed = provenance["weighed"]
         for name, tensor in tensors.items():
             of, layer, which, *kind, part = name.split(".")
             if of == "tokens" and part == "tokens":
@@ -286,10 +289,12 @@ class Calibration:
             raise ValueError(f"method must be one of {', '.join(KEY_METHODS)}, got {method!r}")
         if value_method not in VALUE_METHODS:
             raise ValueError(f"value_method must be one of {', '.join(VALUE_METHODS)}, got {value_method!r}")
-        if "fisher" in (method, value_method) and not self.sensitivities:
+        prompts = {"image": self.images, "text": self.texts}
+        lacking = [kind for kind in KINDS if prompts[kind] and not self.weighed[kind]]
+        if "fisher" in (method, value_method) and lacking:
             raise ValueError(
-                "method 'fisher' weighs by the sensitivity of the answers, which was not gathered: calibrate with "
-                "sensitivity=True, or choose 'pca'"
+                f"method 'fisher' weighs by the sensitivity of the answers, which was not gathered of any prompt with "
+                f"{' or '.join(lacking)}: calibrate with sensitivity=True, or choose 'pca'"
             )
         layers = sorted({layer for layer, _, kind in self.token_moments if kind == "text"})
         if not self.moments and not layers:

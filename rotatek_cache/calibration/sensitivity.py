@@ -16,6 +16,18 @@ SAMPLES = 4  # tokens drawn at each place: one backward pass each, over the text
 CANDIDATES = 16  # tokens that are drawn from, the likeliest
 TEMPERATURE = 5.0
 TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "use_cache": True,
+    "cache_implementation": None,
+    "prompt_lookup_num_tokens": None,
+    "guidance_scale": None,
+    "penalty_alpha": None,
+    "stop_strings": None,
+}  # one answer of the model itself, whatever its generation config says
 
 Sensitivities = dict[tuple[int, str], Tensor]
 """By layer and state ("key" or "value"), ``[H, D, D]`` float64.
@@ -42,7 +54,7 @@ def answer_sensitivity(
         seed: of the tokens that are drawn.
 
     Raises:
-        ValueError: no text follows the image.
+        ValueError: no text follows the image, or what the model says is not finite.
     """
     ids = prompt["input_ids"]
     last = int(visual.nonzero().max())
@@ -55,8 +67,10 @@ def answer_sensitivity(
     image = {name: value for name, value in prompt.items() if name not in TOKEN_INPUTS}
     begin = {name: value[:, :end] for name, value in tokens.items()}
     model(**begin, **image, **cache_argument(model, cache), use_cache=True)
-    own = cache_argument(model, copy.deepcopy(cache))
-    answered = model.generate(**tokens, **own, max_new_tokens=ANSWER_TOKENS, do_sample=False, num_beams=1)
+    # No name for the copy: it goes when the model has answered.
+    answered = model.generate(
+        **tokens, **cache_argument(model, copy.deepcopy(cache)), **GREEDY, max_new_tokens=ANSWER_TOKENS
+    )
     places = visual[:end].nonzero()[:, 0]
     return _second_moments(model, cache, places, answered[:, end:-1], ids.shape[1] - end - 1, layers, seed)
 
@@ -68,8 +82,16 @@ def text_sensitivity(model: Any, ids: Tensor, first: int, layers: Sequence[int],
         model, layers, seed: as in `answer_sensitivity`.
         ids: of the passage.
         first: the first token that may be coded.
+
+    Raises:
+        ValueError: the passage is too short, or what the model says is not finite.
     """
     end = ids.shape[1] - ids.shape[1] // 4
+    if end <= first or end == ids.shape[1]:
+        raise ValueError(
+            f"a passage of text must have more than {first} tokens before its last quarter, got {ids.shape[1]} tokens "
+            "in all: give passages as long as the prompts to come"
+        )
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     model(input_ids=ids[:, :end], **cache_argument(model, cache), use_cache=True)
     return _second_moments(model, cache, torch.arange(first, end), ids[:, end:], 0, layers, seed)
@@ -95,19 +117,23 @@ def _second_moments(
             states.detach().clone().requires_grad_() for states in (stored.keys, stored.values)
         )
         leaves += [stored.keys, stored.values]
-    places = places.to(behind.device)
     generator = torch.Generator().manual_seed(seed)
     found: Sensitivities = {}
     with torch.enable_grad(), _frozen(model):
         # Nothing is padded, and without a mask positions go on where the cache ends, in all families.
         logits = model(input_ids=behind, **cache_argument(model, cache), use_cache=True).logits[0, skip:]
         likeliest = logits.float().topk(min(CANDIDATES, logits.shape[-1]), -1).values
+        if not likeliest.isfinite().all():
+            raise ValueError(
+                f"the model's logits ({logits.dtype}) are not finite, so that its answer says nothing: load it in "
+                "another dtype, such as torch.bfloat16 or torch.float32"
+            )
         chances = (likeliest / TEMPERATURE).log_softmax(-1)
         drawn = torch.multinomial(chances.detach().exp().cpu(), SAMPLES, replacement=True, generator=generator)
         for column in drawn.to(chances.device).split(1, 1):
             gradients = torch.autograd.grad(chances.gather(1, column).sum(), leaves, retain_graph=True)
             for number, gradient in enumerate(gradients):
-                at = gradient[0, :, places].float()
+                at = gradient[0, :, places.to(gradient.device)].float()
                 matrix = (at.mT @ at).double().cpu() / (SAMPLES * len(drawn))
                 key = layers[number // 2], ("key", "value")[number % 2]
                 found[key] = matrix + found[key] if key in found else matrix

@@ -45,10 +45,13 @@ def state(llava):
     return Calibration(fingerprint(llava.attached), "llava")
 
 
-@pytest.fixture
-def basis_file(llava, prompts, state, tmp_path):
-    path = tmp_path / "basis.safetensors"
-    calibrate(llava.attached, prompts, state).write_basis(path, source="six drawn images")
+@pytest.fixture(scope="module")
+def basis_file(prompts, tmp_path_factory):
+    from hosts import build_host
+
+    model = build_host("llava").attached
+    path = tmp_path_factory.mktemp("calibrated") / "basis.safetensors"
+    calibrate(model, prompts, Calibration(fingerprint(model), "llava")).write_basis(path, source="six drawn images")
     return path
 
 

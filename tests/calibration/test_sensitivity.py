@@ -105,6 +105,104 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True},
+        {"do_sample": True, "num_return_sequences": 2, "num_beams": 2, "max_length": 9},
+        {"use_cache": False, "stop_strings": ["a"], "prompt_lookup_num_tokens": 2},
+        {"cache_implementation": "static", "guidance_scale": 1.5},
+    ],
+)
+def test_the_answer_is_one_and_greedy_whatever_the_generation_config_says(settings, monkeypatch):
+    monkeypatch.setattr(sensitivity, "ANSWER_TOKENS", 3)
+    host = build_host("llava")
+    inputs = host.tiny.inputs(host.tiny.prompt(0))
+    model = copy.deepcopy(host.attached)
+    expected = calibrate(model, [inputs], Calibration(fingerprint(model), "llava")).sensitivities
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    found = calibrate(model, [inputs], Calibration(fingerprint(model), "llava")).sensitivities
+    assert all(torch.equal(found[at], matrix) for at, matrix in expected.items())
+
+
+def test_an_answer_that_ends_at_once_is_the_place_that_counts():
+    """Its end is predicted from the image, too: one prediction, as of an answer of one token."""
+    host = build_host("llava")
+    inputs = host.tiny.inputs(host.tiny.prompt(0))
+    model = copy.deepcopy(host.attached)
+    with torch.no_grad():
+        first = host.plain.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1].item()
+    model.generation_config.eos_token_id = [3, first]
+    state = calibrate(model, [inputs], Calibration(fingerprint(model), "llava"))
+    assert all(matrix.any() for matrix in state.sensitivities.values())
+
+
+def one_row(host, **changed):
+    return dict(host.tiny.inputs(host.tiny.prompt(0))) | changed
+
+
+def padded(host):
+    both = host.tiny.inputs(host.tiny.prompt(0), host.tiny.prompt(1, text=3))
+    return {name: value[1:] for name, value in both.items()}
+
+
+def text_of(tokens):
+    return {"input_ids": torch.arange(10, 10 + tokens)[None]}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "words"),
+    [
+        (lambda host: host.tiny.inputs(host.tiny.prompt(0), host.tiny.prompt(1)), False, "one row each, got .* 2 rows"),
+        (padded, False, "no padding, got an attention_mask that hides 6 positions"),
+        (lambda host: one_row(host, position_ids=torch.arange(90)[None]), False, "must not bring position_ids"),
+        (lambda host: one_row(host, input_ids=None), False, "prompts need input_ids"),
+        (lambda host: text_of(20), False, "no visual token: give prompts with an image, or text=True"),
+        (lambda host: text_of(5), True, "more than 4 tokens before its last quarter, got 5 tokens"),
+        (lambda host: text_of(2), True, "got 2 tokens in all: give passages as long as"),
+    ],
+)
+def test_prompts_that_cannot_be_weighed_are_refused(prompt, text, words):
+    host = build_host("llava")
+    with pytest.raises(ValueError, match=words):
+        calibrate(host.attached, [prompt(host)], Calibration(fingerprint(host.attached), "llava"), text=text)
+
+
+def test_models_that_cannot_be_calibrated_are_refused():
+    host = build_host("llava")
+    inputs, state = host.tiny.inputs(host.tiny.prompt(0)), Calibration(fingerprint(host.attached), "llava")
+    with pytest.raises(ValueError, match=r"training mode, .* call model.eval\(\) first"):
+        calibrate(copy.deepcopy(host.attached).train(), [inputs], state)
+    model = copy.deepcopy(host.attached)
+    model.lm_head.weight.data[7] = torch.nan
+    with pytest.raises(ValueError, match=r"logits \(torch.float32\) are not finite"):
+        calibrate(model, [inputs], state)
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match=r"lm_head.weight is offloaded"):
+        calibrate(model, [inputs], state, sensitivity=False)
+    with torch.inference_mode():
+        model.lm_head = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=r"lm_head.weight was made within torch.inference_mode\(\)"):
+        calibrate(model, [inputs], state)
+
+
+def test_the_mean_is_over_prompts_that_were_weighed(tmp_path):
+    """Moments alone of many images, and sensitivities of a few; never of one kind of prompt and not of the other."""
+    host = build_host("llava")
+    inputs = host.tiny.inputs(host.tiny.prompt(0))
+    state = calibrate(host.attached, [inputs], Calibration(fingerprint(host.attached), "llava"))
+    alone = state.sensitivity(0, "key", ("image",))
+    calibrate(host.attached, [inputs] * 2, state, sensitivity=False)
+    state.save(tmp_path / "state")
+    state = Calibration.load(tmp_path / "state", fingerprint(host.attached))
+    assert state.images == 3 and torch.equal(state.sensitivity(0, "key", ("image",)), alone)
+    calibrate(host.attached, [text_of(30)], state, text=True, sensitivity=False)
+    with pytest.raises(ValueError, match="not gathered of any prompt with text: calibrate with sensitivity=True"):
+        state.write_basis(tmp_path / "b.safetensors")
+    state.write_basis(tmp_path / "b.safetensors", method="pca", value_method="pca")
+
+
 def test_an_image_without_a_question_is_refused():
     host = build_host("llava")
     inputs = host.tiny.inputs(host.tiny.prompt(0))
