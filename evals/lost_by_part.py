@@ -170,9 +170,9 @@ def main() -> None:
             found[-1]["price"] = prices[name]
             told = f"  price {prices[name]:.2e}"
         print(f"{name:52} {100 * losses.mean():6.2f} [{100 * low:.1f}, {100 * high:.1f}]  KL {divergence:.6f}{told}")
-    measured = torch.tensor([row["kl"] for row in found if "price" in row])
-    if len(measured) > 1:
-        ranks = [given.argsort().argsort().double() for given in (measured, torch.tensor(list(prices.values())))]
+    both = torch.tensor([[row["kl"], row["price"]] for row in found if "price" in row])
+    if len(both) > 1:
+        ranks = both.argsort(0).argsort(0).double().unbind(1)
         print(f"rank correlation of KL and price: {torch.corrcoef(torch.stack(ranks))[0, 1]:.2f}")
     if args.out is not None:
         setting = {

@@ -50,7 +50,7 @@ def rows_of(reader: Reader) -> list[dict[str, Any]]:
         dense = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens
         for sparsity in SPARSITIES:
             cache = RotateKCache(
-                basis=f"runs/{reader.name}_basis.safetensors",
+                basis=f"runs/{reader.name}_fisher.safetensors",
                 sparsity=sparsity,
                 key_bits="auto",
                 value_sparsity=sparsity,

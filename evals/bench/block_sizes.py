@@ -93,7 +93,7 @@ def other_sizes(kind: str) -> Iterator[BlockSizes]:
         yield own._replace(channels=32)
     else:
         yield own._replace(tile=own.tile // 2)
-        yield own._replace(tile=own.tile * 2)
+        yield own._replace(tile=own.tile * 2, stages=2)  # widths per head: as many tokens again, all registers
         yield own._replace(tokens=64)
         yield own._replace(queries=16)  # numbers and rests of projected queries in two products
         yield own._replace(channels=64)

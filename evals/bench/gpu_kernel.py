@@ -125,11 +125,11 @@ def entry_of(kind: str) -> str:
     return next(entry for entry, shape in TIMED if shape == kind)
 
 
-def compile_variants(kind: str, common: dict[str, Any]) -> None:
-    """Run all candidates for a kind of segment once, as `variant_items` does."""
+def compile_variants(kind: str, common: dict[str, Any], share: slice) -> None:
+    """Run a share of the candidates for a kind of segment once, as `variant_items` does."""
     setting = Setting(2, 512 if common.get("device", "cuda") == "cuda" else 16, **common)
     query, segments = draw(setting, kind)
-    for candidate in candidates(entry_of(kind)):
+    for candidate in list(candidates(entry_of(kind)))[share]:
         step_of(candidate, query, segments, setting.width**-0.5)()
 
 

@@ -3,13 +3,16 @@
 Instructions are read out of the code that Triton compiles for the target, bytes out of the shapes of what is stored.
 """
 
-from dataclasses import dataclass
+import statistics
+from dataclasses import astuple, dataclass
 
 import torch
 
 from rotatek_cache.core.quantization import CodeLayout, HeadCodes
 from rotatek_cache.core.segments import SegmentView
+from rotatek_kernels.forms import SegmentForm
 from rotatek_kernels.resources import plan_of_shape, resources, segment_of_shape
+from rotatek_kernels.shapes import HEAD_COLUMNS, digits_of_heads
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,44 @@ def token_bytes(segment: SegmentView) -> float:
     return total
 
 
+def head_products(form: SegmentForm, segment: SegmentView) -> list[int]:
+    """Count the matrix products of one warp that each head takes for a block of tokens, 16 x 8 numbers of 16 each.
+
+    They follow from the digits that its bytes are read in.
+    """
+    parts = [0] * segment.heads
+    for code in (segment.key_code, segment.value_code):
+        assert isinstance(code, HeadCodes)
+        for of_heads in digits_of_heads(code, HEAD_COLUMNS):
+            parts = [part + (8 // digit if digit > 0 else 0) for part, digit in zip(parts, of_heads, strict=True)]
+    return [part * form.block_n // 8 for part in parts]
+
+
 def bound(gpu: Gpu, kind: str, *, width: int = 128, group: int = 4) -> Bound:
     """Bound a kind of segment, bf16."""
     segment = segment_of_shape(8, 8, 32768, width, torch.bfloat16, **KINDS[kind])  # type: ignore[arg-type]
+    return bound_of(gpu, segment, width, group)
+
+
+def layouts_bound(gpu: Gpu, *, width: int = 128, group: int = 4) -> Bound:
+    """Bound the layouts of `MIXED` one by one, each as that of all heads; return the mean."""
+    segments = [
+        segment_of_shape(8, 8, 32768, width, torch.bfloat16, key_code=code, value_code=code)
+        for code in map(CodeLayout, HEAD_BLOCKS)
+    ]
+    bounds = [bound_of(gpu, segment, width, group) for segment in segments]
+    return Bound(*(statistics.mean(figures) for figures in zip(*map(astuple, bounds), strict=True)))
+
+
+def bound_of(gpu: Gpu, segment: SegmentView, width: int, group: int) -> Bound:
+    """Bound a segment, for heads of `width` channels and `group` query heads of each KV head."""
     launch = plan_of_shape([segment], group, width)[0]
     # Not counted: what projects the query, once for all tokens of a program.
-    instructions = (
-        resources(launch, gpu.target).token_loop * launch.options["num_warps"] / launch.arguments["FORMS"][0].block_n
-    )
+    found, form = resources(launch, gpu.target), launch.arguments["FORMS"][0]
+    of_block: float = found.token_loop
+    if isinstance(segment.key_code, HeadCodes):
+        of_block = statistics.mean(found.token_ways[products] for products in head_products(form, segment))
+    instructions = of_block * launch.options["num_warps"] / form.block_n
     size = token_bytes(segment)
     return Bound(size, instructions, size / gpu.bandwidth, instructions / gpu.issue_rate)
 
@@ -97,6 +130,7 @@ def bound(gpu: Gpu, kind: str, *, width: int = 128, group: int = 4) -> Bound:
 def table(gpu: Gpu) -> str:
     """List bounds of all kinds and their ratio to the bound of dense Keys and Values, as text."""
     bounds = {kind: bound(gpu, kind) for kind in KINDS}
+    bounds["  each layout in all heads"] = layouts_bound(gpu)
     dense = bounds["dense"].seconds
     lines = [
         f"{gpu.name}, nominal: {gpu.bandwidth / 1e12:g} TB/s, {gpu.processors} processors of {gpu.schedulers} warp",

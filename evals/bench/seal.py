@@ -35,8 +35,8 @@ from typing import Any, Self
 import torch
 
 from evals.bench import seal_worker
-from evals.bench.gpu import commit, hardware, versions
 from evals.bench.gpu_kernel import Item
+from evals.bench.machine import commit, hardware, versions
 from evals.bench.seal_worker import ON_CPU, ON_GPU, PREFILLS, Case, Heads, Seals
 from evals.bench.workload import spread
 from evals.store import rounded, write_json

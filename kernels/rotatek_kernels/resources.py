@@ -3,9 +3,9 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Resources:
         loads: of stored tokens and bases, by their size in bytes (asynchronous copies, where the target has them).
         loops: instructions of each innermost loop with matrix products, one warp's.
         token_loop: those of the loop over blocks of tokens: the longest that copies past the registers, or of all.
+        token_ways: the most of them that are run between two of its beginnings, by how many matrix products are: where
+            heads have widths of their own a program runs the products of its head alone.
         instructions: of all.
         asynchronous: whether stored tokens are copied past the registers while others are worked on.
     """
@@ -56,6 +58,7 @@ class Resources:
     instructions: int
     asynchronous: bool = False
     token_loop: int = 0
+    token_ways: dict[int, int] = field(default_factory=dict)
 
 
 class _Driver:
@@ -167,11 +170,8 @@ def _nvidia(usage: str, code: str, shared: int) -> Resources:
             size = next((int(bits) // 8 for bits in re.findall(r"\b(64|128)\b", load[1].replace(".", " "))), 4)
             size = 1 if "U8" in load[1] else 2 if "U16" in load[1] else size
             loads[size] = loads.get(size, 0) + 1
-    jumps = [
-        (labels[target[1]], index + 1)
-        for index, text in enumerate(instructions)
-        if (target := re.search(r"BRA.*?`\((\.L_\w+)\)", text)) and labels.get(target[1], index + 1) <= index
-    ]
+    targets = {index: labels[to] for index, text in enumerate(instructions) if (to := _target(text)) in labels}
+    jumps = [(target, index + 1) for index, target in targets.items() if target <= index]
     loops = [
         (begin, end)
         for begin, end in jumps
@@ -179,6 +179,7 @@ def _nvidia(usage: str, code: str, shared: int) -> Resources:
         and any("MMA" in text or "FFMA" in text for text in instructions[begin:end])
     ]
     copying = [(begin, end) for begin, end in loops if any("LDGSTS" in text for text in instructions[begin:end])]
+    token_loop = max(copying or loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
     return Resources(
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         spills=sum(bool(re.search(r"\b(?:STL|LDL)\b", text)) for text in instructions)
@@ -186,10 +187,33 @@ def _nvidia(usage: str, code: str, shared: int) -> Resources:
         shared=shared,
         loads=loads,
         loops=[end - begin for begin, end in loops],
-        token_loop=max([end - begin for begin, end in copying or loops], default=0),
+        token_loop=token_loop[1] - token_loop[0],
+        token_ways=_ways(instructions, targets, *token_loop),
         instructions=len(instructions),
         asynchronous=any("LDGSTS" in text for text in instructions),
     )
+
+
+def _target(instruction: str) -> str | None:
+    jump = re.search(r"BRA.*?`\((\.L_\w+)\)", instruction)
+    return jump[1] if jump else None
+
+
+def _ways(instructions: Sequence[str], targets: Mapping[int, int], begin: int, end: int) -> dict[int, int]:
+    """Count the most instructions of a loop on any way through it, by the matrix products on the way."""
+    ways: dict[int, int] = {}
+    reached: dict[int, dict[int, int]] = {begin: {0: 0}}
+    for index in range(begin, end):
+        text, target = instructions[index], targets.get(index)
+        following = [] if target is None else [target]
+        if target is None or text.startswith("@"):
+            following.append(index + 1)
+        for products, count in reached.pop(index, {}).items():
+            after = products + ("MMA" in text)
+            for to in following:
+                known = ways if to == begin else reached.setdefault(to, {})
+                known[after] = max(known.get(after, 0), count + 1)
+    return ways
 
 
 def _amd(code: str, shared: int) -> Resources:

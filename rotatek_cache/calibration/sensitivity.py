@@ -14,7 +14,7 @@ from rotatek_cache.hf.calls import cache_argument
 ANSWER_TOKENS = 32  # of the model's own answer to a question about an image, at most
 SAMPLES = 4  # tokens drawn at each place: one backward pass each, over the text behind alone
 CANDIDATES = 16  # tokens that are drawn from, the likeliest
-TEMPERATURE = 2.0
+TEMPERATURE = 5.0
 TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 GREEDY = {
     "do_sample": False,

@@ -67,7 +67,9 @@ def test_every_part_runs_without_a_gpu_and_with_few_packages(tmp_path):
 
 
 def test_a_part_whose_budget_is_spent_says_what_it_did_not_reach(tmp_path):
-    from evals.bench.gpu import REHEARSAL, Run, table, wrongs
+    from evals.bench.gpu import Run
+    from evals.bench.gpu_extent import REHEARSAL
+    from evals.bench.gpu_report import table, wrongs
 
     run = Run(tmp_path, REHEARSAL, ["host"], {"host": -1.0})
     run.do("host")

@@ -119,6 +119,27 @@ def test_roofline_by_hand():
     assert Bound(32, 14.0, 6.7e-12, 13.4e-12).seconds == 13.4e-12
 
 
+def test_the_ways_through_a_loop_are_counted_by_hand():
+    from rotatek_kernels.resources import _ways
+
+    #        0      1 (to 4)   2       3 (to 6)  4       5       6 (to 0)
+    code = ["MOV", "@P0 BRA", "HMMA", "BRA", "HMMA", "HMMA", "@P1 BRA"]
+    assert _ways(code, {1: 4, 3: 6, 6: 0}, 0, 7) == {1: 5, 2: 5}
+    code[1] = "@P0 NOP"
+    assert _ways(code, {3: 6, 6: 0}, 0, 7) == {1: 5}
+
+
+def test_products_of_heads_by_hand():
+    from evals.bench.roofline import KINDS, head_products
+    from rotatek_kernels.resources import plan_of_shape, segment_of_shape
+
+    segment = segment_of_shape(1, 8, 64, 128, torch.bfloat16, **KINDS["K and V per head, 16 bytes"])
+    form = plan_of_shape([segment], 4, 128)[0].arguments["FORMS"][0]
+    blocks = form.block_n // 8
+    # Keys and Values of 4 bits; of 4 and 2; of 2; 8 and 4 bits in the first 16 bytes, 4 and 2 in the others.
+    assert head_products(form, segment) == [4 * blocks, 8 * blocks, 8 * blocks, 12 * blocks] * 2
+
+
 def test_candidates_are_judged_by_hand():
     from evals.bench.block_sizes import Candidate, judged
     from evals.bench.roofline import H200
