@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from rotatek_cache.hf.calls import cache_argument
+from rotatek_cache.hf.calls import cache_argument, stock_cache
 
 ANSWER_TOKENS = 32  # of the model's own answer to a question about an image, at most
 SAMPLES = 4  # tokens drawn at each place: one backward pass each, over the text behind alone
@@ -63,7 +62,7 @@ def answer_sensitivity(
         raise ValueError("the image is the last of the prompt: a question has to follow it, whose answer is looked at")
     # A mark behind the image belongs to it in some families.
     end = min(last + 2, ids.shape[1] - 1)
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache = stock_cache(model)
     tokens = {name: prompt[name] for name in TOKEN_INPUTS if prompt.get(name) is not None}
     image = {name: value for name, value in prompt.items() if name not in TOKEN_INPUTS}
     begin = {name: value[:, :end] for name, value in tokens.items()}
@@ -93,13 +92,13 @@ def text_sensitivity(model: Any, ids: Tensor, first: int, layers: Sequence[int],
             f"a passage of text must have more than {first} tokens before its last quarter, got {ids.shape[1]} tokens "
             "in all: give passages as long as the prompts to come"
         )
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache = stock_cache(model)
     model(input_ids=ids[:, :end], **cache_argument(model, cache), use_cache=True)
     return _second_moments(model, cache, torch.arange(first, end), ids[:, end:], 0, layers, seed)
 
 
 def _second_moments(
-    model: Any, cache: DynamicCache, places: Tensor, behind: Tensor, skip: int, layers: Sequence[int], seed: int
+    model: Any, cache: Any, places: Tensor, behind: Tensor, skip: int, layers: Sequence[int], seed: int
 ) -> Sensitivities:
     """Sum ``g g^T`` over the tokens at `places` of a cache, g gradients of what is predicted while reading `behind`.
 
@@ -107,6 +106,7 @@ def _second_moments(
     tokens are drawn from the likeliest few, at a temperature that leaves something of each.
 
     Args:
+        cache: of transformers, which holds what is before `behind`.
         places: positions ``[n]`` in the cache.
         behind: ids ``[1, m]`` that follow the cache.
         skip: predictions at the beginning of `behind` that do not count.

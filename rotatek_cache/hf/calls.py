@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
 
 CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
@@ -38,6 +38,11 @@ def cache_name(function: Any = GenerationMixin.prepare_inputs_for_generation) ->
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     """Name a cache as the forward of `model` takes it, for ``model(**inputs, **cache_argument(model, cache))``."""
     return {cache_name(type(model).forward): cache}
+
+
+def stock_cache(model: Any) -> DynamicCache:
+    """Make an empty cache of transformers with the layers of the text model."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
