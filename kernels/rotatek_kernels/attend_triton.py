@@ -406,7 +406,7 @@ def _load_values(v_ptrs, inside, width, BLOCK: tl.constexpr, EDGE: tl.constexpr)
 @triton.jit
 def _add_logits(logits, tiles, rests, stored, digit, BLOCK: tl.constexpr, PAIRED: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Add the products of projected queries with one block of the tokens' Keys to `logits` [M, BLOCK_N]."""
-    if BLOCK.width > 0:
+    if BLOCK.width > 0 or (len(BLOCK.digits) == 1 and BLOCK.offset == 0):
         logits = _add_products(logits, tiles, rests, stored, BLOCK.bits, BLOCK, PAIRED, ASSEMBLY)
     else:
         for index in tl.static_range(len(BLOCK.digits)):
@@ -470,7 +470,7 @@ def _add_values(
     if PAIRED and BLOCK.bits > 0:
         p = _halves(p, tl.zeros_like(p))
         alpha = tl.reshape(tl.permute(tl.join(alpha, alpha), 1, 0), [16])
-    if BLOCK.width > 0:
+    if BLOCK.width > 0 or (len(BLOCK.digits) == 1 and BLOCK.offset == 0):
         own = _add_weighted(own, alpha, p, stored, BLOCK.bits, BLOCK, PAIRED, ASSEMBLY)
     else:
         for index in tl.static_range(len(BLOCK.digits)):

@@ -330,7 +330,8 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
         columns = -(-widest // block) * block
         align = math.gcd(16 // stored.element_size(), *code.widths)
         runs = [run for part in code.parts for _, run, _ in _runs(part)]
-        digits = digits_of_heads(code, block)
+        # Several warps read all heads alike: the compiler fails on branches over tiles that they share.
+        digits = digits_of_heads(code, block, alike=warps > 1)
         heads = HeadTable(columns, math.gcd(16, *runs), 3 + 3 * columns + len(digits))
         width = sum(code.widths)
         return StoredForm(
@@ -338,7 +339,7 @@ def _shape_stored(stored: Tensor, code: Code | None, warps: int) -> StoredForm:
             stride=0,
             align=align,
             heads=heads,
-            table=_head_table(code, columns, block, align, stored.device),
+            table=_head_table(code, columns, block, warps > 1, align, stored.device),
             head_stride=encode_integer(stored.numel() // width),
             channels=code.channels,
             work=-(-_work(stored, code) // len(code.parts)),
@@ -429,13 +430,20 @@ def _runs(code: CodeLayout | Numbers) -> list[tuple[int, int, int]]:
     return [(bits, channels * bits // 8, 8 // bits) for bits, channels in code.blocks]
 
 
-def digits_of_heads(code: HeadCodes, width: int) -> list[list[int]]:
-    """List the fewest bits of each head's codes in each block of `width` columns; -1 where the head ends before it."""
+def digits_of_heads(code: HeadCodes, width: int, *, alike: bool = False) -> list[list[int]]:
+    """List the fewest bits of each head's codes in each block of `width` columns; -1 where the head ends before it.
+
+    Where heads have to be read `alike` it is the fewest of all of them.
+    """
     stored = [[bits for bits, run, _ in _runs(part) for _ in range(run)] for part in code.parts]
-    return [
+    digits = [
         [min(head[offset : offset + width], default=-1) for head in stored]
         for offset in range(0, max(code.widths), width)
     ]
+    if alike:
+        fewest = [min(digit for digit in of_heads if digit >= 0) for of_heads in digits]
+        digits = [[min(one, digit) for digit in of_heads] for one, of_heads in zip(fewest, digits, strict=True)]
+    return digits
 
 
 def _digit_blocks(digits: list[list[int]], width: int) -> tuple[Block, ...]:
@@ -450,11 +458,11 @@ def _digit_blocks(digits: list[list[int]], width: int) -> tuple[Block, ...]:
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _head_table(code: HeadCodes, columns: int, block: int, align: int, device: torch.device) -> Tensor:
+def _head_table(code: HeadCodes, columns: int, block: int, alike: bool, align: int, device: torch.device) -> Tensor:
     """Fill the table that a `HeadTable` describes."""
     table = []
     offset = 0
-    digits = digits_of_heads(code, block)
+    digits = digits_of_heads(code, block, alike=alike)
     for head, (part, width) in enumerate(zip(code.parts, code.widths, strict=True)):
         of_columns, channel = [], 0
         for bits, run, channels in _runs(part):

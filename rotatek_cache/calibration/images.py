@@ -246,11 +246,14 @@ def calibrate_images(
 
 
 def _resumed(saved: Path, mark: Tensor, source: str) -> Calibration:
-    """Load the state saved at `saved`; a ValueError if it was begun with something else."""
-    state = Calibration.load(saved, mark)
+    """Load the state saved at `saved`; a ValueError if it is unreadable or was begun with something else."""
+    remedy = "delete it, or give another --out"
+    try:
+        state = Calibration.load(saved, mark)
+    except ValueError as error:
+        raise ValueError(f"{error}: {remedy}") from error
     if state.source != source:
         raise ValueError(
-            f"'{saved}' was begun with other images, questions or texts ({state.source}; now {source}): delete it, or "
-            "give another --out"
+            f"'{saved}' was begun with other images, questions or texts ({state.source}; now {source}): {remedy}"
         )
     return state

@@ -29,7 +29,8 @@ def read_file(path: str | os.PathLike[str], expected: str, what: str) -> tuple[d
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{what} {path} cannot be read (truncated, or no safetensors file): {error}") from None
     if metadata.get("format") != expected:
-        raise ValueError(f"{path} is no {what} of this version: expected {expected!r}, got {metadata.get('format')!r}")
+        got = metadata.get("format")
+        raise ValueError(f"{path} is no {what} of this version, make it anew: expected {expected!r}, got {got!r}")
     return tensors, metadata
 
 

@@ -383,7 +383,11 @@ def test_a_stopped_command_refuses_other_images_and_questions(pages, tmp_path, m
         result = run(*arguments, "--out", out)
         assert result.exit_code == 2
         assert "was begun with other images, questions or texts" in result.output.replace("\n", " ")
-    out.with_name("basis.safetensors.state").unlink()
+    saved = out.with_name("basis.safetensors.state")
+    save_file({"fingerprint": torch.zeros(1)}, saved, metadata={"format": "rotatek-calibration-3"})
+    result = run("--images", pages, "--out", out).output.replace("\n", " ")
+    assert "of this version" in result and "'rotatek-calibration-3': delete it, or give another --out" in result
+    saved.unlink()
     assert run("--images", pages, "--out", out).exit_code == 0
 
 
