@@ -94,7 +94,7 @@ def text_sensitivity(model: Any, ids: Tensor, first: int, layers: Sequence[int],
         )
     cache = stock_cache(model)
     model(input_ids=ids[:, :end], **cache_argument(model, cache), use_cache=True)
-    return _second_moments(model, cache, torch.arange(first, end), ids[:, end:], 0, layers, seed)
+    return _second_moments(model, cache, torch.arange(first, end, device=ids.device), ids[:, end:], 0, layers, seed)
 
 
 def _second_moments(
