@@ -43,7 +43,8 @@ def answer_sensitivity(
     """Find what errors of the visual Keys and Values of one prompt cost its answer.
 
     The image is read first. Then the model answers, and what reads the image is differentiated: the question and the
-    answer, as they read a compressed cache. That is short, so memory beyond inference is a copy of the cache and the
+    answer, as they read a compressed cache (so also where image and question attend to each other, as in PaliGemma: its
+    question is read behind the image here). That is short, so memory beyond inference is a copy of the cache and the
     activations of this text. The answer is the model's own, of up to `ANSWER_TOKENS` tokens.
 
     Args:
@@ -94,7 +95,7 @@ def text_sensitivity(model: Any, ids: Tensor, first: int, layers: Sequence[int],
         )
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     model(input_ids=ids[:, :end], **cache_argument(model, cache), use_cache=True)
-    return _second_moments(model, cache, torch.arange(first, end), ids[:, end:], 0, layers, seed)
+    return _second_moments(model, cache, torch.arange(first, end, device=ids.device), ids[:, end:], 0, layers, seed)
 
 
 def _second_moments(

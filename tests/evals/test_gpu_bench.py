@@ -115,7 +115,7 @@ def test_tests_that_take_too_long_are_stopped_and_named(tmp_path):
 
     file = tmp_path / "test_some.py"
     file.write_text("import time\ndef test_good():\n    pass\ndef test_slow():\n    time.sleep(100)\n")
-    found = run_tests([file], tmp_path, budget=10, limit=90, processes=1, marked=None)
+    found = run_tests([file], tmp_path, budget=15, limit=90, processes=1, marked=None)
     assert [name.rpartition("::")[2] for name in found["stopped while running"]] == ["test_slow"]
     assert (found["begun"], found["ended"]) == (2, 1)
 
