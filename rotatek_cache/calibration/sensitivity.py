@@ -1,4 +1,8 @@
-"""What an error of a cached Key or Value does to what the model says next: gradients of its own predictions."""
+"""What an error of a cached Key or Value does to what the model says next: gradients of its own predictions.
+
+Fisher information weighs the factors of weights in FWSVD (arXiv 2207.00112) and the levels of KV codes in KVQuant
+(arXiv 2401.18079), entry by entry; here it is a matrix for each head, which chooses directions and deals out bits.
+"""
 
 import contextlib
 import copy
