@@ -33,8 +33,8 @@ CPP := kernels/rotatek_kernels/cpu/*
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Bytecode is made of what is imported, when it first is: to make it of all that is installed takes most of the time.
-INSTALL := $(PIP) install --no-compile
+# With bytecode: where Python is told to write none, every process would compile what it imports.
+INSTALL := $(PIP) install
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sglang test test-hosts test-sglang test-lmms evals-quick gpu gpu-compiled report lint format clean

@@ -28,7 +28,7 @@ fi
 make --no-print-directory -C "$root" VENV="$venv" "$venv/.torch"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 echo "Installing SGLang into $venv, some minutes the first time"
-"${pip[@]}" install --quiet --no-compile --no-deps -r "$pins"
+"${pip[@]}" install --quiet --no-deps -r "$pins"
 
 # torchvision's wheel looks for operators of its CUDA build when it is imported; next to a CPU build of torch their
 # schemas have to be declared first. Python runs the .pth line at every start.
