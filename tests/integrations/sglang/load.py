@@ -34,8 +34,11 @@ REFUSED = {
 }
 
 
-def hit_rate(server, requests=120, images=30, seed=0, workers=4):
-    """Share of the prompt tokens of random questions on random images that were cached."""
+def hit_rate(server, requests=120, images=30, seed=0, workers=1):
+    """Share of the prompt tokens of random questions on random images that were cached.
+
+    With one worker no question comes while another is answered, so that it follows from the order, not from the clock.
+    """
     server.flush()
     draw = random.Random(seed)
     pictures = [picture(400 + number, 252, 224) for number in range(images)]  # 72 tokens each

@@ -146,8 +146,7 @@ class TestSmallPool:
         assert max(waits(server, kind)) < 2 * max(dense.waits[kind]) + 2
 
     def test_as_much_is_found_in_the_prefix_cache_as_in_dense_sglangs(self, server, untouched, dense):
-        # Which prompts come again while their first answer is being written depends on how fast the server is.
-        assert hit_rate(server) > 0.9 * dense.hits
+        assert hit_rate(server) > 0.95 * dense.hits
 
     def test_cached_prompts_make_way(self, server, untouched):
         """More tokens than there are rows, and more beginnings than have dense rows, one after the other."""
